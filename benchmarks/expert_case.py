@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from megalora_kernels import AugmentedWeight, Routing, regroup, route
+from megalora_kernels import Arrivals, AugmentedWeight, Routing, regroup_values, route
 from torch import Tensor
 
 Tensors = dict[str, Tensor]
@@ -142,7 +142,9 @@ def make_routing(spec: Spec, device: torch.device, seed: int = 0) -> Routing:
     counts_E = torch.tensor(counts)
     ranks_R1 = torch.arange(num_ranks)[:, None]
     counts_RE = counts_E // num_ranks + (ranks_R1 < counts_E % num_ranks)
-    return regroup(counts_RE.to(device), spec.num_rows)
+    arrivals = Arrivals.single(counts_RE.to(device), spec.num_rows)
+    # The routing alone: probabilities are drawn with the other operands.
+    return regroup_values(arrivals, torch.zeros(spec.num_rows, device=device))[0]
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 from megalora_kernels import (
+    Arrivals,
     AugmentedWeight,
     ExpertFactors,
     expert_mlp,
     permute_values,
-    regroup,
+    regroup_values,
     route,
 )
 from torch import Tensor, nn
@@ -203,9 +204,9 @@ class ShareOfExperts(KernelExperts):
         # Each rank sends a row of every token, so T rows spread over E experts.
         counts_E = torch.full((E,), num_tokens // E, device=x_TH.device)
         counts_E[: num_tokens % E] += 1
-        routing = regroup(counts_E.expand(num_ranks, E), num_ranks * num_tokens)
+        arrivals = Arrivals.single(counts_E.expand(num_ranks, E), num_ranks * num_tokens)
         received = x_TH.expand(num_ranks, num_tokens, H).reshape(-1, H)
-        probs_M = permute_values(probs_TK.t().reshape(-1, 1), routing)
+        routing, probs_M = regroup_values(arrivals, probs_TK.t().reshape(-1))
         return self.compute(received, probs_M, routing).view(num_ranks, num_tokens, H).sum(0)
 
 

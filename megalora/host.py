@@ -143,6 +143,25 @@ def to_device(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.pin_memory().to(device(), non_blocking=True)
 
 
+class HostCopy:
+    """A copy of a device tensor in host memory, begun when this is made: what is launched behind it
+    does not delay it."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        # Without a wait torch takes page-locked memory for the copy.
+        self._copy = tensor.to("cpu", non_blocking=True)
+        self._arrival = None
+        if tensor.is_cuda:
+            self._arrival = torch.cuda.Event()
+            self._arrival.record()
+
+    def wait(self) -> torch.Tensor:
+        """The copy, once the device has written it."""
+        if self._arrival is not None:
+            self._arrival.synchronize()
+        return self._copy
+
+
 def keep_busy(cycles: int) -> None:
     """Let the current stream spin, so that the host gets ahead of the device; nothing without a
     GPU."""

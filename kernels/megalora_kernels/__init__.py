@@ -4,18 +4,21 @@ from .augmented_weight import AugmentedWeight
 from .backend import BACKENDS, prefers_grouped_mm
 from .combine import combine
 from .dense_lora import add_low_rank, dense_lora
+from .destinations import Destinations, route_to_ranks
 from .expert_factors import ExpertFactors
 from .expert_mlp import expert_mlp
 from .grouped_lora import grouped_lora
 from .lora_wgrad import lora_wgrad
 from .permute_shrink import permute_shrink
-from .regroup import regroup, regroup_values
+from .regroup import Arrivals, regroup_values
 from .route import route, route_values
 from .routing import Routing, permute, permute_values, unpermute
 
 __all__ = [
     "BACKENDS",
+    "Arrivals",
     "AugmentedWeight",
+    "Destinations",
     "ExpertFactors",
     "Routing",
     "add_low_rank",
@@ -28,9 +31,9 @@ __all__ = [
     "permute_shrink",
     "permute_values",
     "prefers_grouped_mm",
-    "regroup",
     "regroup_values",
     "route",
+    "route_to_ranks",
     "route_values",
     "unpermute",
 ]

@@ -1,6 +1,6 @@
 """Combine: each token's output is the sum of its experts' rows.
 
-    out[t] = sum over j of y[slots[t, j]]
+    out[t] = sum over j of y[slots[t, j]], slots below 0 left out
 
 It is also the gradient of the permutation that copied tokens to rows. A scatter-add would need
 atomics, whose order changes from run to run; each token gathering its own rows needs none.
@@ -22,9 +22,17 @@ import triton.language as tl
 def combine_ref(y_MH: torch.Tensor, slots_TK: torch.Tensor) -> torch.Tensor:
     """Slot after slot into one output, in float32 (float64 for float64)."""
     wide = torch.promote_types(y_MH.dtype, torch.float32)
+    # Every row has one slot: as many of both means that no slot is empty.
+    all_filled = slots_TK.numel() == y_MH.shape[0]
+    # A token has at least one row, and its rows stand first.
     out_TH = y_MH.index_select(0, slots_TK[:, 0]).to(wide)
     for j in range(1, slots_TK.shape[1]):
-        out_TH += y_MH.index_select(0, slots_TK[:, j])
+        slot_T = slots_TK[:, j]
+        if all_filled:
+            out_TH += y_MH.index_select(0, slot_T)
+        else:
+            rows_TH = y_MH.index_select(0, slot_T.clamp(min=0))
+            out_TH += rows_TH.masked_fill_(slot_T[:, None] < 0, 0)
     return out_TH.to(y_MH.dtype)
 
 
@@ -42,8 +50,9 @@ def _combine_kernel(
     acc = tl.zeros((BLOCK,), tl.float32)
     for j in tl.static_range(SLOTS):
         # int64 before the stride: M H exceeds 2^31 from 2^20 rows of 2,048 features on.
-        row = tl.load(slots_ptr + token * SLOTS + j).to(tl.int64)
-        acc += tl.load(y_ptr + row * stride_y + cols, mask=cols < H, other=0.0).to(tl.float32)
+        row = tl.load(slots_ptr + token.to(tl.int64) * SLOTS + j).to(tl.int64)
+        filled = (cols < H) & (row >= 0)
+        acc += tl.load(y_ptr + row * stride_y + cols, mask=filled, other=0.0).to(tl.float32)
     tl.store(
         out_ptr + token.to(tl.int64) * H + cols, acc.to(out_ptr.dtype.element_ty), mask=cols < H
     )
@@ -71,7 +80,10 @@ def combine_triton(y_MH: torch.Tensor, slots_TK: torch.Tensor) -> torch.Tensor:
 
 def combine(y_MH: torch.Tensor, slots_TK: torch.Tensor) -> torch.Tensor:
     """Sum of each token's rows: ``[M, H]``, int32 ``[T, k]`` -> ``[T, H]`` in y's dtype. Not
-    differentiable by itself."""
+    differentiable by itself.
+
+    A token may have fewer than k rows: its slots behind the last one are -1.
+    """
     # The kernel sums in float32, too coarsely for float64.
     if y_MH.is_cuda and y_MH.dtype != torch.float64:
         return combine_triton(y_MH, slots_TK)

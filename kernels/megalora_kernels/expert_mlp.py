@@ -63,7 +63,11 @@ def expert_mlp_ref(
         )
 
     y_MH = linear(swiglu_ref(linear(x_MH, gate_up_EJH, gate_up), p_M), down_EHI, down)
-    return y_MH if routing.slots_TK is None else y_MH[routing.slots_TK.long()].sum(1)
+    if routing.slots_TK is None:
+        return y_MH
+    # A slot below 0 is empty.
+    y_TKH = y_MH[routing.slots_TK.long().clamp(min=0)]
+    return torch.where(routing.slots_TK[..., None] < 0, 0, y_TKH).sum(1)
 
 
 # ---- 2. autograd ---------------------------------------------------------------------------------

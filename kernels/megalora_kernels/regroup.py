@@ -1,18 +1,20 @@
-"""Build the routing of rows that an all-to-all delivered: sorted by sending rank, to be read sorted
-by expert.
+"""Build the routing of rows that an all-to-all delivered once for each rank: this rank's experts
+read them, sorted by expert, from where they are.
 
-Each rank sends its rows sorted by this rank's experts, so rows come in blocks, one for each rank
-and expert, whose lengths are known: a block's place in either order is the sum of the lengths
-before it. One launch; every place is written by exactly one program, and nothing waits for the
-device. A value of each row (its routing probability) is moved in the same launch.
+``destinations.py`` is the other end. Each rank sends rows, and for each pair of a row and one of
+this rank's experts its place in the table of slots and its routing probability. Pairs come in
+blocks, one for each rank and expert, whose lengths are known: a block's place in either order is
+the sum of the lengths before it. One launch; every place is written by exactly one program, and
+nothing waits for the device.
 
-Shape legend: M received rows   E experts of this rank   R ranks that send
+Shape legend: N received rows   M pairs   E experts of this rank   R ranks that send   S slots
 """
 
 # A @triton.jit function is called with a grid, options and plain numbers for constexprs, and
 # unpacks tuples in kernels: Python's rules for calls do not hold.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,32 +22,67 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from .absent import pointer
 from .routing import Routing, as_outputs, assembled, check_rows
 
 SPLITS = 4
-"""Programs that share one block of rows."""
+"""Programs that share one block of pairs."""
+
+
+@dataclass(frozen=True, eq=False)
+class Arrivals:
+    """What arrived with the rows."""
+
+    counts_RE: torch.Tensor
+    """int, pairs from each rank for each expert; on the device."""
+    rows_R: torch.Tensor
+    """int, rows from each rank; on the device."""
+    places_M: torch.Tensor
+    """int32: ``row S + j`` for the pair that is the j-th of its row, in the order in which pairs
+    arrived: by rank, then by expert. Each rank numbers its own rows."""
+    num_rows: int
+    """N, known from the exchange."""
+    num_slots: int
+    """S: experts that a row goes to, at most."""
+
+    @classmethod
+    def single(cls, counts_RE: torch.Tensor, num_rows: int) -> "Arrivals":
+        """Rows that go to one expert each: pairs and rows are the same."""
+        rows_R = counts_RE.sum(1)
+        row_M = torch.arange(num_rows, device=counts_RE.device)
+        first_row_M = _exclusive(rows_R).repeat_interleave(rows_R, output_size=num_rows)
+        return cls(counts_RE, rows_R, (row_M - first_row_M).int(), num_rows, 1)
+
 
 # ---- 1. reference --------------------------------------------------------------------------------
 
 
-def regroup_ref(counts_RE: torch.Tensor, num_rows: int) -> Routing:
-    """The specification."""
+def regroup_ref(arrivals: Arrivals) -> tuple[Routing, torch.Tensor]:
+    """The specification: the routing, and int64 ``[M]`` where each pair that arrived has gone."""
+    counts_RE = arrivals.counts_RE
+    num_pairs = arrivals.places_M.shape[0]
+    num_slots = arrivals.num_slots
     counts_ER = counts_RE.t()
     # Row-major over [R, E] is the order of arrival, over [E, R] the sorted one.
     start_RE = _exclusive(counts_RE)
     start_ER = _exclusive(counts_ER)  # of the same blocks once sorted by expert
-    shift_ER = start_RE.t() - start_ER
-    # All rows of a block move by the same distance, in one direction and back.
-    row_M = torch.arange(num_rows, device=counts_RE.device)
-    source_M = row_M + shift_ER.reshape(-1).repeat_interleave(
-        counts_ER.reshape(-1), output_size=num_rows
+    shift_RE = start_ER.t() - start_RE
+    # All pairs of a block move by the same distance.
+    pair_M = torch.arange(num_pairs, device=counts_RE.device)
+    sorted_M = pair_M + shift_RE.reshape(-1).repeat_interleave(
+        counts_RE.reshape(-1), output_size=num_pairs
     )
-    slots_M = row_M - shift_ER.t().reshape(-1).repeat_interleave(
-        counts_RE.reshape(-1), output_size=num_rows
+    # A rank's places begin behind the rows of the ranks before it.
+    first_row_M = _exclusive(arrivals.rows_R).repeat_interleave(
+        counts_RE.sum(1), output_size=num_pairs
     )
+    slot_M = first_row_M * num_slots + arrivals.places_M
+    slots = torch.full((arrivals.num_rows * num_slots,), -1, device=counts_RE.device)
+    slots[slot_M] = sorted_M
+    source_M = torch.empty_like(sorted_M)
+    source_M[sorted_M] = slot_M // num_slots
     offsets_E = counts_RE.sum(0).cumsum(0).to(torch.int32)
-    return Routing(offsets_E, num_rows, source_M.int(), slots_M.int()[:, None].contiguous())
+    slots_NS = slots.view(arrivals.num_rows, num_slots).int()
+    return Routing(offsets_E, num_pairs, source_M.int(), slots_NS), sorted_M
 
 
 def _exclusive(counts: torch.Tensor) -> torch.Tensor:
@@ -60,71 +97,83 @@ def _exclusive(counts: torch.Tensor) -> torch.Tensor:
 
 @triton.jit(debug=True)
 def _regroup_kernel(
-    # counts (R, E) int, values and moved (M,)
-    counts_ptr, values_ptr, offsets_ptr, source_ptr, slots_ptr, moved_ptr,
-    num_ranks, num_experts, num_rows, stride_r, stride_e,
-    HAS_VALUES: tl.constexpr, RANKS: tl.constexpr, EXPERTS: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    # counts (R, E) int, rows (R,) int, places, values and moved (M,)
+    counts_ptr, rows_ptr, places_ptr, values_ptr,
+    # (E,), (M,), (N, S) and (M,) int32
+    offsets_ptr, source_ptr, slots_ptr, sorted_ptr, moved_ptr,
+    num_ranks, num_experts, num_rows, num_pairs, num_slots,
+    stride_r, stride_e, stride_rows, stride_place, stride_value,
+    RANKS: tl.constexpr, EXPERTS: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """SPLITS programs share the rows that one rank sent for one expert."""
+    """SPLITS programs share the pairs that one rank sent for one expert."""
     rank = tl.program_id(0) // num_experts
     expert = tl.program_id(0) % num_experts
     split = tl.program_id(1)
-    r = tl.arange(0, RANKS)[:, None]
+    of_rank = tl.arange(0, RANKS)
+    r = of_rank[:, None]
     e = tl.arange(0, EXPERTS)[None, :]
     ok = (r < num_ranks) & (e < num_experts)
     counts = tl.load(counts_ptr + r * stride_r + e * stride_e, mask=ok, other=0).to(tl.int32)
+    rows = tl.load(rows_ptr + of_rank * stride_rows, mask=of_rank < num_ranks, other=0)
+    rows = rows.to(tl.int32)
     tl.device_assert(
-        tl.sum(tl.sum(counts, 1), 0) == num_rows, "counts do not add up to the number of rows"
+        (tl.sum(tl.sum(counts, 1), 0) == num_pairs) & (tl.sum(rows, 0) == num_rows),
+        "counts do not add up to the number of rows",
     )
     # Blocks follow each other by rank as they arrive and by expert once sorted.
     arrived_before = (r < rank) | ((r == rank) & (e < expert))
     sorted_before = (e < expert) | ((e == expert) & (r < rank))
     arrived = tl.sum(tl.sum(tl.where(arrived_before, counts, 0), 1), 0)
-    row = tl.sum(tl.sum(tl.where(sorted_before, counts, 0), 1), 0)
+    pair = tl.sum(tl.sum(tl.where(sorted_before, counts, 0), 1), 0)
     count = tl.sum(tl.sum(tl.where((r == rank) & (e == expert), counts, 0), 1), 0)
+    first_row = tl.sum(tl.where(of_rank < rank, rows, 0), 0)
     if (tl.program_id(0) == 0) & (split == 0):
         ends = tl.cumsum(tl.sum(counts, 0), 0)
-        place = tl.arange(0, EXPERTS)
-        tl.store(offsets_ptr + place, ends, mask=place < num_experts)
-    # SPLITS programs take turns at the block, BLOCK rows at a time.
+        which = tl.arange(0, EXPERTS)
+        tl.store(offsets_ptr + which, ends, mask=which < num_experts)
+    # SPLITS programs take turns at the block, BLOCK pairs at a time.
     for i0 in range(split * BLOCK, count, SPLITS * BLOCK):
         i = i0 + tl.arange(0, BLOCK)
         mine = i < count
-        tl.store(source_ptr + row + i, arrived + i, mask=mine)
-        tl.store(slots_ptr + arrived + i, row + i, mask=mine)
-        if HAS_VALUES:
-            tl.store(
-                moved_ptr + row + i,
-                tl.load(values_ptr + arrived + i, mask=mine, other=0.0),
-                mask=mine,
-            )
+        # Places and values may lie beside each other, as they travelled; int64 before the stride.
+        at = (arrived + i).to(tl.int64)
+        place = tl.load(places_ptr + at * stride_place, mask=mine, other=0)
+        slot = first_row * num_slots + place
+        tl.store(source_ptr + pair + i, slot // num_slots, mask=mine)
+        tl.store(slots_ptr + slot, pair + i, mask=mine)
+        tl.store(sorted_ptr + arrived + i, pair + i, mask=mine)
+        value = tl.load(values_ptr + at * stride_value, mask=mine, other=0.0)
+        tl.store(moved_ptr + pair + i, value, mask=mine)
 
 
 # ---- 3. launcher ---------------------------------------------------------------------------------
 
 
 def regroup_triton(
-    counts_RE: torch.Tensor, num_rows: int, values_M: torch.Tensor | None = None
-) -> tuple[Routing, torch.Tensor | None]:
-    """The routing, and the values (as they arrived) sorted by expert."""
+    arrivals: Arrivals, values_M: torch.Tensor
+) -> tuple[Routing, torch.Tensor, torch.Tensor]:
+    """The routing, int32 ``[M]`` where each pair that arrived has gone, and the values (as they
+    arrived) sorted by expert."""
+    counts_RE = arrivals.counts_RE
     num_ranks, num_experts = counts_RE.shape
+    num_pairs = values_M.shape[0]
     new = {"dtype": torch.int32, "device": counts_RE.device}
     offsets_E = torch.empty(num_experts, **new)
-    source_M = torch.empty(num_rows, **new)
-    slots_MK = torch.empty(num_rows, 1, **new)
-    moved_M = None
-    if values_M is not None:
-        moved_M = values_M.new_empty(num_rows)
+    source_M = torch.empty(num_pairs, **new)
+    sorted_M = torch.empty(num_pairs, **new)
+    # A row has as many slots as it goes to experts; the others stay empty.
+    slots_NS = torch.full((arrivals.num_rows, arrivals.num_slots), -1, **new)
+    moved_M = values_M.new_empty(num_pairs)
     _regroup_kernel[(num_ranks * num_experts, SPLITS)](
-        counts_RE, pointer(values_M, offsets_E), offsets_E, source_M, slots_MK,
-        pointer(moved_M, offsets_E), num_ranks, num_experts, num_rows,
-        *counts_RE.stride(),
-        HAS_VALUES=values_M is not None, RANKS=triton.next_power_of_2(num_ranks),
-        EXPERTS=triton.next_power_of_2(num_experts), SPLITS=SPLITS, BLOCK=512,
-        sanitize_overflow=False,
+        counts_RE, arrivals.rows_R, arrivals.places_M, values_M, offsets_E, source_M, slots_NS,
+        sorted_M, moved_M,
+        num_ranks, num_experts, arrivals.num_rows, num_pairs, arrivals.num_slots,
+        *counts_RE.stride(), *arrivals.rows_R.stride(), *arrivals.places_M.stride(),
+        *values_M.stride(),
+        RANKS=triton.next_power_of_2(num_ranks), EXPERTS=triton.next_power_of_2(num_experts),
+        SPLITS=SPLITS, BLOCK=512, sanitize_overflow=False,
     )  # fmt: skip
-    return Routing(offsets_E, num_rows, source_M, slots_MK), moved_M
+    return Routing(offsets_E, num_pairs, source_M, slots_NS), sorted_M, moved_M
 
 
 # ---- 4. autograd ---------------------------------------------------------------------------------
@@ -132,67 +181,49 @@ def regroup_triton(
 
 class _RegroupValues(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, values_M: torch.Tensor, counts_RE: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
-        routing, sorted_M = _regroup(counts_RE, values_M.shape[0], values_M)
-        ctx.save_for_backward(routing.slots_TK)
-        return sorted_M, *as_outputs(ctx, routing)  # pyright: ignore[reportReturnType]
+    def forward(ctx: Any, values_M: torch.Tensor, arrivals: Arrivals) -> tuple[torch.Tensor, ...]:
+        if values_M.is_cuda:
+            routing, sorted_M, moved_M = regroup_triton(arrivals, values_M)
+        else:
+            routing, sorted_M = regroup_ref(arrivals)
+            sorted_M = sorted_M.int()
+            moved_M = torch.empty_like(values_M, memory_format=torch.contiguous_format)
+            moved_M[sorted_M.long()] = values_M
+        ctx.save_for_backward(sorted_M)
+        return moved_M, *as_outputs(ctx, routing)  # pyright: ignore[reportReturnType]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(
-        ctx: Any, dsorted_M: torch.Tensor | None, *_: torch.Tensor
+        ctx: Any, dmoved_M: torch.Tensor | None, *_: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
-        if dsorted_M is None:
+        if dmoved_M is None:
             return None, None
-        # slots is the inverse of source, by which forward gathered.
-        (slots_MK,) = ctx.saved_tensors
-        return dsorted_M.index_select(0, slots_MK.view(-1)), None
+        # Forward scattered along a permutation, so backward gathers along it.
+        (sorted_M,) = ctx.saved_tensors
+        return dmoved_M.index_select(0, sorted_M), None
 
 
-def _regroup(
-    counts_RE: torch.Tensor, num_rows: int, values_M: torch.Tensor | None = None
-) -> tuple[Routing, torch.Tensor | None]:
-    check_rows(num_rows, f"{num_rows} received rows")
-    if counts_RE.is_cuda:
-        if values_M is not None:
-            values_M = values_M.contiguous()
-        return regroup_triton(counts_RE, num_rows, values_M)
-    routing = regroup_ref(counts_RE, num_rows)
-    assert routing.source_M is not None
-    if values_M is None:
-        return routing, None
-    return routing, values_M.index_select(0, routing.source_M)
+# ---- 5. public function --------------------------------------------------------------------------
 
 
-# ---- 5. public functions -------------------------------------------------------------------------
-
-
-def regroup(counts_RE: torch.Tensor, num_rows: int) -> Routing:
-    """Routing of rows received from R ranks, each of which sends its rows sorted by this rank's
-    experts.
+def regroup_values(arrivals: Arrivals, values_M: torch.Tensor) -> tuple[Routing, torch.Tensor]:
+    """Routing of received rows, and one value of each pair (its routing probability) sorted by
+    expert.
 
     Args:
-        counts_RE: int, rows from each rank for each expert; on the device.
-        num_rows: M, known from the exchange.
-
-    Raises:
-        ValueError: more rows than int32 numbers. On a GPU counts that do not add up to ``num_rows``
-            are a device-side assertion.
-    """
-    return _regroup(counts_RE, num_rows)[0]
-
-
-def regroup_values(counts_RE: torch.Tensor, values_M: torch.Tensor) -> tuple[Routing, torch.Tensor]:
-    """``regroup``, and one value of each row (its routing probability) sorted likewise.
-
-    Args:
-        counts_RE: int, rows from each rank for each expert; on the device.
-        values_M: in the order in which the rows arrived.
+        arrivals: what arrived with the rows.
+        values_M: in the order in which the pairs arrived.
 
     Returns:
         The routing, and the values ``[M]`` sorted by expert; differentiable once in ``values_M``.
+
+    Raises:
+        ValueError: more rows or slots than int32 numbers. On a GPU counts that do not add up to the
+            rows and pairs that arrived are a device-side assertion.
     """
-    sorted_M, *indexes = _RegroupValues.apply(values_M, counts_RE)  # pyright: ignore
-    return assembled(sorted_M, indexes), sorted_M
+    check_rows(values_M.shape[0], f"{values_M.shape[0]} pairs of received rows and experts")
+    num_slots = arrivals.num_rows * arrivals.num_slots
+    check_rows(num_slots, f"{num_slots} slots of received rows")
+    moved_M, *indexes = _RegroupValues.apply(values_M, arrivals)  # pyright: ignore
+    return assembled(moved_M, indexes), moved_M

@@ -28,28 +28,34 @@ CHUNKS = 128
 # ---- 1. reference --------------------------------------------------------------------------------
 
 
-def route_ref(routing_map_TE: torch.Tensor, top_k: int) -> tuple[Routing, torch.Tensor]:
-    """The specification; about 15 operations of torch."""
+def route_ref(
+    routing_map_TE: torch.Tensor, top_k: int, exactly: bool = True
+) -> tuple[Routing, torch.Tensor]:
+    """The specification; about 20 operations of torch. Not ``exactly``: as ``route_triton``."""
     num_tokens, num_experts = routing_map_TE.shape
     # On a GPU this would wait for the device: there a kernel asserts it.
     whole = (routing_map_TE.sum(1) == top_k).all()
-    if routing_map_TE.device.type == "cpu" and not bool(whole):
+    if exactly and routing_map_TE.device.type == "cpu" and not bool(whole):
         raise ValueError(f"routing: every token must have exactly top_k={top_k} experts")
-    # E, E - 1, ... for the chosen: the largest k are the k experts in ascending order.
+    # E, E - 1, ... for the chosen, 0 for others: the largest k are the experts in ascending order.
     rank_TE = (
         torch.arange(num_experts, 0, -1, device=routing_map_TE.device, dtype=torch.int32)
         * routing_map_TE
     )
-    expert_TK = rank_TE.topk(top_k, dim=1, sorted=True).indices
+    largest_TK, expert_TK = rank_TE.topk(top_k, dim=1, sorted=True)
+    is_chosen_TK = largest_TK > 0
     # Rows go expert by expert, tokens in order within one: a running count over the transposed map
     # numbers them.
     row_ET = routing_map_TE.t().reshape(-1).cumsum(0, dtype=torch.int32) - 1
-    slots_TK = row_ET.view(num_experts, num_tokens).t().gather(1, expert_TK).contiguous()
+    slots_TK = row_ET.view(num_experts, num_tokens).t().gather(1, expert_TK)
+    slots_TK = torch.where(is_chosen_TK, slots_TK, -1)
     token_TK = torch.arange(num_tokens, device=slots_TK.device, dtype=torch.int32)[:, None].expand(
         -1, top_k
     )
-    source_M = torch.empty(num_tokens * top_k, dtype=torch.int32, device=slots_TK.device)
-    source_M[slots_TK.reshape(-1).long()] = token_TK.reshape(-1)
+    # An empty slot counts from the back: to the one place behind the last row.
+    source = torch.zeros(num_tokens * top_k + 1, dtype=torch.int32, device=slots_TK.device)
+    source[slots_TK.reshape(-1).long()] = token_TK.reshape(-1)
+    source_M = source[:-1]
     offsets_E = routing_map_TE.sum(0).cumsum(0).to(torch.int32)
     return Routing(offsets_E, num_tokens * top_k, source_M, slots_TK), expert_TK.int()
 
@@ -71,7 +77,7 @@ def _chosen(map_ptr, t, e, num_tokens, num_experts, stride_t, stride_e):
 def _count_kernel(
     map_ptr, counts_ptr,  # map (T, E) bool, counts (chunks, E) int32
     num_tokens, num_experts, chunk_tokens, stride_t, stride_e,
-    TOP_K: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_T: tl.constexpr,
+    TOP_K: tl.constexpr, EXACTLY: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """One program counts the rows that each expert gets from one chunk of tokens."""
     first = tl.program_id(0) * chunk_tokens
@@ -80,10 +86,11 @@ def _count_kernel(
     for t0 in range(first, tl.minimum(first + chunk_tokens, num_tokens), BLOCK_T):
         t = t0 + tl.arange(0, BLOCK_T)
         chosen = _chosen(map_ptr, t, e, num_tokens, num_experts, stride_t, stride_e)
-        tl.device_assert(
-            (tl.sum(chosen, 1) == TOP_K) | (t >= num_tokens),
-            "a token without exactly top_k experts",
-        )
+        if EXACTLY:
+            tl.device_assert(
+                (tl.sum(chosen, 1) == TOP_K) | (t >= num_tokens),
+                "a token without exactly top_k experts",
+            )
         count += tl.sum(chosen, 0)
     tl.store(counts_ptr + tl.program_id(0) * num_experts + e, count, mask=e < num_experts)
 
@@ -164,10 +171,19 @@ def _tokens_at_once(num_experts: int) -> tuple[int, int]:
 
 
 def route_triton(
-    routing_map_TE: torch.Tensor, top_k: int, values_TE: torch.Tensor | None = None
+    routing_map_TE: torch.Tensor,
+    top_k: int,
+    values_TE: torch.Tensor | None = None,
+    exactly: bool = True,
 ) -> tuple[Routing, torch.Tensor, torch.Tensor | None]:
     """The routing, int32 ``expert_TK``, and the values in the order of the rows. At least one
-    token."""
+    token.
+
+    Args:
+        exactly: every token has ``top_k`` experts. Else it has that many at most: slots behind its
+            last row are -1, and rows behind the last expert's are undefined. How many rows there
+            are only the device knows; the routing has ``T k`` of them.
+    """
     num_tokens, num_experts = routing_map_TE.shape
     num_rows = routing_map_TE.shape[0] * top_k
     experts, block_t = _tokens_at_once(num_experts)
@@ -178,7 +194,10 @@ def route_triton(
     counts = torch.empty(num_chunks, num_experts, **new)
     offsets_E = torch.empty(num_experts, **new)
     source_M = torch.empty(num_rows, **new)
-    slots_TK = torch.empty(num_tokens, top_k, **new)
+    if exactly:
+        slots_TK = torch.empty(num_tokens, top_k, **new)
+    else:
+        slots_TK = torch.full((num_tokens, top_k), -1, **new)
     expert_TK = torch.empty(num_tokens, top_k, **new)
     moved_M = None
     if values_TE is not None:
@@ -189,8 +208,9 @@ def route_triton(
     tile = {"TOP_K": top_k, "EXPERTS": experts, "BLOCK_T": block_t}
     sizes = (num_tokens, num_experts, chunk_tokens)
     _count_kernel[(num_chunks,)](
-        routing_map_TE, counts, *sizes, *routing_map_TE.stride(), **tile, sanitize_overflow=False
-    )
+        routing_map_TE, counts, *sizes, *routing_map_TE.stride(), EXACTLY=exactly, **tile,
+        sanitize_overflow=False,
+    )  # fmt: skip
     _place_kernel[(num_chunks,)](
         routing_map_TE, counts, pointer(values_TE, offsets_E), offsets_E, source_M, slots_TK,
         expert_TK, pointer(moved_M, offsets_E),
@@ -232,7 +252,7 @@ class _RouteValues(torch.autograd.Function):
     def forward(
         ctx: Any, values_TE: torch.Tensor, routing_map_TE: torch.Tensor, top_k: int
     ) -> tuple[torch.Tensor, ...]:
-        routing, expert_TK, values_M = _route(routing_map_TE, top_k, values_TE)
+        routing, expert_TK, values_M = route_with_experts(routing_map_TE, top_k, values_TE)
         ctx.save_for_backward(routing.slots_TK, expert_TK)
         ctx.num_experts = routing_map_TE.shape[1]
         return values_M, *as_outputs(ctx, routing)  # pyright: ignore[reportReturnType]
@@ -244,18 +264,24 @@ class _RouteValues(torch.autograd.Function):
     ) -> tuple[torch.Tensor | None, ...]:
         if dvalues_M is None:  # nobody used the values
             return None, None, None
-        slots_TK, expert_TK = ctx.saved_tensors
-        if dvalues_M.is_cuda and slots_TK.shape[0]:
-            dvalues_TE = spread_triton(dvalues_M.contiguous(), slots_TK, expert_TK, ctx.num_experts)
-            return dvalues_TE, None, None
-        dvalues_TE = dvalues_M.new_zeros(slots_TK.shape[0], ctx.num_experts)
-        found_TK = dvalues_M.index_select(0, slots_TK.reshape(-1)).view(slots_TK.shape)
-        return dvalues_TE.scatter_(1, expert_TK.long(), found_TK), None, None
+        return spread(dvalues_M, *ctx.saved_tensors, ctx.num_experts), None, None
 
 
-def _route(
+def spread(
+    values_M: torch.Tensor, slots_TK: torch.Tensor, expert_TK: torch.Tensor, num_experts: int
+) -> torch.Tensor:
+    """``[T, E]``: each row's value at its token and expert, zeros elsewhere."""
+    if values_M.is_cuda and slots_TK.shape[0]:
+        return spread_triton(values_M.contiguous(), slots_TK, expert_TK, num_experts)
+    values_TE = values_M.new_zeros(slots_TK.shape[0], num_experts)
+    found_TK = values_M.index_select(0, slots_TK.reshape(-1)).view(slots_TK.shape)
+    return values_TE.scatter_(1, expert_TK.long(), found_TK)
+
+
+def route_with_experts(
     routing_map_TE: torch.Tensor, top_k: int, values_TE: torch.Tensor | None = None
 ) -> tuple[Routing, torch.Tensor, torch.Tensor | None]:
+    """The routing, int32 ``expert_TK``, and the values in the order of the rows."""
     check_rows(
         routing_map_TE.shape[0] * top_k,
         f"{routing_map_TE.shape[0]} tokens with {top_k} experts each",
@@ -291,7 +317,7 @@ def route(routing_map_TE: torch.Tensor, top_k: int) -> tuple[Routing, torch.Tens
             assertion), or more rows than int32
             numbers.
     """
-    routing, expert_TK, _ = _route(routing_map_TE, top_k)
+    routing, expert_TK, _ = route_with_experts(routing_map_TE, top_k)
     return routing, expert_TK.long()
 
 

@@ -1,11 +1,11 @@
 """Where routed rows come from and where they go, and moving them there.
 
 Each of T tokens is copied to k experts: ``M = T k`` rows, sorted by expert. Row m is a copy of
-token ``source[m]``; token t's rows are ``slots[t, 0..k)``. Expert parallelism needs the same for
-received rows: they arrive sorted by sending rank, and ``source`` is the permutation that sorts them
-by expert (k = 1).
+token ``source[m]``; token t's rows are ``slots[t, 0..k)``. Expert parallelism needs the same twice
+more, with at most k rows per token: a sender copies a token to each rank that has an expert of it,
+and a receiver copies what it was sent to those of its experts that the token chose.
 
-Shape legend: T tokens   k rows per token   M routed rows   E experts   H features
+Shape legend: T tokens   k rows per token, at most   M routed rows   E experts   H features
 """
 
 from dataclasses import dataclass
@@ -33,7 +33,8 @@ class Routing:
     """int32 ``[M]``: the token of each row; None where the rows are given sorted by expert
     already."""
     slots_TK: torch.Tensor | None = None
-    """int32 ``[T, k]``: the rows of each token; None together with ``source_M``."""
+    """int32 ``[T, k]``: the rows of each token, at least one, then -1 where it has fewer than k;
+    None together with ``source_M``."""
 
     @cached_property
     def bounds(self) -> list[int]:

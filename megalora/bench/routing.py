@@ -6,6 +6,7 @@ had.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,17 +19,25 @@ from megalora.model.recompute import Recomputed
 from megalora.parallel import Groups
 
 
-def even_experts(num_tokens: int, num_experts: int, top_k: int, ep: int, source: int = 0) -> Tensor:
-    """``[num_tokens, top_k]`` int64: experts in turn, first over ranks, then over those of a rank.
+def even_experts(num_tokens: int, num_experts: int, top_k: int, source: int = 0) -> Tensor:
+    """``[num_tokens, top_k]`` int64: experts in turn, in an order that is drawn anew for every
+    block of ``lcm(num_experts, top_k)`` choices.
 
-    Every rank of ``ep`` gets as many rows as any other, and every expert as any other, or one more.
-    ``source`` numbers ranks with tokens of their own: each continues where the one before it ended,
-    so that remainders do not pile up.
+    Every expert gets as many rows as any other, or one more. A token's experts lie on as many ranks
+    as a router's do that prefers none: in one fixed order it could be all of them or one, and the
+    all-to-all sends a token once to each. ``source`` numbers ranks with tokens of their own: each
+    continues where the one before it ended, so that remainders do not pile up.
     """
-    turn = torch.arange(num_tokens * top_k) + source * num_tokens * top_k
-    # Expert e belongs to rank e // per_rank. With 8 experts on 2 ranks: 0, 4, 1, 5, 2, 6, 3, 7.
-    per_rank = num_experts // ep
-    experts = (turn % ep) * per_rank + (turn // ep) % per_rank
+    first = source * num_tokens * top_k
+    turn = torch.arange(num_tokens * top_k) + first
+    # Whole tokens and whole rounds over all experts: k choices in turn are k different experts.
+    block = math.lcm(num_experts, top_k)
+    blocks = range(first // block, (first + num_tokens * top_k) // block + 1)
+    # Numbered over all sources, so that two that share a block share its order.
+    orders = []
+    for number in blocks:
+        orders.append(torch.randperm(num_experts, generator=torch.Generator().manual_seed(number)))
+    experts = torch.stack(orders)[turn // block - blocks.start, turn % block % num_experts]
     return experts.view(num_tokens, top_k)
 
 
@@ -39,10 +48,9 @@ class EvenRouter(nn.Module):
     alone.
     """
 
-    def __init__(self, base: Any, ep: int, source: int) -> None:
+    def __init__(self, base: Any, source: int) -> None:
         super().__init__()
         self.base = base
-        self.ep = ep
         self.source = source
         self._chosen: Tensor | None = None
 
@@ -66,7 +74,7 @@ class EvenRouter(nn.Module):
             num_tokens = logits.shape[:-1].numel()
             num_experts = logits.shape[-1]
             top_k = self.base.config.moe_router_topk
-            experts = even_experts(num_tokens, num_experts, top_k, self.ep, self.source)
+            experts = even_experts(num_tokens, num_experts, top_k, self.source)
             # [tokens, E], true at each token's k experts.
             chosen = torch.zeros(num_tokens, num_experts, dtype=torch.bool)
             chosen.scatter_(1, experts, True)
@@ -81,9 +89,9 @@ def make_even(chunks: Sequence[Any], groups: Groups) -> None:
     source = groups.ep.rank() * groups.etp.size() + groups.etp.rank()
     for mlp in moe_layers(chunks):
         if isinstance(mlp.router, RouterLoRA):
-            mlp.router.base = EvenRouter(mlp.router.base, groups.ep.size(), source)
+            mlp.router.base = EvenRouter(mlp.router.base, source)
         else:
-            mlp.router = EvenRouter(mlp.router, groups.ep.size(), source)
+            mlp.router = EvenRouter(mlp.router, source)
 
 
 def moe_layers(chunks: Sequence[Any]) -> list[Any]:
@@ -110,8 +118,9 @@ def count_rows(chunks: Sequence[Any], groups: Groups) -> Callable[[], tuple[floa
     rows: list[int] = []
 
     def count(_: nn.Module, args: tuple[Any, ...]) -> None:
-        # A shape is known to the host, so that nothing waits for the device.
-        rows.append(args[0].shape[0])
+        # The host knows the number from the exchange, so that nothing waits for the device.
+        _, routing, _ = args
+        rows.append(routing.num_rows)
 
     if groups.ep.size() > 1:
         for mlp in moe_layers(chunks):

@@ -9,6 +9,7 @@ float32 on the CPU. Dropout is not counted; ``PlannedModel`` refuses it.
     T  tokens of a microbatch, S B     t, n  TP, ETP size     e  bytes per element
     r, R  rank, sum of stacked ranks   q, g  query, key/value heads / t     d  head dim
     M  rows of this rank's experts: (T / t) k n on average, times the imbalance
+    N  rows that this rank receives and gathers those from; T / t without expert parallelism
 """
 
 from dataclasses import dataclass

@@ -5,7 +5,7 @@ frozen. Each adapter factor multiplies once more, for its own.
 
     T  tokens of a microbatch, S B     t, n  TP, ETP size     e  bytes per element
     M  rows of this rank's experts     q, g  features of query, key / t
-    R  sum of stacked ranks            m  microbatches of a step
+    N  rows that this rank receives    R  sum of stacked ranks     m  microbatches of a step
 """
 
 from collections.abc import Iterable
@@ -16,7 +16,7 @@ from megalora.planner.activations import head_input_needs_gradient
 from megalora.planner.gpus import attention_flops
 from megalora.planner.hardware import Kind
 from megalora.planner.ledger import Ledger
-from megalora.planner.microbatch import STATISTIC
+from megalora.planner.microbatch import PAIR, STATISTIC
 from megalora.planner.prices import Prices
 from megalora.planner.weights import attention_widths, stacked_rank
 
@@ -132,13 +132,13 @@ class LayerCosts(Prices):
         self.traffic(backward, "mlp", GATED_BACKWARD * product)
 
     def moe(self, forward: Ledger, backward: Ledger, modules: dict[str, list[Adapted]]) -> None:
-        """Router, dispatch, experts, combine; M H e and (T / t) k H e move through each sort and
-        each all-to-all."""
+        """Router, dispatch, experts, combine; a token's H e move once to each rank that has experts
+        of it and back, N H e to the fullest rank."""
         s = self.shape
         b = self.batch
         own = b.own_tokens
-        sent = own * s.top_k * s.hidden * self.e
-        received = b.rows * s.hidden * self.e
+        sent = b.sent * s.hidden * self.e
+        received = b.received * s.hidden * self.e
         for ledger in (forward, backward):
             self.gemm(ledger, "dispatch", own, s.num_experts, s.hidden)
             probabilities = own * s.num_experts * STATISTIC
@@ -148,6 +148,8 @@ class LayerCosts(Prices):
             self.collective(
                 ledger, "dispatch", "all_to_all", "ep", max(sent, received / self.p.etp), times=2
             )
+            # Probabilities and places out, the probabilities' gradients back.
+            self.collective(ledger, "dispatch", "all_to_all", "ep", own * s.top_k * PAIR)
             self.collective(ledger, "dispatch", "all_gather", "etp", received)
             self.collective(ledger, "dispatch", "reduce_scatter", "etp", received)
             # Rows are written before the all-to-all, and summed by token behind it.

@@ -47,6 +47,9 @@ class Workload:
     """Dtype of weights, adapters and activations."""
     imbalance: float = 1.0
     """Rows of the fullest expert-parallel rank over the mean. Assumed: only routing knows."""
+    ranks_per_token: float | None = None
+    """Expert-parallel ranks that have experts of a token, on average. None: as many as if a token
+    chose among all experts alike."""
     crossings: Crossings = NO_TABLE
     """From how many rows per expert the GPU runs experts on torch's grouped GEMM, with adapters
     beside the weights."""

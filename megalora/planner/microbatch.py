@@ -10,6 +10,9 @@ STATISTIC = 4
 """Bytes of a float32: a norm's rms, a log-sum-exp, a probability."""
 INT = 4
 """Bytes of an int32 index."""
+PAIR = 8
+"""Bytes that travel beside the rows for each pair of token and expert: a float32 probability and
+an int32 place."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,10 @@ class Microbatch:
     """T / t: between attention and experts each rank holds its part of the sequence."""
     rows: int
     """M: rows of this rank's experts."""
+    sent: int
+    """Rows that this rank sends: a token once to each rank that has experts of it."""
+    received: int
+    """N: rows that this rank's experts gather theirs from."""
     element_bytes: int
     """e: bytes of a weight or an activation."""
 
@@ -43,7 +50,26 @@ class Microbatch:
         # Each token goes to k experts. ETP ranks hold slices of the same experts, so each of them
         # needs the rows of all: n times as many.
         rows = own * model.shape.top_k * p.etp
+        sent = own
+        received = own * p.etp
         # A rank that holds every expert gets the same number of rows, however uneven the routing.
         if p.ep > 1:
             rows = math.ceil(rows * work.imbalance)
-        return cls(samples, work.sequence_length, row, tokens, own, rows, work.element_bytes)
+            spread = work.ranks_per_token
+            if spread is None:
+                spread = ranks_per_token(model.shape.num_experts, model.shape.top_k, p.ep)
+            sent = round(own * spread)
+            # No rank receives a token twice.
+            received = min(math.ceil(sent * p.etp * work.imbalance), own * p.etp * p.ep)
+        return cls(
+            samples, work.sequence_length, row, tokens, own, rows, sent, received,
+            work.element_bytes,
+        )  # fmt: skip
+
+
+def ranks_per_token(num_experts: int, top_k: int, ep: int) -> float:
+    """Ranks that have experts of a token, on average, if every choice of k experts is as likely:
+    ``ep (1 - C(E - E / ep, k) / C(E, k))``."""
+    elsewhere = num_experts - num_experts // ep
+    missed = math.comb(elsewhere, top_k) / math.comb(num_experts, top_k)
+    return ep * (1 - missed)

@@ -102,7 +102,7 @@ def _routing(mlp: PlannedMLP, moved: bool) -> int:
     """Top-k: an int64 index for each of the (T / t) k choices, a float32 softmax over the choices
     (over all experts where probabilities are not normed again, as in Qwen2-MoE). Where
     probabilities went: an int32 index, and one that the experts keep as well; with an all-to-all
-    that one and another belong to the rows before it."""
+    that one belongs to the pairs before it, and the M pairs that it delivered have one more."""
     s = mlp.model.shape
     own = mlp.batch.own_tokens
     choices = own * s.top_k
@@ -117,13 +117,17 @@ def _routing(mlp: PlannedMLP, moved: bool) -> int:
     else:
         scores = choices * STATISTIC
     kept = choices * (INDEX + INT) + scores
-    return kept + choices * 2 * INT * moved
+    if moved:
+        kept += choices * INT + mlp.batch.rows * INT
+    return kept
 
 
 def experts_bytes(mlp: PlannedMLP, live: bool) -> int:
-    """``expert_mlp``: rows as an all-to-all delivered them M H e (without one they are the norm's
+    """``expert_mlp``: rows as an all-to-all delivered them N H e (without one they are the norm's
     output), [gate | up] M 2 I / n e unless recomputed, S of gate and up and of down M (R + r) e,
-    probabilities M e, two int32 a row and E / ep offsets.
+    probabilities M e, an int32 a row, slots N min(k, E / ep) and E / ep offsets. With an all-to-all
+    also which tokens were sent and which rows a token's results are summed from:
+    (T / t) min(k, ep) int32 each.
 
     ``live``: whether the rows or their probabilities need a gradient.
     """
@@ -134,13 +138,18 @@ def experts_bytes(mlp: PlannedMLP, live: bool) -> int:
     if not (live or gate_up or down):
         return 0
     per_row = stacked_rank(gate_up) + stacked_rank(down)
-    # A's gradient reads the rows, and so does computing gate_up again.
-    if p.ep * p.etp > 1 and (gate_up or mlp.selective):
-        per_row += s.hidden
     if not mlp.selective:
         per_row += 2 * s.expert_intermediate // p.etp
-    row_bytes = per_row * mlp.batch.element_bytes + mlp.score_bytes + 2 * INT
-    return mlp.batch.rows * row_bytes + s.num_experts // p.ep * INT
+    batch = mlp.batch
+    local_experts = s.num_experts // p.ep
+    total = batch.rows * (per_row * batch.element_bytes + mlp.score_bytes + INT)
+    total += (batch.received * min(s.top_k, local_experts) + local_experts) * INT
+    if p.ep * p.etp > 1:
+        total += 2 * batch.own_tokens * min(s.top_k, p.ep) * INT
+        # A's gradient reads the rows, and so does computing gate_up again.
+        if gate_up or mlp.selective:
+            total += batch.received * s.hidden * batch.element_bytes
+    return total
 
 
 def _dense(mlp: PlannedMLP) -> int:

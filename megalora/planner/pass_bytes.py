@@ -227,14 +227,15 @@ def _experts_backward(
     with room stand for, has more a moment before: the output's gradient gathered M H beside dH M I
     / n.
 
-    Behind an all-to-all the output's and the input's gradients are M rows: 2 M H - (T / t) H more.
-    Recomputed: [gate | up], S.
+    Behind an all-to-all these are gradients of the N received rows instead of T / t tokens, which
+    is more. Recomputed: [gate | up], S.
     """
     s = model.shape
     p = layout.parallel
     batch = Microbatch.of(model, layout, work)
     e = batch.element_bytes
     own = batch.own_tokens * s.hidden
+    received = batch.received * s.hidden
     rows = batch.rows
     i = s.expert_intermediate // p.etp
     modules = model.modules_of(layer)
@@ -251,7 +252,7 @@ def _experts_backward(
     again = rows * (2 * i + rank)
     moved = 0
     if p.ep * p.etp > 1:
-        moved = 2 * rows * s.hidden - result
+        moved = received - own + max(0, 2 * received - result)
     return workspace * e, again * e, moved * e
 
 

@@ -9,7 +9,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from megalora_kernels import AugmentedWeight, ExpertFactors, Routing, expert_mlp, regroup, route
+from megalora_kernels import (
+    Arrivals,
+    AugmentedWeight,
+    ExpertFactors,
+    Routing,
+    expert_mlp,
+    regroup_values,
+    route,
+)
+
+from tests.kernels.oracle import arrivals_of
 
 DEVICE = "cuda"
 ALLOWED = {torch.bfloat16: 1e-2, torch.float16: 1.5e-3, torch.float32: 2e-5}
@@ -150,12 +160,23 @@ def even(dtype: torch.dtype) -> Problem:
 
 
 def received(dtype: torch.dtype) -> Problem:
-    """Rows from three ranks, one of which sends nothing to one expert; adapters on down and up
+    """Rows from three ranks for one to three of four experts each; adapters on down and up
     alone."""
-    # [ranks, experts], 438 rows in all.
-    counts = torch.tensor([[40, 0, 7, 100], [0, 0, 65, 33], [128, 1, 0, 64]], device=DEVICE)
+    arrivals = on_device(arrivals_of([[[0, 3], [3], [1, 2, 3]] * 40, [[2], [2, 3]] * 70, [[0]]], 4))
+    num_pairs = arrivals.places_M.shape[0]
+    routing, _ = regroup_values(arrivals, torch.zeros(num_pairs, device=DEVICE))
     ranks = {"up": 5, "down": 8}
-    return problem(regroup(counts, 438), 438, dtype, H=128, inner=72, ranks=ranks)
+    return problem(routing, arrivals.num_rows, dtype, H=128, inner=72, ranks=ranks)
+
+
+def on_device(arrivals: Arrivals, device: Any = DEVICE) -> Arrivals:
+    """The same with its tensors on a device."""
+    return replace(
+        arrivals,
+        counts_RE=arrivals.counts_RE.to(device),
+        rows_R=arrivals.rows_R.to(device),
+        places_M=arrivals.places_M.to(device),
+    )
 
 
 PROBLEMS = {"odd": odd, "even": even, "received": received}

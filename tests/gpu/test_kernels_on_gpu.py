@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from megalora_kernels import (
+    Arrivals,
     AugmentedWeight,
     Routing,
     dense_lora,
@@ -19,6 +20,7 @@ from megalora_kernels import (
     lora_wgrad,
     permute_shrink,
     regroup_values,
+    route_to_ranks,
     route_values,
 )
 
@@ -32,11 +34,13 @@ from tests.gpu.kernel_problem import (
     assert_idle_are_zero,
     even,
     odd,
+    on_device,
     problem,
     sorted_rows,
     top_k,
 )
 from tests.gpu.marks import NEEDS_CUDA
+from tests.kernels.oracle import arrivals_of
 
 pytestmark = NEEDS_CUDA
 
@@ -222,21 +226,52 @@ def test_routing_is_that_of_a_cpu(tokens, experts, k):
     assert_equal(*found)
 
 
+def chosen_rows(ranks: int, experts: int, most: int) -> list[list[list[int]]]:
+    """For each rank the experts of up to ``most`` rows that it sends."""
+    g = torch.Generator().manual_seed(ranks)
+    chosen = []
+    for _ in range(ranks):
+        hits = torch.rand(int(torch.randint(0, most, (), generator=g)), experts, generator=g) < 0.2
+        hits[:, 0] |= ~hits.any(1)
+        chosen.append([row.nonzero().flatten().tolist() for row in hits])
+    return chosen
+
+
 # Qwen3's 128 experts on 8 ranks; odd numbers of both; one rank with all experts; many ranks.
 @pytest.mark.parametrize(
     "ranks, experts, most", [(8, 16, 900), (3, 5, 9000), (1, 128, 30), (64, 2, 5)]
 )
 def test_routing_of_received_rows_is_that_of_a_cpu(ranks, experts, most):
-    g = torch.Generator().manual_seed(ranks)
-    counts = torch.randint(0, most, (ranks, experts), generator=g)
-    counts[0, 0] = 0
-    probs = torch.rand(int(counts.sum()), generator=g)
+    arrivals = arrivals_of(chosen_rows(ranks, experts, most), experts)
+    probs = torch.rand(len(arrivals.places_M))
     found = []
     for device in ("cpu", DEVICE):
         values = probs.to(device, copy=True).requires_grad_()
-        routing, sorted_M = regroup_values(counts.to(device), values)
+        routing, sorted_M = regroup_values(on_device(arrivals, device), values)
         sorted_M.backward(torch.arange(len(probs), device=device) / 7)
         found.append(on_the_host(routing, sorted_M, values))
+    assert_equal(*found)
+
+
+# Qwen3 over 8 ranks; two experts a rank; as many ranks as experts; one rank.
+@pytest.mark.parametrize(
+    "tokens, experts, k, ranks", [(3001, 128, 8, 8), (57, 6, 4, 3), (301, 16, 3, 16), (9, 5, 2, 1)]
+)
+def test_what_is_sent_to_whom_is_that_of_a_cpu(tokens, experts, k, ranks):
+    scores = torch.rand(tokens, experts, generator=torch.Generator().manual_seed(tokens))
+    chosen = torch.zeros(tokens, experts, dtype=torch.bool).scatter_(
+        1, scores.topk(k).indices, True
+    )
+    found = []
+    for device in ("cpu", DEVICE):
+        values = scores.to(device, copy=True).requires_grad_()
+        sending, values_M = route_to_ranks(chosen.to(device), values, k, ranks)
+        values_M.backward(torch.arange(tokens * k, device=device) / 7)
+        rows = sending.rows(int(sending.row_ends_R[-1]))
+        found.append(
+            {"places": sending.places_M.cpu(), "counts": sending.ends().diff().cpu()}
+            | on_the_host(rows, values_M, values)
+        )
     assert_equal(*found)
 
 
@@ -253,7 +288,8 @@ def test_nothing_waits_for_the_device(way):
         routing, probs_M = route_values(chosen_TE, probs_TE, 2)
         probs_M.sum().backward()
         replace(case, routing=routing).in_way(way)
-        arrived, _ = regroup_values(counts, probs_M.detach()[:2300])
+        route_to_ranks(chosen_TE, probs_TE, 2, 3)
+        arrived, _ = regroup_values(Arrivals.single(counts, 2300), probs_M.detach()[:2300])
         x = case.leaves["x"]
         p = case.leaves["p"][:2300]
         w1 = AugmentedWeight(case.w1, case.rank1()) if way == "joined" else case.w1

@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from megalora_kernels import ExpertFactors, Routing, expert_mlp, permute_shrink, route
 from megalora_kernels import variants as choices
+from megalora_kernels.destinations import places_triton
 from megalora_kernels.gemm_kernel import grouped_gemm_triton
-from megalora_kernels.regroup import regroup_triton
+from megalora_kernels.regroup import Arrivals, regroup_triton
 from megalora_kernels.route import route_triton, spread_triton
 from megalora_kernels.sums import TritonSums
 from megalora_kernels.swiglu import swiglu_triton
@@ -78,14 +79,18 @@ def layer(dtype: torch.dtype, rank: int, tokens: int, whole: bool) -> None:
 
 
 def routing_of_128(dtype: torch.dtype) -> None:
-    """Routing of 128 experts, top 8, and of what 8 ranks send for 16 of them."""
+    """Routing of 128 experts, top 8, to 8 ranks, and of what 8 ranks send for 16 of them."""
     # Numbers of experts and top k are constants in the kernels; tokens are not.
     chosen_TE = torch.zeros(64, 128, dtype=torch.bool)
     p_TE = torch.zeros(64, 128, dtype=dtype)
     routing, expert_TK, moved_M = route_triton(chosen_TE, 8, p_TE)
     assert routing.slots_TK is not None and moved_M is not None
     spread_triton(moved_M, routing.slots_TK, expert_TK, 128)
-    regroup_triton(torch.zeros(8, 16, dtype=torch.int64), 512, moved_M)
+    rows, *_ = route_triton(torch.zeros(64, 8, dtype=torch.bool), 8, exactly=False)
+    places_M = places_triton(routing, expert_TK, rows, 16, 8)
+    counts_RE = torch.zeros(8, 16, dtype=torch.int64)
+    arrivals = Arrivals(counts_RE, torch.zeros(8, dtype=torch.int64), places_M, 300, 8)
+    regroup_triton(arrivals, moved_M)
 
 
 def layers(capability: int, dtype: torch.dtype, rank: int, tokens: int, whole: bool = True) -> Case:
@@ -101,8 +106,7 @@ PRODUCTS = {
     "gate_up dgrad": Product("dgrad", HALF, H, 2 * I, 0, gathered=False, rows_per_expert=512),
     "down dgrad": Product("dgrad", HALF, I, H, 0, gathered=True, rows_per_expert=512),
 }
-"""The products of a layer whose tokens are all here; after an all-to-all, gate_up's rows are in
-order."""
+"""The products of a layer."""
 RANKS = (32, 0, 64, 128, 16)
 """Stacked ranks, one variant after the other: every pair with an operand's way to the tensor cores
 occurs."""

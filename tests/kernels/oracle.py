@@ -5,12 +5,21 @@ Which expert and which token a row belongs to comes from a sorted list of Python
 routing under test is not trusted either.
 """
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from megalora_kernels import AugmentedWeight, ExpertFactors, Routing, expert_mlp, regroup, route
+from megalora_kernels import (
+    Arrivals,
+    AugmentedWeight,
+    ExpertFactors,
+    Routing,
+    expert_mlp,
+    regroup_values,
+    route,
+)
 
 # Scales and ranks all differ, so that one taken for another shows; odd ranks need padding.
 SCALES = {"gate": 0.75, "up": 1.5, "down": 1.25}
@@ -113,14 +122,6 @@ def expert_of_rows(counts: list[int]) -> list[int]:
     return experts
 
 
-def expert_of_arrivals(counts_RE: list[list[int]]) -> list[int]:
-    """The expert of each row as it arrives: all rows of the first rank, then of the second."""
-    experts = []
-    for counts_E in counts_RE:
-        experts += expert_of_rows(counts_E)
-    return experts
-
-
 def sorted_pairs(chosen: list[list[int]]) -> list[tuple[int, int]]:
     """(expert, token) of each row, where token t goes to ``chosen[t]``: by expert, then token."""
     # Tuples sort by expert first, as rows must come for a grouped product.
@@ -163,11 +164,27 @@ def top_k(chosen: list[list[int]], num_experts: int, k: int, **how: Any) -> Expe
     )
 
 
-def received(counts_RE: list[list[int]], **how: Any) -> Experts:
-    """Rows as they arrive from each rank, sorted by expert only within one."""
-    # After an all-to-all a row is a token of its own, with one expert.
-    rows = sorted_pairs([[e] for e in expert_of_arrivals(counts_RE)])
-    return _experts(regroup(torch.tensor(counts_RE), len(rows)), rows, len(rows), **how)
+def received(chosen_RT: list[list[list[int]]], num_experts: int, **how: Any) -> Experts:
+    """Rows as they arrive: rank r sends one for each of ``chosen_RT[r]``, the experts that it goes
+    to here, and its pairs sorted by expert."""
+    chosen = list(itertools.chain.from_iterable(chosen_RT))
+    values = torch.zeros(sum(map(len, chosen)))
+    routing, _ = regroup_values(arrivals_of(chosen_RT, num_experts), values)
+    return _experts(routing, sorted_pairs(chosen), len(chosen), **how)
+
+
+def arrivals_of(chosen_RT: list[list[list[int]]], num_experts: int) -> Arrivals:
+    """What arrives with the rows of ``received``."""
+    num_slots = max(len(experts) for experts in itertools.chain(*chosen_RT, [[0]]))
+    counts_RE = torch.zeros(len(chosen_RT), num_experts, dtype=torch.int64)
+    places = []
+    for rank, chosen in enumerate(chosen_RT):
+        for expert, row in sorted_pairs(chosen):
+            counts_RE[rank, expert] += 1
+            places.append(row * num_slots + chosen[row].index(expert))
+    rows_R = torch.tensor([len(chosen) for chosen in chosen_RT])
+    num_rows = int(rows_R.sum())
+    return Arrivals(counts_RE, rows_R, torch.tensor(places).int(), num_rows, num_slots)
 
 
 IDLE = {
@@ -176,7 +193,7 @@ IDLE = {
         [[1, 2], [4, 2], [1, 4], [1, 2], [4, 2], [2, 1], [2, 4]], 6, 2, **how
     ),
     "received": lambda **how: received(
-        [[0, 2, 1, 0, 3, 0], [0, 0, 4, 0, 1, 0], [0, 1, 0, 0, 0, 0]], **how
+        [[[1, 2], [4], [1, 2, 4], [4]], [[2], [2, 4], [2], [2]], [[1]]], 6, **how
     ),
 }
 """Three ways for rows to come, each with experts without rows first, in the middle and last."""

@@ -60,6 +60,17 @@ def test_one_slot_is_a_gather_and_a_row_may_serve_twice(way):
 
 
 @pytest.mark.parametrize("way", WAYS)
+def test_empty_slots_add_nothing(way):
+    """Received rows go to fewer experts than some other row does."""
+    y, _ = operands(torch.float32)
+    # Row 0 is no number: a sum that reads it for an empty slot is none either.
+    y[0] = torch.nan
+    slots = torch.tensor([[3, 7, -1], [2, -1, -1], [5, 1, 4]], dtype=torch.int32)
+    want = torch.stack([y[3] + y[7], y[2], y[5] + y[1] + y[4]])
+    assert torch.equal(WAYS[way](y, slots), want)
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_strides_and_nothing(way):
     y, slots = operands(torch.float32)
     # The first columns of a wider tensor, and columns next to each other in memory.

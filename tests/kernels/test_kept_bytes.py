@@ -11,9 +11,17 @@ from functools import cache
 import pytest
 import torch
 import torch.nn.functional as F
-from megalora_kernels import AugmentedWeight, ExpertFactors, Routing, expert_mlp, regroup, route
+from megalora_kernels import (
+    AugmentedWeight,
+    ExpertFactors,
+    Routing,
+    expert_mlp,
+    regroup_values,
+    route,
+)
 
 from tests.kernels.measure import kept_bytes
+from tests.kernels.oracle import arrivals_of
 
 E = 8
 T = 8
@@ -22,18 +30,21 @@ INNER = 768
 R = 16
 TOP_K = 8
 M = T * TOP_K
+RANKS = 4
+"""Ranks that a token is sent to, where experts are divided: two of its experts are on each."""
 BF16 = 2
-# Source and slots of each row, and the token's share of the offsets: int32.
+# Source and slots of each row, and the token's share of the offsets: int32. A received row has two
+# slots, four such rows as many as a token that is gathered eight times.
 INDEXES = TOP_K * (4 + 4) + E * 4 / T
 # And a probability for each row, in float32.
 BESIDE = TOP_K * 4 + INDEXES
 
 PER_ROW = {"[gate | up]": 2 * INNER, "S of gate and up": 2 * R, "S of down": R}
 FORMULAS = {
-    # rows as they came through the all-to-all, permuted inside: x cannot be fetched again without
-    # another one
-    "received": TOP_K * (H + sum(PER_ROW.values())) * BF16 + BESIDE,
-    "received, recomputed": TOP_K * (H + 3 * R) * BF16 + BESIDE,
+    # gathered from the rows that came through the all-to-all, one for each rank: they cannot be
+    # fetched again without another one
+    "received": (RANKS * H + TOP_K * sum(PER_ROW.values())) * BF16 + BESIDE,
+    "received, recomputed": (RANKS * H + TOP_K * 3 * R) * BF16 + BESIDE,
     # gathered from the hidden states, which are kept once per token
     "gathered": (H + TOP_K * sum(PER_ROW.values())) * BF16 + BESIDE,
     "gathered, recomputed": (H + TOP_K * 3 * R) * BF16 + BESIDE,
@@ -86,9 +97,10 @@ def test_kept_per_token_and_layer(case, arm):
     gate_up = ExpertFactors(t["a1"], (t["gate"], t["up"]), (2.0, 2.0))
     down = ExpertFactors(t["a2"], (t["down"],), (2.0,))
     if way == "received":
-        x = rows_of_x(M)
-        # As many rows from each of four ranks for each expert.
-        routing = regroup(torch.full((4, E), M // E // 4), M)
+        x = rows_of_x(T * RANKS)
+        # As many rows from each of four ranks for each pair of experts.
+        rows = [[0, 1], [2, 3], [4, 5], [6, 7]] * (T // 4)
+        routing, _ = regroup_values(arrivals_of([rows] * RANKS, E), t["p"].detach())
     else:
         x = rows_of_x(T)
         routing = route(torch.ones(T, E, dtype=torch.bool), TOP_K)[0]
@@ -104,12 +116,13 @@ def test_kept_per_token_and_layer(case, arm):
 
 
 def test_the_formulas_are_what_was_promised():
-    """58 to 62 KB, and 29 KB where x can be gathered again; 34 and 5 KB with recomputation."""
+    """42 KB behind an all-to-all, 29 KB where x is the hidden states; 17 and 5 KB with
+    recomputation."""
     kilobytes = {
-        # 8 rows x (2048 + 1536 + 48) values x 2 bytes = 58.1, and 0.1 beside.
-        "received": 58.2,
-        # Without [gate | up]: 8 x (2048 + 48) x 2 = 33.5.
-        "received, recomputed": 33.6,
+        # (4 rows of 2048 + 8 x (1536 + 48)) values x 2 bytes = 41.7, and 0.1 beside.
+        "received": 41.8,
+        # Without [gate | up]: (4 x 2048 + 8 x 48) x 2 = 17.2.
+        "received, recomputed": 17.3,
         # x once for the token: (2048 + 8 x (1536 + 48)) x 2 = 29.4.
         "gathered": 29.5,
         # (2048 + 8 x 48) x 2 = 4.9.

@@ -39,7 +39,10 @@ def experts(draw: st.DrawFn) -> Experts:
     if way == "sorted":
         return sorted_rows(draw(counts), **how)
     if way == "received":
-        return received(draw(st.lists(counts, min_size=1, max_size=3)), **how)
+        # A row goes to one expert at least, and to none twice; a rank may send nothing.
+        row = st.sets(st.integers(0, num_experts - 1), min_size=1).map(sorted)
+        ranks = draw(st.lists(st.lists(row, max_size=6), min_size=1, max_size=3))
+        return received(ranks, num_experts, **how)
     k = draw(st.integers(1, min(3, num_experts)))
     chosen = []
     for _ in range(draw(st.integers(0, 9))):

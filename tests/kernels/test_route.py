@@ -1,25 +1,28 @@
-"""Compare the Triton forms of route and regroup, and the values that move along, with sorted lists
-of Python pairs."""
+"""Compare the Triton forms of what routes and regroups rows, and the values that move along, with
+sorted lists of Python pairs."""
 
 import importlib
 import itertools
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 from megalora_kernels import (
+    Arrivals,
     Routing,
     permute_values,
-    regroup,
     regroup_values,
     route,
+    route_to_ranks,
     route_values,
 )
 
-from tests.kernels.oracle import as_map, expert_of_arrivals, last_rows, sorted_pairs
+from tests.kernels.oracle import arrivals_of, as_map, last_rows, sorted_pairs
 
 # The package re-exports functions under their modules' names, so attribute access finds functions.
 route_module = importlib.import_module("megalora_kernels.route")
+destinations_module = importlib.import_module("megalora_kernels.destinations")
 regroup_module = importlib.import_module("megalora_kernels.regroup")
 
 
@@ -96,41 +99,129 @@ def test_a_token_with_another_number_of_experts_is_an_assertion_on_the_device(ch
         route_module.route_triton(as_map(chosen, 3), 2)
 
 
-COUNTS = {
-    "one rank": [[3, 0, 2]],
-    "one expert": [[3], [0], [4]],
-    "idle ranks and experts": [[0, 2, 1, 0, 3], [0, 0, 0, 0, 0], [0, 1, 5, 0, 0]],
-    # 512 at a time.
-    "more rows than a program takes at once": [[2100, 3], [1, 600]],
+def on_ranks(chosen: list[list[int]], per_rank: int) -> list[list[int]]:
+    """Ranks that each token is sent to, ascending."""
+    return [sorted({e // per_rank for e in experts}) for experts in chosen]
+
+
+def wanted_places(chosen: list[list[int]], per_rank: int, num_slots: int) -> list[int]:
+    """The place of each pair, pairs by expert: its token's row among those that its rank gets, and
+    which of the token's experts there it is."""
+    found = []
+    for e, t in sorted_pairs(chosen):
+        rank = e // per_rank
+        # Rows for a rank are the tokens with an expert on it, in order.
+        tokens = [
+            u for u, experts in enumerate(chosen) if any(x // per_rank == rank for x in experts)
+        ]
+        there = [x for x in chosen[t] if x // per_rank == rank]
+        found.append(tokens.index(t) * num_slots + there.index(e))
+    return found
+
+
+# (experts of each token, experts, k, ranks)
+SENT = {
+    "one token": (chosen_experts(1, 6, 4), 6, 4, 3),
+    "one rank": (chosen_experts(9, 6, 2), 6, 2, 1),
+    "one expert a rank": (chosen_experts(13, 5, 3), 5, 3, 5),
+    "a rank without tokens": (chosen_experts(13, 8, 3, idle=(2, 3)), 8, 3, 4),
+    "all experts": (chosen_experts(5, 6, 6), 6, 6, 2),
+    "several blocks and chunks": (chosen_experts(57, 12, 5, idle=(7,)), 12, 5, 3),
 }
 
 
 @pytest.mark.usefixtures("uninitialised_is_nan", "any_order")
-@pytest.mark.parametrize("name, strided", itertools.product(COUNTS, [False, True]))
+@pytest.mark.parametrize("name", SENT)
+def test_a_token_is_sent_once_to_each_rank(name, monkeypatch):
+    monkeypatch.setattr(route_module, "CHUNKS", 5)
+    monkeypatch.setattr(route_module, "_tokens_at_once", lambda experts: (16, 4))
+    monkeypatch.setattr(destinations_module, "BLOCK_T", 8)
+    chosen, num_experts, k, num_ranks = SENT[name]
+    per_rank = num_experts // num_ranks
+    ranks = on_ranks(chosen, per_rank)
+    rows = sorted_pairs(ranks)
+    pairs, expert_TK, _ = route_module.route_triton(as_map(chosen, num_experts), k)
+    most = min(k, num_ranks)
+    hits = as_map(ranks, num_ranks)
+    of_rows, *_ = route_module.route_triton(hits, most, exactly=False)
+    assert of_rows.offsets_E.tolist() == last_rows([r for r, _ in rows], num_ranks)
+    assert of_rows.source_M[: len(rows)].tolist() == [t for _, t in rows]
+    for t, of_token in enumerate(ranks):
+        slots = [rows.index((r, t)) for r in of_token]
+        assert of_rows.slots_TK[t].tolist() == slots + [-1] * (most - len(slots))
+    num_slots = min(k, per_rank)
+    places_M = destinations_module.places_triton(pairs, expert_TK, of_rows, per_rank, num_slots)
+    assert places_M.tolist() == wanted_places(chosen, per_rank, num_slots)
+    # The public function, on a CPU, says the same.
+    sending, _ = route_to_ranks(
+        as_map(chosen, num_experts), torch.zeros(hits.shape[0], num_experts), k, num_ranks
+    )
+    assert torch.equal(sending.places_M, places_M)
+    for field in ("offsets_E", "slots_TK"):
+        assert torch.equal(getattr(sending.rows(len(rows)), field), getattr(of_rows, field))
+    assert sending.rows(len(rows)).source_M.tolist() == [t for _, t in rows]
+    per_expert = as_map(chosen, num_experts).sum(0).tolist()
+    assert sending.ends().diff().tolist() == per_expert + hits.sum(0).tolist()
+
+
+def test_experts_that_ranks_cannot_share_evenly():
+    with pytest.raises(ValueError, match="6 experts are not a multiple of 4 ranks; use a number"):
+        route_to_ranks(torch.ones(2, 6, dtype=torch.bool), torch.ones(2, 6), 6, 4)
+
+
+# What each rank sends: the experts of each of its rows.
+ARRIVALS = {
+    "one rank": ([[[0], [2], [0, 2], [0]]], 3),
+    "one expert": ([[[0], [0], [0]], [], [[0]] * 4], 1),
+    "idle ranks and experts": ([[[1, 2], [4], [1, 4], [4]], [], [[1, 2], [2]] * 3], 5),
+    # 512 pairs at a time.
+    "more rows than a program takes at once": ([[[0]] * 2100 + [[0, 1]], [[1], [0, 1]] * 300], 2),
+}
+
+
+@pytest.mark.usefixtures("uninitialised_is_nan", "any_order")
+@pytest.mark.parametrize("name, strided", itertools.product(ARRIVALS, [False, True]))
 def test_regroup(name, strided):
-    counts_RE = COUNTS[name]
-    arriving = expert_of_arrivals(counts_RE)
-    # Python's sort is stable: rows of one expert stay in the order in which they arrived.
-    order = sorted(range(len(arriving)), key=arriving.__getitem__)
-    counts = torch.tensor(counts_RE)
+    chosen_RT, num_experts = ARRIVALS[name]
+    arrivals = arrivals_of(chosen_RT, num_experts)
+    chosen = list(itertools.chain.from_iterable(chosen_RT))
+    rows = sorted_pairs(chosen)
+    # Pairs arrive by rank, then by expert: (row, expert), rows numbered over all ranks.
+    arriving = []
+    first = 0
+    for of_rank in chosen_RT:
+        arriving += [(first + row, e) for e, row in sorted_pairs(of_rank)]
+        first += len(of_rank)
     if strided:
         # Column by column in memory, and of the other dtype that may come.
-        counts = counts.int().t().contiguous().t()
-    values = torch.rand(len(arriving))
-    routing, values_M = regroup_module.regroup_triton(counts, len(arriving), values)
-    assert routing.source_M.tolist() == order
-    # Slots say where an arrived row went, the inverse of where a sorted row came from.
-    assert routing.slots_TK.reshape(-1).argsort().tolist() == order
-    assert routing.slots_TK.shape == (len(arriving), 1)
-    assert routing.offsets_E.tolist() == last_rows(arriving, len(counts_RE[0]))
-    assert torch.equal(values_M, values[order])
-    assert regroup_module.regroup_triton(counts, len(arriving))[1] is None
+        counts = arrivals.counts_RE.int().t().contiguous().t()
+        apart = torch.stack((arrivals.rows_R, arrivals.rows_R), 1)[:, 0]
+        arrivals = replace(arrivals, counts_RE=counts, rows_R=apart)
+        # As they travel: a place beside each value.
+        pairs = torch.stack((arrivals.places_M, arrivals.places_M + 9), 1)
+        arrivals = replace(arrivals, places_M=pairs[:, 0])
+    values = torch.rand(len(rows))
+    if strided:
+        values = torch.stack((values, values + 9), 1)[:, 0]
+    routing, sorted_M, values_M = regroup_module.regroup_triton(arrivals, values)
+    assert routing.source_M.tolist() == [row for _, row in rows]
+    assert routing.offsets_E.tolist() == last_rows([e for e, _ in rows], num_experts)
+    assert sorted_M.tolist() == [rows.index((e, row)) for row, e in arriving]
+    # A row's slots are the places of its pairs, in the order of its experts.
+    for row, experts in enumerate(chosen):
+        slots = [rows.index((e, row)) for e in experts]
+        assert routing.slots_TK[row].tolist() == slots + [-1] * (arrivals.num_slots - len(slots))
+    assert values_M.tolist() == [values[arriving.index((row, e))].item() for e, row in rows]
 
 
-def test_counts_that_do_not_add_up_are_an_assertion_on_the_device():
-    # 5 rows by the counts, 6 by what arrived.
+@pytest.mark.parametrize("rows", [6, 4])
+def test_counts_that_do_not_add_up_are_an_assertion_on_the_device(rows):
+    arrivals = Arrivals.single(torch.tensor([[3, 0], [1, 1]]), 5)
+    # 5 rows and pairs by the counts, another number by what arrived.
     with pytest.raises(Exception, match="counts do not add up to the number of rows"):
-        regroup_module.regroup_triton(torch.tensor([[3, 0], [1, 1]]), 6)
+        regroup_module.regroup_triton(replace(arrivals, num_rows=rows), torch.zeros(5))
+    with pytest.raises(Exception, match="counts do not add up to the number of rows"):
+        regroup_module.regroup_triton(arrivals, torch.zeros(rows))
 
 
 # ---- the public functions, on a CPU -------------------------------------------------------------
@@ -154,22 +245,45 @@ def test_values_of_a_route_move_as_permute_values_moves_them():
     assert torch.autograd.gradcheck(lambda v: route_values(routing_map, v, 2)[1], (values,))
 
 
-def test_values_of_received_rows_move_as_permute_values_moves_them():
-    counts = torch.tensor([[2, 0, 3], [1, 4, 0]])
-    values = torch.rand(10, dtype=torch.float64, requires_grad=True)
-    routing, values_M = regroup_values(counts, values)
-    want = regroup(counts, 10)
-    assert torch.equal(values_M, permute_values(values[:, None], want))
-    assert_same(routing, want)
-    assert torch.autograd.gradcheck(lambda v: regroup_values(counts, v)[1], (values,))
+def test_values_move_through_a_whole_exchange():
+    """Two ranks send to two; each pair's value ends up with its expert, and its gradient in the
+    entry that it came from."""
+    chosen_RT = [chosen_experts(7, 6, 3), chosen_experts(11, 6, 3, idle=(1,))]
+    maps = [as_map(chosen, 6) for chosen in chosen_RT]
+    tables = [
+        torch.rand(len(chosen), 6, dtype=torch.float64, requires_grad=True) for chosen in chosen_RT
+    ]
+
+    def exchanged(*tables: torch.Tensor) -> torch.Tensor:
+        sent = [route_to_ranks(m, table, 3, 2) for m, table in zip(maps, tables, strict=True)]
+        found = []
+        for rank in (0, 1):
+            mine = slice(3 * rank, 3 * rank + 3)
+            counts_RE = torch.stack([s.ends().diff()[:6][mine] for s, _ in sent])
+            rows_R = torch.stack([s.ends().diff()[6 + rank] for s, _ in sent])
+            splits = [s.ends().diff()[:6].view(2, 3).sum(1).tolist() for s, _ in sent]
+            values = [v.split(n)[rank] for (_, v), n in zip(sent, splits, strict=True)]
+            places = [s.places_M.split(n)[rank] for (s, _), n in zip(sent, splits, strict=True)]
+            arrivals = Arrivals(counts_RE, rows_R, torch.cat(places), int(rows_R.sum()), 3)
+            found.append(regroup_values(arrivals, torch.cat(values))[1])
+        return torch.cat(found)
+
+    want = []
+    for e in range(6):
+        for table, chosen in zip(tables, chosen_RT, strict=True):
+            want += [table[t, e] for t, experts in enumerate(chosen) if e in experts]
+    assert torch.equal(exchanged(*tables), torch.stack(want))
+    assert torch.autograd.gradcheck(exchanged, tuple(tables))
 
 
 def test_no_tokens_and_no_rows():
     routing, values_M = route_values(torch.zeros(0, 3, dtype=torch.bool), torch.zeros(0, 3), 2)
     assert routing.offsets_E.tolist() == [0, 0, 0] and values_M.shape == (0,)
-    routing, values_M = regroup_module.regroup_triton(
-        torch.zeros(2, 3, dtype=torch.int64), 0, torch.zeros(0)
-    )
+    sending, values_M = route_to_ranks(torch.zeros(0, 4, dtype=torch.bool), torch.zeros(0, 4), 3, 2)
+    assert sending.ends().diff().tolist() == [0] * 6 and values_M.shape == (0,)
+    assert sending.rows(0).slots_TK.shape == (0, 2)
+    nothing = Arrivals.single(torch.zeros(2, 3, dtype=torch.int64), 0)
+    routing, _, values_M = regroup_module.regroup_triton(nothing, torch.zeros(0))
     assert routing.offsets_E.tolist() == [0, 0, 0] and values_M.shape == (0,)
 
 
@@ -181,5 +295,9 @@ def test_more_rows_than_int32_numbers_are_refused():
         ValueError, match=re.escape(f"routing: {tokens} tokens with 8 experts each {message}")
     ):
         route(torch.empty(tokens, 8, dtype=torch.bool, device="meta"), 8)
-    with pytest.raises(ValueError, match=re.escape(f"routing: 2147483648 received rows {message}")):
-        regroup(torch.empty(2, 3, dtype=torch.int64, device="meta"), 2**31)
+    counts = torch.empty(2, 3, dtype=torch.int64, device="meta")
+    arrivals = replace(Arrivals.single(counts, 2**28), num_slots=8)
+    with pytest.raises(
+        ValueError, match=re.escape(f"routing: 2147483648 slots of received rows {message}")
+    ):
+        regroup_values(arrivals, torch.empty(2**28, device="meta"))

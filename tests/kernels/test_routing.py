@@ -1,16 +1,27 @@
 """Compare route and regroup with sorted lists of Python pairs, and permute and unpermute with each
 other."""
 
+import itertools
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from megalora_kernels import Routing, permute, permute_values, regroup, route, unpermute
+from megalora_kernels import (
+    Arrivals,
+    Routing,
+    permute,
+    permute_values,
+    regroup_values,
+    route,
+    route_to_ranks,
+    unpermute,
+)
 
 from tests.kernels.measure import no_reads_on_the_host
-from tests.kernels.oracle import ULP, as_map, expert_of_arrivals, last_rows, sorted_pairs
+from tests.kernels.oracle import ULP, arrivals_of, as_map, last_rows, sorted_pairs
 
 
 @st.composite
@@ -48,23 +59,38 @@ def test_route_against_a_sorted_list(case):
     assert routing.spans() == list(zip(range(num_experts), starts, ends, strict=True))
 
 
-COUNTS = st.integers(1, 5).flatmap(
-    lambda experts: st.lists(
-        st.lists(st.integers(0, 4), min_size=experts, max_size=experts), min_size=1, max_size=4
-    )
-)
+@st.composite
+def sent_rows(draw: st.DrawFn) -> tuple[list[list[list[int]]], int]:
+    """(for each rank the experts of each row that it sends, E)."""
+    num_experts = draw(st.integers(1, 5))
+    row = st.sets(st.integers(0, num_experts - 1), min_size=1).map(sorted)
+    ranks = st.lists(st.lists(row, max_size=4), min_size=1, max_size=4)
+    return draw(ranks), num_experts
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
-@given(counts_RE=COUNTS)
-def test_regroup_against_a_stable_sort(dtype, counts_RE):
-    arriving = expert_of_arrivals(counts_RE)
-    # Python's sort is stable: rows of one expert stay in the order in which they arrived.
-    order = sorted(range(len(arriving)), key=arriving.__getitem__)
-    routing = regroup(torch.tensor(counts_RE, dtype=dtype), len(arriving))
-    assert routing.source_M.tolist() == order and routing.num_rows == len(arriving)
-    assert routing.slots_TK.tolist() == [[order.index(m)] for m in range(len(arriving))]
-    assert routing.offsets_E.tolist() == last_rows(arriving, len(counts_RE[0]))
+@given(case=sent_rows())
+def test_regroup_against_a_sorted_list(dtype, case):
+    chosen_RT, num_experts = case
+    arrivals = arrivals_of(chosen_RT, num_experts)
+    arrivals = replace(arrivals, counts_RE=arrivals.counts_RE.to(dtype))
+    chosen = list(itertools.chain.from_iterable(chosen_RT))
+    rows = sorted_pairs(chosen)
+    # Values name the pairs, in the order in which they arrive.
+    routing, sorted_M = regroup_values(arrivals, torch.arange(len(rows)).double())
+    assert routing.source_M.tolist() == [row for _, row in rows]
+    assert routing.num_rows == len(rows)
+    for row, experts in enumerate(chosen):
+        slots = [rows.index((e, row)) for e in experts]
+        assert routing.slots_TK[row].tolist() == slots + [-1] * (arrivals.num_slots - len(slots))
+    assert routing.offsets_E.tolist() == last_rows([e for e, _ in rows], num_experts)
+    # Ranks send their pairs by expert: sorted over all ranks, those of one rank stay in order.
+    of_rank = torch.tensor([rank for rank, sent in enumerate(chosen_RT) for _ in sent])
+    rank_of_pair = of_rank[routing.source_M.long()]
+    for rank in range(len(chosen_RT)):
+        mine = sorted_M[rank_of_pair == rank]
+        assert mine.tolist() == sorted(mine.tolist())
+    assert sorted(sorted_M.tolist()) == list(range(len(rows)))
     for index in (routing.source_M, routing.slots_TK, routing.offsets_E):
         assert index.dtype == torch.int32
 
@@ -88,9 +114,12 @@ def test_permute_unpermute_and_values(case):
     torch.testing.assert_close(back, x * p_TK.sum(1, keepdim=True))
 
 
+SINGLE = Arrivals.single(torch.tensor([[2, 0, 3], [1, 4, 0]]), 10)
+"""Rows of two ranks for one of three experts each."""
+
+
 def test_unpermute_is_the_exact_inverse_where_every_token_has_one_row():
-    counts_RE = torch.tensor([[2, 0, 3], [1, 4, 0]])
-    routing = regroup(counts_RE, 10)
+    routing, _ = regroup_values(SINGLE, torch.zeros(10))
     x = torch.randn(10, 3)
     assert torch.equal(unpermute(permute(x, routing), routing), x)
     assert torch.equal(permute(unpermute(x, routing), routing), x)
@@ -138,11 +167,17 @@ def test_rows_that_are_sorted_already_pass_through():
 
 def test_on_meta_tensors_there_is_nothing_to_read():
     routing, expert_TK = route(torch.empty(5, 6, dtype=torch.bool, device="meta"), 2)
-    again = regroup(torch.empty(3, 6, dtype=torch.int64, device="meta"), 11)
+    counts = torch.empty(3, 6, dtype=torch.int64, device="meta")
+    again, _ = regroup_values(Arrivals.single(counts, 11), torch.empty(11, device="meta"))
+    sending, _ = route_to_ranks(
+        torch.empty(5, 6, dtype=torch.bool, device="meta"), torch.empty(5, 6, device="meta"), 2, 3
+    )
     assert routing.source_M.shape == (10,) and routing.slots_TK.shape == expert_TK.shape == (5, 2)
     # An arrived row is a token of its own, with a single slot.
     assert again.source_M.shape == (11,) and again.slots_TK.shape == (11, 1)
     assert again.offsets_E.shape == (6,)
+    # Ten pairs of a token and an expert; two ranks of a token at most.
+    assert sending.places_M.shape == (10,) and sending.slots_TD.shape == (5, 2)
     x = torch.empty(5, 3, device="meta", requires_grad=True)
     rows = permute(x, routing) * permute_values(torch.empty(5, 2, device="meta"), routing)[:, None]
     (dx,) = torch.autograd.grad(unpermute(rows, routing).sum(), x)
@@ -151,10 +186,9 @@ def test_on_meta_tensors_there_is_nothing_to_read():
 
 def test_and_on_others_nothing_is_read():
     routing = example()
-    counts_RE = torch.tensor([[2, 0, 3], [1, 4, 0]])
     x = torch.randn(5, 3, requires_grad=True)
     with no_reads_on_the_host():
-        regroup(counts_RE, 10)
+        regroup_values(SINGLE, torch.zeros(10))
         rows = permute(x, routing) * permute_values(torch.ones(5, 2), routing)[:, None]
         (dx,) = torch.autograd.grad(unpermute(rows, routing).sum(), x)
     # Two rows for each token, each with probability 1.

@@ -5,6 +5,7 @@ from tests.mutations.base_bugs import BASE_BUGS
 from tests.mutations.bugs import BUGS as MODEL_BUGS
 from tests.mutations.compiled_bugs import COMPILED_BUGS
 from tests.mutations.data_bugs import DATA_BUGS
+from tests.mutations.dispatch_bugs import DISPATCH_BUGS
 from tests.mutations.docs_bugs import DOCS_BUGS
 from tests.mutations.family_bugs import FAMILY_BUGS
 from tests.mutations.gpu_bugs import GPU_BUGS
@@ -37,6 +38,7 @@ EVERY_BUG = (
     + TUNE_BUGS
     + COMPILED_BUGS
     + DOCS_BUGS
+    + DISPATCH_BUGS
     + INSTALL_BUGS
     + HEAD_BUGS
     + ROW_BUGS

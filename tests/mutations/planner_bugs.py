@@ -84,7 +84,7 @@ PLANNER_BUGS: tuple[Bug, ...] = (
         "return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps).sin()",
         ALONE),
     bug(0, "even routing that favours the first rank", "megalora/bench/routing.py",
-        "(turn % ep) * per_rank", "(turn % ep // 2) * per_rank",
+        "experts.view(num_tokens, top_k)", "experts.view(num_tokens, top_k) // 2",
     "tests/bench/test_routing.py balanced"),
     bug(0, "live tensors never freed", "megalora/bench/live.py", "self.now_bytes -= ",
         "self.now_bytes -= 0 * ", "tests/bench/test_live.py"),

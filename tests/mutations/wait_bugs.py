@@ -47,8 +47,8 @@ WAIT_BUGS: tuple[Bug, ...] = (
         0,
         "counts of an exchange left on the host",
         DISPATCHER,
-        "self.counts_RE = counts.to(routing_map.device)",
-        "self.counts_RE = counts.cpu()",
+        "self.counts_RE = pairs.flatten(0, 1)",
+        "self.counts_RE = pairs.flatten(0, 1).cpu()",
         TP_EP,
     ),
     # A wait of the host
@@ -96,16 +96,16 @@ WAIT_BUGS: tuple[Bug, ...] = (
         0,
         "the dispatcher looks for idle experts",
         DISPATCHER,
-        "        self.sending, values_M = route_values(",
-        "        self.idle = (routing_map.sum(0) == 0).nonzero()\n        self.sending, values_M ="
-        " route_values(",
+        "        sending, values_M = route_to_ranks(",
+        "        self.idle = (routing_map.sum(0) == 0).nonzero()\n        sending, values_M ="
+        " route_to_ranks(",
         TP_EP,
     ),
     bug(
         0,
         "rows of a size that the host must ask for",
         REGROUP,
-        "source_M = torch.empty(num_rows, **new)",
+        "source_M = torch.empty(num_pairs, **new)",
         "source_M = torch.empty(int(counts_RE.sum()), **new)",
         TP_EP,
     ),

@@ -3,6 +3,7 @@ and backward add and keep, and what the optimizer adds."""
 
 import gc
 import itertools
+import math
 from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -57,17 +58,30 @@ def count_step(config: RunConfig, top_k: int) -> dict[str, int]:
         return found | {"activations": kept(run, batches, already)}
 
 
+def even_choice(tokens: int, experts: int, top_k: int) -> Tensor:
+    """``[tokens, top_k]``: experts in turn, seven apart, so that all get equally many rows and a
+    token's lie on different ranks."""
+    assert math.gcd(7, experts) == 1
+    turn = torch.arange(tokens)[:, None] * top_k + torch.arange(top_k)
+    return turn * 7 % experts
+
+
+def ranks_of_tokens(tokens: int, experts: int, top_k: int, ep: int) -> float:
+    """Expert-parallel ranks of a token that ``even_choice`` gives it, on average."""
+    ranks = even_choice(tokens, experts, top_k) // (experts // ep)
+    return sum(len(set(row)) for row in ranks.tolist()) / tokens
+
+
 def route_evenly(run: Run, top_k: int) -> None:
-    """Token t goes to experts t k, t k + 1, ..., modulo their number: the router's own logits
-    decide the weights alone."""
+    """Token t goes to the experts of ``even_choice``: the router's own logits decide the weights
+    alone."""
 
     def evenly(gating: Any) -> Any:
         def even(x: Tensor) -> Tensor:
             logits = gating(x)
             tokens = logits.numel() // logits.shape[-1]
             experts = logits.shape[-1]
-            # [tokens, top_k]: consecutive numbers, so that every expert gets equally many.
-            chosen = (torch.arange(tokens)[:, None] * top_k + torch.arange(top_k)) % experts
+            chosen = even_choice(tokens, experts, top_k)
             # Logits are of the order of 1: no expert without the bonus comes before one with it.
             bonus = torch.zeros(tokens, experts, dtype=logits.dtype).scatter_(1, chosen, 64.0)
             return logits.add_(bonus.view_as(logits))

@@ -5,7 +5,7 @@ same step.
 else:
 
     routing      made even, as the planner takes it to be: a constant on the router's logits that
-                 cannot be outvoted
+                 cannot be outvoted. How many ranks a token's experts lie on is told to the planner
     experts      computed one at a time. For few rows the CPU has a single call, whose result is a
                  temporary, and takes SwiGLU's gradient of several experts at once, in float32:
                  2 % of the peak of these models. GPUs' kernels, which are planned, write in place
@@ -17,7 +17,7 @@ else:
                  CPU's back end go without
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from megalora.planner.weights import Chunk, PlannedModel, attention_widths, chun
 from megalora.tiny import make_tiny
 from tests.distributed.ranks import run_ranks
 from tests.parity.runs import make_config
-from tests.planner.count_step import MICROBATCHES, SEQUENCE, count_step
+from tests.planner.count_step import MICROBATCHES, SEQUENCE, count_step, ranks_of_tokens
 
 RANK = 8
 """Rank of the adapter."""
@@ -124,6 +124,10 @@ def compare(case: Case, folder: Path, chats: Path) -> list[dict[str, Any]]:
     top_k = 0
     if model.shape.moe_layers:
         top_k = model.shape.top_k
+        # A rank's own tokens: their choice begins anew on every rank.
+        own = SEQUENCE * case.micro // config.parallel.tp
+        spread = ranks_of_tokens(own, model.shape.num_experts, top_k, config.parallel.ep)
+        work = replace(work, ranks_per_token=spread)
     found = run_ranks(count_step, case.world, config, top_k)
     # Ranks are numbered with the pipeline stage outermost.
     ranks_per_stage = case.world // config.parallel.pp

@@ -1,9 +1,12 @@
 """Compare what a training step keeps for backward, and of how many microbatches at once, with the
 planner's formulas."""
 
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from unittest import mock
 from weakref import WeakSet
 
 import pytest
@@ -12,6 +15,7 @@ from torch import Tensor
 
 from megalora.config import LEVELS, LoRAConfig, RunConfig
 from megalora.hf.json_file import read_hf_config
+from megalora.model.dispatcher import AllToAllDispatcher
 from megalora.model.fields import model_shape
 from megalora.planner.activations import angles_bytes, chunk_bytes, head_bytes
 from megalora.planner.layouts import ParallelLayout, Workload
@@ -33,10 +37,35 @@ ONE = LoRAConfig(rank=4, target_modules=["q_proj"], layers="0")
 EXPERTS = LoRAConfig(rank=4, target_modules=["gate_proj"], layers="1")
 
 
-def kept_by_a_microbatch(config: RunConfig) -> int:
-    """Bytes of the storages, parameters left out, that this rank keeps as the first backward
-    begins."""
-    with built(config) as run:
+class Found(NamedTuple):
+    """What one rank finds in a microbatch."""
+
+    kept_bytes: int
+    """Bytes of the storages, parameters left out, that it keeps as the first backward begins."""
+    ranks_per_token: float
+    """Ranks that one of its tokens is sent to, on average over tokens and layers that keep what
+    they receive: the router's choice."""
+
+
+@contextmanager
+def sent_rows() -> Iterator[dict[int, list[float]]]:
+    """Dispatcher -> rows per token of each of its exchanges."""
+    found: dict[int, list[float]] = defaultdict(list)
+    exchange = AllToAllDispatcher._exchange_counts
+
+    def noted(self: Any, sending: Any) -> Any:
+        splits = exchange(self, sending)
+        rows, _ = splits
+        found[id(self)].append(sum(rows.sent) / len(sending.slots_TD))
+        return splits
+
+    with mock.patch.object(AllToAllDispatcher, "_exchange_counts", noted):
+        yield found
+
+
+def kept_by_a_microbatch(config: RunConfig) -> Found:
+    """One microbatch, forward and backward."""
+    with built(config) as run, sent_rows() as sent:
         # Autograd keeps weights, too, which are there in any case.
         own = set()
         for chunk in run.model.chunks:
@@ -60,7 +89,9 @@ def kept_by_a_microbatch(config: RunConfig) -> int:
         batches = make_batches(num_documents(config))[:1]
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             run.stepper.train(batches, run.optimizer)
-        return sum(counted)
+        # A layer that is recomputed fully exchanges twice, and keeps nothing of it.
+        spreads = [of_layer[0] for of_layer in sent.values() if len(of_layer) == 1]
+        return Found(sum(counted), sum(spreads) / max(len(spreads), 1))
 
 
 def num_documents(config: RunConfig) -> int:
@@ -69,7 +100,7 @@ def num_documents(config: RunConfig) -> int:
     return 2 * config.parallel.cp
 
 
-def kept_at_each_level(configs: list[RunConfig]) -> list[int]:
+def kept_at_each_level(configs: list[RunConfig]) -> list[Found]:
     """One config after the other in the same ranks: starting them takes as long as a step."""
     return [kept_by_a_microbatch(config) for config in configs]
 
@@ -103,7 +134,8 @@ def test_bytes_kept(
     name, world, sizes, lora, chats, tmp_path, request: pytest.FixtureRequest
 ) -> None:
     """Summed over ranks: how many rows each expert-parallel rank gets is the router's choice, their
-    sum is not. Nothing is left out but a scalar, the loss's scale."""
+    sum is not, and how many it sends is told to the planner. Nothing is left out but a scalar, the
+    loss's scale."""
     base: Path = request.getfixturevalue(name)
     configs = []
     for recompute in (*LEVELS, "full1+selective"):
@@ -155,8 +187,9 @@ def compare(configs: list[RunConfig], world: int, *, extra: Any = None) -> None:
     """
     kept = run_ranks(kept_at_each_level, world, configs)
     for number, config in enumerate(configs):
-        found = sum(of_rank[number] for of_rank in kept)
-        said = planned(config, world, extra)
+        of_ranks = [of_rank[number] for of_rank in kept]
+        found = sum(of_rank.kept_bytes for of_rank in of_ranks)
+        said = planned(config, of_ranks, extra)
         difference = said / found - 1
         line = (
             f"{config.train.recompute}, {config.model.dtype}: counted {found:,}, planned {said:,},"
@@ -167,8 +200,9 @@ def compare(configs: list[RunConfig], world: int, *, extra: Any = None) -> None:
         assert abs(difference) < 0.0005, line
 
 
-def planned(config: RunConfig, world: int, extra: Any) -> int:
+def planned(config: RunConfig, of_ranks: list[Found], extra: Any) -> int:
     """What the planner says that all ranks together keep of a microbatch, in bytes."""
+    world = len(of_ranks)
     model = PlannedModel.of(model_shape(read_hf_config(Path(config.model.path))), config.lora)
     layout = ParallelLayout(
         parallel=config.parallel,
@@ -179,8 +213,11 @@ def planned(config: RunConfig, world: int, extra: Any) -> int:
     # Ranks are numbered with the pipeline stage outermost.
     ranks_per_stage = world // layout.parallel.pp
     said = 0
-    work = Workload(sequence_length=SEQUENCE, global_batch_size=8, dtype=config.model.dtype)
-    for rank in range(world):
+    for rank, of_rank in enumerate(of_ranks):
+        work = Workload(
+            sequence_length=SEQUENCE, global_batch_size=8, dtype=config.model.dtype,
+            ranks_per_token=of_rank.ranks_per_token,
+        )  # fmt: skip
         for chunk in chunks_of(model.shape, layout.parallel, rank // ranks_per_stage):
             said += chunk_bytes(model, layout, work, chunk)
             said += angles_bytes(model, layout, work, chunk)

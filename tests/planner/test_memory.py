@@ -1,6 +1,8 @@
 """Compare planned bytes of gradients and optimizer with the live tensors of a training step, and
 check what a plan says of itself."""
 
+import itertools
+import math
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -18,7 +20,7 @@ from megalora.model.fields import model_shape
 from megalora.planner import activations
 from megalora.planner.layouts import ParallelLayout, Workload, enumerate_layouts
 from megalora.planner.memory import MemoryPlan, fullest_stage, memory_of, memory_of_model
-from megalora.planner.microbatch import Microbatch
+from megalora.planner.microbatch import Microbatch, ranks_per_token
 from megalora.planner.mlp_activations import PlannedMLP, experts_bytes
 from megalora.planner.models import load_shape
 from megalora.planner.weights import PlannedModel, adapter_parameters, chunks_of
@@ -103,17 +105,30 @@ def plan_of(
 
 
 def test_an_expert_layer_keeps_what_the_kernels_readme_says(model: PlannedModel) -> None:
-    """58,212 bytes a token with expert parallelism at rank 16, indexes and probabilities of routing
-    outside the node left out."""
+    """47,497 bytes a token with EP 8 at rank 16, indexes and probabilities of routing outside the
+    node left out."""
     p = ParallelConfig(ep=8)
     layout = ParallelLayout(parallel=p, num_ranks=8)
     work = Workload(sequence_length=4096, global_batch_size=8)
     batch = Microbatch.of(model, layout, work)
     mlp = PlannedMLP(model, layout, batch, model.modules_of(0), live=True, selective=False)
     found = experts_bytes(mlp, live=True) / batch.tokens
-    # For each of a token's 8 rows in bfloat16: x, gate and up, S of three ranks of 16: 58,112
-    # bytes. And a probability (2) and two indexes (4 each): 80 more.
-    assert abs(found - 8 * (2048 + 2 * 768 + 48) * 2 - 8 * (2 + 8)) < 1
+    # 5.34 received rows of a token in bfloat16; for each of its 8 experts gate and up, S of three
+    # ranks of 16.
+    received = ranks_per_token(128, 8, 8)
+    assert abs(received - 5.339) < 0.001
+    wide = (received * 2048 + 8 * (2 * 768 + 48)) * 2
+    # A probability (2) and an index (4) for each expert, 8 slots for each received row; as many
+    # tokens sent and slots of this rank's tokens.
+    narrow = 8 * (2 + 4) + received * 8 * 4 + 2 * 8 * 4
+    assert abs(found - wide - narrow) < 2
+
+
+@pytest.mark.parametrize(("experts", "top_k", "ep"), [(6, 3, 3), (8, 2, 2), (8, 5, 4), (5, 5, 5)])
+def test_ranks_of_a_token_are_those_of_every_choice_there_is(experts, top_k, ep) -> None:
+    choices = list(itertools.combinations(range(experts), top_k))
+    hit = [len({e // (experts // ep) for e in choice}) for choice in choices]
+    assert ranks_per_token(experts, top_k, ep) == pytest.approx(sum(hit) / len(hit))
 
 
 def test_the_peak_is_the_largest_of_loss_layer_and_step(model: PlannedModel) -> None:
@@ -162,9 +177,15 @@ def test_imbalance_fills_experts_alone(model: PlannedModel) -> None:
     skewed = memory_of_model(model, layout, replace(work, imbalance=1.5))
     # 4,096 tokens with 8 rows each, and half as many again.
     rows = 4096 * 8 // 2
-    # Kept of a row in bfloat16: x, gate and up, three ranks of 16, a probability; and two indexes.
-    per_row = (2048 + 2 * 768 + 48 + 1) * 2 + 2 * 4
-    assert skewed["activations"] - even["activations"] == 48 * rows * per_row
+    # Kept of a row in bfloat16: gate and up, three ranks of 16, a probability; and two indexes.
+    per_row = (2 * 768 + 48 + 1) * 2 + 2 * 4
+    # A received row: x, and 8 slots.
+    received = round(4096 * ranks_per_token(128, 8, 8))
+    # Half as many again would be more than all tokens of 8 ranks, and a rank gets none twice.
+    more = min(math.ceil(received * 1.5), 4096 * 8) - received
+    per_received = 2048 * 2 + 8 * 4
+    grown = skewed["activations"] - even["activations"]
+    assert grown == 48 * (rows * per_row + more * per_received)
     assert skewed["weights"] == even["weights"]
 
 

@@ -90,8 +90,8 @@ KERNEL_FLOPS: dict[str, Any] = {
     "_wgrad_kernel": _wgrad,
     # These move or add numbers: no matrix product, so no FLOPs of the planner's kind.
     **dict.fromkeys(
-        ("_combine_kernel", "_regroup_kernel", "_count_kernel", "_place_kernel", "_spread_kernel",
-         "_sum_parts_kernel"),
+        ("_combine_kernel", "_regroup_kernel", "_count_kernel", "_place_kernel", "_places_kernel",
+         "_spread_kernel", "_sum_parts_kernel"),
         lambda a: 0,
     ),
 }  # fmt: skip

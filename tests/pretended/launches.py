@@ -129,7 +129,14 @@ def _backward(out: torch.Tensor, gradient: torch.Tensor) -> None:
 
 def of_expert_mlp(recorder: Recorder, backend: str, ranks: int, adapted: bool) -> dict[str, Cell]:
     """``expert_mlp`` on tokens that it gathers (one rank) or on received rows (one of 8)."""
-    from megalora_kernels import AugmentedWeight, ExpertFactors, expert_mlp, regroup, route
+    from megalora_kernels import (
+        Arrivals,
+        AugmentedWeight,
+        ExpertFactors,
+        expert_mlp,
+        regroup_values,
+        route,
+    )
 
     leaves: list[torch.Tensor] = []
 
@@ -144,7 +151,9 @@ def of_expert_mlp(recorder: Recorder, backend: str, ranks: int, adapted: bool) -
         routing, _ = route(torch.zeros(TOKENS, experts, dtype=torch.bool, device="cuda"), TOP_K)
         x = leaf(TOKENS, HIDDEN)
     else:
-        routing = regroup(torch.zeros(ranks, experts, dtype=torch.int64, device="cuda"), num_rows)
+        counts = torch.zeros(ranks, experts, dtype=torch.int64, device="cuda")
+        unused = torch.zeros(num_rows, device="cuda")
+        routing, _ = regroup_values(Arrivals.single(counts, num_rows), unused)
         x = leaf(num_rows, HIDDEN)
     w1: Any = leaf(experts, 2 * INNER, HIDDEN).detach()
     w2: Any = leaf(experts, HIDDEN, INNER).detach()

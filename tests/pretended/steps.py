@@ -12,7 +12,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import param_and_grad_buffer
-from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megalora import host
@@ -24,7 +23,9 @@ from megalora.lora.gather import gather_tensors
 from megalora.lora.select import resolve
 from megalora.lora.spec import Adapted
 from megalora.model.build import make_chunks
+from megalora.model.dispatcher import AllToAllDispatcher, Splits
 from megalora.model.fields import model_shape
+from megalora.planner.microbatch import ranks_per_token
 from megalora.train.assemble import Inputs, Run, assemble, build_for_training
 from megalora.train.drift import DriftCheck
 from megalora.train.optim import optimizer_state
@@ -91,26 +92,30 @@ def _one_by_one(*args: Any, **kwargs: Any) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def even_routing() -> Iterator[None]:
-    """What the dispatcher reads on the host: every rank sends every rank the same number of
-    rows."""
-    read = MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize
+    """What the dispatcher reads on the host: every rank sends as many rows and pairs as every other
+    rank, and as many rows as the planner expects of choices among experts that are all alike."""
+    read = AllToAllDispatcher._exchange_counts
 
-    def answered(self: Any, point: str, tokens_per_expert: Any = None) -> Any:
-        result = read(self, point, tokens_per_expert)
-        # [tokens, experts]: each token is sent to top-k experts.
-        rows = self.routing_map.shape[0] * self.config.moe_router_topk
-        for name, each in (
-            ("input_splits", rows // self.ep_size),
-            ("output_splits", rows // self.ep_size),
-            ("output_splits_tp", rows),
-        ):
-            # At the point where it becomes an array of numpy, the host has read it.
-            if isinstance(getattr(self, name), np.ndarray):
-                setattr(self, name, np.full_like(getattr(self, name), each))
-        return result
+    def answered(self: Any, sending: Any) -> tuple[Splits, Splits]:
+        # The host waits where it reads, and what it reads is nothing.
+        read(self, sending)
+        num_tokens = sending.slots_TD.shape[0]
+        num_pairs = num_tokens * self.config.moe_router_topk
+        spread = ranks_per_token(
+            self.config.num_moe_experts, self.config.moe_router_topk, self.ep_size
+        )
+        num_rows = round(num_tokens * spread)
+        return _even(self, num_rows), _even(self, num_pairs)
 
-    with mock.patch.object(MoEAlltoAllTokenDispatcher, "_maybe_dtoh_and_synchronize", answered):
+    with mock.patch.object(AllToAllDispatcher, "_exchange_counts", answered):
         yield
+
+
+def _even(dispatcher: Any, count: int) -> Splits:
+    """``count`` in equal parts, the first with what is left over."""
+    shares = [count // dispatcher.ep_size] * dispatcher.ep_size
+    shares[0] += count % dispatcher.ep_size
+    return Splits(shares, shares, [count] * dispatcher.tp_size)
 
 
 def _move(chunk: Any) -> None:

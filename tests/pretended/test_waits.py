@@ -30,9 +30,7 @@ moved."""
 def splits(times: int) -> dict[str, int]:
     """How many rows go to whom, before each all-to-all of a forward pass through a layer: an
     all-to-all needs them on the host."""
-    file = "megatron/core/transformer/moe/token_dispatcher.py"
-    where = f"{file}:MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize"
-    return {f"synchronize: {where}": times}
+    return {"synchronize: megalora/host.py:HostCopy.wait": times}
 
 
 def build(replicas: int, linears: int) -> dict[str, int]:
