@@ -22,6 +22,7 @@ from benchmarks.train_megalora import model_config
 from megalora.config import ParallelConfig
 from megalora.model.backend import TorchBackend, block_spec
 from megalora.model.build import configure
+from megalora.model.documents import Documents
 from megalora.model.fields import model_shape
 from megalora.model.hf_weights import AutoMapping, load_named, open_architecture, quiet
 
@@ -43,6 +44,7 @@ def bridge_base(setup: Setup, grouped: bool) -> tuple[nn.Module, str]:
         provider.transformer_layer_spec = its_own if engine else partial(_block, grouped=grouped)
         provider.finalize()
         chunk = provider.provide()
+    _take_rows(chunk)
     chunk.to(setup.device).requires_grad_(False)
     load_named(Qwen3MoEBridge(), bridge.hf_config, setup.weights(), [chunk], "shared weights")
     if engine:
@@ -50,6 +52,25 @@ def bridge_base(setup: Setup, grouped: bool) -> tuple[nn.Module, str]:
     if grouped:
         return chunk, "torch's grouped_mm in the place of Transformer Engine's grouped linears"
     return chunk, "Megatron's SequentialMLP (no Transformer Engine)"
+
+
+def _take_rows(chunk: Any) -> None:
+    """Let Bridge's model take a row of documents of one length as a batch of sequences: its
+    attention and rotary embedding know packed rows only in a format of their own."""
+    of_sequences = chunk.forward
+
+    def forward(
+        tokens_1T: Tensor, *ignored: None, labels: Tensor, packed_seq_params: Documents,
+        **options: Any,
+    ) -> Tensor:  # fmt: skip
+        (row,) = packed_seq_params.chunks
+        num_documents = len(row.query_ends) - 1
+        sequences = (x.view(num_documents, -1) for x in (tokens_1T, labels))
+        tokens_BS, labels_BS = sequences
+        losses_BS = of_sequences(tokens_BS, None, None, labels=labels_BS, **options)
+        return losses_BS.reshape(1, -1)
+
+    chunk.forward = forward
 
 
 class _Backend(TorchBackend):

@@ -151,7 +151,7 @@ def speed(data: str, padded_checkout: Path, turns: int, folder: Path) -> list[di
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description="Measure what packing gives")
     parser.add_argument("what", choices=("fill", "speed"))
     parser.add_argument("data", help="GSM8K's train.jsonl")
     parser.add_argument("--tokenizer", type=Path, help="folder; without it that of a tiny model")

@@ -97,6 +97,21 @@ def test_the_most_expensive_row_is_near_the_mean() -> None:
     assert fill.useful_time > 0.98
 
 
+def test_a_row_ends_at_its_last_token() -> None:
+    # 6 + 4 tokens fill a row of 10 to the last; 6 + 5 are one too many.
+    assert rows_by_tokens([6, 4], 10, 1) == [[[0, 1]]]
+    assert rows_by_tokens([6, 5], 10, 1) == [[[0], [1]]]
+
+
+@given(lengths=st.lists(st.integers(1, 100), min_size=4, max_size=60))
+def test_rounds_come_in_falling_order_of_cost(lengths: list[int]) -> None:
+    rows = rows_by_tokens(lengths, 100, 2)
+    costs = []
+    for of_round in zip(*rows, strict=True):
+        costs += [sum(token_cost(lengths[i]) for i in row) for row in of_round]
+    assert costs == sorted(costs, reverse=True)
+
+
 def test_a_sample_longer_than_a_row_is_refused() -> None:
     with pytest.raises(ValueError, match="a sample of 101 tokens does not fit a row of 100"):
         rows_by_tokens([5, 101], 100, 2)

@@ -11,7 +11,7 @@ INPUTS = "megalora/train/inputs.py"
 OF_DOCUMENTS = "tests/model/test_documents.py"
 OF_PACKING = "tests/data/test_pack.py"
 OF_INPUTS = "tests/train/test_inputs.py"
-GRID = "tests/parity/test_grid.py"
+CUT = "tests/distributed/test_context_parallel.py"
 
 # fmt: off
 ROW_BUGS: tuple[Bug, ...] = (
@@ -35,10 +35,10 @@ ROW_BUGS: tuple[Bug, ...] = (
     bug(0, "keys and values of this rank alone", ATTENTION,
         "return unzigzag(gather_seq(local, self.cp), self.cp.size())",
         "return unzigzag(local.repeat(self.cp.size(), 1, 1), self.cp.size())",
-        f"{GRID} layout_trains"),
+        f"{CUT} one_gradient"),
     bug(0, "losses summed without the parts of a row", "megalora/parallel.py",
         "get_data_parallel_group(with_context_parallel=True)", "get_data_parallel_group()",
-        f"{GRID} layout_trains"),
+        f"{CUT} one_gradient"),
     bug(0, "labels not cut as tokens are", INPUTS,
         "pieces = [zigzag(row, part.cp_rank, part.cp_size) for row in rows]",
         "pieces = [zigzag(row, part.cp_rank, part.cp_size) for row in rows[:-1]]\n"
@@ -51,11 +51,11 @@ ROW_BUGS: tuple[Bug, ...] = (
         "tests/data/test_batch.py shifted"),
     bug(0, "rows one token too long", PACK,
         "tokens + length > capacity", "tokens + length > capacity + 1",
-        f"{OF_PACKING} overflows"),
+        f"{OF_PACKING} last_token"),
     bug(0, "ranks with rounds of their own", PACK,
         "rounds = math.ceil(rounds / multiple) * multiple", "pass", f"{OF_PACKING} overflows"),
     bug(0, "rows not sorted by cost", PACK,
         "    rows.sort(key=lambda row: (-row.cost, row.samples[:1]))\n", "",
-        f"{OF_PACKING} of_a_round_are_alike"),
+        f"{OF_PACKING} falling_order"),
 )
 # fmt: on
