@@ -26,6 +26,7 @@ def locked(path: Path, fix: str = "") -> Iterator[bool]:
         raise ValueError(f"{path} cannot be made ({error.strerror or error}){fix}") from None
     try:
         waited = False
+        # First without waiting, to know whether somebody else was at work.
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

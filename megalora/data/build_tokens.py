@@ -74,12 +74,15 @@ def build_store(recipe: Recipe, folder: Path, made_of: dict[str, Any]) -> None:
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
     refused: dict[int, str] = {}
+    # Chunks come back in the order of the rows, so that the first refusal is that of the first
+    # refused row, and the store is the same whatever the number of processes.
     with _Writer(folder) as writer, _bar(source, len(rows)) as bar:
         for chunk in _encoded(recipe, rows, encoder):
             bar.advance(chunk.num_rows)
             refused |= chunk.refused
             if refused and not recipe.every_refusal:
                 break
+            # Also after a refusal, when nothing of it will be kept.
             writer.add(chunk)
     if refused:
         raise ValueError(f"{source}: {_refusals(refused, len(rows))}")
@@ -113,6 +116,7 @@ class _Writer:
         records = chunk.samples.tobytes()
         self.samples.write(records)
         self.digest.update(records)
+        # The digest of tokens.bin would say nothing that those of its samples do not.
         self.tokens.write(chunk.tokens.tobytes())
         self.num_samples += len(chunk.samples)
         self.num_tokens += len(chunk.tokens)
@@ -139,10 +143,12 @@ def _encoded(recipe: Recipe, rows: Rows, encoder: RowEncoder) -> Iterator[Encode
     if workers is None:
         # The cores that this process may use: a container has fewer than its machine.
         workers = min(len(os.sched_getaffinity(0)), len(rows) // ROWS_PER_WORKER)
+    # No process is started for few rows: importing transformers takes seconds.
     if workers <= 1:
         yield from map(encoder.encode, rows.chunks())
         return
     context = get_context(START_METHOD)
+    # What the fork server imports is shared by all workers, which then start in milliseconds.
     context.set_forkserver_preload(["transformers.utils.chat_template_utils", __name__])
     pool = ProcessPoolExecutor(
         workers, mp_context=context, initializer=_start_worker, initargs=(encoder,)
@@ -156,6 +162,7 @@ def _encoded(recipe: Recipe, rows: Rows, encoder: RowEncoder) -> Iterator[Encode
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+    # A plain pool would wait for the chunk of a killed process for ever.
     except BrokenProcessPool as error:
         raise ValueError(
             f"{recipe.source}: a process that tokenises was killed, most likely for lack of memory;"
@@ -165,6 +172,8 @@ def _encoded(recipe: Recipe, rows: Rows, encoder: RowEncoder) -> Iterator[Encode
         pool.shutdown(cancel_futures=True)
 
 
+# Set once, when the process starts: sending the tokenizer with each chunk would take longer than
+# tokenising it.
 _worker: list[RowEncoder] = []
 """The encoder of this process, where it is a worker."""
 
@@ -176,6 +185,7 @@ def _start_worker(encoder: RowEncoder) -> None:
 
 def _end_with_parent() -> None:
     """Wait for the writing process to end: one that was killed tells its workers nothing."""
+    # Its other workers hold the pipe open, so that no end of file tells them either.
     parent = parent_process()
     assert parent is not None
     parent.join()
@@ -192,6 +202,7 @@ class _bar:
     AFTER_S = 10.0
 
     def __init__(self, source: str, num_rows: int) -> None:
+        # Standard output belongs to the command: ``megalora data`` prints samples there.
         console = Console(file=sys.stderr)
         self.what = f"tokenising {source}"
         self.num_rows = num_rows

@@ -21,6 +21,7 @@ each, and a row may be a book."""
 class Chunk(ABC):
     """Consecutive rows of a source; can be sent to another process."""
 
+    # Rows are counted within the slice, as messages to the user count them.
     first: int
     """Number of its first row, from 1."""
 

@@ -39,6 +39,7 @@ values of ``Encoded.left_out``; ``digest`` is that of the tokens' bytes."""
 
 def pack(sample: Encoded) -> np.ndarray:
     """[n] tokens of a sample, with the loss mask in the highest bits."""
+    # No vocabulary has 2**31 tokens, so that the highest bit of an id is free.
     packed = sample.input_ids.astype(TOKEN)
     packed[sample.loss_mask] |= IN_LOSS
     return packed
@@ -94,9 +95,11 @@ class RowEncoder:
             ValueError: a row cannot be read at all.
         """
         encoded: list[Encoded] = []
+        # A dict keeps the order, as a set would not.
         columns: dict[str, None] = {}
         refused: dict[int, str] = {}
         number = chunk.first - 1
+        # Reading is outside of ``try``: a line that is not JSON ends the build, with its number.
         for number, row in enumerate(chunk.rows(), chunk.first):
             columns |= dict.fromkeys(row)
             try:
@@ -105,6 +108,7 @@ class RowEncoder:
                 encoded.append(sample)
             except ValueError as error:
                 refused[number] = str(error)
+            # A template, or json, calls itself for each level.
             except RecursionError:
                 refused[number] = "nested too deeply to be read"
             if refused and not self.every_refusal:
@@ -119,6 +123,7 @@ def _joined(
     samples = np.zeros(len(encoded), SAMPLE)
     # The different values of left_out, with their indices.
     kinds: dict[tuple[str, ...], int] = {}
+    # An empty part, or a chunk whose rows are all refused would have none to concatenate.
     packed = [np.zeros(0, TOKEN)]
     for at, sample in enumerate(encoded):
         tokens = pack(sample)

@@ -64,6 +64,7 @@ class Lines(Reader):
                 break
             if index < start:
                 continue
+            # Undecoded: whoever tokenises the chunk parses it.
             lines.append(line)
             num_bytes += len(line[1])
             if len(lines) == CHUNK_ROWS or num_bytes >= CHUNK_BYTES:
@@ -149,6 +150,7 @@ def read_json(path: Path) -> Reader:
 def _has_objects_in_lines(path: Path) -> bool:
     """Whether the first line is a JSON object, whole, and something follows it."""
     with _reading(path), path.open("rb") as file:
+        # The first line alone decides: a list over many lines begins with a bracket.
         try:
             first = json.loads(file.readline().decode("utf-8-sig"))
         except (ValueError, RecursionError):

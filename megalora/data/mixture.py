@@ -39,6 +39,7 @@ def mixture_indices(
     indices = np.zeros(global_batch_size, np.int64)
     offset = 0
     for source, size in enumerate(sizes):
+        # Places of this source, and then those of one of its epochs.
         mine = sources == source
         for epoch in np.unique(turns[mine] // size):
             now = mine & (turns // size == epoch)
@@ -69,6 +70,7 @@ def turns_by(num_places: int, weights: tuple[float, ...]) -> list[int]:
     """How many of the first ``num_places`` places each source has."""
     shares = _whole_numbers(weights)
     turns = _turns_at_least(num_places, shares)
+    # At most some 2 S places are left to deal, so that the millionth step is as cheap as the first.
     for source in islice(_next_sources(turns, shares), num_places - sum(turns)):
         turns[source] += 1
     return turns
@@ -83,6 +85,7 @@ def _next_sources(turns: Sequence[int], shares: Sequence[int]) -> Iterator[int]:
         queue.append(((2 * turn + 1) * (scale // share), source))
     heapq.heapify(queue)
     while True:
+        # The earliest time; of equal ones the smallest number of a source, as tuples compare.
         time, source = queue[0]
         yield source
         heapq.heapreplace(queue, (time + 2 * (scale // shares[source]), source))

@@ -46,6 +46,7 @@ def open_rows(source: str) -> Rows:
         reader: Reader = Table(read_hub(source, *found.hub))
     else:
         reader = _READERS[found.file.suffix](found.file)
+    # Counted first, for slices from the end and for the progress bar; nothing is decoded for it.
     num_rows = reader.count()
     if not num_rows:
         raise ValueError(f"{found.name}: there are no rows in it")

@@ -55,6 +55,7 @@ class StoredSamples(Sequence[Encoded]):
         if isinstance(index, slice):
             return StoredSamples(self.stores, self.pieces[index])
         piece = self.pieces[index]
+        # The whole sample is read and checked, though only a part of it may be asked for.
         store = self.stores[piece["store"]]
         number = int(piece["sample"])
         sample = store.sample(number)
@@ -68,6 +69,7 @@ class StoredSamples(Sequence[Encoded]):
         """[samples] a field of SAMPLE, of the sample that each piece belongs to."""
         found = np.zeros(len(self), self.stores[0].records.dtype[name])
         for number, store in enumerate(self.stores):
+            # Pieces of this store, wherever they stand.
             mine = self.pieces["store"] == number
             found[mine] = store.records[name][self.pieces["sample"][mine]]
         return found
@@ -101,6 +103,7 @@ def concatenate(parts: Sequence[Sequence[Encoded]]) -> Sequence[Encoded]:
             listed += part
             continue
         moved = part.pieces.copy()
+        # Its stores get the numbers behind those of the parts before it.
         moved["store"] += len(stores)
         pieces.append(moved)
         stores += part.stores
@@ -217,6 +220,7 @@ def sample_numbers(samples: Sequence[Encoded]) -> np.ndarray:
 def _left_out(samples: StoredSamples) -> Iterator[tuple[list[str], int]]:
     """Each value of ``left_out`` with its number of samples, in the order of first occurrence."""
     # Every store has a list of its own.
+    # Both in one number: the store above, the index into its list in the lowest 16 bits.
     keys = samples.pieces["store"].astype(np.int64) << 16 | samples.record_of("left_out")
     values, first, counts = np.unique(keys, return_index=True, return_counts=True)
     for at in np.argsort(first):

@@ -131,6 +131,7 @@ def load_data(
             every_refusal=every_refusal,
         )
 
+    # One after the other: each source has a store of its own.
     parts = [load(source.path) for source in data.sources]
     # A list of one source is a list, too: its weights are asked for by place.
     train = parts[0] if isinstance(data.train, str) else combined(parts)
@@ -181,6 +182,7 @@ def load_split(
         ValueError: a row that cannot be read or tokenised, or of which something would be left out
             (with its number), or no sample is left.
     """
+    # The limit is no part of the recipe: samples are stored whole.
     recipe = Recipe(source, tokenizer, format, allow_left_out, workers, every_refusal)
     store = stored_tokens(recipe, cache_folder(cache))
     samples, found = fit(store, max_length, too_long)
@@ -239,6 +241,7 @@ def split_off_eval(split: Split, eval: float, seed: int) -> tuple[Split, Split]:
     is_chosen[chosen] = True
     held_out = is_chosen[numbers]
     eval_samples = select(split.samples, np.flatnonzero(held_out))
+    # What was left out of the source is said once, of the training samples.
     name = f"{split.source} (held out)"
     held = Split(name, split.max_length, eval_samples)
     return _without(split, held_out), held

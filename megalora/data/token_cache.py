@@ -7,6 +7,7 @@ most runs on the same data share one store. Whoever needs a store that is not th
 the others wait, and find it.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -70,8 +71,10 @@ def stored_tokens(recipe: Recipe, cache: Path) -> TokenStore:
         ChatTemplate(recipe.tokenizer)
     except ValueError as error:
         raise ValueError(f"{recipe.source}: {error}") from error
+    # Half of a SHA-256 names a store: enough never to meet another one's.
     made_of = what_it_is_made_of(recipe, cache)
     folder = cache / _digest(made_of)[:32]
+    # Without a lock, as whole stores appear in one move: the usual case waits for nobody.
     store, damage = _opened(folder, made_of)
     if store is not None:
         return store
@@ -114,7 +117,7 @@ def _build(recipe: Recipe, folder: Path, made_of: dict[str, Any], cache: Path) -
     try:
         with whole_or_gone(folder) as unfinished:
             build_store(recipe, unfinished, made_of)
-            if what_it_is_made_of(recipe, cache) != made_of:
+            if _source_digest(recipe.source, cache) != made_of["source"]:
                 raise ValueError(
                     f"{recipe.source} changed while it was read; start again when nobody writes"
                     " to it"
@@ -153,7 +156,7 @@ def what_it_is_made_of(recipe: Recipe, cache: Path) -> dict[str, Any]:
         "tokenizer": _tokenizer_digest(recipe.tokenizer),
         "format": format if isinstance(format, str) else dict(format),
         "allow_left_out": sorted(recipe.allow_left_out),
-        "code": _code_digest(),
+        "code": _code_digest(CODE),
         "libraries": {name: version(name) for name in LIBRARIES},
     }
 
@@ -171,6 +174,7 @@ def _source_digest(source: str, cache: Path) -> str:
     if cache.is_dir() and not os.access(cache, os.W_OK):
         return _digest_of_file(source, file, known)
     # One rank of a node reads a large file, the others wait for its digest.
+    # The lock also keeps two ranks from writing the file of digests at the same time.
     with locked(kept.with_suffix(".lock"), _FIX):
         known = Digests.load(kept)
         digest = _digest_of_file(source, file, known)
@@ -206,9 +210,11 @@ def _tokenizer_digest(tokenizer: "PreTrainedTokenizerBase") -> str:
     return _digest(content)
 
 
-def _code_digest() -> str:
+# Once for a process, which runs the code that it has loaded, whatever becomes of the files.
+@functools.cache
+def _code_digest(names: tuple[str, ...]) -> str:
     digest = hashlib.sha256()
-    for name in CODE:
+    for name in names:
         digest.update(Path(__file__).with_name(f"{name}.py").read_bytes())
     return digest.hexdigest()
 

@@ -59,6 +59,7 @@ class Header:
         """Raises ``DamagedStore`` for a header that is not whole."""
         try:
             content = json.loads((folder / HEADER).read_bytes())
+            # The digest is that of all other fields.
             expected = content.pop("sha256")
             is_whole = expected == _digest(content)
         except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
@@ -79,23 +80,26 @@ class TokenStore:
         """Open and check a store; raises ``DamagedStore``."""
         self.folder = folder
         self.header = Header.read(folder)
-        # The first token of each sample is where the one before it ends.
         self.num_samples = self.header.num_samples
         path = folder / SAMPLES
+        # Sizes first: a mapping beyond the end of a file is a bus error when it is read.
         _require_size(path, self.num_samples * SAMPLE.itemsize)
         self.records: np.ndarray = np.memmap(path, SAMPLE, mode="r", shape=(self.num_samples,))
         if hashlib.sha256(self.records.data).hexdigest() != self.header.samples_sha256:
             raise DamagedStore(f"{path} was changed after it was written")
         self.lengths: np.ndarray = self.records["length"].astype(np.int64)
         """[num_samples] tokens in each sample."""
+        # The first token of each sample is where the one before it ends.
         self.starts: np.ndarray = np.cumsum(self.lengths) - self.lengths
         """[num_samples] place of each sample's first token in the file."""
         _require_size(folder / TOKENS, self.header.num_tokens * TOKEN.itemsize)
+        # Not checked as a whole, which would read all of it at every start.
         self._file = (folder / TOKENS).open("rb", buffering=0)
 
     def packed(self, index: int) -> np.ndarray:
         """[n] tokens of a sample with the loss mask in the highest bits, read-only."""
         size = int(self.lengths[index]) * TOKEN.itemsize
+        # At a place of its own, so that forked processes may share the open file.
         content = os.pread(self._file.fileno(), size, int(self.starts[index]) * TOKEN.itemsize)
         packed = np.frombuffer(content, TOKEN) if len(content) == size else None
         if packed is None or digest_of(packed) != self.records["digest"][index].tobytes():

@@ -103,6 +103,7 @@ def fit(store: TokenStore, max_length: int, how: TooLong) -> tuple[StoredSamples
     if how == "left_out" or not is_long.any():
         return StoredSamples(whole.stores, whole.pieces[kept]), Fit(how, max_length, **counts)
     to_cut = np.flatnonzero(is_long & ~no_target)
+    # Only these are read, to see where their targets stand.
     cut = [_pieces(store, int(number), max_length, how) for number in to_cut]
     pieces = np.concatenate([np.zeros(0, PIECE), *cut])
     learned = pieces[pieces["targets"] > 0]
@@ -110,6 +111,7 @@ def fit(store: TokenStore, max_length: int, how: TooLong) -> tuple[StoredSamples
     together = np.concatenate([whole.pieces[kept], learned])
     together = together[np.argsort(together["sample"], kind="stable")]
     counts |= {"num_pieces": len(learned), "num_empty": len(pieces) - len(learned)}
+    # Splitting cuts nothing off, for no target lies in a piece that is left out.
     if how != "split":
         targets = whole.pieces["targets"][to_cut].sum()
         counts["num_cut"] = int((store.lengths[to_cut] - max_length).sum())

@@ -23,8 +23,10 @@ def one_by_one(count, weights):
     turns = [0] * len(weights)
     dealt = []
     for _ in range(count):
-        due = [(Fraction(2 * t + 1, 2) / Fraction(repr(w)), s)
-               for s, (t, w) in enumerate(zip(turns, weights, strict=True))]  # fmt: skip
+        due = []
+        for source, weight in enumerate(weights):
+            time = Fraction(2 * turns[source] + 1, 2) / Fraction(repr(weight))
+            due.append((time, source))
         source = min(due)[1]
         dealt.append((source, turns[source]))
         turns[source] += 1
@@ -60,24 +62,26 @@ def test_a_mixture_of_three_sources():
     sizes = (10, 3, 40)
     weights = (0.5, 0.3, 0.2)
     batch = 20
-    steps = [mixture_indices(step, batch, sizes, weights, seed=3) for step in range(10)]
-    for step in steps:
+    steps = []
+    for number in range(10):
+        steps.append(mixture_indices(number, batch, sizes, weights, seed=3))
         # 20 samples a step: exactly half, three tenths and a fifth of them.
-        counts = np.histogram(step, [0, 10, 13, 53])[0]
+        counts = np.histogram(steps[-1], [0, 10, 13, 53])[0]
         assert counts.tolist() == [10, 6, 4]
     row = np.concatenate(steps)
     starts = (0, 10, 13)
     for start, size in zip(starts, sizes, strict=True):
         mine = row[(row >= start) & (row < start + size)] - start
         # Each of its epochs has every sample once, in an order of its own.
-        epochs = [mine[at : at + size].tolist() for at in range(0, len(mine) - size + 1, size)]
+        epochs = mine[: len(mine) // size * size].reshape(-1, size).tolist()
         for epoch in epochs:
             assert sorted(epoch) == list(range(size))
         if size == 10:
             assert len(epochs) == 10 and len({tuple(epoch) for epoch in epochs}) == 10
     # Neither the batch's size nor what was asked for before changes a place.
-    again = [mixture_indices(step, 8, sizes, weights, seed=3) for step in reversed(range(25))]
-    assert np.concatenate(again[::-1]).tolist() == row.tolist()
+    for number in reversed(range(25)):
+        again = mixture_indices(number, 8, sizes, weights, seed=3)
+        assert again.tolist() == row[8 * number : 8 * number + 8].tolist()
     other = mixture_indices(0, batch, sizes, weights, seed=4)
     assert other.tolist() != steps[0].tolist()
     # Two sources of one size are not shuffled alike.
@@ -112,7 +116,8 @@ def test_several_sources_stand_one_behind_the_other(sources, make_tokenizer):
     train, _ = load_data(DataConfig(train=listed), tokenizer)
     assert [len(part.samples) for part in train.parts] == [12, 5]
     expected = [*alone[0].samples, *alone[1].samples]
-    assert [s.input_ids.tolist() for s in train.samples] == [s.input_ids.tolist() for s in expected]
+    for sample, other in zip(train.samples, expected, strict=True):
+        assert sample.input_ids.tolist() == other.input_ids.tolist()
     assert digest_of_samples(train.samples) == digest_of_samples(expected)
     assert train.num_target_tokens == sum(part.num_target_tokens for part in alone)
     # What is said of each stands under what is said of all.
@@ -123,8 +128,8 @@ def test_several_sources_stand_one_behind_the_other(sources, make_tokenizer):
     train, held_out = load_data(DataConfig(train=listed, eval=4), tokenizer)
     assert held_out is not None and len(held_out.samples) == 4
     assert sum(len(part.samples) for part in train.parts) == len(train.samples) == 13
-    kept = [s.input_ids.tolist() for part in train.parts for s in part.samples]
-    assert kept == [s.input_ids.tolist() for s in train.samples]
+    kept = [*train.parts[0].samples, *train.parts[1].samples]
+    assert digest_of_samples(kept) == digest_of_samples(train.samples)
     with pytest.raises(ValueError, match=r"data.eval holds out all samples of .*b.jsonl; hold out"):
         load_data(DataConfig(train=listed, eval=16), tokenizer)
 

@@ -60,7 +60,7 @@ TOKENS_BUGS: tuple[Bug, ...] = (
         0,
         "data that changes while it is read is kept under its old name",
         CACHE,
-        "if what_it_is_made_of(recipe, cache) != made_of:",
+        'if _source_digest(recipe.source, cache) != made_of["source"]:',
         "if False:",
         f"{CACHE_TEST} test_data_that_changes_while_it_is_read_is_refused",
     ),
