@@ -94,7 +94,7 @@ def training_on_megatron(chunk: nn.Module, setup: Setup, groups: Any, note: str)
     batch = Batch.of_equal(tokens, tokens.roll(-1, 1), mask)
 
     def forward_backward() -> Tensor:
-        total, count = stepper.forward_backward([batch], optimizer)
+        ((total, count),) = stepper.forward_backward([batch], optimizer)
         return total / count
 
     count = sum(p.numel() for p in parameters)

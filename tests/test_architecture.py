@@ -71,7 +71,7 @@ WITHOUT_TORCH = (
     "megalora/hf/safetensors.py",
     "megalora/hf/tensor_names.py", "megalora/model/__init__.py", "megalora/model/shape.py",
     "megalora/model/fields.py", "megalora/model/rope_fields.py", "megalora/model/account.py",
-    "megalora/model/stored_tensors.py",
+    "megalora/model/stored_tensors.py", "megalora/model/head_chunk.py",
     "megalora/model/projections.py", "megalora/model/formats/", "megalora/model/families/",
     "megalora/train/__init__.py", "megalora/train/__main__.py", "megalora/planner/",
 )  # fmt: skip

@@ -254,6 +254,12 @@ def test_round_trip(tmp_path: Path) -> None:
         ("train.warmup=-1", "train.warmup must not be negative, got -1"),
         ("train.weight_decay=-1", "train.weight_decay must not be negative, got -1.0"),
         ("train.clip_grad=-1", "train.clip_grad must not be negative, got -1.0"),
+        ("train.z_loss=-1", "train.z_loss must not be negative, got -1.0"),
+        (
+            "train.label_smoothing=1",
+            "train.label_smoothing must be below 1, got 1.0: at 1 nothing of the target would be"
+            " left",
+        ),
         ("train.eval_every=-1", "train.eval_every must not be negative, got -1"),
         ("checkpoint.every=-1", "checkpoint.every must not be negative, got -1"),
         ("checkpoint.keep=-1", "checkpoint.keep must not be negative, got -1"),

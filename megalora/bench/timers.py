@@ -170,9 +170,13 @@ def _ends(part: str, timeline: Timeline) -> Callable[..., Any]:
         timeline.enter(part)
 
     def after(_: nn.Module, args: Any, output: Any) -> Any:
-        # Megatron's modules return (output, bias), its decoder and ours one tensor.
+        # Megatron's modules return (output, bias), its decoder and ours one tensor; the model what
+        # its head has read, by name.
         if isinstance(output, Tensor):
             (result,) = marked([output], begin_backward)
+        elif isinstance(output, dict):
+            values = marked(list(output.values()), begin_backward)
+            result = dict(zip(output, values, strict=True))
         else:
             result = tuple(marked(output, begin_backward))
         timeline.leave(part)
@@ -182,7 +186,7 @@ def _ends(part: str, timeline: Timeline) -> Callable[..., Any]:
 
 
 def _watch_head(chunk: Any, timeline: Timeline) -> None:
-    """Count what lies between the final norm's input and the model's result, the losses."""
+    """Count what lies between the final norm's input and the model's result, log-probabilities."""
 
     def before(_: nn.Module, args: tuple[Any, ...]) -> Any:
         timeline.enter("head")

@@ -48,6 +48,13 @@ class TrainConfig:
     clip_grad: float = 1.0
     """Maximum L2 norm of the gradient over all adapters; larger gradients are scaled down to it.
     0 turns clipping off."""
+    z_loss: float = 0.0
+    """Coefficient of the z-loss: ``z_loss`` times the squared log-sum-exp of the logits is added to
+    the loss of each target token, as in PaLM (which used 1e-4). 0 turns it off."""
+    label_smoothing: float = 0.0
+    """Share of each target that is spread evenly over the vocabulary, as in torch's
+    ``cross_entropy(label_smoothing=...)``. Must be below 1. Evaluations report the cross entropy
+    without it and without z-loss."""
     recompute: Recompute = "off"
     """Activations that the backward pass computes again instead of keeping them. ``selective``:
     core attention, gate_up of experts and dense MLPs; ``full``: whole layers. An adapter on o_proj
@@ -89,7 +96,15 @@ class TrainConfig:
             value = getattr(self, name)
             # Steps or epochs may be unset, and so may tokens of a row.
             require(value is None or value > 0, f"train.{name} must be above 0, got {value}")
-        for name in ("warmup", "weight_decay", "clip_grad", "eval_every", "check_replicas_every"):
+        for name in (
+            "warmup",
+            "weight_decay",
+            "clip_grad",
+            "eval_every",
+            "check_replicas_every",
+            "z_loss",
+            "label_smoothing",
+        ):
             require(
                 getattr(self, name) >= 0,
                 f"train.{name} must not be negative, got {getattr(self, name)}",
@@ -98,6 +113,11 @@ class TrainConfig:
             self.micro_batch_tokens is None or self.micro_batch_size == 1,
             f"train.micro_batch_tokens={self.micro_batch_tokens} decides how many samples share a"
             f" row, and so does train.micro_batch_size={self.micro_batch_size}: give one of them",
+        )
+        require(
+            self.label_smoothing < 1,
+            f"train.label_smoothing must be below 1, got {self.label_smoothing}: at 1 nothing of"
+            " the target would be left",
         )
         # With epochs, the number of steps is known only when the data has been read.
         if self.steps is not None:

@@ -204,8 +204,8 @@ def configure(
         # its messages are not batched: with two stages, both neighbours are the same rank. No
         # waiting for the device behind messages, which worked around a bug of old versions of NCCL.
         variable_seq_lengths=False, batch_p2p_comm=p.vpp == 1, batch_p2p_sync=False,
-        # The loss is summed in ``train/loss.py`` and divided once by the global number of target
-        # tokens, so that every layout has the same mean.
+        # An objective divides its terms by what it counts in the global batch; nothing is averaged
+        # over microbatches or ranks.
         calculate_per_token_loss=True,
         moe_token_dispatcher_type="alltoall", moe_router_load_balancing_type="none",
         moe_aux_loss_coeff=0.0,

@@ -4,12 +4,9 @@ holding the logits of more than one chunk of tokens.
 ``project`` goes into ``GPTModel.forward(output_processor=...)``. Megatron calls it on the last
 pipeline stage in place of its output layer and loss, and returns what it returns.
 
-A chunk has as many tokens as fit into ``chunk_bytes``:
-
-    C = chunk_bytes / (V/t * bytes per logit)
-    bytes per logit: 4 + e for the fast path (logits in float32, and rounded to the model's dtype
-    of e bytes before and after); 16 + e for readers, whose own temporaries are counted as three
-    more tensors in float32
+A chunk has as many tokens as fit into ``chunk_bytes`` (``head_chunk.py``). On the fast path a logit
+takes 4 + e bytes: float32, and rounded to the model's dtype of e bytes before and after. With
+readers it takes 16 + e: their own temporaries are counted as three more tensors in float32.
 
 Beside it the call keeps x of its N tokens (N * H * e, where tokens were gathered or selected) and,
 for a frozen layer, as much again for the gradient that forward makes. Qwen3's 151,936 entries in
@@ -30,12 +27,10 @@ from torch.distributed import ProcessGroup
 
 from megalora.comm import gather_seq
 from megalora.model.chunked_readers import read_chunks
+from megalora.model.head_chunk import CHUNK_BYTES, chunk_tokens
 from megalora.model.token_logprobs import token_logprobs, wide
 from megalora.model.vocab_logits import Reader, logprob, logsumexp, mean_logit
 
-CHUNK_BYTES = 512 << 20
-"""Room for the logits of a chunk. At 512 tokens and more, products with the output weight are bound
-by arithmetic on an H100, so that a larger chunk is no faster."""
 FUSED = (logprob, logsumexp, mean_logit)
 """Readers that the fast path has, in the order of its results."""
 Outputs = dict[str, Any]
@@ -63,10 +58,8 @@ class Head:
     chunk_bytes: int = CHUNK_BYTES
 
     def chunk_size(self, bytes_per_logit: int) -> int:
-        """Tokens of a chunk: at least one, and multiples of 128, in which GPUs compute, from 128
-        on."""
-        size = max(1, self.chunk_bytes // (len(self.weight) * bytes_per_logit))
-        return size if size < 128 else size // 128 * 128
+        """Tokens of a chunk."""
+        return chunk_tokens(self.chunk_bytes, len(self.weight), bytes_per_logit)
 
     def __call__(
         self,

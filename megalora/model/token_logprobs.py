@@ -53,7 +53,8 @@ def logits_of(
     itself are."""
     logits = F.linear(x_CH, weight_VH)
     if h_CR is not None and b_VR is not None:
-        logits = torch.addmm(logits, h_CR, b_VR.t())
+        # In place, as the layer adds its adapter: backward of F.linear does not need the old value.
+        logits = logits.addmm_(h_CR, b_VR.t())
     return logits.to(wide(x_CH.dtype))
 
 
@@ -63,8 +64,14 @@ class _Chunk:
 
     results: Tensor
     """[3, C]: logprob, lse, mean; zeros for a mean that nobody asked for."""
-    probabilities: Tensor
-    """[C, V], in the memory of the logits."""
+    exponentials: Tensor
+    """[C, V], in the memory of the logits: probabilities but for a factor."""
+    factor: Tensor
+    """[C]."""
+
+    def probabilities(self) -> Tensor:
+        """[C, V], in the same memory again: to be called once."""
+        return self.exponentials.mul_(self.factor[:, None])
 
 
 def _read(logits_CV: Tensor, targets_C: Tensor, group: ProcessGroup, with_mean: bool) -> _Chunk:
@@ -86,8 +93,8 @@ def _read(logits_CV: Tensor, targets_C: Tensor, group: ProcessGroup, with_mean: 
     logprob = parts[:, 2].sum(0) - largest_of_all - log_sum
     mean = parts[:, 3].sum(0) / (width * group.size())
     results = torch.stack([logprob, largest_of_all + log_sum, mean])
-    share = (largest - largest_of_all).exp() / sum_of_all
-    return _Chunk(results, exponentials.mul_(share[:, None]))
+    factor = (largest - largest_of_all).exp() / sum_of_all
+    return _Chunk(results, exponentials, factor)
 
 
 def _add_to_targets(values_CV: Tensor, targets_C: Tensor, group: ProcessGroup, add: Any) -> None:
@@ -110,8 +117,10 @@ class _Frozen(torch.autograd.Function):
             chunk = _read(logits_of(x_NH[part], weight_VH), targets_N[part], group, with_mean)
             results[:, part] = chunk.results
             if unit_NH is not None:
-                _add_to_targets(chunk.probabilities, targets_N[part], group, -1)
-                torch.mm(chunk.probabilities.to(x_NH.dtype), weight_VH, out=unit_NH[part])
+                d_CV = chunk.probabilities()
+                _add_to_targets(d_CV, targets_N[part], group, -1)
+                torch.mm(d_CV.to(x_NH.dtype), weight_VH, out=unit_NH[part])
+                del d_CV
             # Or the next chunk's logits would lie beside these.
             del chunk
         ctx.save_for_backward(unit_NH, weight_VH, targets_N)
@@ -126,10 +135,14 @@ class _Frozen(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         unit_NH, weight_VH, targets_N = ctx.saved_tensors
         g_logprob, g_lse, g_mean = grads
+        dx_NH = torch.empty_like(unit_NH)
+        if g_logprob is not None and g_lse is None and g_mean is None:
+            # The product is rounded once, from float32, and no tensor in float32 is made.
+            torch.mul(unit_NH, -g_logprob[:, None], out=dx_NH)
+            return dx_NH, None, None, None, None, None
         width = len(weight_VH)
         sums = wide(weight_VH.dtype)
         mean_H = weight_VH.sum(0, dtype=sums) / (width * ctx.group.size())
-        dx_NH = torch.empty_like(unit_NH)
         for part in chunks(len(unit_NH), ctx.size):
             unit = unit_NH[part].to(sums)
             dx = torch.zeros_like(unit)
@@ -171,8 +184,10 @@ class _Adapted(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         x_NH, weight_VH, targets_N, h_NR, b_VR, lse_N = ctx.saved_tensors
         nothing_N = torch.zeros_like(lse_N)
-        g_logprob, g_lse, g_mean = [nothing_N if g is None else g for g in grads]
-        dx_NH = torch.empty_like(x_NH)
+        g_logprob, g_lse = [nothing_N if g is None else g for g in grads[:2]]
+        g_mean = grads[2]
+        # With nothing adapted below the head, x has no use for a gradient.
+        dx_NH = torch.empty_like(x_NH) if ctx.needs_input_grad[0] else None
         dh_NR = torch.empty_like(h_NR)
         db_VR = torch.zeros_like(b_VR, dtype=lse_N.dtype)
         vocab = len(weight_VH) * ctx.group.size()
@@ -182,9 +197,11 @@ class _Adapted(torch.autograd.Function):
             probabilities = logits.sub_(lse_N[part, None]).exp_()
             d_CV = probabilities.mul_((g_lse - g_logprob)[part, None])
             _add_to_targets(d_CV, targets_N[part], ctx.group, g_logprob[part])
-            d_CV += (g_mean[part] / vocab)[:, None]
+            if g_mean is not None:
+                d_CV += (g_mean[part] / vocab)[:, None]
             rounded_CV = d_CV.to(x_NH.dtype)
-            torch.mm(rounded_CV, weight_VH, out=dx_NH[part])
+            if dx_NH is not None:
+                torch.mm(rounded_CV, weight_VH, out=dx_NH[part])
             torch.mm(rounded_CV, b_VR, out=dh_NR[part])
             db_VR += rounded_CV.t() @ h_NR[part]
             del logits, probabilities, d_CV, rounded_CV

@@ -44,8 +44,13 @@ class Objective(Protocol):
         ...
 
     @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of what ``loss`` reports, what it minimises first."""
+        ...
+
+    @property
     def evaluated(self) -> str:
-        """The metric that an evaluation reports as its loss."""
+        """The one of ``metrics`` that an evaluation reports as its loss."""
         ...
 
     def divisors(self, microbatches: Iterable[Columns]) -> dict[str, int]:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from megalora.model.vocab_logits import Reader, logprob, logsumexp, mean_logit
@@ -26,8 +27,6 @@ class SFT:
     label_smoothing: float = 0.0
 
     columns = ("loss_mask",)
-    evaluated = "cross_entropy"
-    """Evaluations are compared with each other and with other stacks, so no option changes them."""
 
     @property
     def want(self) -> dict[str, Reader]:
@@ -39,9 +38,25 @@ class SFT:
             readers["mean_logit"] = mean_logit
         return readers
 
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The loss; where it is not the cross entropy, that too, and what z-loss adds."""
+        if self.z_loss:
+            return "loss", "cross_entropy", "z_loss"
+        return ("loss", "cross_entropy") if self.label_smoothing else ("loss",)
+
+    @property
+    def evaluated(self) -> str:
+        """The cross entropy: evaluations are compared with each other and with other stacks, so no
+        option changes them."""
+        return "cross_entropy" if "cross_entropy" in self.metrics else "loss"
+
     def divisors(self, microbatches: Iterable[Columns]) -> dict[str, int]:
         """Target tokens."""
-        return {"tokens": sum(int((c["loss_mask"] > 0).sum()) for c in microbatches)}
+        count = 0
+        for columns in microbatches:
+            count += int(np.count_nonzero(columns["loss_mask"].numpy()))
+        return {"tokens": count}
 
     def loss(
         self, outputs: Mapping[str, Any], columns: Columns, divisors: Mapping[str, Tensor]
@@ -52,17 +67,17 @@ class SFT:
         count = mask_N.sum()
         cross_entropy_N = -outputs["logprob"]
         terms_N = cross_entropy_N
-        sums = {"cross_entropy": (cross_entropy_N * mask_N).sum()}
+        sums = {"cross_entropy": (cross_entropy_N.detach() * mask_N).sum()}
         if self.label_smoothing:
             smooth_N = outputs["logsumexp"] - outputs["mean_logit"]
             terms_N = terms_N + self.label_smoothing * (smooth_N - cross_entropy_N)
         if self.z_loss:
             z_N = self.z_loss * outputs["logsumexp"].square()
             terms_N = terms_N + z_N
-            sums["z_loss"] = (z_N * mask_N).sum()
+            sums["z_loss"] = (z_N.detach() * mask_N).sum()
         total = (terms_N * mask_N).sum()
-        sums["loss"] = total
+        sums["loss"] = total.detach()
         metrics: dict[str, tuple[Tensor, Tensor]] = {}
         for name, value in sums.items():
-            metrics[name] = (value.detach(), count)
+            metrics[name] = (value, count)
         return Loss(total / divisors["tokens"], metrics)

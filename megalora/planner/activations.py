@@ -185,22 +185,24 @@ def _core_attention(
 
 
 def head_bytes(model: PlannedModel, layout: ParallelLayout, work: Workload) -> int:
-    """Kept by final norm, output layer and loss for one microbatch.
+    """Kept by final norm, output layer and loss for one microbatch, of which every token is taken
+    for a target.
 
-    Norm (T / t) (H e + 4), unless the head alone is adapted; softmax T V / t 4; per token a mask,
-    an int64 target and the loss mask; with an adapter on the head also its input, h and B.
+    Norm (T / t) (H e + 4), unless the head alone is adapted; per token an int64 target, the int64
+    place of its row and a float32 mask; of a frozen head the gradient that forward makes, T H e. Of
+    one with an adapter x before and after tokens are selected, h, B and three float32 results.
     """
     batch = Microbatch.of(model, layout, work)
     s = model.shape
     e = batch.element_bytes
     vocab = s.vocab // layout.parallel.tp
     head = model.modules_of(None).get("output_layer", [])
-    # The mask of targets that lie on other ranks is a bool: 1 byte.
-    total = batch.tokens * (vocab * STATISTIC + 1 + INDEX + LOSS_MASK)
+    total = batch.tokens * (s.hidden * e + 2 * INDEX + LOSS_MASK)
     if head_input_needs_gradient(model, layout):
         total += batch.own_tokens * (s.hidden * e + STATISTIC)
     if head:
         total += batch.own_tokens * s.hidden * e + low_rank(head, batch.tokens, vocab, e)
+        total += batch.tokens * 3 * STATISTIC
     return total
 
 

@@ -23,9 +23,9 @@ from megalora.planner.weights import attention_widths, stacked_rank
 ROPE_PASSES = 8
 """Times that q and k are read or written for norms and rotary embeddings, forward and backward
 each. Assumed."""
-LOSS_PASSES = 6
-"""Times that the float32 logits are read or written in forward; half as often in backward.
-Assumed."""
+LOSS_PASSES = 9
+"""Times that the float32 logits of a chunk are read or written whenever they are computed: widened,
+their maximum, less it, exponentials, their sum, a factor, rounded. Assumed."""
 ROUTER_PASSES = 10
 """Times that the router's probabilities are read or written, forward and backward each. Assumed."""
 GATED_FORWARD = 7
@@ -239,14 +239,30 @@ class LayerCosts(Prices):
         return again
 
     def head(self) -> tuple[Ledger, Ledger]:
-        """Output layer and cross entropy, forward and backward."""
+        """Output layer and log-probabilities, forward and backward, of which every token is taken
+        for a target.
+
+        A frozen layer makes the gradient of its input in forward, where the logits are; one with an
+        adapter computes the logits again in backward.
+        """
         b = self.batch
+        hidden = self.shape.hidden
         vocab = self.shape.vocab // self.p.tp
         adapted = self.model.by_layer.get(None, {}).get("output_layer", [])
         forward = Ledger()
         backward = Ledger()
         live = head_input_needs_gradient(self.model, self.layout)
-        self._linear(forward, backward, "head", adapted, vocab, column=True, live=live)
-        self.traffic(forward, "head", LOSS_PASSES * b.tokens * vocab * STATISTIC)
-        self.traffic(backward, "head", LOSS_PASSES / 2 * b.tokens * vocab * STATISTIC)
+        passes = LOSS_PASSES * b.tokens * vocab * STATISTIC
+        self.traffic(forward, "head", passes)
+        if adapted:
+            self._linear(forward, backward, "head", adapted, vocab, column=True, live=live)
+            self.gemm(backward, "head", b.tokens, vocab, hidden)
+            self.gemm(backward, "head", b.tokens, vocab, stacked_rank(adapted))
+            self.traffic(backward, "head", passes)
+            return forward, backward
+        self._linear(forward, backward, "head", [], vocab, column=True, live=False)
+        if live:
+            self.gemm(forward, "head", b.tokens, hidden, vocab)
+            moved = b.tokens * hidden * self.e
+            self.collective(backward, "tensor parallel head", "reduce_scatter", "tp", moved)
         return forward, backward

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 
 from megalora.config import Level, ParallelConfig
+from megalora.model.head_chunk import CHUNK_BYTES, chunk_tokens
 from megalora.planner import activations
 from megalora.planner.layouts import ParallelLayout, Workload
 from megalora.planner.microbatch import INT, STATISTIC, Microbatch
@@ -80,11 +81,11 @@ def row_bytes(
     model: PlannedModel, layout: ParallelLayout, work: Workload, chunks: list[Chunk]
 ) -> int:
     """Rows of all microbatches of a step, which are brought to the device at once: of each of this
-    rank's tokens its position, on the first stage its id, on the last one its label; all of them as
-    int32 in the copy that travels and as int64. Beside a label a float32 mask."""
+    rank's tokens its position, on the first stage its id, on the last one its label and, as each is
+    taken for a target, its place; all of them as int32 in the copy that travels and as int64."""
     batch = Microbatch.of(model, layout, work)
-    columns = 1 + chunks[0].has_embedding + chunks[-1].has_head
-    token = columns * (INT + INDEX) + chunks[-1].has_head * STATISTIC
+    columns = 1 + chunks[0].has_embedding + 2 * chunks[-1].has_head
+    token = columns * (INT + INDEX)
     return layout.num_microbatches(work.global_batch_size) * batch.tokens * token
 
 
@@ -102,19 +103,34 @@ def pipeline_bytes(model: PlannedModel, layout: ParallelLayout, work: Workload, 
 
 
 def logits_bytes(model: PlannedModel, layout: ParallelLayout, work: Workload, chunk: Chunk) -> int:
-    """Beside the float32 softmax that the loss keeps: with bfloat16 the logits themselves, later
-    their gradient, T V / t 2 (with float32 the softmax is written over them); the head's input (T /
-    t) H; and the embedding's output, if on this stage, which ``forward`` still holds (recomputing
-    whole layers keeps it anyway)."""
+    """Beside what the loss keeps, the larger of
+
+    forward: logits of a chunk of tokens in float32, and with bfloat16 once more before they are
+        widened, C V / t (4 + 2); x after tokens are selected, T H, unless an adapter's head keeps
+        it; the head's input (T / t) H; and the embedding's output, if on this stage, which
+        ``forward`` still holds (recomputing whole layers keeps it anyway);
+    backward of an adapter's head: the same chunk, computed again, with gradients of x and h, T (H +
+        R), and of B, V / t R, in float32 and once more rounded.
+    """
     batch = Microbatch.of(model, layout, work)
     s = model.shape
-    elements = batch.own_tokens * s.hidden
+    e = batch.element_bytes
+    vocab = s.vocab // layout.parallel.tp
+    size = min(batch.tokens, chunk_tokens(CHUNK_BYTES, vocab, STATISTIC + e))
+    logits = size * vocab * STATISTIC
+    if work.dtype != "float32":
+        logits += size * vocab * e
+    head = model.modules_of(None).get("output_layer", [])
+    own = batch.own_tokens * s.hidden * e
+    forward = logits + own
     # pp = 1: the embedding's output is still referenced when the loss is computed.
     if chunk.has_embedding and not chunk.levels(layout.recompute)[0]:
-        elements += batch.own_tokens * s.hidden
-    if work.dtype != "float32":
-        elements += batch.tokens * (s.vocab // layout.parallel.tp)
-    return elements * batch.element_bytes
+        forward += own
+    if not head:
+        return forward + batch.tokens * s.hidden * e
+    rank = stacked_rank(head)
+    backward = logits + batch.tokens * (s.hidden + rank) * e + vocab * rank * (STATISTIC + e)
+    return max(forward, backward)
 
 
 def backward_bytes(

@@ -8,7 +8,7 @@ need without the rest.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -27,6 +27,7 @@ from megalora.model.attention import activate
 from megalora.model.build import MakeBase, build_model
 from megalora.model.recompute import apply_recompute
 from megalora.model.shape import ModelShape
+from megalora.objectives.sft import SFT
 from megalora.parallel import Groups, parallel_groups
 from megalora.train.batches import Batches
 from megalora.train.optim import build_optimizer, clip_and_step, set_learning_rate, wrap_chunks
@@ -66,6 +67,8 @@ class Run:
     """Megatron's sharded AdamW over the adapters."""
     stepper: Stepper
     batches: Batches
+    others: dict[str, float] = field(default_factory=dict)
+    """What the objective reported of the last step beside the loss."""
 
     def step(
         self, number: int, lr: float, around_optimizer: AbstractContextManager[Any] | None = None
@@ -80,15 +83,20 @@ class Run:
         """
         set_learning_rate(self.optimizer, lr)
         batches = self.batches.of_step(number)
-        sum_and_count = self.stepper.forward_backward(batches, self.optimizer)
+        sums = self.stepper.forward_backward(batches, self.optimizer)
         with around_optimizer or nullcontext():
             norm = clip_and_step(self.optimizer)
-        # One copy of three numbers: the only wait for the device in a step.
-        total, count, grad_norm = torch.cat([sum_and_count, norm]).tolist()
+        # One copy of a few numbers: the only wait for the device in a step.
+        *numbers, grad_norm = torch.cat([sums.flatten(), norm]).tolist()
         # From now on A has a gradient too, which ``GradientCheck`` expects.
         self.stepper.b_has_moved |= lr > 0
-        # A batch without a target token has no loss to divide.
-        return total / max(count, 1), grad_norm
+        means: list[float] = []
+        for total, count in zip(numbers[::2], numbers[1::2], strict=True):
+            # A batch without a target token has no loss to divide.
+            means.append(total / max(count, 1))
+        loss, *others = means
+        self.others = dict(zip(self.stepper.objective.metrics[1:], others, strict=True))
+        return loss, grad_norm
 
 
 @contextmanager
@@ -165,4 +173,5 @@ def make_stepper(
     """
     wrapped = wrap_chunks(list(chunks))
     optimizer = build_optimizer(config, dtype, wrapped)
-    return Stepper(wrapped, groups, check), optimizer
+    objective = SFT(z_loss=config.z_loss, label_smoothing=config.label_smoothing)
+    return Stepper(wrapped, groups, objective, check), optimizer

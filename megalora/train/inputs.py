@@ -2,12 +2,13 @@
 it.
 
 Only what a rank reads travels: of each row its context-parallel part; tokens to the first pipeline
-stage, labels and loss mask to the last, and to all of them where documents begin.
+stage, target tokens and their places to the last, and to all of them where documents begin.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,9 +26,10 @@ class DeviceBatch:
     tokens: Tensor | None
     """[T / c] int64."""
     labels: Tensor | None
-    """[T / c] int64."""
-    loss_mask: Tensor | None
-    """[T / c] float32."""
+    """[N] int64: the tokens that the head is asked about."""
+    positions: Tensor | None
+    """[N] int64: where in this rank's part of the row each of them is predicted; None for the
+    labels of every place."""
 
 
 @dataclass(frozen=True)
@@ -52,47 +54,61 @@ class Part:
         )
 
 
-def to_device(batches: list[Batch], part: Part) -> list[DeviceBatch]:
+def to_device(batches: list[Batch], part: Part, *, every_token: bool = False) -> list[DeviceBatch]:
     """This rank's part of every row, in one copy to the device.
 
-    Token ids fit into int32, and a label outside of the loss travels as its complement, so that the
-    mask needs no room: 12 bytes a token where a stage is both first and last.
+    The host picks the target tokens, so that it knows their number and need not ask the device.
+    All numbers fit into int32.
+
+    Args:
+        every_token: send the labels of all places, in the loss or not.
     """
     chunks = [local_chunks(batch.ends, part.cp_rank, part.cp_size) for batch in batches]
     pieces: list[Tensor] = []
     for batch, of_batch in zip(batches, chunks, strict=True):
-        pieces += _host_pieces(batch, of_batch, part)
+        pieces += _host_pieces(batch, of_batch, part, every_token)
     sizes = [len(piece) for piece in pieces]
     flat = host.to_device(torch.cat(pieces).int())
     parts = iter(flat.split(sizes))
-    return [_unpack(of_batch, parts, part) for of_batch in chunks]
+    return [_unpack(of_batch, parts, part, every_token) for of_batch in chunks]
 
 
-def _host_pieces(batch: Batch, chunks: tuple[Chunk, ...], part: Part) -> list[Tensor]:
+def _host_pieces(
+    batch: Batch, chunks: tuple[Chunk, ...], part: Part, every_token: bool
+) -> list[Tensor]:
     """What travels of one row, in the order in which ``_unpack`` takes it."""
-    rows = [positions_of(batch.ends)]
+
+    def own(row: Tensor) -> Tensor:
+        return zigzag(row, part.cp_rank, part.cp_size)
+
+    pieces = [own(positions_of(batch.ends))]
     if part.first:
-        rows.append(batch.tokens)
+        pieces.append(own(batch.tokens))
     if part.last:
-        # ~label is -label - 1: negative, and its own inverse.
-        rows.append(torch.where(batch.loss_mask > 0, batch.labels, ~batch.labels))
-    pieces = [zigzag(row, part.cp_rank, part.cp_size) for row in rows]
+        labels = own(batch.labels)
+        if not every_token:
+            # numpy: torch's nonzero cannot be traced without data.
+            places = torch.from_numpy(np.flatnonzero(own(batch.loss_mask).numpy()))
+            labels = labels[places]
+            pieces.append(places)
+        pieces.append(labels)
     for chunk in chunks:
         pieces.append(torch.tensor(chunk.query_ends))
         pieces.append(torch.tensor(chunk.key_ends))
     return pieces
 
 
-def _unpack(chunks: tuple[Chunk, ...], parts: Iterator[Tensor], part: Part) -> DeviceBatch:
+def _unpack(
+    chunks: tuple[Chunk, ...], parts: Iterator[Tensor], part: Part, every_token: bool
+) -> DeviceBatch:
     """The next row of those that ``to_device`` sent, on the device."""
     positions = next(parts).long()
-    tokens = labels = loss_mask = None
+    tokens = labels = places = None
     if part.first:
         tokens = next(parts).long()
     if part.last:
-        packed = next(parts).long()
-        in_loss = packed >= 0
-        labels = torch.where(in_loss, packed, ~packed)
-        loss_mask = in_loss.float()
+        if not every_token:
+            places = next(parts).long()
+        labels = next(parts).long()
     bounds = tuple((next(parts), next(parts)) for _ in chunks)
-    return DeviceBatch(Documents(chunks, positions, bounds), tokens, labels, loss_mask)
+    return DeviceBatch(Documents(chunks, positions, bounds), tokens, labels, places)

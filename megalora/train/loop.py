@@ -223,7 +223,7 @@ def _train_step(run: Run, step: int, *, lr: float, saved: Path | None) -> dict[s
     loss, grad_norm = run.step(step, lr)
     check_finite(step + 1, "loss", loss, saved)
     check_finite(step + 1, "gradient norm", grad_norm, saved)
-    return {"loss": loss, "lr": lr, "grad_norm": grad_norm}
+    return {"loss": loss, **run.others, "lr": lr, "grad_norm": grad_norm}
 
 
 def _check_first_loss(run: Run, step: int, adapter: Path | None) -> str:

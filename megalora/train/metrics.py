@@ -63,12 +63,14 @@ class Metrics:
         grad_norm: float,
         num_tokens: int,
         use_of_slots: Mapping[str, float],
+        **others: float,
     ) -> None:
         """Report a finished step.
 
         Args:
             num_tokens: all tokens that it processed, filler left out.
             use_of_slots: see ``Batches.use_of_slots``; written to the files alone.
+            others: what the objective reports beside the loss; likewise.
         """
         now = time.perf_counter()
         speed = num_tokens / (now - self.last)
@@ -77,6 +79,7 @@ class Metrics:
         self.progress.update(self.task, completed=step, shown=shown)
         if step % self.config.every == 0:
             values = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_second": speed}
+            values.update(others)
             values.update(use_of_slots)
             self._write(step, values)
             if not self.bar:

@@ -1,7 +1,7 @@
 """One pass over a global batch: microbatches through Megatron's pipeline schedule, then one
-reduction of gradients."""
+reduction of gradients. Which loss is minimised is the objective's."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,9 +18,11 @@ from megalora.data.batch import Batch
 from megalora.lora.coverage import GradientCheck
 from megalora.lora.shards import sum_partial_gradients
 from megalora.model.documents import unzigzag
+from megalora.model.head import Outputs, Wanted, project
+from megalora.model.vocab_logits import Reader, logprob
+from megalora.objectives.objective import Objective
 from megalora.parallel import Groups, megatron_groups
 from megalora.train.inputs import DeviceBatch, Part, to_device
-from megalora.train.loss import loss_sum, token_losses
 
 
 class Stepper:
@@ -28,10 +30,15 @@ class Stepper:
     are reduced over all ranks."""
 
     def __init__(
-        self, chunks: Sequence[Any], groups: Groups, check: GradientCheck | None = None
+        self,
+        chunks: Sequence[Any],
+        groups: Groups,
+        objective: Objective,
+        check: GradientCheck | None = None,
     ) -> None:
         self.chunks = list(chunks)
         self.groups = groups
+        self.objective = objective
         self.check = check
         self.parameters: list[nn.Parameter] = []
         for chunk in chunks:
@@ -44,15 +51,15 @@ class Stepper:
         config.no_sync_func = None
 
     def train(self, batches: list[Batch], optimizer: Any) -> tuple[float, int]:
-        """``forward_backward`` with its result read at once: (mean loss, number of target tokens)
-        of the global batch."""
-        return _mean(self.forward_backward(batches, optimizer))
+        """``forward_backward`` with its loss read at once: (mean, number of target tokens) of the
+        global batch."""
+        return _mean(self.forward_backward(batches, optimizer)[0])
 
     def forward_backward(self, batches: list[Batch], optimizer: Any) -> Tensor:
-        """Compute reduced gradients in every ``main_grad``; returns (sum of losses, number of
-        target tokens) of the global batch.
+        """Compute reduced gradients in every ``main_grad``; returns a row (sum, count) of the
+        global batch for each of the objective's metrics, ``[M, 2]``, the loss first.
 
-        The two are float64 on the device: nothing here waits for it.
+        They are float64 on the device: nothing here waits for it.
         """
         for chunk in self.chunks:
             chunk.train()
@@ -67,7 +74,8 @@ class Stepper:
         ``own`` over this rank's alone; forward only."""
         for chunk in self.chunks:
             chunk.eval()
-        return _mean(self._sum(self._run(batches, forward_only=True), own))
+        sums = self._sum(self._run(batches, forward_only=True), own)
+        return _mean(sums[self.objective.metrics.index(self.objective.evaluated)])
 
     @torch.no_grad()
     def token_losses(self, batches: list[Batch]) -> Tensor:
@@ -78,33 +86,71 @@ class Stepper:
         for chunk in self.chunks:
             chunk.eval()
         cp = self.groups.cp
-        reports = self._schedule(batches, forward_only=True, loss=token_losses)
+
+        def report(outputs: Outputs) -> tuple[Tensor, Tensor, Tensor]:
+            return outputs["logprob"].sum(), _one(), -outputs["logprob"]
+
+        every = self._schedule(
+            batches, {"logprob": logprob}, report, forward_only=True, every_token=True
+        )
         losses = torch.zeros(len(batches[0].tokens) // cp.size(), device=host.device())
         # Only the last stage has any; the sum over stages hands them to all.
-        if reports:
-            losses += reports[0]["token_losses"]
+        if every:
+            losses += every[0]
         dist.all_reduce(losses, group=self.groups.pp)
         return unzigzag(all_gather(losses, cp), cp.size())
 
-    def _sum(self, sum_and_count: Tensor, own: bool = False) -> Tensor:
+    def _sum(self, sums: Tensor, own: bool = False) -> Tensor:
         """Sum in place over the pipeline, whose last stage has the numbers, over the parts of a
         row, and unless ``own`` over data-parallel ranks."""
-        dist.all_reduce(sum_and_count, group=self.groups.pp)
-        dist.all_reduce(sum_and_count, group=self.groups.cp if own else self.groups.dp_cp)
-        return sum_and_count
+        dist.all_reduce(sums, group=self.groups.pp)
+        dist.all_reduce(sums, group=self.groups.cp if own else self.groups.dp_cp)
+        return sums
 
     def _run(self, batches: list[Batch], forward_only: bool) -> Tensor:
-        """(sum of losses, number of target tokens) on the last pipeline stage, zeros elsewhere."""
-        total = torch.zeros(2, dtype=torch.float64, device=host.device())
-        for report in self._schedule(batches, forward_only, loss_sum):
-            total += report["sum_and_count"]
+        """(sum, count) of each metric on the last pipeline stage, ``[M, 2]``; zeros elsewhere."""
+        objective = self.objective
+        divisors = self._divisors(batches)
+
+        def report(outputs: Outputs) -> tuple[Tensor, Tensor, Tensor]:
+            # The head was asked about target tokens alone.
+            columns = {"loss_mask": torch.ones_like(outputs["logprob"])}
+            loss = objective.loss(outputs, columns, divisors)
+            rows = [torch.stack(loss.metrics[name]) for name in objective.metrics]
+            return loss.sum, _one(), torch.stack(rows)
+
+        total = torch.zeros(len(objective.metrics), 2, dtype=torch.float64, device=host.device())
+        for sums in self._schedule(batches, objective.want, report, forward_only):
+            total += sums
         return total
 
+    def _divisors(self, batches: list[Batch]) -> dict[str, Tensor]:
+        """Unit -> its number in the global batch, at least 1, before any pass. Every rank has whole
+        rows, so ranks of other pipeline stages and parts of rows count the same."""
+        counts = self.objective.divisors([{"loss_mask": batch.loss_mask} for batch in batches])
+        divisors: dict[str, Tensor] = {}
+        for unit, count in counts.items():
+            # Filled on the device: nothing to copy, nothing to wait for.
+            number = torch.full((), count, dtype=torch.float64, device=host.device())
+            dist.all_reduce(number, group=self.groups.dp)
+            divisors[unit] = number.clamp(min=1).float()
+        return divisors
+
     def _schedule(
-        self, batches: list[Batch], forward_only: bool, loss: Callable[..., Any]
-    ) -> list[dict[str, Tensor]]:
-        """What ``loss`` reports of each microbatch, on the last pipeline stage."""
-        inputs = to_device(batches, Part.of(self.groups))
+        self,
+        batches: list[Batch],
+        want: Mapping[str, Reader],
+        report: Callable[[Outputs], tuple[Tensor, Tensor, Tensor]],
+        forward_only: bool,
+        every_token: bool = False,
+    ) -> list[Tensor]:
+        """What ``report`` says of each microbatch, on the last pipeline stage.
+
+        Args:
+            want: what the head reads, of target tokens or of every token.
+            report: (loss, 1, what to report) of what the head has read.
+        """
+        inputs = to_device(batches, Part.of(self.groups), every_token=every_token)
         # Every chunk reads each microbatch once. Megatron wants lists for several chunks alone.
         iterators = [iter(inputs) for _ in self.chunks]
         several = len(self.chunks) > 1
@@ -112,7 +158,7 @@ class Stepper:
         if self.groups.pp.size() > 1 and not several:
             communication = self._stages(batches)
         return get_forward_backward_func()(
-            forward_step_func=partial(_forward_step, loss=loss),
+            forward_step_func=partial(_forward_step, want=want, report=report),
             data_iterator=iterators if several else iterators[0],
             model=self.chunks if several else self.chunks[0],
             num_microbatches=len(batches),
@@ -149,7 +195,8 @@ class Stepper:
         """
         if self.check is not None:
             self.check.after_backward(self.b_has_moved)
-        finalize_model_grads(model, num_tokens, **kwargs)
+        # Without ``num_tokens``: the objective has divided each term already.
+        finalize_model_grads(model, None, **kwargs)
         for name in ("tp", "etp"):
             partial_gradients = [p for p in self.parameters if p.sum_group == name]  # pyright: ignore[reportAttributeAccessIssue]
             sum_partial_gradients(partial_gradients, self.groups.named(name))
@@ -191,19 +238,30 @@ def _mean(sum_and_count: Tensor) -> tuple[float, int]:
     return total / max(count, 1), int(count)
 
 
+def _one() -> Tensor:
+    """The number of tokens that Megatron's schedules ask for, to divide by what they add up to."""
+    return torch.ones((), dtype=torch.int, device=host.device())
+
+
 def _forward_step(
-    inputs: Iterator[DeviceBatch], model: nn.Module, loss: Callable[..., Any]
-) -> tuple[Tensor, Any]:
-    """One microbatch: (losses of its tokens, what makes a report of them), as Megatron's schedules
+    inputs: Iterator[DeviceBatch],
+    model: nn.Module,
+    want: Mapping[str, Reader],
+    report: Callable[[Outputs], tuple[Tensor, Tensor, Tensor]],
+) -> tuple[Any, Any]:
+    """One microbatch: (what the head has read, what makes a report of it), as Megatron's schedules
     take them; only the last stage calls the second."""
     batch = next(inputs)
+    wanted = None
+    if batch.labels is not None:
+        wanted = Wanted(batch.labels, batch.positions, want)
     # Megatron takes [B, T]. Without position ids and attention mask: rotary positions and causality
     # come from the documents.
-    losses = model(
-        _with_batch(batch.tokens), None, None, labels=_with_batch(batch.labels),
-        packed_seq_params=batch.documents,
+    outputs = model(
+        _with_batch(batch.tokens), None, None, packed_seq_params=batch.documents,
+        output_processor=project, output_processor_context=wanted,
     )  # fmt: skip
-    return losses, partial(loss, loss_mask_T=batch.loss_mask)
+    return outputs, report
 
 
 def _with_batch(row: Tensor | None) -> Tensor | None:

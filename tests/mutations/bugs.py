@@ -149,17 +149,17 @@ BUGS = (
     bug(
         2,
         "loss averaged per microbatch",
-        "megalora/train/loss.py",
-        '    return total, count, {"sum',
-        '    total, count = total / count, count // count\n    return total, count, {"sum',
+        "megalora/objectives/sft.py",
+        'return Loss(total / divisors["tokens"], metrics)',
+        "return Loss(total / count.clamp(min=1), metrics)",
         f"{PARALLEL} test_02",
     ),
     bug(
         2,
         "padding counted as target tokens",
-        "megalora/train/loss.py",
-        "count = loss_mask_T.sum().to(torch.int)",
-        "count = torch.ones_like(loss_mask_T).sum().to(torch.int)",
+        "megalora/train/inputs.py",
+        "torch.from_numpy(np.flatnonzero(own(batch.loss_mask).numpy()))",
+        "torch.arange(len(labels))",
         f"{PARALLEL} test_02",
     ),
     bug(

@@ -40,9 +40,8 @@ ROW_BUGS: tuple[Bug, ...] = (
         "get_data_parallel_group(with_context_parallel=True)", "get_data_parallel_group()",
         f"{CUT} one_gradient"),
     bug(0, "labels not cut as tokens are", INPUTS,
-        "pieces = [zigzag(row, part.cp_rank, part.cp_size) for row in rows]",
-        "pieces = [zigzag(row, part.cp_rank, part.cp_size) for row in rows[:-1]]\n"
-        "    pieces.append(rows[-1][: len(pieces[0])])", f"{OF_INPUTS} parts_of_a_row"),
+        "labels = own(batch.labels)", "labels = batch.labels[: len(pieces[0])]",
+        f"{OF_INPUTS} parts_of_a_row"),
     bug(0, "a loss over filler", BATCH,
         "loss_mask = torch.zeros(length, dtype=torch.float32)",
         "loss_mask = torch.ones(length, dtype=torch.float32)", "tests/data/test_batch.py shifted"),

@@ -30,9 +30,9 @@ WAIT_BUGS: tuple[Bug, ...] = (
     bug(
         0,
         "a loss mask left on the host",
-        INPUTS,
-        "loss_mask = in_loss.float()",
-        "loss_mask = in_loss.float().cpu()",
+        STEP,
+        'torch.ones_like(outputs["logprob"])',
+        'torch.ones(len(outputs["logprob"]))',
         ONE_GPU,
     ),
     bug(
@@ -197,8 +197,8 @@ WAIT_BUGS: tuple[Bug, ...] = (
         0,
         "labels outside of the loss in the loss",
         INPUTS,
-        "loss_mask = in_loss.float()\n",
-        "loss_mask = torch.ones_like(packed, dtype=torch.float32)\n",
+        "np.flatnonzero(own(batch.loss_mask).numpy())",
+        "np.flatnonzero(own(batch.labels).numpy())",
         "tests/train/test_inputs.py test_what_arrives",
     ),
     bug(

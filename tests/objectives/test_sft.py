@@ -66,7 +66,9 @@ def ours(objective: SFT, with_adapter: bool, only_targets: bool) -> tuple[float,
     x.requires_grad_()
     microbatches = [{"loss_mask": part} for part in mask.split(SIZES)]
     divisors = {"tokens": torch.tensor(objective.divisors(microbatches)["tokens"])}
-    sums = {"loss": torch.zeros(2), "cross_entropy": torch.zeros(2)}
+    # What is reported in training, and what in evaluation.
+    names = (objective.metrics[0], objective.evaluated)
+    sums = [torch.zeros(2), torch.zeros(2)]
     start = 0
     for columns in microbatches:
         places = torch.arange(len(columns["loss_mask"]))
@@ -77,13 +79,14 @@ def ours(objective: SFT, with_adapter: bool, only_targets: bool) -> tuple[float,
         outputs = head(mine, labels[start + places], objective.want, h)
         loss = objective.loss(outputs, {"loss_mask": columns["loss_mask"][places]}, divisors)
         loss.sum.backward()
-        for name, total in sums.items():
+        assert set(objective.metrics) <= loss.metrics.keys()
+        for name, total in zip(names, sums, strict=True):
             total += torch.stack(loss.metrics[name])
         start += len(columns["loss_mask"])
     assert x.grad is not None
     gradient = x.grad.contiguous()
     dist.all_reduce(gradient)
-    means = [(total / count).item() for total, count in sums.values()]
+    means = [(total / count).item() for total, count in sums]
     return means[0], means[1], gradient
 
 
@@ -120,7 +123,12 @@ def test_the_options_change_the_loss_and_not_what_is_evaluated() -> None:
         evaluated.add(cross_entropy)
     # What the test above compares with differs by option.
     assert len(losses) == 4 and len(evaluated) == 1
-    assert {objective.evaluated for objective in OPTIONS} == {"cross_entropy"}
+    assert [objective.metrics for objective in OPTIONS] == [
+        ("loss",),
+        ("loss", "cross_entropy", "z_loss"),
+        ("loss", "cross_entropy"),
+        ("loss", "cross_entropy", "z_loss"),
+    ]
     # The mean logit costs a pass over the logits, which only smoothing pays for.
     assert [list(objective.want) for objective in OPTIONS] == [
         ["logprob"],

@@ -236,15 +236,17 @@ def held_at_once(config: RunConfig) -> set[tuple[int, ...]]:
         seen = set()
 
         def count(number: int) -> Any:
-            def forward(module: Any, args: Any, output: Tensor) -> None:
+            def forward(module: Any, args: Any, output: Any) -> None:
                 held[number] += 1
                 seen.add(tuple(held))
 
                 def backward(gradient: Tensor) -> None:
                     held[number] -= 1
 
-                # Runs when the gradient of the chunk's output is there: backward begins.
-                output.register_hook(backward)
+                # Runs when the gradient of the chunk's output is there: backward begins. The last
+                # stage's is what its head has read.
+                tensor = output["logprob"] if isinstance(output, dict) else output
+                tensor.register_hook(backward)
 
             return forward
 

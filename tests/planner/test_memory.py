@@ -96,11 +96,16 @@ def test_weights_gradients_and_optimizer(
 
 
 def plan_of(
-    model: PlannedModel, stage: int = 0, ranks: int = 8, recompute: Any = "off", **sizes: int
+    model: PlannedModel,
+    stage: int = 0,
+    ranks: int = 8,
+    recompute: Any = "off",
+    tokens: int = 4096,
+    **sizes: int,
 ) -> MemoryPlan:
     layout = ParallelLayout(parallel=ParallelConfig(**sizes), num_ranks=ranks, recompute=recompute)
     return memory_of_model(
-        model, layout, Workload(sequence_length=4096, global_batch_size=64), stage
+        model, layout, Workload(sequence_length=tokens, global_batch_size=64), stage
     )
 
 
@@ -134,7 +139,8 @@ def test_ranks_of_a_token_are_those_of_every_choice_there_is(experts, top_k, ep)
 def test_the_peak_is_the_largest_of_loss_layer_and_step(model: PlannedModel) -> None:
     one = plan_of(model, ep=8)
     full = plan_of(model, ep=8, recompute="full")
-    for plan in (one, full):
+    short = plan_of(model, ep=8, recompute="full", tokens=1024)
+    for plan in (one, full, short):
         # Loss, a layer's backward and the step come one after the other; what a pass keeps is
         # there during the first two.
         always = plan.sum_of("always")
@@ -143,8 +149,9 @@ def test_the_peak_is_the_largest_of_loss_layer_and_step(model: PlannedModel) -> 
         assert {part.basis for part in plan.parts} == {"measured", "assumed"}
         assert {part.when for part in plan.parts} == {"always", "pass", "loss", "layer", "step"}
         assert plan.table().splitlines()[-1].startswith("peak")
-    # 152,000 logits of a token, 6 bytes each, against one layer.
-    assert full.sum_of("loss") > full.sum_of("layer")
+    # A layer grows with the tokens; logits, 152,000 of a token at 6 bytes each, up to 512 MiB.
+    assert short.sum_of("loss") > short.sum_of("layer")
+    assert full.sum_of("loss") < full.sum_of("layer")
 
 
 def test_what_a_layout_changes(model: PlannedModel) -> None:

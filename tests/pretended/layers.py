@@ -63,9 +63,11 @@ def count(case: Case, recorder: Recorder) -> Counts:
 
 def count_chunk(chunk: Any, sequence: int, recorder: Recorder) -> Counts:
     """The same for a whole model on one rank."""
+    from megalora import host
     from megalora.data.batch import Batch
+    from megalora.model.head import Wanted, project
+    from megalora.objectives.sft import SFT
     from megalora.train.inputs import Part, to_device
-    from megalora.train.loss import loss_sum
 
     work = Work()
     recorder.on_launch = work.launched
@@ -87,15 +89,19 @@ def count_chunk(chunk: Any, sequence: int, recorder: Recorder) -> Counts:
     (batch,) = to_device([row], Part(first=True, last=True))
     assert batch.tokens is not None
     assert batch.labels is not None
-    assert batch.loss_mask is not None
+    objective = SFT()
+    wanted = Wanted(batch.labels, batch.positions, objective.want)
+    # Every token is a target.
+    columns = {"loss_mask": torch.ones(len(batch.labels), device=host.device())}
+    divisors = {"tokens": torch.ones((), device=host.device())}
     # All inputs of a step came in one tensor, which is there for the whole step.
     own.add(batch.documents.bounds[0][0].untyped_storage()._cdata)
     with work, torch.autograd.graph.saved_tensors_hooks(pack, lambda holder: holder.tensor):
-        losses = chunk(
-            batch.tokens[None], None, None, labels=batch.labels[None],
-            packed_seq_params=batch.documents,
+        outputs = chunk(
+            batch.tokens[None], None, None, packed_seq_params=batch.documents,
+            output_processor=project, output_processor_context=wanted,
         )  # fmt: skip
-        loss, *_ = loss_sum(losses, batch.loss_mask)
+        loss = objective.loss(outputs, columns, divisors).sum
         kept = _bytes_by_place(saved, own)
         work.is_backward = True
         # torch's own backward takes off the mode that answers for the device.

@@ -2,6 +2,7 @@
 
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,8 +22,6 @@ def batch(lengths: tuple[int, ...], seed: int) -> Batch:
     # Qwen's vocabulary has 151,936 tokens: numbers that 16 bits do not hold.
     tokens = torch.randint(0, 151_936, (total,), generator=generator)
     labels = torch.randint(0, 151_936, (total,), generator=generator)
-    # Labels outside the loss travel as negative numbers; with a plain minus, 0 would lose its mask.
-    labels[0] = 0
     mask = torch.randint(0, 2, (total,), generator=generator).float()
     return Batch(tokens, labels, mask, (0, *accumulate(lengths)))
 
@@ -34,11 +33,17 @@ def test_what_arrives_is_what_was_sent(first: bool, last: bool) -> None:
     batches = [batch((7, 3), 0), batch((5,), 1), batch((2, 1, 9), 2)]
     arrived = to_device(batches, Part(first, last))
     assert len(arrived) == len(batches)
-    for sent, found in zip(batches, arrived, strict=True):
+    # Of all labels, as the probe wants them.
+    in_full = to_device(batches, Part(first, last), every_token=True)
+    for sent, found, full in zip(batches, arrived, in_full, strict=True):
+        assert full.positions is None
+        places = sent.loss_mask.nonzero().flatten()
         for wanted, tensor, expected in (
             (first, found.tokens, sent.tokens),
-            (last, found.labels, sent.labels),
-            (last, found.loss_mask, sent.loss_mask),
+            (last, found.labels, sent.labels[places]),
+            (last, found.positions, places),
+            (first, full.tokens, sent.tokens),
+            (last, full.labels, sent.labels),
         ):
             # A stage between the ends needs neither tokens nor labels: nothing is sent for it.
             if not wanted:
@@ -57,11 +62,15 @@ def test_what_arrives_is_what_was_sent(first: bool, last: bool) -> None:
 def test_ranks_of_context_parallelism_get_the_parts_of_a_row() -> None:
     # 16 tokens in 8 chunks of 2; rank 1 of 4 has chunks 1 and 6.
     row = batch((7, 9), 3)
+    row.loss_mask[:] = 1
+    row.loss_mask[3] = 0
     (found,) = to_device([row], Part(True, True, cp_rank=1, cp_size=4))
-    places = [2, 3, 12, 13]
     assert found.tokens is not None and found.labels is not None
-    assert found.tokens.tolist() == row.tokens[places].tolist()
-    assert found.labels.tolist() == row.labels[places].tolist()
+    assert found.tokens.tolist() == row.tokens[[2, 3, 12, 13]].tolist()
+    # Targets alone, by their places among the rank's own four tokens.
+    assert found.labels.tolist() == row.labels[[2, 12, 13]].tolist()
+    assert found.positions is not None
+    assert found.positions.tolist() == [0, 2, 3]
     # Places 12 and 13 are tokens 5 and 6 of the second document, which begins at 7.
     assert found.documents.positions.tolist() == [2, 3, 5, 6]
 
@@ -80,7 +89,7 @@ def losses(config: RunConfig) -> tuple[set[int], list[float]]:
 def test_stages_know_every_microbatch_s_own_length(tiny: Path, chats: Path, tmp_path: Path) -> None:
     """Nothing is padded to the longest of a step, and nothing is asked: the schedule's sizes are
     not the tensors'."""
-    options = {"micro_batch_size": 1, "global_batch_size": 6}
+    options: dict[str, Any] = {"micro_batch_size": 1, "global_batch_size": 6}
     lengths, one = run_ranks(losses, 1, make_config(tiny, chats, tmp_path, {}, **options))[0]
     # Were all of one length, stages that assume one could not be told from those that know.
     assert len(lengths) > 3

@@ -1,0 +1,18 @@
+"""Say how many tokens the head takes at once; the planner counts with the same numbers. No torch.
+
+C = chunk_bytes / (V/t * bytes per logit)
+"""
+
+CHUNK_BYTES = 512 << 20
+"""Room for the logits of a chunk. At 512 tokens and more, products with the output weight are bound
+by arithmetic on an H100, so that a larger chunk is no faster."""
+
+
+def chunk_tokens(chunk_bytes: int, vocab: int, bytes_per_logit: int) -> int:
+    """Tokens of a chunk: at least one, and multiples of 128, in which GPUs compute, from 128 on.
+
+    Args:
+        vocab: entries on this rank, V/t.
+    """
+    size = max(1, chunk_bytes // (vocab * bytes_per_logit))
+    return size if size < 128 else size // 128 * 128
