@@ -67,7 +67,9 @@ def main() -> None:
         tokenizer,
         format=data.format,
         max_length=data.max_length,
+        too_long=data.too_long,
         allow_left_out=data.allow_left_out,
+        cache=data.cache,
     )
     before, after = eval_losses(config.model.path, args.checkpoint, split.samples)
     # The first evaluation of a run is before its first step, with the base alone; the last one is
