@@ -125,7 +125,7 @@ def compare(case: Case, folder: Path, chats: Path) -> list[dict[str, Any]]:
     if model.shape.moe_layers:
         top_k = model.shape.top_k
         # A rank's own tokens: their choice begins anew on every rank.
-        own = SEQUENCE * case.micro // config.parallel.tp
+        own = SEQUENCE * case.micro // (config.parallel.tp * config.parallel.cp)
         spread = ranks_of_tokens(own, model.shape.num_experts, top_k, config.parallel.ep)
         work = replace(work, ranks_per_token=spread)
     found = run_ranks(count_step, case.world, config, top_k)
