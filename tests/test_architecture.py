@@ -64,6 +64,7 @@ WITHOUT_TORCH = (
     "megalora/environment.py", "megalora/adapters/__init__.py", "megalora/adapters/files.py",
     "megalora/adapters/read/__init__.py", "megalora/adapters/read/options.py",
     "megalora/data/__init__.py", "megalora/data/messages.py", "megalora/data/sources.py",
+    "megalora/data/pack.py",
     "megalora/lora/__init__.py", "megalora/lora/spec.py", "megalora/lora/select.py", 
     "megalora/lora/modules.py", "megalora/lora/patterns.py", "megalora/wording.py",
     "megalora/paths.py", "megalora/launching.py", "megalora/user_error.py", "megalora/preflight.py",

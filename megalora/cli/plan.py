@@ -20,19 +20,7 @@ def add_plan_command(commands: Any) -> None:
     )
     plan.add_argument("--gpus-per-node", type=int, help="default: 8, or as in the --gpu file")
     plan.add_argument("--top", type=int, default=10, help="number of layouts to show")
-    plan.add_argument(
-        "--imbalance",
-        type=float,
-        default=1.2,
-        help="assumed routing: rows of the fullest expert-parallel rank over the mean",
-    )
-    plan.add_argument(
-        "--lora-rank",
-        type=_numbers,
-        default=[],
-        metavar="R,...",
-        help="try these lora.rank too",
-    )
+    _add_assumptions(plan)
     plan.add_argument(
         "--out", type=user_path, metavar="FILE.yaml", help="write the best layout as a config"
     )
@@ -55,6 +43,30 @@ def add_plan_command(commands: Any) -> None:
     plan.set_defaults(action=_plan)
 
 
+def _add_assumptions(plan: Any) -> None:
+    """Options that say what a config does not."""
+    plan.add_argument(
+        "--imbalance",
+        type=float,
+        default=1.2,
+        help="assumed routing: rows of the fullest expert-parallel rank over the mean",
+    )
+    plan.add_argument(
+        "--mean-length",
+        type=float,
+        metavar="TOKENS",
+        help="mean length of a sample, to plan packed rows; default: that of data.train if it and"
+        " the tokenizer are on this machine, else data.max_length",
+    )
+    plan.add_argument(
+        "--lora-rank",
+        type=_numbers,
+        default=[],
+        metavar="R,...",
+        help="try these lora.rank too",
+    )
+
+
 def _numbers(text: str) -> list[int]:
     """Numbers of a list such as 8,16; argparse reports a ``ValueError`` with the option's name."""
     return [int(word) for word in text.split(",")]
@@ -70,7 +82,7 @@ def _plan(options: Any, rest: list[str]) -> None:
         sys.exit(0 if is_equal else 1)
     asked = PlanOptions(
         gpus=options.gpus, gpu=options.gpu, top=options.top, imbalance=options.imbalance,
-        lora_ranks=options.lora_rank,
+        lora_ranks=options.lora_rank, mean_length=options.mean_length,
         gpus_per_node=options.gpus_per_node, out=options.out, figure=options.figure,
         rejected=options.rejected,
     )  # fmt: skip

@@ -17,6 +17,7 @@ from megalora.planner.gpus import find_machine, with_ranks_per_node
 from megalora.planner.layouts import ParallelLayout, Workload, check
 from megalora.planner.memory import memory_of
 from megalora.planner.models import find_architecture
+from megalora.planner.packing import packing_of
 from megalora.planner.search import CLOSE, Plan, Planned, search
 from megalora.planner.weights import chunks_of, router_buffer_bytes
 
@@ -34,6 +35,9 @@ class PlanOptions:
     imbalance: float = 1.2
     """Rows of the fullest expert-parallel rank over the mean: assumed; ``megalora bench`` measures
     it."""
+    mean_length: float | None = None
+    """Tokens of a sample on average. None: those of the config's data, if it is on this machine;
+    else all samples are of full length."""
     lora_ranks: Sequence[int] = ()
     """LoRA ranks to try beside the config's own."""
     gpus_per_node: int | None = None
@@ -60,7 +64,11 @@ def make_plan(config: RunConfig, options: PlanOptions) -> Plan:
         machine = with_ranks_per_node(machine, options.gpus_per_node)
     shape = model_shape(find_architecture(config.model.path))
     # The table of the GPU that is planned for, whatever this machine is.
-    work = replace(Workload.of(config, options.imbalance), crossings=crossings_of(machine.name))
+    work = replace(
+        Workload.of(config, options.imbalance),
+        crossings=crossings_of(machine.name),
+        packing=packing_of(config, options.mean_length),
+    )
     return search(shape, config.lora, options.gpus, work, machine, lora_ranks=options.lora_ranks)
 
 
@@ -125,6 +133,8 @@ def _say_plan(
         f" % of its best:\n{report.table(plan, options.top)}\n{report.LEGEND}"
     )
     say(f"\nthe choice: {best.layout}\n{report.breakdown(plan, best)}\n")
+    if text := report.packing_line(plan, best):
+        say(f"{text}\n")
     if text := report.waits(best):
         say(f"{text}\n")
     say(report.rejections(plan))

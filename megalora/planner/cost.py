@@ -66,7 +66,7 @@ def step_time(
     longest = passes[stage]
 
     step = Ledger()
-    step.take(longest, layout.num_microbatches(work.global_batch_size))
+    step.take(longest, layout.num_microbatches(work))
     bubble = (through_all - longest.total) / p.vpp
     step.add("bubble", bubble, weakest(list(bases)))
     costs.after_backward(step, chunks_of(model.shape, p, stage))

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from megalora.planner.memory import GIB, gib_by_name
+from megalora.planner.report import rows_of
 from megalora.planner.search import FULL, Plan, Planned
 
 # C0 to C9 are matplotlib's own cycle; the longest breakdown has more than ten parts.
@@ -78,7 +79,7 @@ def _name(found: Planned) -> str:
         "dp": layout.dp,
         "ep": p.ep,
         "etp": p.etp,
-        "micro": layout.micro_batch_size,
+        **rows_of(layout),
     }
     shown = " ".join(f"{name}{size}" for name, size in sizes.items() if size > 1) or "1 rank"
     if layout.recompute != "off":

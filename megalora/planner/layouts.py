@@ -2,8 +2,7 @@
 
 Candidates fill both grids, ``world = tp * cp * pp * dp`` and ``world = etp * ep * pp * edp``. What
 is legal is decided by the checks a run itself makes: ``ParallelConfig``,
-``ModelShape.check_layout`` and ``RunConfig.check_world``. Context parallelism is tried where it
-leaves a rank ``LEAST_CP_TOKENS`` of a sample.
+``ModelShape.check_layout`` and ``RunConfig.check_world``.
 """
 
 import math
@@ -25,6 +24,7 @@ from megalora.config import (
 from megalora.config.checks import require
 from megalora.model.shape import ModelShape
 from megalora.planner.crossings import NO_TABLE, Crossings
+from megalora.planner.packing import Packing, RowUse
 
 MAX_RANKS = 2**20
 """Beyond any machine; with more, the rates that a plan rests on mean nothing."""
@@ -50,6 +50,8 @@ class Workload:
     ranks_per_token: float | None = None
     """Expert-parallel ranks that have experts of a token, on average. None: as many as if a token
     chose among all experts alike."""
+    packing: Packing | None = None
+    """Lengths of the samples, which are then packed; None: all are of full length."""
     crossings: Crossings = NO_TABLE
     """From how many rows per expert the GPU runs experts on torch's grouped GEMM, with adapters
     beside the weights."""
@@ -90,6 +92,9 @@ class ParallelLayout:
     parallel: ParallelConfig
     num_ranks: int
     micro_batch_size: int = 1
+    """Samples of full length that a row has room for."""
+    micro_batch_tokens: int | None = None
+    """Tokens that a row of packed samples has room for, in place of the former."""
     recompute: Recompute = "off"
     dp: int = field(init=False)
     """Data-parallel ranks with samples of their own, which the other sizes leave."""
@@ -109,6 +114,7 @@ class ParallelLayout:
             parallel=config.parallel,
             num_ranks=num_ranks,
             micro_batch_size=config.train.micro_batch_size,
+            micro_batch_tokens=config.train.micro_batch_tokens,
             recompute=config.train.recompute,
         )
 
@@ -117,16 +123,33 @@ class ParallelLayout:
         """Ranks that share out the optimizer of attention's adapters: all replicas of them."""
         return self.dp * self.parallel.cp
 
-    def num_microbatches(self, global_batch_size: int) -> int:
+    def capacity(self, work: Workload) -> int:
+        """Tokens that a row has room for, on all ranks that share it out."""
+        return self.micro_batch_tokens or self.micro_batch_size * work.sequence_length
+
+    def use(self, work: Workload) -> RowUse:
+        """How samples fill the rows of a step, on each data-parallel rank."""
+        p = self.parallel
+        if self.micro_batch_tokens is None:
+            row = self.micro_batch_size * work.sequence_length
+            return RowUse(work.global_batch_size // (self.micro_batch_size * self.dp), row, 1.0)
+        full = (work.sequence_length,) * work.global_batch_size
+        packing = work.packing or Packing(full, "full length")
+        return packing.use(self.micro_batch_tokens, self.dp, p.pp, p.vpp, p.row_multiple)
+
+    def num_microbatches(self, work: Workload) -> int:
         """Per optimizer step and data-parallel rank."""
-        return global_batch_size // (self.micro_batch_size * self.dp)
+        return self.use(work).num_rounds
 
     def __str__(self) -> str:
         p = self.parallel
         # Everything that training needs to know, in the config's own words.
         grids = f"tp={p.tp} cp={p.cp} pp={p.pp} vpp={p.vpp} dp={self.dp}"
         experts = f"ep={p.ep} etp={p.etp} edp={self.edp}"
-        return f"{grids} {experts} micro={self.micro_batch_size} recompute={self.recompute}"
+        rows = f"micro={self.micro_batch_size}"
+        if self.micro_batch_tokens is not None:
+            rows = f"row={self.micro_batch_tokens}"
+        return f"{grids} {experts} {rows} recompute={self.recompute}"
 
 
 @dataclass(frozen=True)
@@ -180,10 +203,11 @@ def enumerate_layouts(
             if reason := why_not_batch[key]:
                 found.rejected.append(Rejected(p, micro, reason))
                 continue
+            rows = {"micro_batch_size": micro}
+            if work.packing is not None:
+                rows = {"micro_batch_tokens": micro * work.sequence_length}
             for level in recompute:
-                layout = ParallelLayout(
-                    parallel=p, num_ranks=num_ranks, micro_batch_size=micro, recompute=level
-                )
+                layout = ParallelLayout(parallel=p, num_ranks=num_ranks, recompute=level, **rows)
                 found.legal.append(layout)
     return found
 
@@ -308,6 +332,8 @@ def _why_not_row(work: Workload, p: ParallelConfig) -> str | None:
 
 def _why_not_batch(work: Workload, p: ParallelConfig, num_ranks: int, micro: int) -> str | None:
     """The reason why the global batch cannot be divided so, on one line; None where it can."""
+    if work.packing is not None:
+        return None  # the number of rows is made to fit
     train = TrainConfig(steps=1, global_batch_size=work.global_batch_size, micro_batch_size=micro)
     # A run's own check, in a config whose paths nobody reads.
     config = RunConfig(

@@ -19,9 +19,9 @@ an int32 place."""
 class Microbatch:
     """Sizes of one microbatch on one rank, in elements."""
 
-    samples: int
+    samples: float
     """B: documents of the row."""
-    sequence: int
+    sequence: float
     """S: tokens of each."""
     row_tokens: int
     """c T: the row, filled up to a multiple of what cuts it. Attention gathers its keys and
@@ -40,10 +40,18 @@ class Microbatch:
     """e: bytes of a weight or an activation."""
 
     @classmethod
-    def of(cls, model: PlannedModel, layout: ParallelLayout, work: Workload) -> "Microbatch":
+    def of(
+        cls, model: PlannedModel, layout: ParallelLayout, work: Workload, typical: bool = False
+    ) -> "Microbatch":
+        """A full row, which decides about memory, or a ``typical`` one, by which time is counted.
+        Its samples are of full length, or packed ones taken for equal."""
         p = layout.parallel
-        samples = layout.micro_batch_size
-        row = samples * work.sequence_length
+        row = layout.capacity(work)
+        sequence = float(work.sequence_length)
+        if typical and work.packing is not None:
+            row = round(layout.use(work).row_tokens)
+            sequence = work.packing.attended
+        samples = row / sequence
         row += -row % p.row_multiple
         tokens = row // p.cp
         own = tokens // p.tp
@@ -62,7 +70,7 @@ class Microbatch:
             # No rank receives a token twice.
             received = min(math.ceil(sent * p.etp * work.imbalance), own * p.etp * p.ep)
         return cls(
-            samples, work.sequence_length, row, tokens, own, rows, sent, received,
+            samples, sequence, row, tokens, own, rows, sent, received,
             work.element_bytes,
         )  # fmt: skip
 

@@ -34,7 +34,7 @@ def of_chunks(
 ) -> list[ChunkBytes]:
     """Bytes of every chunk of a stage."""
     # A search asks for many numbers of recomputed layers, which change few chunks each.
-    known = model.memo.setdefault(("chunk", layout.parallel, layout.micro_batch_size, work), {})
+    known = model.memo.setdefault(("chunk", layout.parallel, layout.capacity(work), work), {})
     found = []
     for chunk in chunks:
         key = (chunk.layers.start, chunk.levels(layout.recompute))
@@ -64,7 +64,7 @@ def _place(
     """(sizes, stage, microbatches), by which a schedule is known."""
     # Chunk 0 of stage s is the s-th piece of the layers, and all pieces are of one size.
     stage = chunks[0].layers.start // len(chunks[0].layers)
-    return layout.parallel, stage, layout.num_microbatches(work.global_batch_size)
+    return layout.parallel, stage, layout.num_microbatches(work)
 
 
 def _most(found: list[ChunkBytes], held: tuple[Counts, ...]) -> int:
@@ -86,7 +86,7 @@ def row_bytes(
     batch = Microbatch.of(model, layout, work)
     columns = 1 + chunks[0].has_embedding + 2 * chunks[-1].has_head
     token = columns * (INT + INDEX)
-    return layout.num_microbatches(work.global_batch_size) * batch.tokens * token
+    return layout.num_microbatches(work) * batch.tokens * token
 
 
 def pipeline_bytes(model: PlannedModel, layout: ParallelLayout, work: Workload, stage: int) -> int:
@@ -162,7 +162,7 @@ def _chunk_backward(
     """
     batch = Microbatch.of(model, layout, work)
     received = 0 if chunk.has_head else batch.own_tokens * model.shape.hidden * batch.element_bytes
-    known = model.memo.setdefault(("backward", layout.parallel, layout.micro_batch_size, work), {})
+    known = model.memo.setdefault(("backward", layout.parallel, layout.capacity(work), work), {})
     num_full, rest = chunk.levels(layout.recompute)
     most = (0, 0, 0)
     seen: set[tuple[int, Level]] = set()

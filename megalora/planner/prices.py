@@ -25,7 +25,7 @@ class Prices:
         self.machine = machine
         self.shape = model.shape
         self.p = layout.parallel
-        self.batch = Microbatch.of(model, layout, work)
+        self.batch = Microbatch.of(model, layout, work, typical=True)
         self.e = work.element_bytes
         self.has_room = has_room(model, layout, work)
         p = layout.parallel

@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from megalora.config import RecomputeLayers, RunConfig
-from megalora.planner.layouts import Rejected
+from megalora.planner.layouts import ParallelLayout, Rejected
 from megalora.planner.memory import GIB, gib_by_name
 from megalora.planner.prices import BEHIND_WAITS
 from megalora.planner.search import FULL, Plan, Planned
@@ -44,7 +44,7 @@ def table(plan: Plan, top: int) -> str:
             "dp": layout.dp,
             "ep": p.ep,
             "etp": p.etp,
-            "micro": layout.micro_batch_size,
+            **rows_of(layout),
             "recompute": layout.recompute,
             **of_rank,
             "step s": f"{found.time.seconds:.3g}{mark}",
@@ -56,6 +56,26 @@ def table(plan: Plan, top: int) -> str:
             rows.append(tuple(row))  # the header
         rows.append(tuple(map(str, row.values())))
     return _columns(rows)
+
+
+def rows_of(layout: ParallelLayout) -> dict[str, int]:
+    """What a row has room for, as a column of the table."""
+    if layout.micro_batch_tokens is not None:
+        return {"row": layout.micro_batch_tokens}
+    return {"micro": layout.micro_batch_size}
+
+
+def packing_line(plan: Plan, found: Planned) -> str | None:
+    """How well samples fill rows; None where they are taken to be of full length."""
+    packing = plan.work.packing
+    if packing is None:
+        return None
+    use = found.layout.use(plan.work)
+    return (
+        f"samples have {packing.mean:,.0f} tokens on average ({packing.source}), packed into rows"
+        f" of up to {found.layout.capacity(plan.work):,}: {100 * use.used:.1f} % of the slots are"
+        f" used, in {use.num_rounds} rows a step on each data-parallel rank"
+    )
 
 
 def breakdown(plan: Plan, found: Planned) -> str:
@@ -131,7 +151,10 @@ def planned_config(config: RunConfig, found: Planned) -> RunConfig:
     layout = found.layout
     lora = replace(config.lora, rank=found.lora_rank)
     train = replace(
-        config.train, micro_batch_size=layout.micro_batch_size, recompute=layout.recompute
+        config.train,
+        micro_batch_size=layout.micro_batch_size,
+        micro_batch_tokens=layout.micro_batch_tokens,
+        recompute=layout.recompute,
     )
     return replace(config, parallel=layout.parallel, lora=lora, train=train)
 
@@ -143,6 +166,9 @@ def config_text(config: RunConfig, plan: Plan, found: Planned) -> str:
     time = found.time
     share = plan.share(found)
     memory_parts = gib_by_name(found.memory.parts)
+    lengths = "at full length"
+    if work.packing is not None:
+        lengths = f"with samples of {work.packing.mean:,.0f} tokens on average"
     comments = [
         (
             f"{config.model.path} on {n} x {plan.machine.name}, samples of up to"
@@ -156,7 +182,7 @@ def config_text(config: RunConfig, plan: Plan, found: Planned) -> str:
         ),
         (
             f"  a step {time.seconds:.2f} s ({time.basis}), {found.tokens_per_second(work):,.0f}"
-            f" tokens/s/GPU at full length: {_largest(time.by_part(), 's')}"
+            f" tokens/s/GPU {lengths}: {_largest(time.by_part(), 's')}"
         ),
     ]
     head = "# " + "\n# ".join(comments) + "\n"

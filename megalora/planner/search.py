@@ -36,8 +36,9 @@ class Planned:
     """Time of a step, as the slowest stage has it."""
 
     def tokens_per_second(self, work: Workload) -> float:
-        """Per rank, padding included: global batch x sequence / seconds / ranks."""
-        tokens = work.global_batch_size * work.sequence_length
+        """Tokens of samples per rank, as long as ``work`` has them: filler does not count."""
+        length = work.packing.mean if work.packing else work.sequence_length
+        tokens = work.global_batch_size * length
         return tokens / self.time.seconds / self.layout.num_ranks
 
 

@@ -86,7 +86,7 @@ def has_room(model: PlannedModel, layout: ParallelLayout, work: Workload) -> boo
     if not s.moe_layers or work.dtype == "float32":
         return False
     # Training decides when it builds the model, before it sees a batch: by samples of full length.
-    rows = s.expected_rows(p, layout.micro_batch_size * work.sequence_length)
+    rows = s.expected_rows(p, layout.capacity(work))
     return work.crossings.prefers_grouped_mm(
         rows, s.hidden, s.expert_intermediate // p.etp, _stacked_rank(model)
     )

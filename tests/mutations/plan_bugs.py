@@ -5,6 +5,7 @@ from tests.mutations.bugs import Bug, bug
 
 COST_TEST = "tests/planner/test_cost.py"
 KEPT_TEST = "tests/planner/test_activations.py"
+PACKING_TEST = "tests/planner/test_packing.py"
 LAYERS_TEST = "tests/planner/test_recompute_layers.py"
 
 # fmt: off
@@ -31,5 +32,10 @@ PLAN_BUGS: tuple[Bug, ...] = (
     bug(0, "gradients of gathered keys and values sent to nobody",
         "megalora/planner/layer_cost.py", '"reduce_scatter" if backward else "all_gather"',
         '"all_gather"', f"{COST_TEST} gathered_keys"),
+    bug(0, "packed documents planned as if they saw each other", "megalora/planner/microbatch.py",
+        "sequence = work.packing.attended", "sequence = row", f"{PACKING_TEST} by_document"),
+    bug(0, "filler counted among tokens per second", "megalora/planner/search.py",
+        "work.packing.mean if work.packing else work.sequence_length",
+        "work.sequence_length", f"{PACKING_TEST} config_that_packs"),
 )
 # fmt: on

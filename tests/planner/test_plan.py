@@ -237,6 +237,8 @@ def test_the_table_says_how_numbers_are_known_and_what_is_nearly_full(plan: Plan
         (["--gpus", "8", "--top", "0"], "--top 0: show at least 1"),
         (["--gpus", "8", "--imbalance", "0.5"], "so at least 1, got 0.5"),
         (["--gpus", "8", "--lora-rank", "0"], "--lora-rank 0: a rank is at least 1"),
+        (["--gpus", "8", "--mean-length", "1"], "must lie between 2 and data.max_length=4096"),
+        (["--gpus", "8", "--mean-length", "4097"], "--mean-length 4097: must lie between"),
         (["--gpus", "8", "--imbalance", "inf"], "--imbalance inf: must be a finite number"),
         (["--gpus", "8", "--out", "/tmp"], "/tmp is a folder; name the file to write"),
         (["--gpus", "8", "--out", "/proc/x/y.yaml"], "/proc/x/y.yaml cannot be written"),

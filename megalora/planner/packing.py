@@ -1,0 +1,110 @@
+"""Say how the samples of a step fill rows, by their lengths."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megalora.config import RunConfig
+from megalora.config.checks import require
+from megalora.data.pack import measure_fill, rows_by_tokens
+from megalora.data.sources import locate
+
+
+@dataclass(frozen=True)
+class RowUse:
+    """How the rows of a step are filled."""
+
+    num_rounds: int
+    """Rows of each data-parallel rank."""
+    row_tokens: float
+    """Tokens of a row, filler up to the longest of its round included: a mean."""
+    used: float
+    """Share of all slots that hold tokens of samples."""
+
+
+# Compared by identity: a workload is looked up often, and its lengths are many.
+@dataclass(frozen=True, eq=False)
+class Packing:
+    """The samples of a typical step, which are packed into rows."""
+
+    lengths: tuple[int, ...]
+    """Tokens of each as the model's input."""
+    source: str
+    """Where the lengths are from, for messages."""
+    known: dict[tuple[int, ...], RowUse] = field(default_factory=dict, repr=False)
+
+    @property
+    def mean(self) -> float:
+        """Tokens of a sample."""
+        return sum(self.lengths) / len(self.lengths)
+
+    @property
+    def attended(self) -> float:
+        """Length of the document that a token is in, a mean over tokens: attention costs as much as
+        over documents of this length."""
+        return sum(n * n for n in self.lengths) / sum(self.lengths)
+
+    def use(self, capacity: int, dp: int, pp: int, vpp: int, row_multiple: int) -> RowUse:
+        """Rows of at most ``capacity`` tokens on ``dp`` ranks, as training packs them.
+
+        Raises:
+            ValueError: a sample is longer than a row.
+        """
+        # Interleaved, the number of rounds is a multiple of the stages; in any pipeline rounds
+        # overlap, and the longest row holds up all.
+        multiple = pp if vpp > 1 else 1
+        key = (capacity, dp, multiple, pp > 1, row_multiple)
+        if key not in self.known:
+            rows = rows_by_tokens(self.lengths, capacity, dp, multiple)
+            fill = measure_fill(rows, self.lengths, one_length=pp > 1, multiple_of=row_multiple)
+            num_rounds = len(rows[0])
+            self.known[key] = RowUse(
+                num_rounds, fill.slots / (dp * num_rounds), fill.tokens / fill.slots
+            )
+        return self.known[key]
+
+
+def packing_of(config: RunConfig, mean_length: float | None) -> Packing | None:
+    """Lengths of samples: of the mean, if it is given, else of the data and tokenizer of a config
+    where both are on this machine; None where neither is known.
+
+    Raises:
+        ValueError: no sample can be that long on average.
+    """
+    batch = config.train.global_batch_size
+    longest = config.data.max_length
+    if mean_length is not None:
+        require(
+            2 <= mean_length <= longest,
+            f"--mean-length {mean_length:g}: must lie between 2 and data.max_length={longest}",
+        )
+        return Packing((round(mean_length),) * batch, "--mean-length")
+    if not _is_here(config):
+        return None
+    # Late: a plan without data needs no tokenizer, whose import takes seconds.
+    from megalora.data.splits import load_data
+    from megalora.data.tokenizer import load_tokenizer
+
+    split, _ = load_data(config.data, load_tokenizer(Path(config.model.path)))
+    ordered = sorted(split.sample_lengths.tolist())
+    lengths = []
+    for i in range(batch):
+        # From the middle of each of as many equal parts of the data: a step like all steps. The
+        # last token of a sample is only a label.
+        lengths.append(max(1, ordered[(2 * i + 1) * len(ordered) // (2 * batch)] - 1))
+    return Packing(tuple(lengths), split.source)
+
+
+def _is_here(config: RunConfig) -> bool:
+    """Whether tokenizer and data are files of this machine."""
+    if not (Path(config.model.path) / "tokenizer_config.json").is_file():
+        return False
+    for source in config.data.sources:
+        try:
+            found: Any = locate(source.path)
+        except ValueError:
+            # Data that has yet to come here: a plan is made before it.
+            return False
+        if found.file is None:
+            return False
+    return True
