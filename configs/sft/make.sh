@@ -15,6 +15,7 @@ sft qwen3_30b_a3b_1xh100_4k 1 h100 Qwen3-30B-A3B 16 4096 lora.rank=8 lora.alpha=
 sft qwen3_30b_a3b_1xh200_32k 1 h200 Qwen3-30B-A3B 8 32768
 sft qwen3_30b_a3b_8xh100_4k 8 h100 Qwen3-30B-A3B 64 4096
 sft qwen3_30b_a3b_8xh100_32k 8 h100 Qwen3-30B-A3B 16 32768
+sft qwen3_30b_a3b_8xh100_128k 8 h100 Qwen3-30B-A3B 8 131072
 sft qwen3_30b_a3b_16xh100_4k 16 h100 Qwen3-30B-A3B 64 4096
 sft qwen3_30b_a3b_16xh100_32k 16 h100 Qwen3-30B-A3B 16 32768
 sft qwen3_235b_a22b_16xh100_4k 16 h100 Qwen3-235B-A22B 64 4096

@@ -28,6 +28,7 @@ def test_all_that_were_promised() -> None:
             assert f"{model}_{count}xh100_4k" in names
             assert f"{model}_{count}xh100_32k" in names
     assert names >= {"qwen3_30b_a3b_1xh100_4k", "qwen3_30b_a3b_1xh200_32k"}
+    assert "qwen3_30b_a3b_8xh100_128k" in names
 
 
 @pytest.mark.parametrize("path", READY, ids=lambda path: path.stem)
