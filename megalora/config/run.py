@@ -23,6 +23,7 @@ class RunConfig:
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
+        # Here and not in a section: it takes two of them to see it.
         capacity = self.train.micro_batch_tokens
         # The last token of a sample is only a label.
         needed = self.data.max_length - 1

@@ -45,6 +45,7 @@ def rows_by_count(
         multiple: the number of rounds is rounded up to it (pipeline stages, for the interleaved
             schedule).
     """
+    # All ranks run as many rounds: one without samples left has rows of filler.
     per_round = micro_batch_size * num_ranks * multiple
     num_rounds = max(1, math.ceil(num_samples / per_round)) * multiple
     rows: Rows = [[] for _ in range(num_ranks)]
@@ -142,6 +143,7 @@ def _best_fit(samples: _Samples, num_rows: int, capacity: int, limit: float) -> 
 
 def _evened(rows: list[_Row], samples: _Samples, capacity: int) -> list[_Row]:
     """As many rows of the same samples, of which the most expensive one is cheaper if possible."""
+    # The first fit has a limit that no row reached; the mean is what no arrangement can beat.
     most = max(row.cost for row in rows)
     least = sum(samples.costs) / len(rows)
     best = rows

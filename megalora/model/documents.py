@@ -75,6 +75,7 @@ def local_ranges(num_tokens: int, rank: int, size: int) -> list[tuple[int, int]]
     if num_tokens % num_chunks:
         raise ValueError(f"a row of {num_tokens} tokens does not divide into {num_chunks} chunks")
     step = num_tokens // num_chunks
+    # The i-th chunk from the beginning and the i-th from the end: together always as much to do.
     return [(i * step, (i + 1) * step) for i in (rank, num_chunks - 1 - rank)]
 
 
@@ -88,10 +89,13 @@ def local_chunks(ends: Sequence[int], rank: int, size: int) -> tuple[Chunk, ...]
 
 
 def _cut(ends: Sequence[int], start: int, stop: int) -> Chunk:
+    # A document that ends on the chunk's own border ends a piece there anyway.
     inside = [end for end in ends if start < end < stop]
+    # The document of the first query may begin before the chunk, and its keys are seen from there.
     first_key = max(end for end in ends if end <= start)
     query_ends = [0]
     key_ends = [0]
+    # Pieces after the first begin inside the chunk: as many keys as queries.
     for end in (*inside, stop):
         query_ends.append(end - start)
         key_ends.append(end - first_key)
@@ -100,6 +104,7 @@ def _cut(ends: Sequence[int], start: int, stop: int) -> Chunk:
 
 def positions_of(ends: Sequence[int]) -> Tensor:
     """[T] int64: place of every token of a row in its document."""
+    # For every token the place where its document begins
     starts = np.repeat(ends[:-1], np.diff(ends))
     return torch.from_numpy(np.arange(ends[-1]) - starts)
 

@@ -66,6 +66,7 @@ class Batches:
         """Every evaluation sample once over all ranks; rows of filler where samples do not
         divide."""
         assert self.eval is not None
+        # In the order of the source: an evaluation has no seed.
         numbers = np.arange(len(self.eval.samples))
         rows = self._rows(self.eval, numbers)
         return self._flat(self.eval, numbers, rows[self.dp_rank])
@@ -82,6 +83,7 @@ class Batches:
             label is in the loss; ``useful_time``, the time of all samples over that of the rows,
             where ranks wait for the slowest of a round.
         """
+        # Counted from lengths alone: no rank needs to hear from the others.
         fill = self._fill(step)
         targets = int(self.train.sample_targets[self._indices(step)].sum())
         return {
@@ -126,6 +128,7 @@ class Batches:
         batches = self._of_multiple(split, numbers, rows, multiple)
         if self.config.parallel.vpp == 1:
             return batches
+        # Chunks of a stage exchange messages of one size, which is known before the first of them.
         longest = max(len(batch.tokens) for batch in batches)
         return self._of_multiple(split, numbers, rows, longest)
 

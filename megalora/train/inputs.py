@@ -67,6 +67,7 @@ def to_device(batches: list[Batch], part: Part, *, every_token: bool = False) ->
     pieces: list[Tensor] = []
     for batch, of_batch in zip(batches, chunks, strict=True):
         pieces += _host_pieces(batch, of_batch, part, every_token)
+    # One copy of many kilobytes; a copy for each piece would cost a launch for each.
     sizes = [len(piece) for piece in pieces]
     flat = host.to_device(torch.cat(pieces).int())
     parts = iter(flat.split(sizes))
@@ -81,6 +82,7 @@ def _host_pieces(
     def own(row: Tensor) -> Tensor:
         return zigzag(row, part.cp_rank, part.cp_size)
 
+    # Every stage rotates queries and keys by positions.
     pieces = [own(positions_of(batch.ends))]
     if part.first:
         pieces.append(own(batch.tokens))

@@ -98,9 +98,9 @@ def test_the_most_expensive_row_is_near_the_mean() -> None:
 
 
 def test_a_row_ends_at_its_last_token() -> None:
-    # 6 + 4 tokens fill a row of 10 to the last; 6 + 5 are one too many.
-    assert rows_by_tokens([6, 4], 10, 1) == [[[0, 1]]]
-    assert rows_by_tokens([6, 5], 10, 1) == [[[0], [1]]]
+    # Two documents of 1,000 cost less than one of 2,000, so that tokens alone close the row.
+    assert rows_by_tokens([1000, 1000], 2000, 1) == [[[0, 1]]]
+    assert rows_by_tokens([1001, 1000], 2000, 1) == [[[0], [1]]]
 
 
 @given(lengths=st.lists(st.integers(1, 100), min_size=4, max_size=60))
