@@ -24,6 +24,7 @@ from megalora.model.backend import TorchBackend, block_spec
 from megalora.model.build import configure
 from megalora.model.documents import Documents
 from megalora.model.fields import model_shape
+from megalora.model.head import Outputs, Wanted
 from megalora.model.hf_weights import AutoMapping, load_named, open_architecture, quiet
 
 
@@ -55,20 +56,25 @@ def bridge_base(setup: Setup, grouped: bool) -> tuple[nn.Module, str]:
 
 
 def _take_rows(chunk: Any) -> None:
-    """Let Bridge's model take a row of documents of one length as a batch of sequences: its
-    attention and rotary embedding know packed rows only in a format of their own."""
+    """Let Bridge's model take a row of documents of one length as a batch of sequences, and answer
+    as megalora's head does: its attention and rotary embedding know packed rows only in a format of
+    their own, and its loss is Megatron's, with all logits."""
     of_sequences = chunk.forward
 
     def forward(
-        tokens_1T: Tensor, *ignored: None, labels: Tensor, packed_seq_params: Documents,
-        **options: Any,
-    ) -> Tensor:  # fmt: skip
+        tokens_1T: Tensor, *ignored: None, packed_seq_params: Documents, output_processor: Any,
+        output_processor_context: Wanted,
+    ) -> Outputs:  # fmt: skip
         (row,) = packed_seq_params.chunks
         num_documents = len(row.query_ends) - 1
-        sequences = (x.view(num_documents, -1) for x in (tokens_1T, labels))
-        tokens_BS, labels_BS = sequences
-        losses_BS = of_sequences(tokens_BS, None, None, labels=labels_BS, **options)
-        return losses_BS.reshape(1, -1)
+        wanted = output_processor_context
+        # Tokens that are in no loss get the label 0, and their losses are not read.
+        labels_T = torch.zeros_like(tokens_1T[0])
+        labels_T[wanted.positions] = wanted.targets
+        losses_BS = of_sequences(
+            tokens_1T.view(num_documents, -1), None, None, labels=labels_T.view(num_documents, -1)
+        )
+        return {"logprob": -losses_BS.flatten()[wanted.positions]}
 
     chunk.forward = forward
 
