@@ -198,6 +198,18 @@ def of_shared(record: dict[str, Any]) -> list[Line]:
     return lines
 
 
+def of_long(record: dict[str, Any]) -> list[Line]:
+    """Return each check of long rows, with the line that it printed."""
+    lines = []
+    for row in record["rows"]:
+        name = f"long: {row['check']}"
+        failed = row["status"].startswith("FAILED")
+        # A failure says by itself what was exceeded; what was measured is beside it.
+        verdict = "FAILED" if failed else row["status"]
+        lines.append(Line(name, row["line"], row["status"] if failed else "", verdict))
+    return lines + failures_of("long", [], record["not_reached"])
+
+
 def of_calibration(record: dict[str, Any]) -> list[Line]:
     """Return the numbers of measured rates, and the host's time for a layer."""
     kinds = ("gemm", "grouped_gemm", "attention", "memory")

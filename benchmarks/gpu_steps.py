@@ -66,7 +66,7 @@ TUNED = {"MEGALORA_TUNED": f"{RESULTS}/gpu_tuned.json"}
 
 STEPS = (
     Step(
-        "tests", 60, "the real training step runs, kernels are right in bfloat16, nothing waits",
+        "tests", 50, "the real training step runs, kernels are right in bfloat16, nothing waits",
         "gpu_tests.json", program("gpu_tests"), modules=("pytest",),
     ),
     Step(
@@ -75,44 +75,49 @@ STEPS = (
     ),
     # A point takes 7 s, and compiling its variants about as much.
     Step(
-        "tune", 95, "which variant of the grouped GEMM is fastest for which product",
+        "tune", 75, "which variant of the grouped GEMM is fastest for which product",
         "gpu_tuned.json", program("tune"),
     ),
     Step(
-        "kernels-tuned", 50, "the base's TFLOP/s and the cost of LoRA with the table just written",
+        "kernels-tuned", 40, "the base's TFLOP/s and the cost of LoRA with the table just written",
         "gpu_kernels_tuned.json", program("bench_grouped_lora", "--quick"), environment=TUNED,
         after="gpu_tuned.json",
     ),
     # The first pair takes 70 s, mostly for imports and for drawing weights.
     Step(
-        "peers", 100, "Megatron-Bridge's LoRA, PEFT, Unsloth, grouped_mm beside ours",
+        "peers", 75, "Megatron-Bridge's LoRA, PEFT, Unsloth, grouped_mm beside ours",
         "gpu_peers.json", program("peers"), environment=TUNED,
     ),
     # All cases at once take 50 s on 16 cores, and the oracle 15 s.
     Step(
         "shared", 75, "layouts whose ranks share the GPU against float64",
-        "gpu_shared.json", program("shared_gpu", "--at-once", "8"), modules=TESTS,
+        "gpu_shared.json", program("shared_gpu", "--at-once", "10"), modules=TESTS,
         interpreted=False,
+    ),
+    # Seven checks, each with its own process.
+    Step(
+        "long", 95, "attention by document, packing, chunked loss, context parallelism, memory",
+        "gpu_long.json", program("gpu_long"), modules=MEGATRON, interpreted=False,
     ),
     # A layout takes a minute.
     Step(
-        "layouts", 80, "megalora bench: recomputation and microbatches beside the planner",
+        "layouts", 76, "megalora bench: recomputation and microbatches beside the planner",
         "gpu_layouts.json", program("layouts"), environment=TUNED, modules=MEGATRON,
         interpreted=False, least_s=75,
     ),
     Step(
-        "model", 55,
+        "model", 35,
         "a 30B-shaped model: tokens/s, launches, waits, gaps, memory beside the planner's",
         "gpu_model.json", program("bench_train_gpu"), environment=TUNED,
     ),
     # The last two fit in what others leave over, or in a second call: both were measured before.
     Step(
-        "kernels", 5, "the kernels again, with the untuned rule",
+        "kernels", 2, "the kernels again, with the untuned rule",
         "gpu_kernels.json", program("bench_grouped_lora", "--quick"), environment=UNTUNED,
         least_s=40,
     ),
     Step(
-        "calibration", 5, "what the planner's time model needs",
+        "calibration", 2, "what the planner's time model needs",
         "gpu_calibration.json",
         ("-m", "megalora.bench.calibrate", OUT, "--budget-seconds", BUDGET),
         dry=("-m", "megalora.bench.calibrate", OUT, "--budget-seconds", "1"), modules=MEGATRON,

@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.gpu_timing import table
 from benchmarks.train_arms import ALPHA_OVER_RANK, Setup
-from megalora.config import LoRAConfig, ParallelConfig
+from megalora.config import Level, LoRAConfig, ParallelConfig
 from megalora.model.fields import model_shape
 from megalora.planner.gpus import GPUS, read_machine
 from megalora.planner.hardware import Machine
@@ -37,7 +37,7 @@ def machine_of(device_name: str) -> Machine:
     return GPUS["h100"]
 
 
-def planned(setup: Setup, machine: Machine) -> dict[str, Any]:
+def planned(setup: Setup, machine: Machine, recompute: Level = "off") -> dict[str, Any]:
     """Return the planner's prediction for one rank that trains this model with one sequence a step.
 
     ``peak_bytes`` leaves the CUDA context out, which no allocator sees. Rates are those of
@@ -45,7 +45,7 @@ def planned(setup: Setup, machine: Machine) -> dict[str, Any]:
     """
     lora = LoRAConfig(rank=setup.rank, alpha=ALPHA_OVER_RANK * setup.rank)
     model = PlannedModel.of(model_shape(setup.config), lora)
-    layout = ParallelLayout(parallel=ParallelConfig(), num_ranks=1)
+    layout = ParallelLayout(parallel=ParallelConfig(), num_ranks=1, recompute=recompute)
     work = Workload(sequence_length=setup.num_tokens, global_batch_size=1)
     found = evaluate(model, setup.rank, layout, work, machine)
     # Parts of one name are added up, as forward and backward of the same work.

@@ -62,6 +62,9 @@ SHARED = (
     Case(4, tp=2, ep=2),
     Case(2, etp=2),
     Case(4, pp=2, vpp=2, ep=2),
+    # Not packed: that takes more samples, and the oracle as much longer; gpu_long packs them.
+    Case(2, cp=2),
+    Case(4, cp=2, tp=2, ep=2, recompute="full"),
 )
 """Cases, the likeliest to fail first: a budget may end before the last."""
 TOLERANCE = 10.0

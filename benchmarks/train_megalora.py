@@ -13,8 +13,9 @@ from benchmarks.train_arms import ALPHA_OVER_RANK, Setup, Training
 
 
 @contextmanager
-def on_megatron(setup: Setup) -> Iterator[Any]:
-    """Megatron's process groups of one rank, for as long as the block runs."""
+def on_megatron(setup: Setup, cp: int = 1) -> Iterator[Any]:
+    """Megatron's process groups, for as long as the block runs: of one rank, or of ``cp`` that
+    share a row and that torchrun has started."""
     from megalora import host
 
     # Before anything from megatron is imported: on a CPU it answers Megatron's calls of torch.cuda.
@@ -22,11 +23,12 @@ def on_megatron(setup: Setup) -> Iterator[Any]:
     from megalora.config import ParallelConfig
     from megalora.parallel import parallel_groups
 
-    with host.process_group(), parallel_groups(ParallelConfig(), setup.seed) as groups:
+    parallel = ParallelConfig(cp=cp)
+    with host.process_group(), parallel_groups(parallel, setup.seed) as groups:
         yield groups
 
 
-def frozen_base(setup: Setup, **how: Any) -> nn.Module:
+def frozen_base(setup: Setup, cp: int = 1, **how: Any) -> nn.Module:
     """The model that ``megalora.model.build.build_model`` makes, with the weights that all arms
     share instead of a folder's; ``how`` as for ``make_chunks``."""
     from megalora.config import ParallelConfig
@@ -35,7 +37,7 @@ def frozen_base(setup: Setup, **how: Any) -> nn.Module:
     from megalora.model.hf_weights import load_named, open_architecture
 
     (chunk,) = make_chunks(
-        setup.config, model_config(setup), ParallelConfig(), model_shape(setup.config), **how
+        setup.config, model_config(setup), ParallelConfig(cp=cp), model_shape(setup.config), **how
     )
     chunk.to(setup.device)
     bridge = open_architecture(setup.config)
@@ -52,7 +54,7 @@ def model_config(setup: Setup) -> Any:
     return ModelConfig(path="shared weights", dtype=dtype)
 
 
-def adapted_base(setup: Setup, groups: Any, **lora: Any) -> Any:
+def adapted_base(setup: Setup, groups: Any, cp: int = 1, **lora: Any) -> Any:
     """``frozen_base`` with megalora's adapters, an ``AdaptedModel`` of one chunk; ``lora``
     overrides fields of the ``lora:`` section."""
     from megalora.config import LoRAConfig, ParallelConfig
@@ -64,10 +66,10 @@ def adapted_base(setup: Setup, groups: Any, **lora: Any) -> Any:
     shape = model_shape(setup.config)
     # ``adapt_base`` chooses how experts are stored by the back end, then asks for a model of that.
     return adapt_base(
-        lambda *_, formats: [frozen_base(setup, formats=formats)],
+        lambda *_, formats: [frozen_base(setup, cp, formats=formats)],
         shape, resolve(section, shape), groups,
-        model=model_config(setup), parallel=ParallelConfig(), lora=section, seed=setup.seed,
-        rows_per_expert=shape.expected_rows(ParallelConfig(), setup.num_tokens),
+        model=model_config(setup), parallel=ParallelConfig(cp=cp), lora=section, seed=setup.seed,
+        rows_per_expert=shape.expected_rows(ParallelConfig(cp=cp), setup.num_tokens),
     )  # fmt: skip
 
 

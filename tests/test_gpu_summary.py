@@ -86,6 +86,14 @@ RECORDS: dict[str, dict[str, Any]] = {
         ],
         "not_reached": ["etp2"],
     },
+    "gpu_long.json": {
+        "rows": [
+            {"check": "packed", "status": "ok", "line": "loss 1e-8"},
+            {"check": "cp", "status": "FAILED: loss 1e-1 > 5e-3", "line": "loss 1e-1"},
+            {"check": "flash4", "status": "not installed", "line": "no module"},
+        ],
+        "not_reached": ["memory"],
+    },
     "gpu_calibration.json": {
         "gemm": [1], "grouped_gemm": [1, 2], "attention": [], "memory": [],
         "overhead": {"layer_forward_s": 1e-4, "layer_backward_s": 2e-4},

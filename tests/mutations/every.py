@@ -13,6 +13,7 @@ from tests.mutations.head_bugs import HEAD_BUGS
 from tests.mutations.install_bugs import INSTALL_BUGS
 from tests.mutations.kernel_bugs import KERNEL_BUGS
 from tests.mutations.layer_bugs import LAYER_BUGS
+from tests.mutations.long_bugs import LONG_BUGS
 from tests.mutations.plan_bugs import PLAN_BUGS
 from tests.mutations.planner_bugs import PLANNER_BUGS
 from tests.mutations.row_bugs import ROW_BUGS
@@ -42,4 +43,5 @@ EVERY_BUG = (
     + INSTALL_BUGS
     + HEAD_BUGS
     + ROW_BUGS
+    + LONG_BUGS
 )
