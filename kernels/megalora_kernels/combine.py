@@ -31,8 +31,9 @@ def combine_ref(y_MH: torch.Tensor, slots_TK: torch.Tensor) -> torch.Tensor:
         if all_filled:
             out_TH += y_MH.index_select(0, slot_T)
         else:
-            rows_TH = y_MH.index_select(0, slot_T.clamp(min=0))
-            out_TH += rows_TH.masked_fill_(slot_T[:, None] < 0, 0)
+            # Without a name, which would keep one slot's rows while the next one's are gathered.
+            found = slot_T.clamp(min=0)
+            out_TH += y_MH.index_select(0, found).masked_fill_(slot_T[:, None] < 0, 0)
     return out_TH.to(y_MH.dtype)
 
 

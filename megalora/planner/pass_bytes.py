@@ -243,8 +243,8 @@ def _experts_backward(
     with room stand for, has more a moment before: the output's gradient gathered M H beside dH M I
     / n.
 
-    Behind an all-to-all these are gradients of the N received rows instead of T / t tokens, which
-    is more. Recomputed: [gate | up], S.
+    Behind an all-to-all these are gradients of the N received rows instead of T / t tokens, and the
+    gradient of the layer's output stays beside them. Recomputed: [gate | up], S.
     """
     s = model.shape
     p = layout.parallel
@@ -268,7 +268,7 @@ def _experts_backward(
     again = rows * (2 * i + rank)
     moved = 0
     if p.ep * p.etp > 1:
-        moved = received - own + max(0, 2 * received - result)
+        moved = received + max(0, 2 * received - result)
     return workspace * e, again * e, moved * e
 
 
