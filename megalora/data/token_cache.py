@@ -170,12 +170,15 @@ def _source_digest(source: str, cache: Path) -> str:
     name = hashlib.sha256(os.path.realpath(file).encode()).hexdigest()[:32]
     kept = cache / "digests" / f"{name}.json"
     known = Digests.load(kept)
-    # A cache that others have filled for all may be read-only: then nothing is kept.
-    if cache.is_dir() and not os.access(cache, os.W_OK):
-        return _digest_of_file(source, file, known)
+    lock = kept.with_suffix(".lock")
+    # A cache that others have filled for all may be read-only, or in one that all may write to a
+    # file may be somebody else's: then nothing is kept.
+    for path in (cache, kept.parent, lock):
+        if path.exists() and not os.access(path, os.W_OK):
+            return _digest_of_file(source, file, known)
     # One rank of a node reads a large file, the others wait for its digest.
     # The lock also keeps two ranks from writing the file of digests at the same time.
-    with locked(kept.with_suffix(".lock"), _FIX):
+    with locked(lock, _FIX):
         known = Digests.load(kept)
         digest = _digest_of_file(source, file, known)
         if known.used != known.known:

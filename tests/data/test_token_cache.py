@@ -362,6 +362,22 @@ def test_data_that_changes_while_it_is_read_is_refused(tmp_path, recipe, monkeyp
     assert not list((tmp_path / "cache").glob("*/header.json"))
 
 
+def test_files_of_somebody_else_in_a_shared_cache_keep_nobody_out(tmp_path, recipe, monkeypatch):
+    cache = tmp_path / "cache"
+    stored_tokens(recipe, cache)
+    (lock,) = (cache / "digests").glob("*.lock")
+    # As for a second user: tests may run as root, who may write to everything.
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != lock)
+    plain_lock = token_cache.locked
+
+    def refusing(path, fix):
+        assert path != lock, "a lock that this user cannot open"
+        return plain_lock(path, fix)
+
+    monkeypatch.setattr(token_cache, "locked", refusing)
+    assert stored_tokens(recipe, cache).num_samples
+
+
 def test_where_stores_are_kept(monkeypatch, tmp_path):
     for name in ("MEGALORA_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)

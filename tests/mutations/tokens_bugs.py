@@ -136,4 +136,12 @@ TOKENS_BUGS: tuple[Bug, ...] = (
         "if weights := ():",
         f"{MIXTURE_TEST} test_a_step_trains_on_the_mixture",
     ),
+    bug(
+        0,
+        "another user's lock is opened",
+        "megalora/data/token_cache.py",
+        "for path in (cache, kept.parent, lock):",
+        "for path in (cache,):",
+        "tests/data/test_token_cache.py somebody_else",
+    ),
 )
