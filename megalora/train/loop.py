@@ -279,7 +279,8 @@ def _opening(
     lines = [
         (
             f"{config.model.path} ({model.shape.model_type}) on {world} x {host.device_name()}:"
-            f" tp={p.tp} pp={p.pp} vpp={p.vpp} dp={dp}, experts etp={p.etp} ep={p.ep} edp={edp}"
+            f" tp={p.tp} cp={p.cp} pp={p.pp} vpp={p.vpp} dp={dp},"
+            f" experts etp={p.etp} ep={p.ep} edp={edp}"
         ),
         trainable_summary(model.adapted, model.shape),
         f"train: {batches.train.summary()}",
