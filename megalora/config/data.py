@@ -87,6 +87,7 @@ class DataConfig:
         )
         if isinstance(self.eval, str):
             object.__setattr__(self, "eval", expand(self.eval, "data.eval"))
+        require(self.cache != "", "data.cache is empty: name a folder, or leave it out")
         if self.cache is not None:
             object.__setattr__(self, "cache", expand(self.cache, "data.cache"))
         require(

@@ -19,8 +19,9 @@ class ModelConfig:
     attention: Literal["auto", "sdpa", "flash3", "flash4"] = "auto"
     """Implementation of attention. ``sdpa``: one scaled dot-product attention of torch for each
     document. ``auto``: on GPUs in bfloat16 torch's variable-length flash attention, one call for
-    all documents of a row, otherwise as ``sdpa``. ``flash3`` and ``flash4`` have torch use Flash
-    Attention 3 or 4 in its place, where they are installed."""
+    all documents of a row (with context parallelism, of each of its two chunks), otherwise as
+    ``sdpa``. ``flash3`` and ``flash4`` have torch use Flash Attention 3 or 4 in its place, where
+    they are installed."""
 
     def __post_init__(self) -> None:
         # Frozen, so not by assignment.

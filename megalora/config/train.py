@@ -1,5 +1,6 @@
 """The ``train`` section: steps, batches, the optimizer, and checks of the run."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,7 +34,8 @@ class TrainConfig:
     micro_batch_size: int = 1
     """Samples per forward pass on one rank. They share a row of tokens without padding."""
     micro_batch_tokens: int | None = None
-    """Tokens per forward pass on one rank, at most. The samples of a step are then packed into rows
+    """Tokens per forward pass on one rank, at most; a row is then rounded up to a multiple of
+    tp, with context parallelism of 2 cp tp. The samples of a step are packed into rows
     of that size, which changes neither loss nor gradient; ``train.micro_batch_size`` must be left
     at 1."""
     lr: float = 1e-4
@@ -113,6 +115,9 @@ class TrainConfig:
             self.micro_batch_tokens is None or self.micro_batch_size == 1,
             f"train.micro_batch_tokens={self.micro_batch_tokens} decides how many samples share a"
             f" row, and so does train.micro_batch_size={self.micro_batch_size}: give one of them",
+        )
+        require(
+            math.isfinite(self.z_loss), f"train.z_loss must be a finite number, got {self.z_loss}"
         )
         require(
             self.label_smoothing < 1,

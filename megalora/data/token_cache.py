@@ -148,7 +148,10 @@ def what_it_is_made_of(recipe: Recipe, cache: Path) -> dict[str, Any]:
     """Everything that the samples of a source depend on, as JSON holds it."""
     file = locate(recipe.source).file
     format = recipe.format
+    # A template that writes today's date makes other samples tomorrow.
+    reads_clock = "strftime_now" in str(recipe.tokenizer.chat_template)
     return {
+        "date": time.strftime("%Y-%m-%d") if reads_clock else "",
         "layout": LAYOUT,
         "source": _source_digest(recipe.source, cache),
         # The same bytes are other rows under another suffix.

@@ -276,10 +276,12 @@ def _opening(
     p = config.parallel
     world = dist.get_world_size()
     dp, edp = p.data_parallel_sizes(world)
+    # Few runs have it: the line stays what it was for the others.
+    cp = f" cp={p.cp}" if p.cp > 1 else ""
     lines = [
         (
             f"{config.model.path} ({model.shape.model_type}) on {world} x {host.device_name()}:"
-            f" tp={p.tp} cp={p.cp} pp={p.pp} vpp={p.vpp} dp={dp},"
+            f" tp={p.tp}{cp} pp={p.pp} vpp={p.vpp} dp={dp},"
             f" experts etp={p.etp} ep={p.ep} edp={edp}"
         ),
         trainable_summary(model.adapted, model.shape),

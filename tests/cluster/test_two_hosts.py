@@ -94,7 +94,7 @@ def whole(
     nodes = start(folder, 29511, config, f"checkpoint.dir={folder / 'run'}")
     assert ended(nodes, within_s=RUN_S) == [0, 0], logs(nodes)
     said = logs(nodes)
-    assert "on 4 x CPU: tp=1 cp=1 pp=2 vpp=1 dp=2, experts etp=1 ep=2 edp=1" in said
+    assert "on 4 x CPU: tp=1 pp=2 vpp=1 dp=2, experts etp=1 ep=2 edp=1" in said
     assert f"finished at step {STEPS}" in said
     assert (folder / "run" / f"step_{STEPS:06d}" / "adapter_model.safetensors").is_file()
     # 24 steps of 8 samples: activations of one stage cross to the other, and their gradients back.

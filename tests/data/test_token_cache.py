@@ -323,6 +323,27 @@ def test_what_a_store_is_made_of(tmp_path, recipe, make_tokenizer, built):
     assert len(built) == 8
 
 
+def test_a_template_that_writes_the_date_makes_a_new_store_every_day(
+    tmp_path, make_tokenizer, monkeypatch
+):
+    tokenizer = make_tokenizer("qwen3")
+    write_jsonl(tmp_path / "a.jsonl", chats(3))
+    recipe = Recipe(str(tmp_path / "a.jsonl"), tokenizer, "auto")
+
+    def keys() -> list[dict]:
+        found = []
+        for day in ("2026-11-26", "2026-11-27"):
+            monkeypatch.setattr(token_cache.time, "strftime", lambda _, day=day: day)
+            found.append(what_it_is_made_of(recipe, tmp_path / "cache"))
+        return found
+
+    one, other = keys()
+    assert one == other
+    tokenizer.chat_template += "{% if strftime_now is defined %}{% endif %}"
+    one, other = keys()
+    assert one != other
+
+
 def test_a_change_of_our_code_or_of_a_library_makes_a_new_store(tmp_path, recipe, monkeypatch):
     cache = tmp_path / "cache"
     before = what_it_is_made_of(recipe, cache)
