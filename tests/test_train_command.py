@@ -144,6 +144,7 @@ def test_a_crash_of_the_ranks_is_torchrun_s_to_report(
         cli.main(["train", str(run_yaml)])
 
 
+@pytest.mark.slow
 def test_ranks_report_one_mistake_once(tmp_path: Path) -> None:
     """Through a real torchrun, which would end rank 0 as soon as rank 1 has left."""
     arguments = ["--standalone", "--nproc-per-node", "2", "-m", "megalora.train", "no.yaml"]

@@ -191,6 +191,7 @@ def test_files_that_contradict_each_other_are_refused(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_what_training_saved(tiny: Path, chats: Path, tmp_path: Path) -> None:
     """On four ranks, in bfloat16: the masters rounded are the file, as saved and without rows."""
     # The second step moves A, and a learning rate of 1e-2 moves both beyond a step of bfloat16.

@@ -51,6 +51,7 @@ def test_nodes_with_other_numbers_of_ranks_are_refused(tmp_path: Path) -> None:
     assert run_ranks(_with_other_numbers_of_ranks, 2, tmp_path / "x.json") == ["said", "said"]
 
 
+@pytest.mark.slow
 def test_the_command_says_a_mistake_in_one_line(tmp_path: Path) -> None:
     out = tmp_path / "x.json"
     command = [sys.executable, "-m", "megalora.bench.calibrate", str(out), "--dtype", "int8"]

@@ -88,6 +88,7 @@ def _train_into(config: RunConfig, answer: Path) -> None:
     answer.write_text(said)
 
 
+@pytest.mark.slow
 def test_two_runs_in_one_folder(tiny: Path, chats: Path, tmp_path: Path) -> None:
     """The second is refused at its start and has changed nothing; the first goes on to its end."""
     config = make_config(tiny, chats, tmp_path / "run", {}, steps=12, eval=2)

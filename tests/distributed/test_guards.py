@@ -77,7 +77,13 @@ def one_bit(name: str, rank: int) -> Callable[[Any, int], None]:
         pytest.param(
             2, {"tp": 2}, MODULE.format(2, "self_attn.o_proj.lora_B"), 0, marks=pytest.mark.slow
         ),
-        (4, {"tp": 2, "ep": 2}, MODULE.format(0, "mlp.experts.6.down_proj.lora_A"), 3),
+        pytest.param(
+            4,
+            {"tp": 2, "ep": 2},
+            MODULE.format(0, "mlp.experts.6.down_proj.lora_A"),
+            3,
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             4,
             {"ep": 2, "etp": 2},

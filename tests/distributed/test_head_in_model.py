@@ -57,6 +57,7 @@ def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.param("tied", {}, id="tied-alone", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 @pytest.mark.parametrize("adapted", [True, False], ids=["adapted", "frozen"])
 def test_megatron_s_own_losses_and_gradients(
     request, model, parallel, adapted, chats, tmp_path

@@ -3,6 +3,8 @@
 from dataclasses import asdict
 from itertools import combinations, product
 
+import pytest
+
 from megalora.config import DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from tests.parity.grid import PACKED, QUICK, Case, full_grid, layouts, variants
 from tests.parity.models import ADAPTERS, MODELS, shape_of
@@ -33,6 +35,7 @@ def taken_by_the_config(model: str, world: int, **sizes: int) -> bool:
     return True
 
 
+@pytest.mark.slow
 def test_no_accepted_layout_is_left_out() -> None:
     possible = set()
     for values in product(*SIZES.values()):

@@ -69,6 +69,7 @@ def test_memory_is_that_of_full_rows(model: PlannedModel) -> None:
     assert packed["rows"] / 3 == whole["rows"] / 8 > 0
 
 
+@pytest.mark.slow
 def test_a_packed_plan_is_a_config_that_packs(model: PlannedModel, tmp_path: Path) -> None:
     """Tokens per second count tokens of samples alone, whatever a row has room for."""
     config = load_config(ROOT / "configs" / "qwen3_30b_a3b_8gpu.yaml")

@@ -319,7 +319,10 @@ def test_a_dry_run_agrees_where_routers_have_buffers(
 
 @pytest.mark.parametrize(
     ("num_gpus", "most_calls"),
-    [(16, 8_000_000), pytest.param(256, 40_000_000, marks=pytest.mark.slow)],
+    [
+        pytest.param(16, 8_000_000, marks=pytest.mark.slow),
+        pytest.param(256, 40_000_000, marks=pytest.mark.slow),
+    ],
 )
 def test_235b_is_planned_without_torch(num_gpus: int, most_calls: int) -> None:
     """Work is bounded in calls of Python functions, so that no machine is too slow for it. On

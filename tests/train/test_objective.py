@@ -20,6 +20,7 @@ def reported(config: RunConfig) -> dict[str, float]:
         return {"loss": loss, "evaluation": evaluation, **run.others}
 
 
+@pytest.mark.slow
 def test_options_of_the_loss_reach_the_step(tiny: Path, chats: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"z_loss": 0.01, "label_smoothing": 0.2}
     (plain,) = run_ranks(reported, 1, make_config(tiny, chats, tmp_path, {}))
