@@ -49,6 +49,12 @@ class ParallelConfig:
         """
         return self.tp * (2 * self.cp if self.cp > 1 else 1)
 
+    @property
+    def round_multiple(self) -> int:
+        """What the number of microbatches of a pass must be a multiple of: the interleaved schedule
+        takes them in rounds of one per stage."""
+        return self.pp if self.vpp > 1 else 1
+
     def data_parallel_sizes(self, world_size: int) -> tuple[int, int]:
         """(dp, edp): how often attention and expert parameters are replicated on ``world_size``
         ranks."""

@@ -170,7 +170,7 @@ def _best_fit(samples: _Samples, num_rows: int, capacity: int, limit: float) -> 
 
 def _evened(rows: list[_Row], samples: _Samples, capacity: int) -> list[_Row]:
     """As many rows of the same samples, of which the most expensive one is cheaper if possible."""
-    # The first fit has a limit that no row reached; the mean is what no arrangement can beat.
+    # No arrangement can beat the mean.
     most = max(row.cost for row in rows)
     least = sum(samples.costs) / len(rows)
     best = rows

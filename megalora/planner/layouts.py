@@ -129,13 +129,12 @@ class ParallelLayout:
 
     def use(self, work: Workload) -> RowUse:
         """How samples fill the rows of a step, on each data-parallel rank."""
-        p = self.parallel
         if self.micro_batch_tokens is None:
             row = self.micro_batch_size * work.sequence_length
             return RowUse(work.global_batch_size // (self.micro_batch_size * self.dp), row, 1.0)
         full = (work.sequence_length,) * work.global_batch_size
         packing = work.packing or Packing(full, "full length")
-        return packing.use(self.micro_batch_tokens, self.dp, p.pp, p.vpp, p.row_multiple)
+        return packing.use(self.micro_batch_tokens, self.dp, self.parallel)
 
     def num_microbatches(self, work: Workload) -> int:
         """Per optimizer step and data-parallel rank."""

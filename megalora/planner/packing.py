@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megalora.config import RunConfig
+from megalora.config import ParallelConfig, RunConfig
 from megalora.config.checks import require
 from megalora.data.pack import measure_fill, rows_by_tokens
 from megalora.data.sources import locate
@@ -44,19 +44,20 @@ class Packing:
         over documents of this length."""
         return sum(n * n for n in self.lengths) / sum(self.lengths)
 
-    def use(self, capacity: int, dp: int, pp: int, vpp: int, row_multiple: int) -> RowUse:
+    def use(self, capacity: int, dp: int, parallel: ParallelConfig) -> RowUse:
         """Rows of at most ``capacity`` tokens on ``dp`` ranks, as training packs them.
 
         Raises:
             ValueError: a sample is longer than a row.
         """
-        # Interleaved, the number of rounds is a multiple of the stages; in any pipeline rounds
-        # overlap, and the longest row holds up all.
-        multiple = pp if vpp > 1 else 1
-        key = (capacity, dp, multiple, pp > 1, row_multiple)
+        multiple = parallel.round_multiple
+        row_multiple = parallel.row_multiple
+        # In any pipeline rounds overlap, and the longest row holds up all.
+        one_length = parallel.pp > 1
+        key = (capacity, dp, multiple, one_length, row_multiple)
         if key not in self.known:
             rows = rows_by_tokens(self.lengths, capacity, dp, multiple)
-            fill = measure_fill(rows, self.lengths, one_length=pp > 1, multiple_of=row_multiple)
+            fill = measure_fill(rows, self.lengths, one_length=one_length, multiple_of=row_multiple)
             num_rounds = len(rows[0])
             self.known[key] = RowUse(
                 num_rounds, fill.slots / (dp * num_rounds), fill.tokens / fill.slots

@@ -1,5 +1,6 @@
 """Make the rows of tokens that one data-parallel rank trains and evaluates on."""
 
+import math
 from functools import lru_cache
 
 import numpy as np
@@ -9,7 +10,7 @@ from megalora.config import RunConfig
 from megalora.data.batch import Batch, flat_row
 from megalora.data.mixture import mixture_indices
 from megalora.data.order import global_batch_indices
-from megalora.data.pack import Fill, Rows, measure_fill, rows_by_count, rows_by_tokens
+from megalora.data.pack import Rows, measure_fill, rows_by_count, rows_by_tokens
 from megalora.data.splits import Split
 from megalora.parallel import Groups
 from megalora.train.duration import num_steps
@@ -73,7 +74,8 @@ class Batches:
 
     def num_tokens(self, step: int) -> int:
         """Tokens of the step's whole global batch, filler left out."""
-        return int(self.train.sample_lengths[self._indices(step)].sum())
+        indices, _ = self._rows_of_step(step)
+        return int(self.train.sample_lengths[indices].sum())
 
     def use_of_slots(self, step: int) -> dict[str, float]:
         """How well the step uses its slots, ranks x longest row of each round, over all ranks.
@@ -83,23 +85,20 @@ class Batches:
             label is in the loss; ``useful_time``, the time of all samples over that of the rows,
             where ranks wait for the slowest of a round.
         """
-        # Counted from lengths alone: no rank needs to hear from the others.
-        fill = self._fill(step)
-        targets = int(self.train.sample_targets[self._indices(step)].sum())
-        return {
-            "slots_used": fill.tokens / fill.slots,
-            "slots_in_loss": targets / fill.slots,
-            "useful_time": fill.useful_time,
-        }
-
-    def _fill(self, step: int) -> Fill:
         indices, rows = self._rows_of_step(step)
-        return measure_fill(
+        # Counted from lengths alone: no rank needs to hear from the others.
+        fill = measure_fill(
             rows,
             _row_lengths(self.train, indices),
             one_length=self.config.parallel.pp > 1,
             multiple_of=self.config.parallel.row_multiple,
         )
+        targets = int(self.train.sample_targets[indices].sum())
+        return {
+            "slots_used": fill.tokens / fill.slots,
+            "slots_in_loss": targets / fill.slots,
+            "useful_time": fill.useful_time,
+        }
 
     def _of_rank(self, step: int, dp_rank: int) -> list[Batch]:
         indices, rows = self._rows_of_step(step)
@@ -113,9 +112,7 @@ class Batches:
     def _rows(self, split: Split, numbers: np.ndarray) -> Rows:
         """How the samples of these numbers share rows; rows hold places in ``numbers``."""
         options = self.config.train
-        p = self.config.parallel
-        # The interleaved schedule takes rows in rounds of one per stage.
-        multiple = p.pp if p.vpp > 1 else 1
+        multiple = self.config.parallel.round_multiple
         capacity = options.micro_batch_tokens
         if capacity is None:
             return rows_by_count(len(numbers), options.micro_batch_size, self.dp_size, multiple)
@@ -124,17 +121,14 @@ class Batches:
     def _flat(self, split: Split, numbers: np.ndarray, rows: list[list[int]]) -> list[Batch]:
         """Rows of tokens; for the interleaved schedule, which has one length, all of them as long
         as the longest."""
-        multiple = self.config.parallel.row_multiple
-        batches = self._of_multiple(split, numbers, rows, multiple)
-        if self.config.parallel.vpp == 1:
-            return batches
-        # Chunks of a stage exchange messages of one size, which is known before the first of them.
-        longest = max(len(batch.tokens) for batch in batches)
-        return self._of_multiple(split, numbers, rows, longest)
-
-    def _of_multiple(
-        self, split: Split, numbers: np.ndarray, rows: list[list[int]], multiple: int
-    ) -> list[Batch]:
+        p = self.config.parallel
+        multiple = p.row_multiple
+        if p.vpp > 1:
+            # Chunks of a stage exchange messages of one size, which is known before the first of
+            # them. Counted before any sample is read: reading is from disk.
+            lengths = _row_lengths(split, numbers)
+            longest = max(1, *(sum(lengths[place] for place in row) for row in rows))
+            multiple = math.ceil(longest / multiple) * multiple
         batches = []
         for row in rows:
             samples = [split.samples[numbers[place]] for place in row]

@@ -231,10 +231,8 @@ def _check_first_loss(run: Run, step: int, adapter: Path | None) -> str:
     ``first_loss.py``."""
     config = run.config
     batch = run.batches.first(step)
-    p = config.parallel
-    # The interleaved schedule takes microbatches in rounds of one per stage; copies of one have the
-    # mean of that one.
-    copies = p.pp if p.vpp > 1 else 1
+    # As many copies as the schedule wants: their mean is that of one.
+    copies = config.parallel.round_multiple
     ours, _ = run.stepper.evaluate([batch] * copies, own=True)
     folder = local_folder(config.model.path)
     dtype = config.model.dtype

@@ -18,10 +18,8 @@ class Probe:
         self.tokens = tokens
         self.dtype = dtype
         sample = Encoded(np.array(tokens, dtype=np.int32), np.ones(len(tokens), dtype=bool))
-        # The interleaved schedule takes microbatches in rounds of one per stage.
-        repeats = parallel.pp if parallel.vpp > 1 else 1
         row = flat_row([sample], pad_id=tokens[0], multiple_of=parallel.row_multiple)
-        self.batches = [row] * repeats
+        self.batches = [row] * parallel.round_multiple
 
     def run(self, stepper: Stepper) -> dict[str, Any]:
         """What ``probe.json`` holds: log-probability of tokens[1:], each given those before it;

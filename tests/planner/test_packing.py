@@ -32,20 +32,20 @@ def test_rows_by_hand() -> None:
     """Six samples of 600 tokens share a row of 4,096: 32 of them take six rows, of which the last
     two rounds of three ranks hold fewer."""
     equal = Packing((600,) * 32, "test")
-    use = equal.use(4096, dp=1, pp=1, vpp=1, row_multiple=1)
+    use = equal.use(4096, 1, ParallelConfig())
     assert use.num_rounds == 6
     assert equal.mean == equal.attended == 600
     # Evened out, rows have six or five samples, and every slot of one rank is used.
     assert use.used == 1.0 and use.row_tokens == 32 * 600 / 6
     # In a pipeline all rows of a step are as long as the longest.
-    piped = equal.use(4096, dp=1, pp=2, vpp=1, row_multiple=1)
+    piped = equal.use(4096, 1, ParallelConfig(pp=2))
     assert piped.row_tokens == 6 * 600 and piped.used == pytest.approx(32 / 36)
     # Interleaved, rounds come in multiples of the stages.
-    assert equal.use(4096, dp=1, pp=4, vpp=2, row_multiple=1).num_rounds == 8
-    mixed = Packing(MIXED, "test").use(4096, dp=1, pp=1, vpp=1, row_multiple=1)
+    assert equal.use(4096, 1, ParallelConfig(pp=4, vpp=2)).num_rounds == 8
+    mixed = Packing(MIXED, "test").use(4096, 1, ParallelConfig())
     assert mixed.num_rounds == 3 and mixed.used == 1.0
     # Rows are filled up to what cuts them.
-    odd = Packing((1000,), "test").use(4096, dp=1, pp=1, vpp=1, row_multiple=16)
+    odd = Packing((1000,), "test").use(4096, 1, ParallelConfig(tp=4, cp=2))
     assert odd.row_tokens == 1008 and odd.used == 1000 / 1008
 
 
