@@ -52,6 +52,9 @@ def _enter(
         backend, init_method=f"file://{folder}/store", rank=rank, world_size=world_size
     )
     try:
+        # A rank whose function exchanges nothing would end, and close its connections, while
+        # another still makes its own: "Gloo connectFullMesh failed ... Connection closed by peer".
+        dist.barrier()
         result = fn(*args)
         (Path(folder) / f"{rank}.pkl").write_bytes(pickle.dumps(result))
     finally:
