@@ -207,3 +207,8 @@ def assert_idle_are_zero(found: Tensors, routing: Routing) -> None:
         if start == end:
             for name in found.keys() & {"a1", "gate", "up", "a2", "down", "a", "b"}:
                 assert not found[name][e].any(), f"{name} of expert {e}, which has no rows"
+
+
+def assert_equal(found: Tensors, want: Tensors) -> None:
+    for name, wanted in want.items():
+        assert torch.equal(found[name], wanted), name

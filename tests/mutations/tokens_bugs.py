@@ -6,6 +6,7 @@ CACHE, TOKENS, BUILD, SAMPLES = (
     f"megalora/data/{name}.py" for name in ("token_cache", "tokens", "build_tokens", "samples")
 )
 CACHE_TEST = "tests/data/test_token_cache.py"
+STORE_TEST = "tests/data/test_token_store.py"
 MIXTURE = "megalora/data/mixture.py"
 MIXTURE_TEST = "tests/data/test_mixture.py"
 LONG = "megalora/data/too_long.py"
@@ -38,7 +39,7 @@ TOKENS_BUGS: tuple[Bug, ...] = (
         TOKENS,
         "if hashlib.sha256(self.records.data).hexdigest() != self.header.samples_sha256:",
         "if False:",
-        f"{CACHE_TEST} test_a_damaged_store_is_built_again_with_a_line",
+        f"{STORE_TEST} test_a_damaged_store_is_built_again_with_a_line",
     ),
     bug(
         0,
@@ -46,7 +47,7 @@ TOKENS_BUGS: tuple[Bug, ...] = (
         TOKENS,
         'if packed is None or digest_of(packed) != self.records["digest"][index].tobytes():',
         "if packed is None:",
-        f"{CACHE_TEST} test_a_damaged_token_is_found_when_it_is_read",
+        f"{STORE_TEST} test_a_damaged_token_is_found_when_it_is_read",
     ),
     bug(
         0,
@@ -54,7 +55,7 @@ TOKENS_BUGS: tuple[Bug, ...] = (
         BUILD,
         'chunk.samples["left_out"] = np.array(own, np.uint16)[chunk.samples["left_out"]]',
         "pass",
-        f"{CACHE_TEST} test_kinds_left_out_are_those_of_their_rows",
+        f"{STORE_TEST} test_kinds_left_out_are_those_of_their_rows",
     ),
     bug(
         0,
