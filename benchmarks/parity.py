@@ -40,10 +40,14 @@ from tests.parity.case import (
     save_expected,
 )
 from tests.parity.grid import STEPS, Case, full_grid
-from tests.parity.models import MODELS, make_model
+from tests.parity.models import MODELS, arch_of, make_model
 
 AT_ONCE = 2
 """Number of cases that run at once; a large one has up to 8 processes already."""
+
+
+WIDTH = 84
+"""Of a case's name in a table."""
 
 
 class Laboratory:
@@ -85,7 +89,9 @@ class Laboratory:
                 "exceeded": exceeded(row),
             }
 
-        self.keep(name, {"case": case.name, **vars(case), "batch": case.batch}, compare)
+        family = arch_of(MODELS[case.model])
+        known = {"case": case.name, "family": family, **vars(case), "batch": case.batch}
+        self.keep(name, known, compare)
 
     def keep(self, name: str, row: dict[str, Any], job: Callable[[], dict[str, Any]]) -> None:
         """``row`` with what the job found, or with the traceback where it failed."""
@@ -186,7 +192,7 @@ def float32(laboratory: Laboratory, cases: list[Case]) -> list[dict[str, Any]]:
     for done, (case, seconds, _) in enumerate(forked(jobs, AT_ONCE), 1):
         row = json.loads(laboratory.row(case.name).read_text())
         verdict = "FAILED" if row["failed"] else ", ".join(row["exceeded"]) or "ok"
-        print(f"{done:3d}/{len(cases)} {case.name:62} {seconds:4.0f} s  {verdict}", flush=True)
+        print(f"{done:3d}/{len(cases)} {case.name:{WIDTH}} {seconds:4.0f} s  {verdict}", flush=True)
     print(f"all: {time.perf_counter() - start:.0f} s")
     # In the order of the grid: they ended in another one.
     rows = []
@@ -215,15 +221,15 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Every case, worst first: by the quantity that comes nearest to its limit."""
     good = [row for row in rows if not row["failed"]]
     good.sort(key=nearest_to_limit, reverse=True)
-    head = f"{'case: world:layout model, adapter, recompute, microbatch':64}"
+    head = f"{'case: world:layout model, adapter, recompute, microbatch, samples':{WIDTH}}"
     for name in LIMITS:
         head += f"{name:>11}"
     lines = [head]
     for row in good:
-        lines.append(f"{row['case']:64}{numbers(row)}")
+        lines.append(f"{row['case']:{WIDTH}}{numbers(row)}")
     if good:
-        lines.append(f"{'largest':64}{numbers(largest_of(good))}")
-        lines.append(f"{'allowed':64}{numbers(LIMITS, digits=0)}")
+        lines.append(f"{'largest':{WIDTH}}{numbers(largest_of(good))}")
+        lines.append(f"{'allowed':{WIDTH}}{numbers(LIMITS, digits=0)}")
         lines.append(
             "largest relative difference of a loss between two layouts of one training:"
             f" {spread(good):.1e}"
@@ -257,12 +263,12 @@ def numbers(values: Mapping[str, float], digits: int = 1) -> str:
 
 
 def spread(rows: Iterable[dict[str, Any]]) -> float:
-    """The largest relative difference of a loss between any two cases with the same model, adapter
-    and batch, over all steps."""
+    """The largest relative difference of a loss between any two cases with the same model,
+    adapter, batch and cut samples, over all steps."""
     losses = defaultdict(list)
     for row in rows:
         for step, loss in enumerate(row["losses"]):
-            losses[row["model"], row["adapter"], row["batch"], step].append(loss)
+            losses[row["model"], row["adapter"], row["batch"], row["too_long"], step].append(loss)
     largest = 0.0
     for of_step in losses.values():
         largest = max(largest, max(of_step) / min(of_step) - 1)

@@ -3,7 +3,8 @@ the oracle."""
 
 import math
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from megalora.config import LoRAConfig, RunConfig
+from megalora.data.chat import Encoded
 from megalora.data.order import global_batch_indices
 from megalora.data.splits import load_split, split_off_eval
 from megalora.hf.json_file import read_hf_config
@@ -29,6 +31,7 @@ from tests.parity.compare import distance, of_largest
 from tests.parity.gradients import reduced_gradients
 from tests.parity.grid import EVAL, Case
 from tests.parity.models import adapter
+from tests.parity.plain_head import with_whole_logits
 from tests.parity.runs import make_config, records
 
 LR = 1e-4
@@ -84,15 +87,15 @@ def run_config(
 ) -> RunConfig:
     return make_config(
         base, chats, out, case.parallel, case.recompute, dtype=dtype, eval=EVAL, data_seed=seed,
-        lr=LR, steps=steps,
+        data=case.data, lr=LR, steps=steps,
         lora=adapter(case.adapter, model_shape(read_hf_config(base))),
         global_batch_size=case.batch, **case.rows,
     )  # fmt: skip
 
 
-def train_recording_gradients(config: RunConfig, start: Path) -> None:
+def train_recording_gradients(config: RunConfig, start: Path, head: str = "lean") -> None:
     """``train`` from random factors, with each step's reduced gradients kept in
-    ``gradients.safetensors``; a rank function.
+    ``gradients.safetensors``; a rank function. ``head``: one of the grid's ``HEAD``.
 
     With B at zero, as training starts, A would have no gradient, and the first step of Adam would
     be the sign of B's.
@@ -131,7 +134,8 @@ def train_recording_gradients(config: RunConfig, start: Path) -> None:
     assemble.build_adapted = build
     assemble.build_optimizer = with_large_eps
     assemble.clip_and_step = recorded_step
-    loop.train(config)
+    with with_whole_logits() if head == "whole" else nullcontext():
+        loop.train(config)
     # Rank 0 alone gets whole gradients.
     if kept:
         save_file(kept, Path(config.checkpoint.dir) / "gradients.safetensors")
@@ -155,9 +159,10 @@ def expected(
 ) -> Expected:  # fmt: skip
     """The same training by the oracle: names, ranks and alphas are all it gets from megalora."""
     config = run_config(case, steps, base, chats, Path("unused"), dtype, seed)
-    split = load_split(
-        str(chats), AutoTokenizer.from_pretrained(base), format="auto", max_length=256
-    )
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    split = load_split(str(chats), tokenizer, format="auto", **case.data)
+    whole = load_split(str(chats), tokenizer, format="auto", max_length=256)
+    compare_samples(split.samples, cut_by_hand(whole.samples, case))
     train_split, eval_split = split_off_eval(split, EVAL, seed)
     adapted, factors = start_factors(config.lora, base, dtype)
     # alpha / r, or alpha / sqrt(r) with rslora: written out here, so that ours is not trusted.
@@ -175,6 +180,40 @@ def expected(
         indices = global_batch_indices(step, case.batch, len(train_split.samples), seed)
         batches.append([train_split.samples[i] for i in indices])
     return Expected(eval_loss, oracle.train(batches, LR, clip=1.0, eps=EPS), seed, oracle.margin)
+
+
+def cut_by_hand(whole: Iterable[Encoded], case: Case) -> list[tuple[list[int], list[bool]]]:
+    """(tokens, which of them are in the loss) of each sample that is trained on, as the options say
+    it; the oracle does not take ours for the truth."""
+    limit = case.data["max_length"]
+    found = []
+    for sample in whole:
+        tokens = sample.input_ids.tolist()
+        in_loss = sample.loss_mask.tolist()
+        if len(tokens) <= limit:
+            cuts = [slice(None)]
+        elif case.too_long == "truncate_right":
+            cuts = [slice(0, limit)]
+        elif case.too_long == "truncate_left":
+            cuts = [slice(len(tokens) - limit, None)]
+        else:
+            assert case.too_long == "split", f"{case.name}: a sample has {len(tokens)} tokens"
+            # Neighbours share a token: the first one of a piece is predicted by nobody.
+            cuts = [slice(at, at + limit) for at in range(0, len(tokens) - 1, limit - 1)]
+        for cut in cuts:
+            learned = in_loss[cut]
+            if cut.start:
+                learned[0] = False
+            if any(learned):
+                found.append((tokens[cut], learned))
+    return found
+
+
+def compare_samples(
+    ours: Iterable[Encoded], theirs: Iterable[tuple[list[int], list[bool]]]
+) -> None:
+    found = [(sample.input_ids.tolist(), sample.loss_mask.tolist()) for sample in ours]
+    assert found == list(theirs), "samples are not cut as data.too_long says"
 
 
 def expected_of_clear_routing(case: Case, steps: int, base: Path, chats: Path) -> Expected:
@@ -213,6 +252,7 @@ def run_case(
         train_recording_gradients,
         case.world,
         *prepare_run(case, steps, base, chats, out, dtype, seed),
+        case.head,
     )
 
 

@@ -27,7 +27,12 @@ ROW_TOKENS = 255
 """A sample of ``data.max_length`` = 256 tokens just fits; several of most samples do."""
 # One sample a row; 3, which no other size of the grid is.
 MICRO = (1, 3, PACKED)
-
+TOO_LONG = ("left_out", "truncate_right", "truncate_left", "split")
+"""What becomes of samples that are too long; of none, where it is left_out."""
+CUT_AT = 45
+"""Tokens that are left of the longer half of the samples: all of them have 33 to 56."""
+HEAD = ("lean", "whole")
+"""Logits of some target tokens at a time, or those of every token at once, as Megatron has them."""
 
 STEPS = 5
 """Optimizer steps of a case in ``make parity``."""
@@ -52,6 +57,8 @@ class Case:
     adapter: str = "all"
     recompute: str = "off"
     micro: int = 1
+    too_long: str = "left_out"
+    head: str = "lean"
 
     @property
     def parallel(self) -> dict[str, int]:
@@ -73,9 +80,16 @@ class Case:
         return {"micro_batch_size": self.micro}
 
     @property
-    def question(self) -> tuple[str, str, int]:
-        """What the oracle has to know: model, adapter, batch."""
-        return self.model, self.adapter, self.batch
+    def data(self) -> dict[str, Any]:
+        """The limit of a sample and what becomes of longer ones, in the words of the config's
+        ``data`` section."""
+        limit = ROW_TOKENS + 1 if self.too_long == "left_out" else CUT_AT
+        return {"max_length": limit, "too_long": self.too_long}
+
+    @property
+    def question(self) -> tuple[str, str, int, str]:
+        """What the oracle has to know: model, adapter, batch, and how samples are cut."""
+        return self.model, self.adapter, self.batch, self.too_long
 
     @property
     def layout(self) -> str:
@@ -86,7 +100,11 @@ class Case:
     @property
     def name(self) -> str:
         micro = "packed" if self.micro == PACKED else self.micro
-        return f"{self.layout} {self.model}, {self.adapter}, {self.recompute}, {micro}"
+        name = f"{self.layout} {self.model}, {self.adapter}, {self.recompute}, {micro}"
+        # What most cases do not have goes without saying.
+        if self.too_long != "left_out":
+            name += f", {self.too_long}"
+        return name + (", whole logits" if self.head == "whole" else "")
 
     def pairs(self) -> frozenset[Any]:
         """Every pair of (factor, value) in this case."""
@@ -97,7 +115,7 @@ def accepted(case: Case) -> bool:
     """Whether megalora takes this case: its own checks, nothing else."""
     try:
         config = RunConfig(
-            model=ModelConfig(path="-"), data=DataConfig(train="-", max_length=ROW_TOKENS + 1),
+            model=ModelConfig(path="-"), data=DataConfig(train="-", **case.data),
             parallel=ParallelConfig(**case.parallel),
             train=TrainConfig(steps=1, global_batch_size=case.batch, **case.rows),
         )  # fmt: skip
@@ -137,8 +155,40 @@ def variants(layout: Case) -> list[Case]:
 def full_grid() -> tuple[Case, ...]:
     """Every layout at least once, and every possible pair of values of two factors at least once.
 
-    Greedy: of the cases with the most new pairs, the one whose values were used least.
+    Greedy: of the cases with the most new pairs, the one whose values were used least. How samples
+    are cut and which head there is goes with every layout, so that the cases are chosen without
+    these two first: eight times as many candidates would take minutes.
     """
+    chosen = chosen_without_samples()
+    missing = set[Any]()
+    for case in chosen:
+        for variant in of_samples(case):
+            missing |= variant.pairs()
+    found = []
+    asked = set[Any]()
+
+    def take(case: Case) -> None:
+        # Most new pairs; then a question that the oracle was asked already, which saves time.
+        best = max(of_samples(case), key=lambda v: (len(v.pairs() & missing), v.question in asked))
+        found.append(best)
+        asked.add(best.question)
+        missing.difference_update(best.pairs())
+
+    for case in chosen:
+        take(case)
+    while missing:
+        take(max(chosen, key=lambda case: max(len(v.pairs() & missing) for v in of_samples(case))))
+    return tuple(found)
+
+
+def of_samples(case: Case) -> list[Case]:
+    """The case with every way of cutting samples and every head."""
+    return [replace(case, too_long=how, head=head) for how, head in product(TOO_LONG, HEAD)]
+
+
+@cache
+def chosen_without_samples() -> tuple[Case, ...]:
+    """The grid's cases before ``full_grid`` decides how samples are cut and which head there is."""
     of_layout = {layout: variants(layout) for layout in layouts()}
     pairs = {}
     # A case's number of new pairs only falls: what it was bounds what it is, and most need no look.
@@ -214,6 +264,10 @@ QUICK = (
     Case(4, cp=4, ep=2, model="idle", adapter="router", micro=3, recompute="selective"),
     Case(4, cp=2, pp=2, vpp=2, adapter="rslora", micro=PACKED, recompute="full"),
     Case(4, tp=2, cp=2, etp=2, model="tied", adapter="router"),
+    # Samples that are cut, and whole logits.
+    Case(2, cp=2, adapter="ranks", micro=PACKED, too_long="split"),
+    Case(2, pp=2, model="tied", adapter="router", micro=3, too_long="truncate_right", head="whole"),
+    Case(4, tp=2, cp=2, micro=PACKED, too_long="truncate_left", head="whole"),
     *QUICK_OF_FAMILIES,
 )
 """For ``make test-all``: the layouts README names, every value of every factor at least once, and

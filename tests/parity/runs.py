@@ -1,6 +1,7 @@
 """Make the config of a short run on a small model, and read what a run wrote down."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,17 @@ def make_config(
     dtype: str = "float32",
     eval: int = 21,
     data_seed: int = 0,
+    data: Mapping[str, Any] | None = None,
     **train: Any,
 ) -> RunConfig:
     """Five steps at a constant rate unless ``train`` says otherwise; no logs but
-    ``metrics.jsonl``. ``recompute``: a level, or text such as ``full3+off``."""
+    ``metrics.jsonl``.
+
+    Args:
+        recompute: a level, or text such as ``full3+off``.
+        data: more options of the ``data`` section.
+        train: of the ``train`` section.
+    """
     options = {
         "steps": 5,
         "global_batch_size": 8,
@@ -45,7 +53,10 @@ def make_config(
         model=ModelConfig(path=str(base), dtype=dtype),  # type: ignore[arg-type]
         parallel=ParallelConfig(**parallel),
         lora=lora or LoRAConfig(rank=4, alpha=12.0),
-        data=DataConfig(train=str(chats), eval=eval, max_length=256, seed=data_seed),
+        data=DataConfig(
+            **{"train": str(chats), "eval": eval, "max_length": 256, "seed": data_seed}
+            | dict(data or {})
+        ),
         train=TrainConfig(**{**options, "recompute": recompute_from(recompute), **train}),
         checkpoint=CheckpointConfig(dir=str(out)),
         log=LogConfig(tensorboard=False, progress=False),

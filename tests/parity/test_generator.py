@@ -60,6 +60,17 @@ def test_every_possible_pair_of_values_is_tested() -> None:
     for layout in layouts():
         for case in variants(layout):
             possible |= pairs(case)
+    # Cutting samples and the head go with everything.
+    ways = list(
+        product(("left_out", "truncate_right", "truncate_left", "split"), ("lean", "whole"))
+    )
+    values = {value for pair in possible for value in pair}
+    for too_long, head in ways:
+        of_samples = (("too_long", too_long), ("head", head))
+        possible.add(of_samples)
+        for factor, value in values:
+            if factor not in ("too_long", "head"):
+                possible |= {((factor, value), each) for each in of_samples}
     tested = set()
     for case in full_grid():
         tested |= pairs(case)
@@ -69,7 +80,9 @@ def test_every_possible_pair_of_values_is_tested() -> None:
 def test_a_quick_case_for_every_value() -> None:
     values_of = {
         **SIZES, "model": tuple(MODELS), "adapter": tuple(ADAPTERS),
-        "recompute": ("off", "selective", "full", "full1+selective"), "micro": (1, 3, PACKED)
+        "recompute": ("off", "selective", "full", "full1+selective"), "micro": (1, 3, PACKED),
+        "head": ("lean", "whole"),
+        "too_long": ("left_out", "truncate_right", "truncate_left", "split"),
     }  # fmt: skip
     for factor, values in values_of.items():
         for cases in (QUICK, full_grid()):
