@@ -15,6 +15,8 @@ import pytest
 
 from tests.pretended.launches import num_kernels
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 CEILINGS = {

@@ -111,6 +111,15 @@ STEPS: dict[str, dict[str, int]] = {
 RUNS = {"one_gpu": whole_run(1, 6, 0, True), "tp2_ep2": whole_run(2, 6, 2, False)}
 
 
+# One rank, every kind of parallel rank, and a row cut by context parallelism; the others take a
+# second each.
+FAST = ("one_gpu", "tp2_ep2", "cp2_packed")
+BY_NAME: list[Any] = []
+for _scenario in SCENARIOS:
+    _marks = [] if _scenario.name in FAST else [pytest.mark.slow]
+    BY_NAME.append(pytest.param(_scenario.name, marks=_marks))
+
+
 @pytest.fixture(scope="module")
 def seen(request: pytest.FixtureRequest) -> dict[str, Any]:
     """What every scenario asked for did, from a process in which autograd meets the pretended
@@ -138,7 +147,7 @@ def seen(request: pytest.FixtureRequest) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("name", [scenario.name for scenario in SCENARIOS])
+@pytest.mark.parametrize("name", BY_NAME)
 def test_host_waits_only_where_the_list_says(name: str, seen: dict[str, Any]) -> None:
     assert seen[name]["error"] is None, seen[name]["error"]
     if name in RUNS:
@@ -151,7 +160,7 @@ def test_every_scenario_is_on_the_list() -> None:
     assert {scenario.name for scenario in SCENARIOS} == STEPS.keys() | RUNS.keys()
 
 
-@pytest.mark.parametrize("name", [scenario.name for scenario in SCENARIOS])
+@pytest.mark.parametrize("name", BY_NAME)
 def test_batches_travel_in_one_copy_a_step(name: str, seen: dict[str, Any]) -> None:
     assert seen[name]["copies"]["step"] == {"megalora/host.py:to_device": 1}
 
@@ -160,8 +169,8 @@ def test_batches_travel_in_one_copy_a_step(name: str, seen: dict[str, Any]) -> N
     ("name", "takes"),
     [
         ("one_gpu", "_gemm_kernel"),
-        ("many_rows", "grouped_mm"),
-        ("many_rows_dropout_selective", "grouped_mm"),
+        pytest.param("many_rows", "grouped_mm", marks=pytest.mark.slow),
+        pytest.param("many_rows_dropout_selective", "grouped_mm", marks=pytest.mark.slow),
     ],
 )
 def test_back_end_is_the_one_for_the_number_of_rows(
@@ -184,12 +193,12 @@ def test_back_end_is_the_one_for_the_number_of_rows(
 @pytest.mark.parametrize(
     ("name", "forward", "backward"),
     [
-        ("float32_full", 0, 0),
+        pytest.param("float32_full", 0, 0, marks=pytest.mark.slow),
         # Calls: one for a whole row, two for the two chunks that context parallelism leaves a rank.
-        ("packed", 1, 1),
+        pytest.param("packed", 1, 1, marks=pytest.mark.slow),
         ("cp2_packed", 2, 2),
         # Attention is recomputed, with the keys gathered anew.
-        ("tp2_cp2_ep2_packed_full", 4, 2),
+        pytest.param("tp2_cp2_ep2_packed_full", 4, 2, marks=pytest.mark.slow),
     ],
 )
 def test_documents_are_attended_to_by_flash_attention(
