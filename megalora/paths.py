@@ -6,11 +6,14 @@ from pathlib import Path
 
 def expand(text: str, option: str) -> str:
     """Replace ``~`` and ``~user`` at the beginning by home folders; raises ``ValueError`` if there
-    is no such user.
+    is no such user, or no text.
 
     Args:
         option: name of the option, for the message.
     """
+    # Else the working directory would be taken for it.
+    if not text.strip():
+        raise ValueError(f"{option} is empty; name a file or a folder")
     expanded = os.path.expanduser(text)
     # expanduser leaves a name as it is that it does not know.
     if expanded.startswith("~"):

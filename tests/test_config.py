@@ -106,6 +106,45 @@ def test_overrides_apply_in_order_and_leave_the_rest_of_a_section(minimal: Path)
     assert config.model.path == "models/tiny"
 
 
+@pytest.mark.parametrize(
+    "override", ["train.recompute={layers: 4}", "train={recompute: {layers: 4}}"]
+)
+def test_a_mapping_replaces_the_one_before(tmp_path: Path, override: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        MINIMAL.replace("steps: 3", "steps: 3, recompute: {layers: 9, rest: selective}")
+    )
+    config = load_config(path, [override])
+    assert config.train.recompute == RecomputeLayers(layers=4, rest="off")
+    # The rest of the section is as it was, and a key below an option is set beside the others.
+    assert config.train.steps == 3
+    config = load_config(path, ["train.recompute.layers=4"])
+    assert config.train.recompute == RecomputeLayers(layers=4, rest="selective")
+
+
+def test_every_option_that_is_a_mapping_is_replaced(minimal: Path) -> None:
+    config = load_config(
+        minimal,
+        [
+            "lora={rank_pattern: {q_proj: 8, k_proj: 4}, alpha: 8}",
+            "lora.rank_pattern={v_proj: 2}",
+            "lora.rank_pattern.o_proj=1",
+            "data.format={prompt: q, completion: a}",
+            "data.format={messages: chat}",
+            # A reference to another option is a value, too.
+            "lora.alpha_pattern={q_proj: 3}",
+            "lora.alpha_pattern=${lora.rank_pattern}",
+        ],
+    )  # fmt: skip
+    assert config.lora.rank_pattern == {"v_proj": 2, "o_proj": 1}
+    assert config.lora.alpha_pattern == {"v_proj": 2.0, "o_proj": 1.0}
+    assert config.lora.alpha == 8
+    assert config.data.format == {"messages": "chat"}
+    assert load_config(minimal, ["lora.rank_pattern={q_proj: 8}", "lora.rank_pattern={}"]) == (
+        load_config(minimal)
+    )
+
+
 def test_round_trip(tmp_path: Path) -> None:
     # Texts that YAML would read as numbers, booleans, null or mappings if they were written bare.
     config = RunConfig(
@@ -149,33 +188,52 @@ def test_round_trip(tmp_path: Path) -> None:
         ),
         # Sections and keys in each other's place, and texts that are no override.
         ("train=3", "train is a section, got 3"),
-        ("lora=null", "lora is a section, got None"),
-        ("parallel.tp={x: 3}", "parallel.tp must be int, got {'x': 3}"),
+        ("lora=null", "lora is a section, got nothing"),
+        ("parallel.tp={x: 3}", "parallel.tp must be an integer, got {'x': 3}"),
         ("train.lr", "override 'train.lr' is not of the form section.key=value"),
         ("=3", "override '=3' is not of the form section.key=value"),
         # Types: a bool is no int in a config, although it is in Python, and 2.0 is none either.
-        ("model.path=123", "model.path must be str, got 123"),
-        ("parallel.tp=2.0", "parallel.tp must be int, got 2.0"),
-        ("parallel.tp=true", "parallel.tp must be int, got True"),
-        ("train.lr=fast", "train.lr must be float, got 'fast'"),
-        ("train.lr=true", "train.lr must be float, got True"),
-        ("train.steps=1.5", "train.steps must be int or nothing, got 1.5"),
-        ("lora.use_rslora=1", "lora.use_rslora must be bool, got 1"),
-        ("lora.layers=3", "lora.layers must be list[int] or str or nothing, got 3"),
-        ("lora.layers=[1,true]", "lora.layers[1] must be int, got True"),
-        ("lora.target_modules=[q_proj,3]", "lora.target_modules[1] must be str, got 3"),
-        ("lora.rank_pattern={q_proj: 2.0}", "lora.rank_pattern.q_proj must be int, got 2.0"),
+        ("model.path=123", "model.path must be text, got 123"),
+        ("parallel.tp=2.0", "parallel.tp must be an integer, got 2.0"),
+        ("parallel.tp=true", "parallel.tp must be an integer, got True"),
+        ("train.lr=fast", "train.lr must be a number, got 'fast'"),
+        ("train.lr=true", "train.lr must be a number, got True"),
+        ("train.steps=1.5", "train.steps must be an integer or nothing, got 1.5"),
+        ("lora.use_rslora=1", "lora.use_rslora must be true or false, got 1"),
+        ("lora.layers=3", "lora.layers must be a list of integers or text or nothing, got 3"),
+        ("lora.layers=[1,true]", "lora.layers[1] must be an integer, got True"),
+        ("lora.target_modules=[q_proj,3]", "lora.target_modules[1] must be text, got 3"),
+        ("lora.rank_pattern={q_proj: 2.0}", "lora.rank_pattern.q_proj must be an integer, got 2.0"),
         (
             "lora.rank_pattern={q_proj: k_proj}",
-            "lora.rank_pattern.q_proj must be int, got 'k_proj'",
+            "lora.rank_pattern.q_proj must be an integer, got 'k_proj'",
         ),
-        ("lora.rank_pattern={7: 2}", "a key of lora.rank_pattern must be str, got 7"),
-        ("lora.alpha_pattern={q_proj: true}", "lora.alpha_pattern.q_proj must be float, got True"),
-        ("lora.alpha_pattern=[1.0]", "lora.alpha_pattern must be dict[str, float], got [1.0]"),
-        ("data.eval=true", "data.eval must be str or int or float or nothing, got True"),
-        ("data.format={messages: 3}", "data.format.messages must be str, got 3"),
-        ("checkpoint.resume=1", "checkpoint.resume must be bool or str, got 1"),
+        ("lora.rank_pattern={7: 2}", "a key of lora.rank_pattern must be text, got 7"),
+        (
+            "lora.alpha_pattern={q_proj: true}",
+            "lora.alpha_pattern.q_proj must be a number, got True",
+        ),
+        ("lora.alpha_pattern=[1.0]", "lora.alpha_pattern must be a mapping to numbers, got [1.0]"),
+        ("data.eval=true", "data.eval must be text or an integer or a number or nothing, got True"),
+        ("data.format={messages: 3}", "data.format.messages must be text, got 3"),
+        ("checkpoint.resume=1", "checkpoint.resume must be true or false or text, got 1"),
         # Values of the right type that mean nothing.
+        (
+            "data.train=",
+            "data.train must be text or a list of mappings of path, weight, format, got nothing",
+        ),
+        ("data.train=''", "data.train is empty; name a file or a folder"),
+        ("data.eval=' '", "data.eval is empty; name a file or a folder"),
+        ("model.path=''", "model.path is empty; name a file or a folder"),
+        ("checkpoint.dir=''", "checkpoint.dir is empty; name a file or a folder"),
+        ("checkpoint.resume=''", "checkpoint.resume is empty; name a file or a folder"),
+        (
+            "data.allow_left_out=system",
+            "data.allow_left_out must be a list of values out of reasoning, name, tools, documents,"
+            " system, system_prompt, input, instruction, context, history, functions,"
+            " chat_template_kwargs, thinking, reasoning_content, images, image, videos, audios, got"
+            " 'system'",
+        ),
         ("model.dtype=float16", "model.dtype must be one of float32, bfloat16, got 'float16'"),
         ("model.backend=te", "model.backend must be one of torch, got 'te'"),
         (
@@ -197,7 +255,10 @@ def test_round_trip(tmp_path: Path) -> None:
             ),
         ),
         ("train.recompute={rest: off}", "config is missing train.recompute.layers"),
-        ("train.recompute={layers: {a: 1}}", "train.recompute.layers must be int, got {'a': 1}"),
+        (
+            "train.recompute={layers: {a: 1}}",
+            "train.recompute.layers must be an integer, got {'a': 1}",
+        ),
         (
             "train.recompute={layers: 2, rest: full}",
             "train.recompute.rest must be one of off, selective, got 'full'",

@@ -17,8 +17,10 @@ from megalora.config import RunConfig
 HEAD = """# Options
 
 Every key of a config file, by section. On the command line any of them can be overridden as
-`section.key=value`, for example `train.lr=2e-4` or `lora.target_modules=[q_proj,v_proj]`. An
-unknown key is an error that names the nearest known one.
+`section.key=value`, for example `train.lr=2e-4` or `lora.target_modules=[q_proj,v_proj]`. A mapping
+replaces the mapping before it: `lora.rank_pattern={q_proj: 8}` leaves no other entry, and
+`lora.rank_pattern.q_proj=8` leaves all others. An unknown key is an error that names the nearest
+known one.
 
 This page is written from the docstrings in [`megalora/config`](../megalora/config) by `make docs`.
 """

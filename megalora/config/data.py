@@ -28,8 +28,14 @@ class Source:
     """A file or a hub data set, as ``data.train`` names one."""
     weight: float | None = None
     """Share of the samples that are trained on, in relation to the weights of the other sources."""
+    format: str | dict[str, str] | None = None
+    """Columns of this source, where they are not those of ``data.format``."""
 
     def __post_init__(self) -> None:
+        require(
+            bool(self.path.strip()),
+            "a path in data.train is empty; name a file or a hub data set",
+        )
         object.__setattr__(self, "path", expand(self.path, "data.train"))
         is_weight = self.weight is None or (0 < self.weight < math.inf)
         require(
@@ -41,10 +47,10 @@ class Source:
 class DataConfig:
     train: str | list[Source]
     """Training data: a JSONL, JSON or Parquet file, or a hub data set NAME[:SPLIT]. May end in a
-    slice such as ``[:200]``. Or a list of ``{path: SOURCE, weight: NUMBER}``: samples are taken
-    from the sources in the ratio of their weights, all through the run, and each source is shuffled
-    and repeated by itself; needs ``train.steps``. Without weights, the sources are trained on as if
-    they were one file."""
+    slice such as ``[:200]``. Or a list of ``{path: SOURCE, weight: NUMBER, format: COLUMNS}``:
+    samples are taken from the sources in the ratio of their weights, all through the run, and each
+    source is shuffled and repeated by itself; needs ``train.steps``. Without weights, the sources
+    are trained on as if they were one file. A source without ``format`` has ``data.format``."""
     eval: str | int | float | None = None
     """Evaluation data: another source, or the part of ``data.train`` to hold out, as a number of
     samples (int) or a fraction (float)."""

@@ -5,12 +5,11 @@ another type with the type that was expected.
 """
 
 import difflib
-import types
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -18,12 +17,17 @@ from yaml import YAMLError
 
 from megalora.config import RunConfig
 from megalora.config.checks import require
+from megalora.config.type_words import alternatives, in_words
 from megalora.config.yaml_limits import check_yaml
 from megalora.paths import user_path
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a YAML file, apply ``section.key=value`` overrides in order, and validate the result."""
+    """Read a YAML file, apply ``section.key=value`` overrides in order, and validate the result.
+
+    An override of a section changes the options that it names; an override of an option replaces
+    its value, a mapping's too; ``section.option.key=value`` changes one key of a mapping.
+    """
     path = user_path(str(path))
     if not path.is_file():
         raise ValueError(f"{path}: no such config file")
@@ -41,11 +45,33 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         with _reading(f"override {_short(item)}"):
             # The value is YAML, too, and may have aliases.
             check_yaml(value)
-            tree = OmegaConf.merge(tree, OmegaConf.from_dotlist([item]))
+            update = OmegaConf.from_dotlist([item])
+            # Below an option, as in lora.rank_pattern.q_proj=8, a key is set beside the others.
+            whole = key.count(".") < 2
+            tree = OmegaConf.merge(_without_replaced(tree, update) if whole else tree, update)
     # Only now are ${...} replaced, so that an override also changes what refers to it.
     with _reading(str(path)):
         plain = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
     return _build(RunConfig, plain, where="")  # pyright: ignore[reportArgumentType]
+
+
+def _without_replaced(tree: Any, update: Any) -> Any:
+    """``tree`` without the options that ``update`` gives as mappings, which OmegaConf would merge.
+
+    Sections are merged. An option's value is replaced whole: of ``{layers: 4, rest: full}``,
+    ``train.recompute={layers: 8}`` leaves no ``rest``.
+    """
+    kept = OmegaConf.to_container(tree, resolve=False)
+    sections = OmegaConf.to_container(update, resolve=False)
+    assert isinstance(kept, dict) and isinstance(sections, dict)
+    for name, options in sections.items():
+        before = kept.get(name)
+        # Either may be anything; what is no section is refused when the config is built.
+        if isinstance(before, dict) and isinstance(options, dict):
+            for option in before.keys() & options.keys():
+                if isinstance(options[option], dict):
+                    del before[option]
+    return OmegaConf.create(kept)
 
 
 def save_config(config: RunConfig, path: Path) -> None:
@@ -104,7 +130,8 @@ def _build(cls: type, tree: dict[str, Any], where: str) -> Any:
         if key not in known:
             raise ValueError(_unknown_key(name, str(key), known, where))
         if is_dataclass(hints[key]):
-            require(isinstance(value, dict), f"{name} is a section, got {value!r}")
+            got = "nothing" if value is None else repr(value)
+            require(isinstance(value, dict), f"{name} is a section, got {got}")
             values[key] = _build(hints[key], value, where=f"{name}.")  # pyright: ignore[reportArgumentType]
         else:
             values[key] = _convert(value, hints[key], name)
@@ -130,8 +157,7 @@ def _unknown_key(name: str, key: str, known: list[str], where: str) -> str:
 
 def _convert(value: Any, hint: Any, name: str) -> Any:
     """``value`` as the annotated type; a ``ValueError`` names the type that was expected."""
-    is_union = get_origin(hint) in (Union, types.UnionType)
-    options = get_args(hint) if is_union else (hint,)
+    options = alternatives(hint)
     for option in options:
         if get_origin(option) is Literal:
             # YAML reads off without quotes as false.
@@ -148,8 +174,8 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
     # YAML reads 1 as an integer, where 1.0 is meant as well.
     if type(value) is int and float in options:
         return float(value)
-    expected = " or ".join(map(_type_name, options))
-    raise ValueError(f"{name} must be {expected}, got {value!r}")
+    got = "nothing" if value is None else repr(value)
+    raise ValueError(f"{name} must be {in_words(hint)}, got {got}")
 
 
 def _convert_items(value: Any, types_inside: tuple[Any, ...], name: str) -> Any:
@@ -169,15 +195,3 @@ def _convert_items(value: Any, types_inside: tuple[Any, ...], name: str) -> Any:
         return value
     (item_type,) = types_inside
     return [_convert(item, item_type, f"{name}[{i}]") for i, item in enumerate(value)]
-
-
-def _type_name(option: Any) -> str:
-    """A type for a message."""
-    if option is types.NoneType:
-        return "nothing"
-    if get_origin(option) is Literal:
-        return f"one of {', '.join(get_args(option))}"
-    if is_dataclass(option):
-        return f"a mapping of {', '.join(f.name for f in fields(option))}"
-    # Not a type: list[str], which prints well as it is.
-    return option.__name__ if isinstance(option, type) else str(option)

@@ -1,6 +1,7 @@
 """Identify data by its content, whatever its path: digests of sources and of samples."""
 
 import hashlib
+import json
 from collections.abc import Sequence
 
 from megalora.config import Source
@@ -24,11 +25,14 @@ def source_digest(source: str, digests: Digests) -> str:
 
 
 def mixture_digest(sources: Sequence[Source], digests: Digests) -> str:
-    """Digest of the sources of training data with their weights, in their order; that of a single
-    source is ``source_digest``."""
+    """Digest of the sources of training data with their weights and formats, in their order; that
+    of a single source is ``source_digest``."""
     found = []
     for source in sources:
         digest = source_digest(source.path, digests)
+        if source.format is not None:
+            # A mapping in one order, whatever the order of its keys in the config.
+            digest += f" as {json.dumps(source.format, sort_keys=True)}"
         found.append(digest if source.weight is None else f"{source.weight!r}*{digest}")
     return " + ".join(found)
 

@@ -118,11 +118,11 @@ def load_data(
 ) -> tuple[Split, Split | None]:
     """The training samples and, where asked for, the evaluation samples; see ``load_split``."""
 
-    def load(source: str) -> Split:
+    def load(source: str, format: str | Mapping[str, str] | None = None) -> Split:
         return load_split(
             source,
             tokenizer,
-            format=data.format,
+            format=data.format if format is None else format,
             max_length=data.max_length,
             too_long=data.too_long,
             allow_left_out=data.allow_left_out,
@@ -132,7 +132,7 @@ def load_data(
         )
 
     # One after the other: each source has a store of its own.
-    parts = [load(source.path) for source in data.sources]
+    parts = [load(source.path, source.format) for source in data.sources]
     # A list of one source is a list, too: its weights are asked for by place.
     train = parts[0] if isinstance(data.train, str) else combined(parts)
     if data.eval is None:

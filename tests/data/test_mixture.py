@@ -1,6 +1,7 @@
 """Check that sources with weights are mixed in exact shares, and by seed and step alone."""
 
 import random
+from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise
 from types import SimpleNamespace
@@ -10,9 +11,11 @@ import pytest
 
 from megalora.config import DataConfig, ModelConfig, RunConfig, Source, TrainConfig
 from megalora.config.file import load_config, save_config
+from megalora.data.digest import mixture_digest
 from megalora.data.mixture import deal, mixture_indices, turns_by
 from megalora.data.samples import digest_of_samples
 from megalora.data.splits import load_data
+from megalora.digests import Digests
 from megalora.train.batches import Batches
 from tests.jsonl import write_jsonl
 
@@ -134,6 +137,37 @@ def test_several_sources_stand_one_behind_the_other(sources, make_tokenizer):
         load_data(DataConfig(train=listed, eval=16), tokenizer)
 
 
+def test_each_source_may_have_columns_of_its_own(sources, make_tokenizer, tmp_path, monkeypatch):
+    """The same chats under other names of columns are the same samples."""
+    monkeypatch.setenv("MEGALORA_CACHE", str(tmp_path / "cache"))
+    rows = chats(5, "b")
+    renamed = [
+        {"q": row["messages"][0]["content"], "a": row["messages"][1]["content"]} for row in rows
+    ]
+    write_jsonl(tmp_path / "renamed.jsonl", renamed)
+    own = {"prompt": "q", "completion": "a"}
+    listed = [Source(path=sources[0]), Source(path=str(tmp_path / "renamed.jsonl"), format=own)]
+    plain = [Source(path=path) for path in sources]
+    tokenizer = make_tokenizer()
+    train, _ = load_data(DataConfig(train=listed), tokenizer)
+    expected, _ = load_data(DataConfig(train=plain), tokenizer)
+    assert digest_of_samples(train.samples) == digest_of_samples(expected.samples)
+    assert train.parts[1].columns == own
+    # data.format is for the sources without one, and their stores differ from those with another.
+    num_stores = len(list((tmp_path / "cache").glob("*/header.json")))
+    of_all = DataConfig(train=[plain[0], listed[1]], format={"messages": "messages"})
+    train, _ = load_data(of_all, tokenizer)
+    assert digest_of_samples(train.samples) == digest_of_samples(expected.samples)
+    assert len(list((tmp_path / "cache").glob("*/header.json"))) == num_stores + 1
+    with pytest.raises(ValueError, match=r"renamed.jsonl: data.format=auto looks for a column"):
+        load_data(DataConfig(train=[plain[0], Source(path=listed[1].path)]), tokenizer)
+    # A run does not go on with other columns of the same files.
+    digests = {mixture_digest(sources, Digests()) for sources in (listed, of_all.sources, plain)}
+    other_order = replace(listed[1], format={"completion": "a", "prompt": "q"})
+    digests.add(mixture_digest([listed[0], other_order], Digests()))
+    assert len(digests) == 2
+
+
 def test_a_step_trains_on_the_mixture_at_any_number_of_ranks(sources, make_tokenizer):
     listed = [Source(path=sources[0], weight=1.0), Source(path=sources[1], weight=3.0)]
     config = RunConfig(
@@ -173,6 +207,8 @@ def test_sources_in_a_config(tmp_path):
     assert config.data.weights == (1.0, 0.5)
     save_config(config, tmp_path / "saved.yaml")
     assert load_config(tmp_path / "saved.yaml") == config
+    own = load_config(path, ["data.train=[{path: a, format: {messages: chat}}, {path: b}]"])
+    assert own.data.sources == [Source(path="a", format={"messages": "chat"}), Source(path="b")]
     # Without weights, epochs are what they are of one file.
     epochs = ["train.steps=null", "train.epochs=2"]
     config = load_config(path, ["data.train=[{path: a.jsonl}, {path: b}]", *epochs])
@@ -185,7 +221,12 @@ def test_sources_in_a_config(tmp_path):
         ("[{path: a, weight: .inf}]", r"must be above 0, got inf"),
         ("[{path: a, wieght: 1}]", r"unknown config key data.train\[0\].wieght; did you mean data"),
         ("[{weight: 1}]", r"config is missing data.train\[0\].path"),
-        ("[a.jsonl]", r"data.train\[0\] must be a mapping of path, weight, got 'a.jsonl'"),
+        ("[a.jsonl]", r"data.train\[0\] must be a mapping of path, weight, format, got 'a.jsonl'"),
+        ("[{path: a}, null]", r"data.train\[1\] must be a mapping of path, .*, got nothing"),
+        ("[{path: a, weight: -1}]", r"the weight of a in data.train must be above 0, got -1.0"),
+        ("[{path: ' '}]", "a path in data.train is empty; name a file or a hub data set"),
+        ("[{path: a, format: 3}]", r"\[0\].format must be text or a mapping to texts or nothing"),
+        ("7", "data.train must be text or a list of mappings of path, weight, format, got 7"),
     ):
         with pytest.raises(ValueError, match=message):
             load_config(path, [f"data.train={value}"])
