@@ -9,6 +9,7 @@ from typing import Any
 
 from megalora.cli.adapter import add_adapter_commands
 from megalora.cli.bench import add_bench_command
+from megalora.cli.data import add_data_command
 from megalora.cli.plan import add_plan_command
 from megalora.cli.serve import add_serve_command
 from megalora.launching import torchrun
@@ -82,14 +83,8 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("overrides", nargs="*", metavar="section.key=value")
     train.set_defaults(action=_train)
 
-    data = commands.add_parser(
-        "data", help="show what a run would train on: samples, loss mask, lengths, rows left out"
-    )
-    data.add_argument("config", type=user_path)
-    data.add_argument("overrides", nargs="*", metavar="section.key=value")
-    data.set_defaults(action=_data)
-
     # Each of them imports what it calls only when it is called, so that --help takes no time.
+    add_data_command(commands)
     add_plan_command(commands)
     add_bench_command(commands)
     add_adapter_commands(commands)
@@ -136,15 +131,6 @@ def _train(options: Any, rest: list[str]) -> None:
     ranks = ["--standalone", "--nproc-per-node", str(options.nproc)]
     ranks += ["--max-restarts", str(options.max_restarts)]
     torchrun([*ranks, "-m", "megalora.train", str(options.config), *overrides])
-
-
-def _data(options: Any, rest: list[str]) -> None:
-    from rich.console import Console
-
-    from megalora.config.file import load_config
-    from megalora.data.show import show_data
-
-    show_data(load_config(options.config, [*options.overrides, *rest]), Console())
 
 
 if __name__ == "__main__":

@@ -74,7 +74,8 @@ class DataConfig:
     """Folder for tokenised samples. They are kept there by content of data, tokenizer, chat
     template and the options above, and used by every later run. Default: ``$MEGALORA_CACHE``, else
     ``megalora/tokens`` in ``$HF_HOME``, else in ``$XDG_CACHE_HOME`` or ``~/.cache``. Any folder in
-    it may be removed at any time."""
+    it may be removed at any time; ``megalora data CONFIG --stores`` lists them, and
+    ``--remove-unused DAYS`` removes those that were not used for so long."""
     workers: int | None = None
     """Processes that tokenise data for which there are no samples in the cache. Default: as many as
     there are cores, and rows for."""

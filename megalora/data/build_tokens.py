@@ -86,7 +86,7 @@ def build_store(recipe: Recipe, folder: Path, made_of: dict[str, Any]) -> None:
             writer.add(chunk)
     if refused:
         raise ValueError(f"{source}: {_refusals(refused, len(rows))}")
-    writer.finish(made_of, columns)
+    writer.finish(source, made_of, columns)
 
 
 class _Writer:
@@ -122,11 +122,12 @@ class _Writer:
         self.num_tokens += len(chunk.tokens)
         self.columns |= chunk.columns
 
-    def finish(self, made_of: dict[str, Any], columns: dict[str, str]) -> None:
+    def finish(self, source: str, made_of: dict[str, Any], columns: dict[str, str]) -> None:
         """Write the header, without which the folder is no store."""
         used = used_columns(columns)
         header = Header(
             made_of=made_of,
+            source=source,
             num_samples=self.num_samples,
             num_tokens=self.num_tokens,
             columns=columns,

@@ -25,15 +25,17 @@ from megalora.data.digest import source_digest
 from megalora.data.sources import locate
 from megalora.data.template import ChatTemplate
 from megalora.data.tokens import DamagedStore, TokenStore
+from megalora.data.unused_stores import mark_used
 from megalora.digests import Digests
 from megalora.file_lock import locked
+from megalora.machine_folder import folder_of_this_machine
 from megalora.paths import expand
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _FIX = "; choose a folder on a local disk with data.cache"
-LAYOUT = 1
+LAYOUT = 2
 """Version of the files of a store."""
 CODE = (
     "arrow_rows", "build_tokens", "chat", "chunk", "columns", "conversation", "encode_rows",
@@ -104,6 +106,7 @@ def _opened(folder: Path, made_of: dict[str, Any]) -> tuple[TokenStore | None, s
         return None, str(error)
     if store.header.made_of != made_of:
         return None, f"{folder} was made of something else than its name says"
+    mark_used(folder)
     return store, ""
 
 
@@ -165,28 +168,40 @@ def what_it_is_made_of(recipe: Recipe, cache: Path) -> dict[str, Any]:
 
 
 def _source_digest(source: str, cache: Path) -> str:
-    """Digest of the data, which is kept in the cache for as long as its file does not change."""
+    """Digest of the data, which is kept for as long as its file does not change."""
     file = locate(source).file
     if file is None:
         return source_digest(source, Digests())
     # One file of digests for each data file, so that runs on different data do not undo each other.
     name = hashlib.sha256(os.path.realpath(file).encode()).hexdigest()[:32]
-    kept = cache / "digests" / f"{name}.json"
-    known = Digests.load(kept)
-    lock = kept.with_suffix(".lock")
-    # A cache that others have filled for all may be read-only, or in one that all may write to a
-    # file may be somebody else's: then nothing is kept.
-    for path in (cache, kept.parent, lock):
-        if path.exists() and not os.access(path, os.W_OK):
-            return _digest_of_file(source, file, known)
+    of_all = cache / "digests" / f"{name}.json"
+    folder = _digests_folder(cache, name)
+    if folder is None:
+        return _digest_of_file(source, file, Digests.load(of_all))
+    kept = folder / f"{name}.json"
     # One rank of a node reads a large file, the others wait for its digest.
     # The lock also keeps two ranks from writing the file of digests at the same time.
-    with locked(lock, _FIX):
+    with locked(folder / f"{name}.lock", _FIX):
         known = Digests.load(kept)
+        if kept != of_all:
+            # Whoever filled the cache may have read this very file.
+            known.known |= Digests.load(of_all).known
         digest = _digest_of_file(source, file, known)
         if known.used != known.known:
             known.save(kept)
     return digest
+
+
+def _digests_folder(cache: Path, name: str) -> Path | None:
+    """Where this user may keep the digest of a data file: in the cache, or on this machine; None
+    where in neither."""
+    folder = cache / "digests"
+    # A cache that others have filled for all may be read-only, or in one that all may write to a
+    # file may be somebody else's.
+    for path in (cache, folder, folder / f"{name}.lock"):
+        if path.exists() and not os.access(path, os.W_OK):
+            return folder_of_this_machine()
+    return folder
 
 
 def _digest_of_file(source: str, file: Path, digests: Digests) -> str:

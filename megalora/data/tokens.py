@@ -38,6 +38,8 @@ class Header:
 
     made_of: dict[str, Any]
     """What the samples depend on; the folder is named after its digest."""
+    source: str
+    """What the source was called when the store was built; it may have moved since."""
     num_samples: int
     num_tokens: int
     columns: dict[str, str]

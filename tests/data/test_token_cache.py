@@ -4,14 +4,17 @@ samples depend."""
 import ast
 import multiprocessing
 import os
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 
-from megalora.data import build_tokens, token_cache
+from megalora import digests
+from megalora.data import build_tokens, digest, token_cache
 from megalora.data.build_tokens import Recipe
 from megalora.data.token_cache import CODE, cache_folder, stored_tokens, what_it_is_made_of
+from megalora.machine_folder import folder_of_this_machine
 from tests.data.stored_chats import chats
 from tests.jsonl import write_jsonl
 
@@ -152,6 +155,68 @@ def test_data_that_changes_while_it_is_read_is_refused(tmp_path, recipe, monkeyp
     with pytest.raises(ValueError, match=r"a.jsonl changed while it was read; start again"):
         stored_tokens(recipe, tmp_path / "cache")
     assert not list((tmp_path / "cache").glob("*/header.json"))
+
+
+def _ask_and_log_reading(recipe, cache, ready, log):
+    """A rank that asks for the store when all are ready; writes down when it reads the data."""
+    plain = digest.sha256_of_file
+
+    def reading(path):
+        with log.open("a") as file:
+            file.write("read\n")
+        # Long enough for all others to come.
+        time.sleep(0.1)
+        return plain(path)
+
+    digest.sha256_of_file = reading
+    ready.wait()
+    assert stored_tokens(recipe, cache).num_samples == 30
+
+
+@pytest.mark.parametrize("temporary_files", ["mine", "nobody's"])
+def test_ranks_on_a_read_only_cache_read_the_data_once(
+    tmp_path, recipe, monkeypatch, temporary_files
+):
+    cache = tmp_path / "cache"
+    stored_tokens(recipe, cache)
+    # The digest of data that changed just now is kept nowhere; here it counts as old.
+    monkeypatch.setattr(digests, "SETTLED_NS", 0)
+    (tmp_path / "tmp").mkdir(mode=0o700)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    if temporary_files == "nobody's":
+        (tmp_path / "tmp" / f"megalora-{os.getuid()}").symlink_to(tmp_path)
+    # Tests may run as root, who may write to everything.
+    monkeypatch.setattr(os, "access", lambda path, mode: not Path(path).is_relative_to(cache))
+    before = sorted(path.stat().st_size for path in cache.rglob("*"))
+    for starts in (1, 2):
+        ready = FORK.Barrier(3)
+        ranks = []
+        for _ in range(3):
+            arguments = (recipe, cache, ready, tmp_path / "log")
+            ranks.append(FORK.Process(target=_ask_and_log_reading, args=arguments))
+            ranks[-1].start()
+        for rank in ranks:
+            rank.join()
+            assert rank.exitcode == 0
+        # Once on this machine, also for the next run; by each rank where nothing may be kept.
+        times = 1 if temporary_files == "mine" else 3 * starts
+        assert (tmp_path / "log").read_text() == "read\n" * times
+    assert sorted(path.stat().st_size for path in cache.rglob("*")) == before
+
+
+def test_a_folder_that_others_may_write_to_is_not_believed(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder = folder_of_this_machine()
+    assert folder is not None and folder.stat().st_mode & 0o777 == 0o700
+    assert folder_of_this_machine() == folder
+    folder.chmod(0o770)
+    assert folder_of_this_machine() is None
+    folder.chmod(0o700)
+    # The folder of another user, under the name that this one's would have.
+    other = os.getuid() + 1
+    monkeypatch.setattr(os, "getuid", lambda: other)
+    folder.rename(tmp_path / f"megalora-{other}")
+    assert folder_of_this_machine() is None
 
 
 def test_files_of_somebody_else_in_a_shared_cache_keep_nobody_out(tmp_path, recipe, monkeypatch):

@@ -7,6 +7,7 @@ CACHE, TOKENS, BUILD, SAMPLES = (
 )
 CACHE_TEST = "tests/data/test_token_cache.py"
 STORE_TEST = "tests/data/test_token_store.py"
+UNUSED_TEST = "tests/data/test_unused_stores.py"
 MIXTURE = "megalora/data/mixture.py"
 MIXTURE_TEST = "tests/data/test_mixture.py"
 LONG = "megalora/data/too_long.py"
@@ -141,7 +142,7 @@ TOKENS_BUGS: tuple[Bug, ...] = (
         0,
         "another user's lock is opened",
         "megalora/data/token_cache.py",
-        "for path in (cache, kept.parent, lock):",
+        'for path in (cache, folder, folder / f"{name}.lock"):',
         "for path in (cache,):",
         "tests/data/test_token_cache.py somebody_else",
     ),
@@ -184,5 +185,37 @@ TOKENS_BUGS: tuple[Bug, ...] = (
         "    if not text.strip():\n",
         "    if False:\n",
         "tests/test_config.py test_refused_override",
+    ),
+    bug(
+        0,
+        "every rank on a read-only cache reads the data",
+        CACHE,
+        "            return folder_of_this_machine()\n",
+        "            return None\n",
+        f"{CACHE_TEST} test_ranks_on_a_read_only_cache_read_the_data_once",
+    ),
+    bug(
+        0,
+        "digests are believed that anybody may write",
+        "megalora/machine_folder.py",
+        "return folder if is_own and not others_may_write else None",
+        "return folder",
+        f"{CACHE_TEST} test_a_folder_that_others_may_write_to_is_not_believed",
+    ),
+    bug(
+        0,
+        "opening a store does not count as using it",
+        CACHE,
+        "    mark_used(folder)\n",
+        "",
+        f"{UNUSED_TEST} test_opening_a_store_is_using_it",
+    ),
+    bug(
+        0,
+        "a store is removed though it was used while its lock was waited for",
+        "megalora/data/unused_stores.py",
+        "if now is None or now.days_unused() < days:",
+        "if now is None:",
+        f"{UNUSED_TEST} test_a_store_that_is_used_while",
     ),
 )

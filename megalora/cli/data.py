@@ -1,0 +1,44 @@
+"""Read the arguments of ``megalora data``, and show what it is asked for."""
+
+from typing import Any
+
+from megalora.paths import user_path
+
+
+def add_data_command(commands: Any) -> None:
+    """Add the command to argparse's subcommands."""
+    data = commands.add_parser(
+        "data", help="show what a run would train on: samples, loss mask, lengths, rows left out"
+    )
+    data.add_argument("config", type=user_path)
+    data.add_argument("overrides", nargs="*", metavar="section.key=value")
+    stores = data.add_mutually_exclusive_group()
+    stores.add_argument(
+        "--stores",
+        action="store_true",
+        help="list the token stores in data.cache instead: days since the last use, size, source",
+    )
+    stores.add_argument(
+        "--remove-unused",
+        type=float,
+        metavar="DAYS",
+        help="remove the token stores in data.cache that were not used for so many days",
+    )
+    data.set_defaults(action=_data)
+
+
+def _data(options: Any, rest: list[str]) -> None:
+    from megalora.config.file import load_config
+
+    config = load_config(options.config, [*options.overrides, *rest])
+    if options.stores or options.remove_unused is not None:
+        from megalora.data.token_cache import cache_folder
+        from megalora.data.unused_stores import show_stores
+
+        show_stores(cache_folder(config.data.cache), options.remove_unused)
+        return
+    from rich.console import Console
+
+    from megalora.data.show import show_data
+
+    show_data(config, Console())
