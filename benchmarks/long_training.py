@@ -65,7 +65,7 @@ def packed(of: Sequence[Any]) -> list[Any]:
     """All samples in one row."""
     from megalora.data.batch import flat_row
 
-    return [flat_row(of, pad_id=0, multiple_of=MULTIPLE)]
+    return [flat_row(of, filler=of[0].input_ids, multiple_of=MULTIPLE)]
 
 
 def padded(of: Sequence[Any]) -> list[Any]:
@@ -74,7 +74,8 @@ def padded(of: Sequence[Any]) -> list[Any]:
 
     longest = max(len(sample.input_ids) for sample in of)
     length = -(-longest // MULTIPLE) * MULTIPLE
-    return [flat_row([sample], pad_id=0, multiple_of=length) for sample in of]
+    filler = of[0].input_ids
+    return [flat_row([sample], filler=filler, multiple_of=length) for sample in of]
 
 
 def fill(parameters: Sequence[Tensor]) -> None:

@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -45,17 +46,31 @@ def lengths_of(data: str, tokenizer: Path) -> np.ndarray:
     return split.sample_lengths - 1
 
 
-def fill_of(lengths: np.ndarray, dp: int, stages: int, packed: bool) -> dict[str, Any]:
-    """Shares of slots and time over one epoch, at ``GLOBAL_BATCH`` samples a step."""
+def fill_of(
+    lengths: np.ndarray, dp: int, stages: int, packed: bool, *, chunks: int = 1, scale: int = 1
+) -> dict[str, Any]:
+    """Shares of slots and time over one epoch, at ``GLOBAL_BATCH`` samples a step.
+
+    Args:
+        chunks: of each stage; more than one are interleaved.
+        scale: what lengths of samples and rows are multiplied by, for packed rows.
+    """
     tokens = 0
     slots = 0
     useful = []
+    seconds = []
     for step in range(len(lengths) // GLOBAL_BATCH):
-        of_step = lengths[global_batch_indices(step, GLOBAL_BATCH, len(lengths), 0)].tolist()
+        numbers = global_batch_indices(step, GLOBAL_BATCH, len(lengths), 0)
+        of_step = (lengths[numbers] * scale).tolist()
         if packed:
-            fill = measure_fill(
-                rows_by_tokens(of_step, ROW_TOKENS, dp), of_step, one_length=stages > 1
+            multiple = stages if chunks > 1 else 1
+            one_length = stages > 1
+            began = time.perf_counter()
+            packed_rows = rows_by_tokens(
+                of_step, ROW_TOKENS * scale, dp, multiple, one_length=one_length
             )
+            seconds.append(time.perf_counter() - began)
+            fill = measure_fill(packed_rows, of_step, one_length=one_length, padded=chunks > 1)
             slots += fill.slots
             tokens += fill.tokens
             useful.append(fill.useful_time)
@@ -68,11 +83,13 @@ def fill_of(lengths: np.ndarray, dp: int, stages: int, packed: bool) -> dict[str
             longest = max(of_step[i] for row in of_round for i in row)
             slots += dp * PADDED_SAMPLES * longest
     return {
-        "rows": f"{ROW_TOKENS} tokens" if packed else f"{PADDED_SAMPLES} samples, padded",
+        "rows": f"{ROW_TOKENS * scale} tokens" if packed else f"{PADDED_SAMPLES} samples, padded",
         "dp": dp,
         "stages": stages,
+        "chunks": chunks,
         "slots_used": tokens / slots,
         "useful_time": statistics.fmean(useful) if useful else None,
+        "packing_ms": 1e3 * statistics.fmean(seconds) if seconds else None,
     }
 
 
@@ -87,7 +104,9 @@ def fill(data: str, tokenizer: Path) -> list[dict[str, Any]]:
     for dp in (1, 8, 32):
         rows.append(fill_of(lengths, dp, 1, packed=True))
         rows.append(fill_of(lengths, dp, 1, packed=False))
-    rows.append(fill_of(lengths, 8, 2, packed=True))
+    for scale in (1, 16):
+        rows.append(fill_of(lengths, 8, 2, packed=True, scale=scale))
+        rows.append(fill_of(lengths, 8, 2, packed=True, chunks=2, scale=scale))
     return rows
 
 

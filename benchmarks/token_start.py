@@ -93,7 +93,7 @@ def start(data: str, model: str, cache: str, workers: int | None) -> dict[str, A
     Samples.of(train.samples)
     done("digest_s")
     groups: Any = SimpleNamespace(dp=SimpleNamespace(rank=lambda: 0, size=lambda: 1))
-    rows = Batches(config, tokenizer, groups, train, held_out).of_step(0)
+    rows = Batches(config, groups, train, held_out).of_step(0)
     done("first_batch_s")
     seconds["after_imports_s"] = sum(seconds.values()) - seconds["imports_s"]
     seconds["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

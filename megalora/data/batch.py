@@ -3,9 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from megalora.data.chat import Encoded
+
+FILLER = 256
+"""Tokens of a document of filler. Attention in it costs 3 % of what linears do (``EVEN_TOKENS`` in
+``pack.py``); one document of 32,768 would cost almost four times as much as they. Shorter ones
+would save little and make more calls where attention is one for each document."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -20,8 +26,8 @@ class Batch:
     loss_mask: torch.Tensor
     """[T] float32: 1 where the label is in the loss."""
     ends: tuple[int, ...]
-    """(0, end of document 0, end of document 1, ..., T). Filler at the end of the row is a document
-    of its own."""
+    """(0, end of document 0, end of document 1, ..., T). Filler at the end of the row is in
+    documents of its own, of ``FILLER`` tokens at most."""
 
     @classmethod
     def of_equal(
@@ -33,12 +39,26 @@ class Batch:
         return cls(tokens_BS.flatten(), labels_BS.flatten(), loss_mask_BS.flatten(), ends)
 
 
-def flat_row(samples: Sequence[Encoded], *, pad_id: int, multiple_of: int = 1) -> Batch:
+def filler_of(samples: Sequence[Encoded]) -> np.ndarray:
+    """Input tokens of filler, [1 to FILLER] int64: those of the first samples.
+
+    Every one of them is in the model's vocabulary, and text spreads over the experts of a layer as
+    the rows do: one token repeated would send the whole filler to the same few.
+    """
+    ids = np.zeros(0, np.int64)
+    for sample in samples:
+        ids = np.append(ids, sample.input_ids)
+        if len(ids) >= FILLER:
+            break
+    return ids[:FILLER]
+
+
+def flat_row(samples: Sequence[Encoded], *, filler: np.ndarray, multiple_of: int = 1) -> Batch:
     """Shift samples and put them one after another: n tokens give n - 1 predictions.
 
     Args:
         samples: in the order of the row; without any the row is filler.
-        pad_id: the input token of filler.
+        filler: input tokens of filler, repeated as often as needed.
         multiple_of: T is rounded up to it with filler outside of the loss.
     """
     ends = [0]
@@ -46,7 +66,7 @@ def flat_row(samples: Sequence[Encoded], *, pad_id: int, multiple_of: int = 1) -
         ends.append(ends[-1] + len(sample.input_ids) - 1)
     # At least one token, or a row without samples would have none.
     length = -(-max(1, ends[-1]) // multiple_of) * multiple_of
-    tokens = torch.full((length,), pad_id, dtype=torch.int64)
+    tokens = torch.empty(length, dtype=torch.int64)
     labels = torch.zeros(length, dtype=torch.int64)
     loss_mask = torch.zeros(length, dtype=torch.float32)
     for sample, start, end in zip(samples, ends, ends[1:], strict=False):
@@ -55,6 +75,7 @@ def flat_row(samples: Sequence[Encoded], *, pad_id: int, multiple_of: int = 1) -
         tokens[start:end] = ids[:-1]
         labels[start:end] = ids[1:]
         loss_mask[start:end] = torch.from_numpy(sample.loss_mask[1:])
-    if length > ends[-1]:
-        ends.append(length)
+    tokens[ends[-1] :] = torch.from_numpy(np.resize(filler, length - ends[-1]))
+    while ends[-1] < length:
+        ends.append(min(ends[-1] + FILLER, length))
     return Batch(tokens, labels, loss_mask, tuple(ends))

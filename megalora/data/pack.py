@@ -24,7 +24,7 @@ backward: 4 * 3.0e9 FLOPs a token against 7 * heads * head_dim * n * layers, for
 balance of rows little."""
 
 BISECTIONS = 10
-"""Steps in which the most expensive row is lowered towards the mean: to a thousandth of their
+"""Steps in which the largest row is lowered towards the mean: to a thousandth of their
 difference."""
 
 PLACES = 128
@@ -62,19 +62,23 @@ def rows_by_count(
 
 
 def rows_by_tokens(
-    lengths: Sequence[int], capacity: int, num_ranks: int, multiple: int = 1,
-    cost: Callable[[int], float] = token_cost,
+    lengths: Sequence[int], capacity: int, num_ranks: int, multiple: int = 1, *,
+    one_length: bool = False, cost: Callable[[int], float] = token_cost,
 ) -> Rows:  # fmt: skip
     """Rows of at most ``capacity`` tokens, in the fewest rounds that best fit decreasing finds.
 
     What counts is the sum over rounds of the round's most expensive row. Of that many rows the most
     expensive one is then made as cheap as bisection finds (MULTIFIT: Coffman, Garey and Johnson,
-    1978), and rows are sorted by cost, so that those of one round are alike. 1,024 samples take
-    50 to 90 ms.
+    1978), and rows are sorted by cost, so that those of one round are alike.
+
+    Where all rows count as the longest of the step, a second search lowers the longest row along
+    with the most expensive one. A few long samples cost as much as many short ones of more tokens,
+    so that rows even in cost alone differ in length. 1,024 samples take 10 to 90 ms.
 
     Args:
         lengths: tokens of each sample.
         num_ranks, multiple: as in ``rows_by_count``.
+        one_length: whether all rows count as the longest (``measure_fill``).
         cost: of a sample, by its length; grows with it.
     Raises:
         ValueError: a sample is longer than a row.
@@ -88,7 +92,12 @@ def rows_by_tokens(
     rounds = max(1, math.ceil(len(fitted) / num_ranks))
     num_rows = math.ceil(rounds / multiple) * multiple * num_ranks
     fitted += [_Row([], 0, 0.0) for _ in range(num_rows - len(fitted))]
-    return _dealt(_evened(fitted, samples, capacity), num_ranks)
+    rows = _evened(fitted, samples, capacity)
+    if one_length:
+        both = _evened(fitted, samples, capacity, lengths_too=True)
+        # Ties go to rows of even cost. With long samples attention decides, and they often win.
+        rows = min(rows, both, key=_longest_time)
+    return _dealt(rows, num_ranks)
 
 
 @dataclass(frozen=True)
@@ -168,21 +177,49 @@ def _best_fit(samples: _Samples, num_rows: int, capacity: int, limit: float) -> 
     return rows
 
 
-def _evened(rows: list[_Row], samples: _Samples, capacity: int) -> list[_Row]:
-    """As many rows of the same samples, of which the most expensive one is cheaper if possible."""
+def _evened(
+    rows: list[_Row], samples: _Samples, capacity: int, *, lengths_too: bool = False
+) -> list[_Row]:
+    """As many rows of the same samples, of which the most expensive one is cheaper if possible.
+
+    Args:
+        lengths_too: lower the longest row as well, to the same excess over its mean.
+    """
+    mean_cost = sum(samples.costs) / len(rows)
+    mean_tokens = sum(samples.lengths) / len(rows)
+    if mean_cost == 0:
+        return rows
+
+    def excess(found: list[_Row]) -> float:
+        """What the largest row has over the mean, as a share of the mean."""
+        cost = max(row.cost for row in found) / mean_cost
+        if lengths_too:
+            cost = max(cost, max(row.tokens for row in found) / mean_tokens)
+        return cost - 1
+
     # No arrangement can beat the mean.
-    most = max(row.cost for row in rows)
-    least = sum(samples.costs) / len(rows)
+    least = 0.0
+    most = excess(rows)
     best = rows
     for _ in range(BISECTIONS):
-        limit = (least + most) / 2
-        found = _best_fit(samples, len(rows), capacity, limit)
+        share = (least + most) / 2
+        room = capacity
+        if lengths_too:
+            room = min(capacity, int(mean_tokens * (1 + share)))
+        found = _best_fit(samples, len(rows), room, mean_cost * (1 + share))
         if found is None:
-            least = limit
+            least = share
         else:
             best = found
-            most = max(row.cost for row in found)
+            most = excess(found)
     return best
+
+
+def _longest_time(rows: list[_Row]) -> float:
+    """Time of the longest row, were its attention that of the row with the most: linears run on all
+    slots of a row, attention on its documents alone."""
+    longest = max(row.tokens for row in rows)
+    return longest + max(row.cost - row.tokens for row in rows)
 
 
 def _dealt(rows: list[_Row], num_ranks: int) -> Rows:
@@ -204,43 +241,53 @@ class Fill:
     """Tokens of all samples."""
     slots: int
     """Ranks x longest row, summed over rounds; a pipeline's rounds all have the longest row of
-    the step."""
+    the step. Places that ranks compute or wait for: all of them meet in every MoE layer."""
+    run: int
+    """Tokens that the model is run on, filler included."""
     useful_time: float
     """Cost of all samples over ranks x cost of the most expensive row, summed over rounds."""
 
 
 def measure_fill(
-    rows: Rows, lengths: Sequence[int], *, one_length: bool = False, multiple_of: int = 1,
-    cost: Callable[[int], float] = token_cost,
+    rows: Rows, lengths: Sequence[int], *, one_length: bool = False, padded: bool = False,
+    multiple_of: int = 1, cost: Callable[[int], float] = token_cost,
 ) -> Fill:  # fmt: skip
     """Count the slots that the rows of a step take, and what of them is used.
 
     Args:
         lengths: tokens of each sample.
-        one_length: whether all rows of the step are as long as the longest (pipeline stages work on
+        one_length: whether all rows of the step count as the longest (pipeline stages work on
             different rounds at a time, so that a long row holds up all of them).
+        padded: whether every rank fills its rows up to its own longest (interleaved pipeline
+            stages); else a row without samples alone has filler.
         multiple_of: what the length of a row is rounded up to.
     """
     num_ranks = len(rows)
-    longest_of_round = []
-    slowest_of_round = []
+    num_rounds = len(rows[0])
     tokens = 0
+    run = 0
     spent = 0.0
-    for round_rows in zip(*rows, strict=True):
-        row_tokens = []
-        row_costs = []
-        for row in round_rows:
-            row_tokens.append(sum(lengths[i] for i in row))
-            row_costs.append(sum(cost(lengths[i]) for i in row))
+    longest_of_round = [0] * num_rounds
+    slowest_of_round = [0.0] * num_rounds
+    for of_rank in rows:
+        assert len(of_rank) == num_rounds, "ranks meet in every round"
+        row_tokens = [sum(lengths[i] for i in row) for row in of_rank]
+        row_costs = [sum(cost(lengths[i]) for i in row) for row in of_rank]
         tokens += sum(row_tokens)
         spent += sum(row_costs)
-        # A row without samples is one of filler.
-        longest = max(1, *row_tokens)
-        longest_of_round.append(math.ceil(longest / multiple_of) * multiple_of)
-        slowest_of_round.append(max(row_costs))
+        # A row without samples is one token of filler.
+        slots = [math.ceil(max(1, held) / multiple_of) * multiple_of for held in row_tokens]
+        if padded:
+            slots = [max(slots)] * num_rounds
+        run += sum(slots)
+        for i in range(num_rounds):
+            longest_of_round[i] = max(longest_of_round[i], slots[i])
+            # Filler is in short documents, which cost linears alone. What rounds a row up is little
+            # and left out.
+            filler = slots[i] - row_tokens[i] if padded else 0
+            slowest_of_round[i] = max(slowest_of_round[i], row_costs[i] + filler)
     if one_length:
-        longest_of_round = [max(longest_of_round)] * len(longest_of_round)
-        slowest_of_round = [max(slowest_of_round)] * len(slowest_of_round)
-    slots = num_ranks * sum(longest_of_round)
+        longest_of_round = [max(longest_of_round)] * num_rounds
+        slowest_of_round = [max(slowest_of_round)] * num_rounds
     paid = num_ranks * sum(slowest_of_round)
-    return Fill(tokens, slots, spent / paid if paid else 0.0)
+    return Fill(tokens, num_ranks * sum(longest_of_round), run, spent / paid if paid else 0.0)

@@ -56,7 +56,7 @@ class Packing:
         one_length = parallel.pp > 1
         key = (capacity, dp, multiple, one_length, row_multiple)
         if key not in self.known:
-            rows = rows_by_tokens(self.lengths, capacity, dp, multiple)
+            rows = rows_by_tokens(self.lengths, capacity, dp, multiple, one_length=one_length)
             fill = measure_fill(rows, self.lengths, one_length=one_length, multiple_of=row_multiple)
             num_rounds = len(rows[0])
             self.known[key] = RowUse(

@@ -127,7 +127,7 @@ def assemble(
         check = GradientCheck(model.adapted, model.shards)
         dtype = getattr(torch, config.model.dtype)
         stepper, optimizer = make_stepper(config.train, dtype, model.chunks, groups, check)
-        batches = Batches(config, inputs.tokenizer, groups, inputs.train, inputs.eval)
+        batches = Batches(config, groups, inputs.train, inputs.eval)
         yield Run(config, groups, model, optimizer, stepper, batches)
 
 

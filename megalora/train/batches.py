@@ -4,10 +4,9 @@ import math
 from functools import lru_cache
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from megalora.config import RunConfig
-from megalora.data.batch import Batch, flat_row
+from megalora.data.batch import Batch, filler_of, flat_row
 from megalora.data.mixture import mixture_indices
 from megalora.data.order import global_batch_indices
 from megalora.data.pack import Rows, measure_fill, rows_by_count, rows_by_tokens
@@ -23,7 +22,6 @@ class Batches:
     def __init__(
         self,
         config: RunConfig,
-        tokenizer: PreTrainedTokenizerBase,
         groups: Groups,
         train: Split,
         eval: Split | None,
@@ -33,11 +31,8 @@ class Batches:
         self.eval = eval
         self.dp_rank = groups.dp.rank()
         self.dp_size = groups.dp.size()
-        pad = tokenizer.pad_token_id
-        if pad is None:
-            pad = tokenizer.eos_token_id
-        # Filler is a document of its own, outside of the loss: any token will do.
-        self.pad_id = pad if isinstance(pad, int) else 0
+        # Of the training samples for evaluations too: the same on every rank, whatever its rows.
+        self.filler = filler_of(train.samples)
         # Several questions are asked of each step, and packing 1,000 samples takes 50 ms.
         self._rows_of_step = lru_cache(maxsize=2)(self._plan_step)
 
@@ -82,8 +77,9 @@ class Batches:
 
         Returns:
             ``slots_used``, the share of slots that hold a token; ``slots_in_loss``, of those whose
-            label is in the loss; ``useful_time``, the time of all samples over that of the rows,
-            where ranks wait for the slowest of a round.
+            label is in the loss; ``filler``, the share of filler among the tokens that the model is
+            run on; ``useful_time``, the time of all samples over that of the rows, where ranks wait
+            for the slowest of a round.
         """
         indices, rows = self._rows_of_step(step)
         # Counted from lengths alone: no rank needs to hear from the others.
@@ -91,12 +87,14 @@ class Batches:
             rows,
             _row_lengths(self.train, indices),
             one_length=self.config.parallel.pp > 1,
+            padded=self.config.parallel.vpp > 1,
             multiple_of=self.config.parallel.row_multiple,
         )
         targets = int(self.train.sample_targets[indices].sum())
         return {
             "slots_used": fill.tokens / fill.slots,
             "slots_in_loss": targets / fill.slots,
+            "filler": 1 - fill.tokens / fill.run,
             "useful_time": fill.useful_time,
         }
 
@@ -112,15 +110,17 @@ class Batches:
     def _rows(self, split: Split, numbers: np.ndarray) -> Rows:
         """How the samples of these numbers share rows; rows hold places in ``numbers``."""
         options = self.config.train
-        multiple = self.config.parallel.round_multiple
+        p = self.config.parallel
+        multiple = p.round_multiple
         capacity = options.micro_batch_tokens
         if capacity is None:
             return rows_by_count(len(numbers), options.micro_batch_size, self.dp_size, multiple)
-        return rows_by_tokens(_row_lengths(split, numbers), capacity, self.dp_size, multiple)
+        lengths = _row_lengths(split, numbers)
+        return rows_by_tokens(lengths, capacity, self.dp_size, multiple, one_length=p.pp > 1)
 
     def _flat(self, split: Split, numbers: np.ndarray, rows: list[list[int]]) -> list[Batch]:
         """Rows of tokens; for the interleaved schedule, which has one length, all of them as long
-        as the longest."""
+        as the longest of this rank."""
         p = self.config.parallel
         multiple = p.row_multiple
         if p.vpp > 1:
@@ -132,7 +132,7 @@ class Batches:
         batches = []
         for row in rows:
             samples = [split.samples[numbers[place]] for place in row]
-            batches.append(flat_row(samples, pad_id=self.pad_id, multiple_of=multiple))
+            batches.append(flat_row(samples, filler=self.filler, multiple_of=multiple))
         return batches
 
 

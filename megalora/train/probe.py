@@ -18,7 +18,7 @@ class Probe:
         self.tokens = tokens
         self.dtype = dtype
         sample = Encoded(np.array(tokens, dtype=np.int32), np.ones(len(tokens), dtype=bool))
-        row = flat_row([sample], pad_id=tokens[0], multiple_of=parallel.row_multiple)
+        row = flat_row([sample], filler=sample.input_ids, multiple_of=parallel.row_multiple)
         self.batches = [row] * parallel.round_multiple
 
     def run(self, stepper: Stepper) -> dict[str, Any]:

@@ -187,7 +187,7 @@ def test_a_step_trains_on_the_mixture_at_any_number_of_ranks(sources, make_token
             for rank in range(dp):
                 group = SimpleNamespace(rank=lambda rank=rank: rank, size=lambda dp=dp: dp)
                 groups = SimpleNamespace(dp=group)
-                batches = Batches(config, tokenizer, groups, train, None)  # type: ignore[arg-type]
+                batches = Batches(config, groups, train, None)  # type: ignore[arg-type]
                 assert batches.num_tokens(step) == sum(len(ids) + 1 for ids in expected)
                 for batch in batches.of_step(step):
                     for begin, end in pairwise(batch.ends):

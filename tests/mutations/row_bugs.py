@@ -8,9 +8,11 @@ ATTENTION = "megalora/model/attention.py"
 PACK = "megalora/data/pack.py"
 BATCH = "megalora/data/batch.py"
 INPUTS = "megalora/train/inputs.py"
+BATCHES = "megalora/train/batches.py"
 OF_DOCUMENTS = "tests/model/test_documents.py"
 OF_PACKING = "tests/data/test_pack.py"
 OF_INPUTS = "tests/train/test_inputs.py"
+OF_BATCHES = "tests/train/test_batches.py"
 CUT = "tests/distributed/test_context_parallel.py"
 
 # fmt: off
@@ -46,8 +48,26 @@ ROW_BUGS: tuple[Bug, ...] = (
         "loss_mask = torch.zeros(length, dtype=torch.float32)",
         "loss_mask = torch.ones(length, dtype=torch.float32)", "tests/data/test_batch.py shifted"),
     bug(0, "filler in the last document", BATCH,
-        "        ends.append(length)\n", "        ends[-1] = length\n",
+        "ends.append(min(ends[-1] + FILLER, length))", "ends[-1] = min(ends[-1] + FILLER, length)",
         "tests/data/test_batch.py shifted"),
+    bug(0, "filler in one long document", BATCH,
+        "ends.append(min(ends[-1] + FILLER, length))", "ends.append(length)",
+        "tests/data/test_batch.py short_documents"),
+    bug(0, "filler of one token", BATCH,
+        "np.resize(filler, length - ends[-1])", "np.resize(filler[:1], length - ends[-1])",
+        "tests/data/test_batch.py short_documents"),
+    bug(0, "filler of interleaved rows not counted", BATCHES,
+        "padded=self.config.parallel.vpp > 1", "padded=False", f"{OF_BATCHES} what_runs"),
+    bug(0, "stages pack by cost alone", BATCHES,
+        "one_length=p.pp > 1", "one_length=False", f"{OF_BATCHES} as_the_planner_says"),
+    bug(0, "the planner packs by cost alone", "megalora/planner/packing.py",
+        "dp, multiple, one_length=one_length)", "dp, multiple)",
+        f"{OF_BATCHES} as_the_planner_says"),
+    bug(0, "a pipeline's longest row left as it is", PACK,
+        "room = min(capacity, int(mean_tokens * (1 + share)))", "room = capacity",
+        f"{OF_PACKING} is_lowered"),
+    bug(0, "shorter rows at any price", PACK,
+        "rows = min(rows, both, key=_longest_time)", "rows = both", f"{OF_PACKING} costs_no_time"),
     bug(0, "rows one token too long", PACK,
         "bisect.bisect_left(free, (length, -1))", "bisect.bisect_left(free, (length - 1, -1))",
         f"{OF_PACKING} last_token"),

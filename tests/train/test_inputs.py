@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from megalora.config import RunConfig
-from megalora.data.batch import Batch
+from megalora.data.batch import FILLER, Batch, flat_row
 from megalora.train.inputs import Part, to_device
 from tests.distributed.ranks import run_ranks
 from tests.parity.built import built
+from tests.parity.gradients import reduced_gradients
 from tests.parity.runs import make_config
 
 
@@ -84,6 +86,32 @@ def losses(config: RunConfig) -> tuple[set[int], list[float]]:
         training = run.stepper.train(batches, run.optimizer)[0]
         evaluation = run.stepper.evaluate(batches)[0]
         return lengths, [training, evaluation]
+
+
+def with_and_without_filler(config: RunConfig) -> list[tuple[float, dict[str, Tensor]]]:
+    """Loss and gradients of a row as it is, and filled up with several documents."""
+    found = []
+    with built(config) as run:
+        samples = run.batches.train.samples[:3]
+        for multiple in (1, 3 * FILLER + 5):
+            row = flat_row(samples, filler=run.batches.filler, multiple_of=multiple)
+            loss, _ = run.stepper.train([row], run.optimizer)
+            gradients = reduced_gradients(run.model, run.optimizer)
+            assert gradients is not None
+            found.append((loss, {name: value.clone() for name, value in gradients.items()}))
+        # Some documents of filler, and what remains behind the samples.
+        assert len(row.ends) > 3 + 1 + 2
+    return found
+
+
+def test_filler_changes_neither_loss_nor_gradients(tiny: Path, chats: Path, tmp_path: Path) -> None:
+    config = make_config(tiny, chats, tmp_path, {})
+    (loss, gradients), (filled_loss, filled) = run_ranks(with_and_without_filler, 1, config)[0]
+    # The same float32 sums, in groups of other sizes.
+    assert filled_loss == pytest.approx(loss, rel=1e-6)
+    assert any(value.any() for value in gradients.values())
+    for name, value in gradients.items():
+        torch.testing.assert_close(filled[name], value, rtol=1e-4, atol=1e-6)
 
 
 def test_stages_know_every_microbatch_s_own_length(tiny: Path, chats: Path, tmp_path: Path) -> None:
