@@ -99,8 +99,8 @@ class Head:
 class Wanted:
     """What a caller of the model wants of its head: the ``context`` of ``project``."""
 
-    targets: Tensor
-    """[N] int64: the tokens that came, on the device."""
+    targets: Tensor | None
+    """[N] int64: the tokens that came, on the device; None where no reader looks at them."""
     positions: Tensor | None = None
     """[N] int64 places of these tokens among all B * S of the microbatch, sample by sample, each at
     most once; None for all. The host knows N, so nothing waits for the device."""

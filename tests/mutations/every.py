@@ -8,6 +8,7 @@ from tests.mutations.data_bugs import DATA_BUGS
 from tests.mutations.dispatch_bugs import DISPATCH_BUGS
 from tests.mutations.docs_bugs import DOCS_BUGS
 from tests.mutations.family_bugs import FAMILY_BUGS
+from tests.mutations.generate_bugs import GENERATE_BUGS
 from tests.mutations.gpu_bugs import GPU_BUGS
 from tests.mutations.head_bugs import HEAD_BUGS
 from tests.mutations.install_bugs import INSTALL_BUGS
@@ -44,4 +45,5 @@ EVERY_BUG = (
     + HEAD_BUGS
     + ROW_BUGS
     + LONG_BUGS
+    + GENERATE_BUGS
 )

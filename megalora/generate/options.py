@@ -1,0 +1,69 @@
+"""Say how tokens are chosen and where an answer ends, and check it. No torch: the command line
+checks its arguments here."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from megalora.config.checks import require
+from megalora.hf.json_file import read_hf_config, read_json_object
+
+GENERATION_CONFIG = "generation_config.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How each next token is chosen, as transformers and vLLM define the options."""
+
+    temperature: float = 0.0
+    """What logits are divided by. 0 takes the most probable token (greedy)."""
+    top_p: float = 1.0
+    """Only the most probable tokens that together have at least this probability are drawn from."""
+    top_k: int = 0
+    """Only so many tokens, the most probable ones, are drawn from. 0 for all."""
+    seed: int = 0
+    """Seed of the draws; every answer has a stream of its own."""
+    max_new_tokens: int = 256
+    """Tokens of an answer, at most."""
+
+    def __post_init__(self) -> None:
+        is_temperature = math.isfinite(self.temperature) and self.temperature >= 0
+        require(is_temperature, f"temperature must be 0 or above, got {self.temperature}")
+        require(0 < self.top_p <= 1, f"top_p must be above 0 and at most 1, got {self.top_p}")
+        require(self.top_k >= 0, f"top_k must not be negative, got {self.top_k}")
+        require(0 <= self.seed < 2**63, f"seed must be from 0 to 2^63 - 1, got {self.seed}")
+        require(
+            self.max_new_tokens >= 1,
+            f"max_new_tokens must be at least 1, got {self.max_new_tokens}",
+        )
+
+
+def stop_tokens(folder: Path) -> frozenset[int]:
+    """Ids of the tokens that end an answer: those of ``generation_config.json`` in a model folder,
+    else of its ``config.json``; empty where neither names one.
+
+    Raises:
+        ValueError: ``eos_token_id`` is neither a number nor a list of numbers.
+    """
+    path = folder / GENERATION_CONFIG
+    named = read_json_object(path).get("eos_token_id") if path.is_file() else None
+    if named is None:
+        path = folder / "config.json"
+        named = read_hf_config(folder).get("eos_token_id")
+    if named is None:
+        return frozenset()
+    ids = named if isinstance(named, list) else [named]
+    for token in ids:
+        # ``type``, not isinstance: true is an int to Python, and not a token.
+        require(type(token) is int, f"{path}: eos_token_id must be token ids, got {named!r}")
+    return frozenset(ids)
+
+
+def check_layout(pp: int, cp: int) -> None:
+    """Raise ``ValueError`` for a layout in which there is no generation."""
+    for name, size in (("pp", pp), ("cp", cp)):
+        require(
+            size == 1,
+            f"generation does not run with parallel.{name}={size}. Set parallel.{name}=1; tensor,"
+            " expert and data parallelism work.",
+        )

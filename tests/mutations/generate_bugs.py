@@ -1,0 +1,57 @@
+"""Bugs in generation. The same form as ``bugs.py``."""
+
+from tests.mutations.bugs import Bug, bug
+
+CACHE, CHOOSE, GENERATE, OPTIONS, ROW, SEQUENCES = (
+    f"megalora/generate/{name}.py"
+    for name in ("cache", "choose", "generate", "options", "row", "sequences")
+)
+TEST = "tests/generate/test_generate.py"
+OF_CHOICES = "tests/generate/test_choose.py"
+OF_OPTIONS = "tests/generate/test_options.py"
+OF_SEQUENCES = "tests/generate/test_sequences.py"
+
+# fmt: off
+GENERATE_BUGS: tuple[Bug, ...] = (
+    bug(0, "new keys written and old ones read one row off", CACHE,
+        "stored.index_copy_(0, documents.write, new[:, 0])",
+        "stored.index_copy_(0, (documents.write - 1).clamp(min=0), new[:, 0])",
+        f"{TEST} stock_peft"),
+    bug(0, "values taken from the cache of keys", CACHE,
+        "stored.index_select(0, documents.read)", "self.stored[0].index_select(0, documents.read)",
+        f"{TEST} stock_peft"),
+    bug(0, "a next token at position 0", ROW, "positions.extend(range(num_cached, stop))",
+        "positions.extend(range(len(new)))", f"{TEST} stock_peft"),
+    bug(0, "a slot that overlaps its neighbour", ROW, "sequence.slot * length",
+        "sequence.slot * (length - 1)", f"{OF_SEQUENCES} a_row_of_a_prompt"),
+    bug(0, "filler in the first slot", ROW, "add([0] * num_filler, num_slots * length, 0)",
+        "add([0] * num_filler, 0, 0)", f"{OF_SEQUENCES} a_row_of_a_prompt"),
+    bug(0, "all ranks stop when the first one's sequences have ended", GENERATE,
+        "op=dist.ReduceOp.MAX", "op=dist.ReduceOp.MIN", f"{TEST} what_one_rank_says"),
+    bug(0, "logits of this rank's part of the vocabulary alone", GENERATE,
+        "part.gather(part.logits).transpose(0, 1).flatten(1)", "part.logits",
+        f"{TEST} what_one_rank_says"),
+    bug(0, "draws numbered by a rank's own prompts", GENERATE,
+        "for prompt in every][groups.dp.rank() :: groups.dp.size()]",
+        "for prompt in every][groups.dp.rank() :: groups.dp.size()]\n"
+        "    mine = [Prompt(p.place, n, p.tokens) for n, p in enumerate(mine)]",
+        f"{TEST} what_one_rank_says"),
+    bug(0, "top-p without the token that reaches it", CHOOSE, "before_NV < options.top_p",
+        "before_NV + probs_NV < options.top_p", f"{OF_CHOICES} transformers_filters"),
+    bug(0, "logits multiplied by the temperature", CHOOSE,
+        "logits_NV.double() / options.temperature", "logits_NV.double() * options.temperature",
+        f"{OF_CHOICES} transformers_filters"),
+    bug(0, "a draw of a token that was left out", CHOOSE, " * cumulative_NV[:, -1:]", "",
+        f"{OF_CHOICES} cover_the_interval"),
+    bug(0, "log-probabilities at the temperature", CHOOSE, "logits_NV.float().log_softmax(-1)",
+        "(logits_NV.float() / (options.temperature or 1)).log_softmax(-1)",
+        f"{OF_CHOICES} cover_the_interval"),
+    bug(0, "one stream of draws for all sequences", CHOOSE, "key=np.array([seed, number]",
+        "key=np.array([seed, 0]", f"{OF_CHOICES} streams_differ"),
+    bug(0, "prompts that wait until all others have ended", SEQUENCES,
+        "while self.waiting and self.free:",
+        "while self.waiting and self.free and not self.active:", f"{OF_SEQUENCES} a_free_slot"),
+    bug(0, "stop tokens of config.json alone", OPTIONS,
+        'read_json_object(path).get("eos_token_id") if path.is_file() else None', "None",
+        f"{OF_OPTIONS} test_stop_tokens"),
+)
