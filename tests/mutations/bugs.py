@@ -536,7 +536,8 @@ BUGS = (
         "megalora/model/router.py",
         "return F.linear(input.to(dtype), self.weight.to(dtype))",
         "return F.linear(input.to(dtype), self.weight.to(dtype))"
-        " + torch.rand(()).item() * input[..., :1]",
+        # Python's numbers, which recomputation does not set back; another one for each expert.
+        " + __import__('random').random() * torch.arange(len(self.weight))",
         f"{TRAINING} test_10",
     ),
     bug(
