@@ -13,6 +13,7 @@ from megalora.config.file import load_config
 from megalora.data.sources import locate
 from megalora.lora.select import plan
 from megalora.paths import check_folder_to_write
+from megalora.train.trackers import check_installed
 
 
 def check_run(path: str | Path, overrides: Sequence[str], num_ranks: int) -> RunConfig:
@@ -26,6 +27,7 @@ def check_run(path: str | Path, overrides: Sequence[str], num_ranks: int) -> Run
     config = load_config(path, overrides)
     config.check_world(num_ranks)
     check_paths(config)
+    check_installed(config.log)
     base = Path(config.model.path)
     if base.is_dir():
         # Raises for targets that match nothing, and for layouts that do not fit the

@@ -75,7 +75,8 @@ WITHOUT_TORCH = (
     "megalora/model/fields.py", "megalora/model/rope_fields.py", "megalora/model/account.py",
     "megalora/model/stored_tensors.py", "megalora/model/head_chunk.py",
     "megalora/model/projections.py", "megalora/model/formats/", "megalora/model/families/",
-    "megalora/train/__init__.py", "megalora/train/__main__.py", "megalora/planner/",
+    "megalora/train/__init__.py", "megalora/train/__main__.py", "megalora/train/run_logs.py",
+    "megalora/train/trackers.py", "megalora/planner/",
 )  # fmt: skip
 """What checks a config answers in a fraction of a second: importing Megatron takes ten."""
 TAKE_SECONDS = {"torch", "transformers", "megatron", "peft", "datasets"}

@@ -90,11 +90,16 @@ def dropped() -> set[str]:
     return names
 
 
+ASKED_AND_DROPPED = {"megalora[wandb]": {"wandb"}}
+"""Bridge asks for wandb too, and uv cannot drop a package for one of two: where these overrides
+hold, in a checkout, it is installed by ``uv --no-config pip install wandb`` (docs/runs.md)."""
+
+
 @pytest.mark.parametrize("who", NAMED)
 def test_overrides_drop_nothing_that_is_asked_for(who: str) -> None:
     # One that is dropped on purpose, so that an empty set would show.
     assert "nvidia-resiliency-ext" in dropped()
-    assert not names_of(NAMED[who]) & dropped()
+    assert names_of(NAMED[who]) & dropped() == ASKED_AND_DROPPED.get(who, set())
 
 
 @pytest.mark.slow
@@ -118,7 +123,7 @@ def test_everything_that_can_be_installed_resolves(who: str) -> None:
     assert done.returncode == 0, done.stderr
     found = {line.partition("==")[0] for line in done.stdout.splitlines()}
     asked = names_of([*NAMED["megalora"], *NAMED[who]])
-    assert asked - NOT_INDEXED <= found
+    assert asked - NOT_INDEXED - ASKED_AND_DROPPED.get(who, set()) <= found
 
 
 def test_versions_and_commit_are_shown(capsys: pytest.CaptureFixture[str]) -> None:

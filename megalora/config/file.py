@@ -80,6 +80,15 @@ def save_config(config: RunConfig, path: Path) -> None:
     path.write_text(OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
 
 
+def flat_options(config: RunConfig) -> dict[str, Any]:
+    """Every option as ``section.key``, for logs that list them."""
+    flat: dict[str, Any] = {}
+    for section, options in asdict(config).items():
+        for key, value in options.items():
+            flat[f"{section}.{key}"] = value
+    return flat
+
+
 @contextmanager
 def _reading(what: str) -> Iterator[None]:
     """Turn errors of the YAML libraries in the block into a ``ValueError`` that names ``what``."""

@@ -22,6 +22,36 @@ def check_warmup(warmup: int, steps: int, what: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Profile:
+    """Steps of which a run records a trace."""
+
+    start: int
+    """The first of them, counted from 1."""
+    steps: int = 1
+    """How many."""
+
+    def __post_init__(self) -> None:
+        for name in ("start", "steps"):
+            require(
+                getattr(self, name) >= 1,
+                f"train.profile.{name} must be at least 1, got {getattr(self, name)}",
+            )
+
+    def check_within(self, steps: int, what: str) -> None:
+        """Raise ``ValueError`` if a run of so many steps ends before the trace does.
+
+        Args:
+            what: name of the number of steps, for the message.
+        """
+        last = self.start + self.steps - 1
+        require(
+            last <= steps,
+            f"train.profile records steps {self.start} to {last}, beyond {what}: no trace would be"
+            " whole. Lower train.profile.start or train.profile.steps.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     steps: int | None = None
     """Number of optimizer steps. Give either ``train.steps`` or ``train.epochs``."""
@@ -79,6 +109,10 @@ class TrainConfig:
     check_replicas_every: int = 100
     """Number of steps between comparisons of the copies that different ranks hold of an adapter
     tensor. They are also compared before each save. 0 turns both off."""
+    profile: Profile | None = None
+    """Steps to record with torch's profiler on the first rank: ``{start: 5, steps: 2}`` writes a
+    Chrome trace of steps 5 and 6 to the run folder. Recorded steps are slower. null records
+    none."""
 
     def __post_init__(self) -> None:
         require(
@@ -127,3 +161,5 @@ class TrainConfig:
         # With epochs, the number of steps is known only when the data has been read.
         if self.steps is not None:
             check_warmup(self.warmup, self.steps, f"train.steps={self.steps}")
+            if self.profile is not None:
+                self.profile.check_within(self.steps, f"train.steps={self.steps}")

@@ -9,7 +9,7 @@ def num_steps(options: TrainConfig, num_samples: int) -> int:
     """Optimizer steps of a run on ``num_samples`` samples: epochs in whole steps, at least one.
 
     Raises:
-        ValueError: the warm-up is longer than that.
+        ValueError: the warm-up is longer than that, or a trace ends later.
     """
     if options.steps is not None:
         return options.steps
@@ -17,7 +17,10 @@ def num_steps(options: TrainConfig, num_samples: int) -> int:
     assert options.epochs is not None
     steps = max(1, round(options.epochs * num_samples / options.global_batch_size))
     unit = "step" if steps == 1 else "steps"
-    check_warmup(options.warmup, steps, f"the {steps} {unit} of train.epochs={options.epochs:g}")
+    what = f"the {steps} {unit} of train.epochs={options.epochs:g}"
+    check_warmup(options.warmup, steps, what)
+    if options.profile is not None:
+        options.profile.check_within(steps, what)
     return steps
 
 

@@ -11,11 +11,12 @@ import torch.distributed as dist
 from megalora import host
 from megalora.adapters.training_state import SavedState
 from megalora.config import RunConfig
-from megalora.config.file import save_config
+from megalora.config.file import flat_options, save_config
 from megalora.data.mixture import turns_by
 from megalora.data.probe_text import probe_tokens
 from megalora.data.splits import load_data
 from megalora.data.tokenizer import load_tokenizer
+from megalora.first_rank import on_first_rank
 from megalora.hf.folder import local_folder
 from megalora.lora.adapted_model import AdaptedModel
 from megalora.lora.coverage import trainable_summary, write_manifest
@@ -36,6 +37,8 @@ from megalora.train.optim import learning_rate
 from megalora.train.probe import Probe
 from megalora.train.run_folder import opened
 from megalora.train.signals import terminated
+from megalora.train.trace import Trace, tracing
+from megalora.train.trackers import check_installed
 from megalora.verify.first_loss import compare_losses
 from megalora.verify.layer import check_layers
 
@@ -65,6 +68,7 @@ def train(config: RunConfig, job: str | None = None) -> Path | None:
     """
     # What is cheap to find wrong comes first; loading weights may take minutes.
     config.check_world(dist.get_world_size())
+    check_installed(config.log)
     with opened(Path(config.checkpoint.dir), job) as run_folder:
         found = find_checkpoint(config, restarted=run_folder.same_job)
         folder = local_folder(config.model.path)
@@ -115,15 +119,22 @@ def _fit(run: Run, probe: Probe, at: Start) -> Path | None:
         # Saved and evaluated at this step by the process before: neither is done twice.
         now = Progress(step, step, at.state.folder, saved_step=step, evaluated_step=step)
     check_agreement("number of finished steps", now.step)
+    metrics = Metrics(
+        folder, config.log, num_steps, now.step, active=dist.get_rank() == 0,
+        options=flat_options(config),
+    )  # fmt: skip
+    # A log that cannot be opened ends every rank.
+    on_first_rank(metrics.open, f"the logs in {folder} cannot be written")
     with (
-        Metrics(folder, config.log, num_steps, now.step, active=dist.get_rank() == 0) as metrics,
+        metrics,
+        tracing(config.train.profile, folder, metrics.say, now.step) as trace,
         serving(config, run.model, metrics.say, now.saved) as serve,
         terminated() as stop,
     ):
         for note in notes:
             metrics.say(note)
         _open(run, metrics, now)
-        _train_to_the_end(run, now, metrics, stop, _Saver(run, probe, at, serve))
+        _train_to_the_end(run, now, metrics, stop, _Saver(run, probe, at, serve), trace)
     metrics.say(_closing(now.step, num_steps, now.saved))
     return now.saved
 
@@ -159,7 +170,12 @@ class _Saver:
 
 
 def _train_to_the_end(
-    run: Run, now: Progress, metrics: Metrics, stop: Callable[[], bool], saver: _Saver
+    run: Run,
+    now: Progress,
+    metrics: Metrics,
+    stop: Callable[[], bool],
+    saver: _Saver,
+    trace: Trace,
 ) -> None:
     """Check, save, evaluate and train, in this order, until the last step or a signal."""
     config = run.config
@@ -185,7 +201,8 @@ def _train_to_the_end(
         if done:
             break
         lr = learning_rate(config.train, now.step, num_steps)
-        values = _train_step(run, now.step, lr=lr, saved=now.saved)
+        with trace.step(now.step + 1):
+            values = _train_step(run, now.step, lr=lr, saved=now.saved)
         now.step += 1
         metrics.train_step(
             now.step,

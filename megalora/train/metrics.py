@@ -1,7 +1,8 @@
-"""Report a run's progress on the first rank: a progress bar, metrics.jsonl, TensorBoard, and a loss
-curve as PNG."""
+"""Report a run's progress on the first rank: a progress bar or a line per step, the run's logs, and
+a loss curve as PNG."""
 
 import json
+import resource
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,18 +11,33 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from megalora import host
 from megalora.config import LogConfig
+from megalora.train.run_logs import METRICS_FILE, InBackground, JsonLines, RunLog, TensorBoard
+from megalora.train.trackers import Described, open_trackers
+
+GIB = 2**30
 
 
 class Metrics:
     """Records of one run; every method does nothing where ``active`` is False."""
 
     def __init__(
-        self, folder: Path, config: LogConfig, num_steps: int, start_step: int, active: bool
+        self,
+        folder: Path,
+        config: LogConfig,
+        num_steps: int,
+        start_step: int,
+        active: bool,
+        options: Mapping[str, Any] | None = None,
     ) -> None:
+        """``options``: the run's config by ``section.key``, for the logs that show it."""
         self.folder = folder
         self.config = config
+        self.num_steps = num_steps
+        self.start_step = start_step
         self.active = active
+        self.options = options or {}
         self.console = Console(quiet=not active, soft_wrap=True)
         # Where output goes to a file, a line per step instead.
         self.bar = active and config.progress and self.console.is_terminal
@@ -33,22 +49,28 @@ class Metrics:
         self.task = self.progress.add_task(
             "training", total=num_steps, completed=start_step, shown=""
         )
-        self.writer: Any = None
-        if active:
-            folder.mkdir(parents=True, exist_ok=True)
-            damaged = _forget_after(folder / "metrics.jsonl", start_step)
-            if damaged:
-                self.say(
-                    f"{folder}/metrics.jsonl: {damaged:,} lines were not records of a step and"
-                    " have been removed"
-                )
-            self.file = (folder / "metrics.jsonl").open("a")
-            if config.tensorboard:
-                from torch.utils.tensorboard import SummaryWriter
-
-                # purge_step hides the points that a resumed run writes again.
-                self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+        self.logs: list[RunLog] = []
         self.last = time.perf_counter()
+        self.first: tuple[int, float] | None = None
+        """The first step of this process, and when it was done."""
+
+    def open(self) -> None:
+        """Open the logs; raises ``ValueError`` where one cannot be had."""
+        if not self.active or self.logs:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lines = JsonLines(self.folder, self.start_step)
+        if lines.damaged:
+            self.say(
+                f"{lines.path}: {lines.damaged:,} lines were not records of a step and have been"
+                " removed"
+            )
+        self.logs.append(lines)
+        if self.config.tensorboard:
+            self.logs.append(TensorBoard(self.folder, self.start_step))
+        described = Described(self.folder, self.start_step, self.options)
+        for name, tracker in open_trackers(self.config, described).items():
+            self.logs.append(InBackground(tracker, name, self.say))
 
     def say(self, message: str) -> None:
         """Print a line above the progress bar."""
@@ -73,17 +95,38 @@ class Metrics:
             others: what the objective reports beside the loss; likewise.
         """
         now = time.perf_counter()
-        speed = num_tokens / (now - self.last)
+        seconds = now - self.last
         self.last = now
-        shown = f"loss {loss:.4f}  lr {lr:.2e}  |grad| {grad_norm:.3f}  {speed:,.0f} tokens/s"
+        speed = num_tokens / seconds
+        memory = peak_memory_bytes() / GIB
+        shown = (
+            f"loss {loss:.4f}  lr {lr:.2e}  |grad| {grad_norm:.3f}  {speed:,.0f} tokens/s"
+            f"  {memory:.2f} GiB"
+        )
         self.progress.update(self.task, completed=step, shown=shown)
+        left = self._seconds_left(step, now, seconds)
         if step % self.config.every == 0:
             values = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_second": speed}
+            values["memory_gib"] = memory
             values.update(others)
             values.update(use_of_slots)
             self._write(step, values)
             if not self.bar:
-                self.say(f"step {step}: {shown}")
+                self.say(f"step {step}/{self.num_steps}: {shown}  {as_clock(left)} left")
+
+    def _seconds_left(self, step: int, now: float, seconds: float) -> float:
+        """Time to the last step at the pace of this process so far, saves and evaluations included.
+
+        Its first step loads and compiles what the others find there, so that it counts only while
+        there is no other.
+        """
+        if self.first is None:
+            self.first = (step, now)
+            pace = seconds
+        else:
+            first_step, first_done = self.first
+            pace = (now - first_done) / (step - first_step)
+        return pace * (self.num_steps - step)
 
     def evaluation(self, step: int, loss: float, num_tokens: int) -> None:
         """Report an evaluation; ``loss`` is the mean over its target tokens."""
@@ -97,67 +140,34 @@ class Metrics:
         self.last = time.perf_counter()
 
     def _write(self, step: int, values: dict[str, float]) -> None:
-        if not self.active:
-            return
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
-        # Whoever follows the file sees each step when it is done.
-        self.file.flush()
-        for name, value in values.items():
-            if self.writer:
-                self.writer.add_scalar(name, value, step)
+        for log in self.logs:
+            log.write(step, values)
 
     def __enter__(self) -> "Metrics":
+        self.open()
         self.progress.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """Stop the bar, flush everything and draw the loss curve."""
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        """Stop the bar, close the logs and draw the loss curve."""
         self.progress.stop()
-        if not self.active:
-            return
-        self.file.close()
-        if self.writer:
-            self.writer.close()
-        plot_losses(self.folder)
+        for log in self.logs:
+            log.close(failed=error is not None)
+        if self.active:
+            plot_losses(self.folder)
 
 
-def _forget_after(path: Path, step: int) -> int:
-    """Remove the lines of steps that a resumed run will do again, and a last line that a killed run
-    left half written.
-
-    Returns how many other lines were not records of a step, and so were removed too.
-    """
-    if not path.is_file():
-        return 0
-    kept: list[str] = []
-    damaged = 0
-    # A run that starts from step 0 keeps nothing of what was there before.
-    lines = path.read_bytes().decode(errors="replace").splitlines() if step else []
-    for number, line in enumerate(lines, start=1):
-        found = _step_of(line)
-        if found is not None and found <= step:
-            kept.append(line + "\n")
-        # A last line that a kill cut short is expected.
-        elif found is None and number < len(lines):
-            damaged += 1
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(kept))
-    # In one move: a kill meanwhile must not lose them all.
-    temporary.replace(path)
-    return damaged
+def peak_memory_bytes() -> int:
+    """Most memory that this rank has taken so far: of its GPU, or without one of the host."""
+    # Linux counts a process's memory in KiB.
+    return host.peak_memory_bytes() or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def _step_of(line: str) -> int | None:
-    """The step of a record; None for what is not one."""
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(record, dict):
-        return None
-    step = record.get("step")
-    # True is an int to isinstance.
-    return step if type(step) is int else None
+def as_clock(seconds: float) -> str:
+    """Hours, minutes and seconds: ``1:02:03``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}"
 
 
 def plot_losses(folder: Path) -> None:
@@ -168,7 +178,7 @@ def plot_losses(folder: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for key, style, label in (("loss", "-", "training"), ("eval_loss", "o", "evaluation")):
         # A record has the one or the other.

@@ -17,6 +17,7 @@ from tests.mutations.layer_bugs import LAYER_BUGS
 from tests.mutations.long_bugs import LONG_BUGS
 from tests.mutations.plan_bugs import PLAN_BUGS
 from tests.mutations.planner_bugs import PLANNER_BUGS
+from tests.mutations.report_bugs import REPORT_BUGS
 from tests.mutations.row_bugs import ROW_BUGS
 from tests.mutations.run_bugs import RUN_BUGS
 from tests.mutations.tokens_bugs import TOKENS_BUGS
@@ -46,4 +47,5 @@ EVERY_BUG = (
     + ROW_BUGS
     + LONG_BUGS
     + GENERATE_BUGS
+    + REPORT_BUGS
 )

@@ -1,4 +1,4 @@
-"""Check what a resumed run keeps of metrics.jsonl."""
+"""Check what a run reports of its steps, and what a resumed run keeps of metrics.jsonl."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from megalora.config import LogConfig
+from megalora.train import metrics
 from megalora.train.metrics import Metrics
+from tests.jsonl import read_jsonl
 
 
 def resumed_at(step: int, folder: Path) -> list[str]:
@@ -39,3 +41,57 @@ def test_damaged_lines_are_dropped_with_a_word(
     said = capsys.readouterr().out
     count = len(damaged) + 1
     assert f"{count} lines were not records of a step and have been removed" in said
+
+
+class Clock:
+    """Seconds that a test decides."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+def test_a_line_without_a_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Step of total, loss, rate, speed, memory, and the time that is left at the pace so far."""
+    clock = Clock()
+    monkeypatch.setattr(metrics, "time", clock)
+    monkeypatch.setattr(metrics, "peak_memory_bytes", lambda: 3 * 2**29)
+    config = LogConfig(tensorboard=False, every=2)
+    with Metrics(tmp_path, config, 1000, 4, active=True) as report:
+        # The first step of this process is slow; the others take 10 s, with 5 s of evaluation.
+        for step, seconds in ((5, 60), (6, 10), (7, 10), (8, 10)):
+            clock.now += seconds
+            report.train_step(
+                step, loss=1.25, lr=1e-4, grad_norm=0.5, num_tokens=20_000, use_of_slots={}
+            )
+            if step == 6:
+                clock.now += 5
+                report.restart_clock()
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == (
+        "step 6/1000: loss 1.2500  lr 1.00e-04  |grad| 0.500  2,000 tokens/s  1.50 GiB"
+        # 994 steps of 10 s.
+        "  2:45:40 left"
+    )
+    # 35 s for three steps, saves and evaluations included: 992 of 35/3 s.
+    assert said[1].endswith("3:12:53 left")
+    rows = read_jsonl(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [6, 8]
+    assert rows[1]["memory_gib"] == 1.5 and rows[1]["tokens_per_second"] == 2000
+
+
+def test_time_left_at_the_first_step_is_at_its_own_pace(tmp_path: Path) -> None:
+    report = Metrics(tmp_path, LogConfig(tensorboard=False), 11, 0, active=False)
+    assert report._seconds_left(1, now=50.0, seconds=30.0) == 300
+    # From then on the first step no longer counts.
+    assert report._seconds_left(2, now=52.0, seconds=2.0) == 18
+
+
+def test_memory_without_a_gpu_is_that_of_the_process() -> None:
+    """Importing torch takes more than 100 MiB, and this machine has less than a TiB."""
+    assert 100 * 2**20 < metrics.peak_memory_bytes() < 2**40
+    assert metrics.as_clock(3723.4) == "1:02:03"

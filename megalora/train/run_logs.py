@@ -1,0 +1,163 @@
+"""Where the numbers of a run go: one interface, and the logs that every run may have.
+
+A log takes records of numbers by step and is closed once. ``trackers.py`` has those that need a
+package of their own.
+"""
+
+import json
+import queue
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+METRICS_FILE = "metrics.jsonl"
+"""File in the run folder with one record a line."""
+CLOSING_S = 60.0
+"""How long the end of a run waits for a log that sends its records over a network."""
+
+
+class RunLog(Protocol):
+    """Takes the numbers of one run, on its first rank."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Record ``values`` by name, as they are after ``step`` finished steps."""
+        ...
+
+    def close(self, failed: bool) -> None:
+        """Bring everything to where it belongs; ``failed``: the run ended with an error."""
+        ...
+
+
+class JsonLines:
+    """``metrics.jsonl``: one JSON object a line, each there as soon as its step is done."""
+
+    def __init__(self, folder: Path, start_step: int) -> None:
+        self.path = folder / METRICS_FILE
+        self.damaged = forget_after(self.path, start_step)
+        """Number of lines that were not records of a step, and have been removed."""
+        self.file = self.path.open("a")
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        # Whoever follows the file sees each step when it is done.
+        self.file.flush()
+
+    def close(self, failed: bool) -> None:
+        self.file.close()
+
+
+class TensorBoard:
+    """Event files in ``tensorboard/``."""
+
+    def __init__(self, folder: Path, start_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        # purge_step hides the points that a resumed run writes again.
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self, failed: bool) -> None:
+        self.writer.close()
+
+
+class InBackground:
+    """Passes records on to a log from a thread of its own: a slow network must not hold up a step.
+
+    The log's first error is said in a line and ends that log, not the run.
+    """
+
+    def __init__(self, log: RunLog, name: str, say: Callable[[str], None]) -> None:
+        self.log = log
+        self.name = name
+        self.say = say
+        self.failure: Exception | None = None
+        self.has_said = False
+        self.records: queue.SimpleQueue[tuple[int, dict[str, float]] | None] = queue.SimpleQueue()
+        # A daemon: an interpreter that has to end does not wait for a server that hangs.
+        self.thread = threading.Thread(target=self._pass_on, name=f"log.{name}", daemon=True)
+        self.thread.start()
+
+    def _pass_on(self) -> None:
+        """Run in the thread until ``close`` puts None behind the last record."""
+        while (record := self.records.get()) is not None:
+            # After an error records are taken off the queue all the same, or it would grow.
+            if self.failure is None:
+                try:
+                    self.log.write(*record)
+                except Exception as error:
+                    self.failure = error
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._say_failure()
+        if self.failure is None:
+            self.records.put((step, dict(values)))
+
+    def close(self, failed: bool) -> None:
+        self.records.put(None)
+        self.thread.join(CLOSING_S)
+        if self.thread.is_alive():
+            self.say(
+                f"log.{self.name}: not everything was sent within {CLOSING_S:.0f} s; the rest is"
+                f" in {METRICS_FILE} alone"
+            )
+            return
+        try:
+            self.log.close(failed)
+        except Exception as error:
+            self.failure = self.failure or error
+        self._say_failure()
+
+    def _say_failure(self) -> None:
+        if self.failure is not None and not self.has_said:
+            self.has_said = True
+            self.say(
+                f"log.{self.name}: {one_line(self.failure)}. The run goes on without this log;"
+                f" {METRICS_FILE} has every record."
+            )
+
+
+def one_line(error: Exception) -> str:
+    """The text of an error in one line without a full stop, its type where it has none."""
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+
+
+def forget_after(path: Path, step: int) -> int:
+    """Remove the lines of steps that a resumed run will do again, and a last line that a killed run
+    left half written.
+
+    Returns how many other lines were not records of a step, and so were removed too.
+    """
+    if not path.is_file():
+        return 0
+    kept: list[str] = []
+    damaged = 0
+    # A run that starts from step 0 keeps nothing of what was there before.
+    lines = path.read_bytes().decode(errors="replace").splitlines() if step else []
+    for number, line in enumerate(lines, start=1):
+        record = record_of(line)
+        if record is not None and record["step"] <= step:
+            kept.append(line + "\n")
+        # A last line that a kill cut short is expected.
+        elif record is None and number < len(lines):
+            damaged += 1
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(kept))
+    # In one move: a kill meanwhile must not lose them all.
+    temporary.replace(path)
+    return damaged
+
+
+def record_of(line: str) -> dict[str, Any] | None:
+    """A line of ``metrics.jsonl``; None for what is not a record of a step."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict):
+        return None
+    # True is an int to isinstance.
+    return record if type(record.get("step")) is int else None
