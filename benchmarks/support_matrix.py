@@ -3,9 +3,9 @@
     python -m benchmarks.support_matrix
 
 Rows are the registered families. Marks come from benchmarks/results: from support.json, which
-``benchmarks/support.py`` writes, and from gpu_shared.json, which ``benchmarks/shared_gpu.py``
-writes. No list here says what is supported: a family that has no result, or of which a case failed,
-is marked as not proved.
+``benchmarks/support.py`` writes, parity.json of ``benchmarks/parity.py``, and gpu_shared.json of
+``benchmarks/shared_gpu.py``. No list here says what is supported: a family that has no result, or
+of which a case failed, is marked as not proved.
 """
 
 import json
@@ -33,6 +33,9 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], bool]] = {
     "VPP": lambda row: row.get("vpp", 1) > 1,
     "EP": lambda row: row.get("ep", 1) > 1,
     "ETP": lambda row: row.get("etp", 1) > 1,
+    "CP": lambda row: row.get("cp", 1) > 1,
+    # Rows of so many tokens, however many samples that is: the grid's microbatch of 0.
+    "packed": lambda row: row.get("micro", 1) == 0,
     "recompute": lambda row: row.get("recompute", "off") != "off",
     "PEFT": lambda row: row["claim"] == "peft",
     "vLLM": lambda row: row["claim"] == "vllm",
@@ -79,9 +82,31 @@ def read_results() -> list[dict[str, Any]]:
     """What was proved of each family on CPU ranks, and of Qwen3-MoE by ranks that share a GPU."""
     path = RESULTS / "support.json"
     found = json.loads(path.read_text()) if path.exists() else []
+    path = RESULTS / "parity.json"
+    if path.exists():
+        found += of_parity(json.loads(path.read_text()))
     path = RESULTS / "gpu_shared.json"
     if path.exists():
         found.append(of_shared(json.loads(path.read_text())))
+    return found
+
+
+def of_parity(parity: dict[str, Any]) -> list[dict[str, Any]]:
+    """A record of ``parity.py`` in the form of those of ``support.py``, one for each family."""
+    of_family: dict[str, list[dict[str, Any]]] = {}
+    for row in parity["rows"]:
+        # Cases in bfloat16 are compared with plain transformers' own rounding: no proof of a
+        # layout.
+        if "plain" not in row:
+            held = not (row["failed"] or row["exceeded"])
+            rows = of_family.setdefault(row["family"], [])
+            rows.append({"claim": "layout", "ok": held, **row})
+    found = []
+    for family, rows in of_family.items():
+        record = {"family": family, "on_gpu": False, "rows": rows}
+        for key in ("device", "commit", "versions"):
+            record[key] = parity[key]
+        found.append(record)
     return found
 
 

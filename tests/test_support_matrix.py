@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from benchmarks.support import cases_of, keep
-from benchmarks.support_matrix import COLUMNS, mark, of_shared, read_results, table
+from benchmarks.support_matrix import COLUMNS, mark, of_parity, of_shared, read_results, table
 from megalora.model.families import FAMILIES
 from tests.parity.grid import accepted
 
@@ -79,6 +79,21 @@ def test_cases_of_ranks_that_share_a_gpu() -> None:
     assert not of_shared({**kept, "device": "CPU", "rows": []})["on_gpu"]
 
 
+def test_cases_of_the_grid() -> None:
+    """Those in bfloat16 prove nothing; one that failed or erred too much takes its marks away."""
+    held: dict[str, Any] = {"failed": None, "exceeded": [], "cp": 1, "micro": 1}
+    rows: list[dict[str, Any]] = [
+        {**held, "family": "qwen3_moe", "cp": 2},
+        {**held, "family": "qwen3_moe", "micro": 0},
+        {**held, "family": "qwen3", "cp": 4, "exceeded": ["loss 1e-3 > 1e-6"]},
+        {**held, "family": "mixtral", "cp": 2, "plain": {}},
+    ]
+    kept = {"device": "CPU", "commit": "f3d3bd1", "versions": {}}
+    moe, dense = of_parity({**kept, "rows": rows})
+    assert (mark("CP", [moe]), mark("packed", [moe])) == ("CPU", "CPU")
+    assert (dense["family"], mark("CP", [dense])) == ("qwen3", "-")
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_cases_of_a_family_can_fill_its_columns(family: str) -> None:
     cases = cases_of(family)
@@ -89,8 +104,8 @@ def test_the_cases_of_a_family_can_fill_its_columns(family: str) -> None:
     for column in COLUMNS:
         if mark(column, [record(*rows)]) == "-":
             unmarked.add(column)
-    # PEFT and vLLM are proved by other runs than the grid of layouts.
-    expected = {"PEFT", "vLLM"}
+    # PEFT and vLLM are proved by other runs than layouts; the whole grid has parts of rows.
+    expected = {"PEFT", "vLLM", "CP", "packed"}
     # Dense families have the four cases without experts.
     if len(cases) == 4:
         expected |= {"EP", "ETP"}
