@@ -9,6 +9,7 @@ from typing import Any
 
 from megalora.cli.adapter import add_adapter_commands
 from megalora.cli.bench import add_bench_command
+from megalora.cli.chat import add_chat_command
 from megalora.cli.data import add_data_command
 from megalora.cli.plan import add_plan_command
 from megalora.cli.serve import add_serve_command
@@ -89,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     add_bench_command(commands)
     add_adapter_commands(commands)
     add_serve_command(commands)
+    add_chat_command(commands)
     return parser
 
 

@@ -4,6 +4,7 @@ checks its arguments here."""
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megalora.config.checks import require
 from megalora.hf.json_file import read_hf_config, read_json_object
@@ -57,6 +58,23 @@ def stop_tokens(folder: Path) -> frozenset[int]:
         # ``type``, not isinstance: true is an int to Python, and not a token.
         require(type(token) is int, f"{path}: eos_token_id must be token ids, got {named!r}")
     return frozenset(ids)
+
+
+def model_sampling(folder: Path) -> dict[str, Any]:
+    """Fields of ``Sampling`` that a model's ``generation_config.json`` sets, as transformers and
+    vLLM take them where a user sets none; empty where it does not sample."""
+    path = folder / GENERATION_CONFIG
+    config = read_json_object(path) if path.is_file() else {}
+    if not config.get("do_sample"):
+        return {}
+    # transformers' own default of top_k is 50, which vLLM does not have; what is written counts.
+    found: dict[str, Any] = {"temperature": 1.0}
+    for name in ("temperature", "top_p", "top_k"):
+        value = config.get(name)
+        if value is not None:
+            require(type(value) in (int, float), f"{path}: {name} must be a number, got {value!r}")
+            found[name] = value
+    return found
 
 
 def check_layout(pp: int, cp: int) -> None:

@@ -11,6 +11,11 @@ OF_CHOICES = "tests/generate/test_choose.py"
 OF_OPTIONS = "tests/generate/test_options.py"
 OF_SEQUENCES = "tests/generate/test_sequences.py"
 
+SESSION, LOCAL, REMOTE = (f"megalora/chat/{name}.py" for name in ("session", "local", "remote"))
+OF_SESSIONS = "tests/chat/test_session.py"
+OF_CHAT = "tests/chat/test_command.py"
+OF_SERVERS = "tests/chat/test_remote.py"
+
 # fmt: off
 GENERATE_BUGS: tuple[Bug, ...] = (
     bug(0, "new keys written and old ones read one row off", CACHE,
@@ -54,4 +59,24 @@ GENERATE_BUGS: tuple[Bug, ...] = (
     bug(0, "stop tokens of config.json alone", OPTIONS,
         'read_json_object(path).get("eos_token_id") if path.is_file() else None', "None",
         f"{OF_OPTIONS} test_stop_tokens"),
+    # chat
+    bug(0, "an adapter that answers for the base", LOCAL,
+        "if by_base and self.has_adapter:", "if False:", f"{OF_CHAT} the_same_text"),
+    bug(0, "a prompt without the assistant's beginning", LOCAL, "generation_prompt=True",
+        "generation_prompt=False", f"{OF_CHAT} the_same_text"),
+    bug(0, "a refused message that stays in the conversation", SESSION,
+        'asked = [*self.messages, {"role": "user", "content": text}]',
+        'asked = self.messages\n        asked.append({"role": "user", "content": text})',
+        f"{OF_SESSIONS} a_refused_message"),
+    bug(0, "the base's answer goes on", SESSION, '"both": (True, False)', '"both": (False, True)',
+        f"{OF_SESSIONS} both_answer"),
+    bug(0, "a system message that is forgotten at a reset", SESSION,
+        "        if self.system:\n            self.messages.append(",
+        "        if self.system and self.number == 0:\n            self.messages.append(",
+        f"{OF_SESSIONS} reset_and_system"),
+    bug(0, "the oldest version of a served adapter", REMOTE, "found[-1].id", "found[0].id",
+        f"{OF_SERVERS} newest_version"),
+    bug(0, "a stream that breaks off taken for a whole answer", REMOTE,
+        'raise ServerError("the server closed the connection before the answer ended")', "return",
+        f"{OF_SERVERS} streams_that_break"),
 )

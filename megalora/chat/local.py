@@ -1,0 +1,132 @@
+"""Answer with transformers and stock PEFT in this process, on one device."""
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from megalora import host
+from megalora.adapters.read.adapter import read_adapter
+from megalora.adapters.read.weights import find_weight_files
+from megalora.adapters.write.engines import check_honoured
+from megalora.chat.session import Message
+from megalora.data.conversation import Conversation
+from megalora.data.template import ChatTemplate
+from megalora.data.tokenizer import load_tokenizer
+from megalora.generate.choose import Draws, choose
+from megalora.generate.options import Sampling, model_sampling, stop_tokens
+from megalora.model.account import open_folder
+from megalora.progress_bar import no_progress_bar
+
+
+class LocalEngine:
+    """The base model, with an adapter that can be turned off."""
+
+    has_base = True
+
+    def __init__(self, base: Path, adapter: Path | None, dtype: str = "auto") -> None:
+        """
+        Args:
+            base: folder of the base model.
+            adapter: a PEFT folder; None for the base alone.
+            dtype: of the weights; ``auto`` takes that of the base's files.
+
+        Raises:
+            ValueError: PEFT would not load the adapter, or would ignore a part of it.
+        """
+        self.base = base
+        self.tokenizer = load_tokenizer(base, "--base")
+        # Raises for a tokenizer without one.
+        self.template = ChatTemplate(self.tokenizer)
+        self.stop = stop_tokens(base)
+        self.defaults = model_sampling(base)
+        if adapter is not None:
+            _check_for_peft(base, adapter)
+        with no_progress_bar():
+            model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+        self.max_positions: int | None = getattr(model.config, "max_position_embeddings", None)
+        model = model.to(host.device())
+        if adapter is not None:
+            model = _with_adapter(model, adapter)
+        self.has_adapter = adapter is not None
+        self.model = model.eval()
+
+    def encode(self, messages: Sequence[Message]) -> list[int]:
+        """Tokens of the conversation, up to where the answer begins, as in training."""
+        conversation = Conversation(messages=[dict(message) for message in messages])
+        text = self.template.render(conversation, generation_prompt=True)
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def stream(
+        self, messages: Sequence[Message], options: Mapping[str, Any], *, by_base: bool, number: int
+    ) -> Iterator[str]:
+        """As the protocol says."""
+        tokens = self.encode(messages)
+        if self.max_positions is not None and len(tokens) >= self.max_positions:
+            raise ValueError(
+                f"the conversation has {len(tokens):,} tokens, and the model takes"
+                f" {self.max_positions:,}; /reset begins a new one"
+            )
+        sampling = Sampling(**{**self.defaults, **options})
+        without = nullcontext()
+        if by_base and self.has_adapter:
+            without = self.model.disable_adapter()
+        shown = text = ""
+        answer: list[int] = []
+        with without:
+            for token in self._tokens(tokens, sampling, number):
+                answer.append(token)
+                text = self.tokenizer.decode(answer, skip_special_tokens=True)
+                # A character of several tokens is not whole yet.
+                if not text.endswith("\ufffd"):
+                    yield text[len(shown) :]
+                    shown = text
+        yield text[len(shown) :]
+
+    @torch.no_grad()
+    def _tokens(self, prompt: list[int], sampling: Sampling, number: int) -> Iterator[int]:
+        """The answer's tokens, without the one that ends it."""
+        draws = [Draws(sampling.seed, number)]
+        new = torch.tensor([prompt], device=host.device())
+        past = None
+        for _ in range(self._room(len(prompt), sampling.max_new_tokens)):
+            out = self.model(input_ids=new, past_key_values=past, use_cache=True, logits_to_keep=1)
+            past = out.past_key_values
+            chosen, _ = choose(out.logits[:, -1], draws, sampling)
+            token = int(chosen.item())
+            if token in self.stop:
+                return
+            yield token
+            new = chosen[:, None]
+
+    def _room(self, num_prompt: int, wanted: int) -> int:
+        """Tokens that the answer may have."""
+        if self.max_positions is None:
+            return wanted
+        return min(wanted, self.max_positions - num_prompt)
+
+
+def _check_for_peft(base: Path, adapter: Path) -> None:
+    """Raise ``ValueError`` where stock PEFT would fail, or leave out a part of the adapter."""
+    files, _ = find_weight_files(adapter)
+    if len(files) > 1:
+        raise ValueError(
+            f"{adapter}: stock PEFT does not read shards; join them first: megalora export"
+            f" {adapter} OUT"
+        )
+    shape = open_folder(base).shape
+    check_honoured("peft", read_adapter(adapter, shape, base=base).adapted, shape)
+
+
+def _with_adapter(model: Any, adapter: Path) -> Any:
+    # Late: the base alone needs no PEFT.
+    from peft import PeftModel
+
+    with warnings.catch_warnings():
+        # It warns of patterns that it adds itself when it fuses gate and up.
+        warnings.filterwarnings("ignore", message=".*gate_up_proj.*")
+        return PeftModel.from_pretrained(model, str(adapter))
