@@ -22,6 +22,8 @@ replaces the mapping before it: `lora.rank_pattern={q_proj: 8}` leaves no other 
 `lora.rank_pattern.q_proj=8` leaves all others. An unknown key is an error that names the nearest
 known one.
 
+`base: other.yaml` beside the sections takes what a file does not say from another one.
+
 This page is written from the docstrings in [`megalora/config`](../megalora/config) by `make docs`.
 """
 

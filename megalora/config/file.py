@@ -1,77 +1,72 @@
 """Read a ``RunConfig`` from YAML and ``section.key=value`` overrides, and write it back.
 
-Overrides are applied in order. An unknown key is refused with the nearest known one, a value of
-another type with the type that was expected.
+An unknown key is refused with the nearest known one, a value of another type with the type that was
+expected.
 """
 
 import difflib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import re
+from collections.abc import Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from megalora.config import RunConfig
 from megalora.config.checks import require
+from megalora.config.tree import Tree, read_tree
 from megalora.config.type_words import alternatives, in_words
-from megalora.config.yaml_limits import check_yaml
 from megalora.paths import user_path
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a YAML file, apply ``section.key=value`` overrides in order, and validate the result.
+    """Read a YAML file, and those that it is based on, apply ``section.key=value`` overrides in
+    order, and validate the result.
 
-    An override of a section changes the options that it names; an override of an option replaces
-    its value, a mapping's too; ``section.option.key=value`` changes one key of a mapping.
+    An override of a section, or a section of a file, changes the options that it names; an option
+    replaces the value before, a mapping's too; ``section.option.key=value`` changes one key of a
+    mapping.
     """
-    path = user_path(str(path))
-    if not path.is_file():
-        raise ValueError(f"{path}: no such config file")
-    with _reading(str(path)):
-        check_yaml(path.read_text(encoding="utf-8"))
-        tree = OmegaConf.load(path)
-    require(
-        OmegaConf.is_dict(tree), f"{path}: expected sections (model, data, train, ...), not a list"
-    )
-    for item in overrides:
-        key, equals, value = item.partition("=")
-        # In brackets OmegaConf would read an index: lists are given whole.
-        usable = bool(key and equals) and not set(key) & set("[]")
-        require(usable, f"override {_short(item)} is not of the form section.key=value")
-        with _reading(f"override {_short(item)}"):
-            # The value is YAML, too, and may have aliases.
-            check_yaml(value)
-            update = OmegaConf.from_dotlist([item])
-            # Below an option, as in lora.rank_pattern.q_proj=8, a key is set beside the others.
-            whole = key.count(".") < 2
-            tree = OmegaConf.merge(_without_replaced(tree, update) if whole else tree, update)
-    # Only now are ${...} replaced, so that an override also changes what refers to it.
-    with _reading(str(path)):
-        plain = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
-    return _build(RunConfig, plain, where="")  # pyright: ignore[reportArgumentType]
+    tree = read_tree(user_path(str(path)), overrides)
+    _check_epochs_count(tree)
+    try:
+        return _build(RunConfig, tree.sections, where="")
+    except ValueError as error:
+        raise ValueError(_with_its_file(str(error), tree)) from None
 
 
-def _without_replaced(tree: Any, update: Any) -> Any:
-    """``tree`` without the options that ``update`` gives as mappings, which OmegaConf would merge.
+def _check_epochs_count(tree: Tree) -> None:
+    """Raise ``ValueError`` for epochs that are given over steps of a file, which would win."""
+    train = tree.sections.get("train")
+    if not isinstance(train, dict) or None in (train.get("steps"), train.get("epochs")):
+        return
+    # An override stands before all files, and each file before the one that it is based on.
+    order = [None, *map(str, tree.files)]
+    given_in = tree.set_in.get("train.steps")
+    if order.index(tree.set_in.get("train.epochs")) < order.index(given_in):
+        raise ValueError(
+            f"train.epochs={train['epochs']} would have no effect: train.steps={train['steps']} in"
+            f" {given_in} counts. Add train.steps=null, or leave train.epochs out"
+        )
 
-    Sections are merged. An option's value is replaced whole: of ``{layers: 4, rest: full}``,
-    ``train.recompute={layers: 8}`` leaves no ``rest``.
-    """
-    kept = OmegaConf.to_container(tree, resolve=False)
-    sections = OmegaConf.to_container(update, resolve=False)
-    assert isinstance(kept, dict) and isinstance(sections, dict)
-    for name, options in sections.items():
-        before = kept.get(name)
-        # Either may be anything; what is no section is refused when the config is built.
-        if isinstance(before, dict) and isinstance(options, dict):
-            for option in before.keys() & options.keys():
-                if isinstance(options[option], dict):
-                    del before[option]
-    return OmegaConf.create(kept)
+
+_OF_A_SECTION = re.compile(r"unknown config key (\w+)[;,]|(\w+) is a section")
+
+
+def _with_its_file(message: str, tree: Tree) -> str:
+    """The message, with the file that gave the first option that it names, where there are several
+    files."""
+    if len(tree.files) == 1:
+        return message
+    named = re.findall(r"[a-z_]+\.[a-z_]+", message)
+    # A whole section is named in these alone: elsewhere, "train" may be an ordinary word.
+    if section := _OF_A_SECTION.match(message):
+        named.append(section[1] or section[2])
+    for name in named:
+        if name in tree.set_in:
+            return f"{tree.set_in[name]}: {message}"
+    return f"{' over '.join(map(str, tree.files))}: {message}"
 
 
 def save_config(config: RunConfig, path: Path) -> None:
@@ -87,32 +82,6 @@ def flat_options(config: RunConfig) -> dict[str, Any]:
         for key, value in options.items():
             flat[f"{section}.{key}"] = value
     return flat
-
-
-@contextmanager
-def _reading(what: str) -> Iterator[None]:
-    """Turn errors of the YAML libraries in the block into a ``ValueError`` that names ``what``."""
-    try:
-        yield
-    # A tag such as !!int before another value raises whatever its conversion raises.
-    except (
-        YAMLError,
-        OmegaConfBaseException,
-        OSError,
-        ValueError,
-        AttributeError,
-        KeyError,
-    ) as error:
-        # Both libraries write their errors over several lines. OmegaConf's end with the type of its
-        # own object, which tells a user nothing.
-        message = str(error).partition("\n    object_type")[0]
-        lines = [line.strip() for line in message.splitlines() if line.strip()]
-        raise ValueError(f"{what}: {', '.join(lines)}") from None
-
-
-def _short(item: str) -> str:
-    """An override for a message, of 80 characters at most."""
-    return repr(item if len(item) <= 80 else f"{item[:77]}...")
 
 
 RENAMED = {

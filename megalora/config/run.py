@@ -34,7 +34,7 @@ class RunConfig:
             f" train.micro_batch_tokens to at least {needed}.",
         )
         require(
-            not (self.data.weights and self.train.epochs is not None),
+            not (self.data.weights and self.train.steps is None),
             "train.epochs has no meaning where data.train has weights: each source is repeated at a"
             " rate of its own. Set train.steps, or leave the weights out to train on every sample"
             " once an epoch.",

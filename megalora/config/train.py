@@ -54,7 +54,8 @@ class Profile:
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     steps: int | None = None
-    """Number of optimizer steps. Give either ``train.steps`` or ``train.epochs``."""
+    """Number of optimizer steps. Give ``train.steps`` or ``train.epochs``; where both are given,
+    the steps count, and the run says so."""
     epochs: float | None = None
     """Number of passes over the training data; may be a fraction."""
     global_batch_size: int = 16
@@ -116,9 +117,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require(
-            (self.steps is None) != (self.epochs is None),
-            f"give exactly one of train.steps and train.epochs (got steps={self.steps},"
-            f" epochs={self.epochs})",
+            self.steps is not None or self.epochs is not None,
+            "give train.steps or train.epochs: how long the run is to be",
         )
         for name in (
             "steps",

@@ -1,4 +1,4 @@
-"""Count the steps of a run, and say where whole steps are not the epochs that were asked for."""
+"""Count the steps of a run, and say where they are not the epochs that were asked for."""
 
 import math
 
@@ -13,7 +13,7 @@ def num_steps(options: TrainConfig, num_samples: int) -> int:
     """
     if options.steps is not None:
         return options.steps
-    # TrainConfig has exactly one of the two.
+    # TrainConfig has one of the two at least.
     assert options.epochs is not None
     steps = max(1, round(options.epochs * num_samples / options.global_batch_size))
     unit = "step" if steps == 1 else "steps"
@@ -24,11 +24,16 @@ def num_steps(options: TrainConfig, num_samples: int) -> int:
     return steps
 
 
-def rounding(options: TrainConfig, num_samples: int) -> str | None:
-    """A line for the user where whole steps take more or fewer samples than the epochs asked
-    for."""
+def note(options: TrainConfig, num_samples: int) -> str | None:
+    """A line for the user where the steps of the run take more or fewer samples than the epochs
+    asked for."""
     if options.epochs is None:
         return None
+    if options.steps is not None:
+        return (
+            f"train.steps={options.steps} decides how long the run is; train.epochs="
+            f"{options.epochs:g} is not used"
+        )
     batch = options.global_batch_size
     wanted = options.epochs * num_samples
     taken = num_steps(options, num_samples) * batch

@@ -309,8 +309,8 @@ def _opening(
             lines.append(f"  {turns:,} samples of {part.source}, {passes:.2f} passes")
     if batches.eval:
         lines.append(f"eval: {batches.eval.summary()}")
-    if rounded := duration.rounding(config.train, len(batches.train.samples)):
-        lines.append(rounded)
+    if note := duration.note(config.train, len(batches.train.samples)):
+        lines.append(note)
     if resume_from:
         lines.append(f"continuing from {resume_from}")
     return "\n".join(lines)

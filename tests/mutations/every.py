@@ -4,6 +4,7 @@ from tests.mutations.adapter_bugs import ADAPTER_BUGS
 from tests.mutations.base_bugs import BASE_BUGS
 from tests.mutations.bugs import BUGS as MODEL_BUGS
 from tests.mutations.compiled_bugs import COMPILED_BUGS
+from tests.mutations.config_bugs import CONFIG_BUGS
 from tests.mutations.data_bugs import DATA_BUGS
 from tests.mutations.dispatch_bugs import DISPATCH_BUGS
 from tests.mutations.docs_bugs import DOCS_BUGS
@@ -48,4 +49,5 @@ EVERY_BUG = (
     + LONG_BUGS
     + GENERATE_BUGS
     + REPORT_BUGS
+    + CONFIG_BUGS
 )

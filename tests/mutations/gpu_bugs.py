@@ -335,8 +335,8 @@ GPU_BUGS: tuple[Bug, ...] = (
     bug(
         0,
         "an override's value read unchecked",
-        "megalora/config/file.py",
-        "            check_yaml(value)\n",
+        "megalora/config/tree.py",
+        "        check_yaml(value)\n",
         "",
         "tests/test_hostile_config.py hostile_override",
     ),

@@ -165,17 +165,17 @@ TOKENS_BUGS: tuple[Bug, ...] = (
     bug(
         0,
         "a mapping is merged into the one that it overrides",
-        "megalora/config/file.py",
-        "_without_replaced(tree, update) if whole else tree",
-        "tree",
+        "megalora/config/tree.py",
+        "                    del before[option]\n",
+        "                    pass\n",
         "tests/test_config.py test_a_mapping_replaces_the_one_before",
     ),
     bug(
         0,
         "a key of a mapping replaces the whole of it",
-        "megalora/config/file.py",
-        'whole = key.count(".") < 2',
-        "whole = True",
+        "megalora/config/tree.py",
+        'return OmegaConf.from_dotlist([item]), key.count(".") < 2',
+        "return OmegaConf.from_dotlist([item]), True",
         "tests/test_config.py test_a_mapping_replaces_the_one_before",
     ),
     bug(

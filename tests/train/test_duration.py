@@ -4,7 +4,7 @@ not fit."""
 import pytest
 
 from megalora.config import TrainConfig
-from megalora.train.duration import num_steps, rounding
+from megalora.train.duration import note, num_steps
 from megalora.train.optim import learning_rate
 
 
@@ -54,7 +54,7 @@ from megalora.train.optim import learning_rate
 def test_epochs(epochs: float, samples: int, batch: int, steps: int, line: str | None) -> None:
     options = TrainConfig(epochs=epochs, global_batch_size=batch)
     assert num_steps(options, samples) == steps
-    said = rounding(options, samples)
+    said = note(options, samples)
     if line is None:
         assert said is None
     else:
@@ -63,7 +63,14 @@ def test_epochs(epochs: float, samples: int, batch: int, steps: int, line: str |
 
 def test_steps_are_steps() -> None:
     options = TrainConfig(steps=7, global_batch_size=16)
-    assert (num_steps(options, 20), rounding(options, 20)) == (7, None)
+    assert (num_steps(options, 20), note(options, 20)) == (7, None)
+
+
+def test_steps_win_over_epochs_and_that_is_said() -> None:
+    options = TrainConfig(steps=7, epochs=2.0, global_batch_size=16)
+    assert num_steps(options, 1000) == 7
+    said = "train.steps=7 decides how long the run is; train.epochs=2 is not used"
+    assert note(options, 1000) == said
 
 
 # The rate grows by 1 / warmup a step, so it ends at steps / warmup of what was asked for.

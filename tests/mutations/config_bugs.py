@@ -1,0 +1,58 @@
+"""Bugs in how a config is read and described. The same form as ``bugs.py``."""
+
+from tests.mutations.bugs import Bug, bug
+
+TREE = "megalora/config/tree.py"
+FILE = "megalora/config/file.py"
+BASE_TEST = "tests/test_config_base.py"
+
+CONFIG_BUGS: tuple[Bug, ...] = (
+    bug(
+        0,
+        "a base wins over the file that names it",
+        TREE,
+        "for file, content in reversed(files):",
+        "for file, content in files:",
+        f"{BASE_TEST} test_what_a_file_does_not_say_is_its_base_s",
+    ),
+    bug(
+        0,
+        "a base is looked for where the command is called",
+        TREE,
+        'path = path.parent / expand(base, f"{path}: base")',
+        'path = Path(expand(base, f"{path}: base"))',
+        f"{BASE_TEST} test_what_a_file_does_not_say_is_its_base_s",
+    ),
+    bug(
+        0,
+        "a circle of bases is known by the names of files alone",
+        TREE,
+        "if path.resolve() in [file.resolve() for file in known]:",
+        "if path in known:",
+        f"{BASE_TEST} test_a_circle_is_refused",
+    ),
+    bug(
+        0,
+        "the file of an option is blamed for what an override says",
+        TREE,
+        "            set_in.pop(name, None)\n",
+        "            pass\n",
+        f"{BASE_TEST} test_a_base_that_is_not_there_is_named_with_who_names_it",
+    ),
+    bug(
+        0,
+        "epochs that were asked for last are dropped in silence",
+        FILE,
+        "    _check_epochs_count(tree)\n",
+        "",
+        f"{BASE_TEST} test_steps_win_over_epochs_that_are_given_below_them",
+    ),
+    bug(
+        0,
+        "a run does not say that its epochs are not used",
+        "megalora/train/duration.py",
+        "    if options.steps is not None:\n        return (\n",
+        "    if options.steps is not None:\n        return None\n        return (\n",
+        "tests/train/test_duration.py test_steps_win_over_epochs_and_that_is_said",
+    ),
+)
