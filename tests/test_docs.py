@@ -16,6 +16,7 @@ from docs.scripts import options, readme
 from docs.scripts.quickstart import record
 from docs.scripts.sections import fill
 from megalora.cli import main as cli
+from megalora.config.reference import field_docstrings
 
 README = docs.ROOT / "README.md"
 PAGES = [
@@ -52,6 +53,9 @@ def problem(command: str) -> str | None:
     scripts exist. Other programs (pip, git, docker) are not looked at.
     """
     words = shlex.split(command, comments=True)
+    # What follows names the file that the shell writes.
+    if ">" in words:
+        words = words[: words.index(">")]
     while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
         # An environment variable set for the command.
         words.pop(0)
@@ -233,7 +237,7 @@ def test_a_key_without_a_docstring_is_refused() -> None:
         untold: int = 2
 
     with pytest.raises(ValueError, match="Section.untold has no docstring"):
-        options.field_docstrings(Section)
+        field_docstrings(Section)
 
 
 def test_the_options_page_shows_values_and_defaults() -> None:

@@ -11,6 +11,7 @@ from megalora.cli.adapter import add_adapter_commands
 from megalora.cli.bench import add_bench_command
 from megalora.cli.chat import add_chat_command
 from megalora.cli.data import add_data_command
+from megalora.cli.options import add_options_command
 from megalora.cli.plan import add_plan_command
 from megalora.cli.serve import add_serve_command
 from megalora.launching import torchrun
@@ -86,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
 
     # Each of them imports what it calls only when it is called, so that --help takes no time.
     add_data_command(commands)
+    add_options_command(commands)
     add_plan_command(commands)
     add_bench_command(commands)
     add_adapter_commands(commands)

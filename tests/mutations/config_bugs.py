@@ -4,6 +4,8 @@ from tests.mutations.bugs import Bug, bug
 
 TREE = "megalora/config/tree.py"
 FILE = "megalora/config/file.py"
+SCHEMA = "megalora/config/schema.py"
+OPTIONS_TEST = "tests/test_options_command.py"
 BASE_TEST = "tests/test_config_base.py"
 
 CONFIG_BUGS: tuple[Bug, ...] = (
@@ -54,5 +56,29 @@ CONFIG_BUGS: tuple[Bug, ...] = (
         "    if options.steps is not None:\n        return (\n",
         "    if options.steps is not None:\n        return None\n        return (\n",
         "tests/train/test_duration.py test_steps_win_over_epochs_and_that_is_said",
+    ),
+    bug(
+        0,
+        "the schema lets unknown keys pass",
+        SCHEMA,
+        'return {"type": "object", "properties": properties, "additionalProperties": False}',
+        'return {"type": "object", "properties": properties}',
+        f"{OPTIONS_TEST} test_the_schema_takes_what_the_config_takes",
+    ),
+    bug(
+        0,
+        "the schema asks for no key of a mapping",
+        SCHEMA,
+        'return {**_mapping(keys), "required": required}',
+        "return _mapping(keys)",
+        f"{OPTIONS_TEST} test_the_schema_takes_what_the_config_takes",
+    ),
+    bug(
+        0,
+        "an option is looked up by its first letters alone",
+        "megalora/config/reference.py",
+        'ending = [full for full in known if full.endswith(f".{name}")]',
+        "ending = [full for full in known if full.startswith(name)]",
+        f"{OPTIONS_TEST} test_what_is_not_there",
     ),
 )

@@ -17,9 +17,9 @@ DOCS_BUGS: tuple[Bug, ...] = (
     bug(
         0,
         "a key without a docstring is left off the page",
-        OPTIONS,
-        "raise ValueError(",
-        "continue\n            raise ValueError(",
+        "megalora/config/reference.py",
+        'raise ValueError(f"{cls',
+        'continue\n            raise ValueError(f"{cls',
         f"{TESTS} test_a_key_without_a_docstring_is_refused",
     ),
     bug(
