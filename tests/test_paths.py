@@ -15,7 +15,7 @@ from megalora.hf.folder import local_folder
 from megalora.paths import expand, user_path
 from megalora.planner.gpus import find_machine
 from megalora.preflight import check_paths
-from megalora.serve.server import named_adapters
+from megalora.serve.adapter_names import named_adapters
 
 
 @pytest.fixture

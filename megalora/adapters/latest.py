@@ -22,7 +22,7 @@ def read_latest(run: Path) -> Path | None:
         with path.open("rb") as file:
             # A name has 23 characters at most; whatever else the file may be is not read whole.
             content = file.read(100)
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         return None
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror})") from None
@@ -41,7 +41,7 @@ def latest_adapter(folder: Path) -> Path:
     Raises:
         ValueError: ``latest`` is damaged, or names a checkpoint that is not there.
     """
-    if (folder / CONFIG).is_file():
+    if (folder / CONFIG).is_file() or not folder.is_dir():
         return folder
     named = read_latest(folder)
     if named is None:

@@ -13,7 +13,7 @@ from megalora.cli.chat import add_chat_command
 from megalora.cli.data import add_data_command
 from megalora.cli.options import add_options_command
 from megalora.cli.plan import add_plan_command
-from megalora.cli.serve import add_serve_command
+from megalora.cli.serve import add_serve_commands
 from megalora.launching import torchrun
 from megalora.model.families import FAMILIES
 from megalora.paths import user_path
@@ -91,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     add_plan_command(commands)
     add_bench_command(commands)
     add_adapter_commands(commands)
-    add_serve_command(commands)
+    add_serve_commands(commands)
     add_chat_command(commands)
     return parser
 

@@ -1,9 +1,13 @@
 """The ``checkpoint`` section: where a run is saved and what it resumes from."""
 
+import re
 from dataclasses import dataclass
 
 from megalora.config.checks import require
 from megalora.paths import expand
+
+ADAPTER_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+"""Pattern of the name of an adapter that is served: it is part of an id and of a path."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +24,9 @@ class CheckpointConfig:
     serve: str | None = None
     """URL of a running vLLM server, such as ``megalora serve`` starts. Each checkpoint is loaded
     there when it is saved and replaces the one before."""
+    serve_name: str | None = None
+    """Name that checkpoints are served under, which requests give as their model. null takes the
+    name of the run folder."""
 
     def __post_init__(self) -> None:
         # A frozen dataclass has no other way to normalise its own fields.
@@ -30,6 +37,11 @@ class CheckpointConfig:
             self.serve is None or self.serve.startswith(("http://", "https://")),
             f"checkpoint.serve={self.serve} is not the URL of a server; write it as"
             " http://HOST:PORT",
+        )
+        require(
+            self.serve_name is None or re.fullmatch(ADAPTER_NAME, self.serve_name) is not None,
+            f"checkpoint.serve_name={self.serve_name!r} must be letters, digits, '.', '_' and '-',"
+            " and begin with a letter or a digit",
         )
         for name in ("every", "keep"):
             require(

@@ -65,9 +65,18 @@ class Api:
 
     def models(self) -> list[Served]:
         """Base models, then adapters in the order they were loaded."""
+        return self._listed()[0]
+
+    def names(self) -> dict[str, str]:
+        """Plain names that the server itself takes in requests, and the id that each means now;
+        none where its vLLM lacks our plug-in."""
+        return self._listed()[1]
+
+    def _listed(self) -> tuple[list[Served], dict[str, str]]:
+        """Models, and ids by the plain names beside them."""
         answer = self._call("listing models", lambda: self._http.get("/v1/models"), again=True)
         try:
-            return [_served(card) for card in answer.json()["data"]]
+            return _sorted(answer.json()["data"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ServerError(
                 f"{self.url} answers, but not as vLLM does ({type(error).__name__}); is it another"
@@ -130,6 +139,21 @@ class Api:
         if response.status_code != 200:
             raise refusal(doing, response.status_code, response.text, loading=loading)
         return response
+
+
+def _sorted(cards: list[dict[str, Any]]) -> tuple[list[Served], dict[str, str]]:
+    """Models, and ids by the plain names beside them, of ``/v1/models``."""
+    parents = {card["id"]: card.get("parent") for card in cards}
+    models = []
+    names = {}
+    for card in cards:
+        # An adapter's parent is a base, which has none. A plain name's is the version it means.
+        parent = card.get("parent")
+        if parent is not None and parents.get(parent) is not None:
+            names[card["id"]] = parent
+        else:
+            models.append(_served(card))
+    return models, names
 
 
 def _served(card: dict[str, Any]) -> Served:

@@ -59,7 +59,14 @@ def serving(
     # The dtype that megalora serve starts vLLM with.
     served_dtype = str(hf.get("dtype") or hf.get("torch_dtype"))
     count = num_tensors(model.adapted, model.shape)
-    pusher = Pusher(config.checkpoint.serve, Path(config.checkpoint.dir), count, say, served_dtype)
+    pusher = Pusher(
+        config.checkpoint.serve,
+        Path(config.checkpoint.dir),
+        count,
+        say,
+        served_dtype,
+        name=config.checkpoint.serve_name,
+    )
     if resumed:
         pusher.push(resumed)
     try:
@@ -72,8 +79,7 @@ def serving(
 
 
 class Pusher:
-    """Serves checkpoints of one run as NAME, the run folder's name, each as the version
-    ``step_N``."""
+    """Serves checkpoints of one run as NAME, each as the version ``step_N``."""
 
     def __init__(
         self,
@@ -82,6 +88,8 @@ class Pusher:
         num_tensors: int,
         say: Callable[[str], None],
         served_dtype: str = "float32",
+        *,
+        name: str | None = None,
     ) -> None:
         """Start the thread.
 
@@ -89,9 +97,9 @@ class Pusher:
             run: the run's checkpoint folder.
             num_tensors: number of tensors that every checkpoint must have.
             say: called with lines for the user, from any thread.
+            name: NAME; None for the run folder's.
         """
-        # Only what may stand in a model's name.
-        self.name = re.sub(r"[^A-Za-z0-9._-]+", "-", run.resolve().name).strip("-._") or "run"
+        self.name = name or _name_of(run)
         self.url = url
         self.num_tensors = num_tensors
         self.say = say
@@ -216,6 +224,11 @@ class Pusher:
         except ValueError as error:
             return f"{model} is live at {self.url}, and could not be proved: {error}"
         return f"{self.url} has {proof.text()}"
+
+
+def _name_of(run: Path) -> str:
+    """The run folder's name, with ``-`` for what may not stand in a model's name."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", run.resolve().name).strip("-._") or "run"
 
 
 def _keep(file: Path, place: Path) -> None:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from megalora.adapters.files import PROBE
+from megalora.hf.folder import local_folder
 from megalora.serve.vllm import Client
 
 RELATIVE = 0.25
@@ -132,6 +133,14 @@ def prove(
     # float16 rounds less than bfloat16, but is held to the same limits.
     coarser = "float32" if dtypes == {"float32"} else "bfloat16"
     return Proof(answer.model, answer.base, answer.adapter, trained, coarser, atol)
+
+
+def tokens_for(base: str) -> list[int]:
+    """Tokens of the probe text, for adapters made elsewhere, whose folder has no ``probe.json``."""
+    from megalora.data.probe_text import probe_tokens
+    from megalora.data.tokenizer import load_tokenizer
+
+    return probe_tokens(load_tokenizer(local_folder(base, "--base", weights=False), "--base"))
 
 
 def read_probe(folder: Path) -> dict[str, Any] | None:

@@ -1,19 +1,27 @@
 """Run ``megalora serve``: start vLLM, prove that every adapter acts as it was trained, and stay
 until told to stop."""
 
+import json
+import shlex
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
+from megalora.adapters.named_base import shared_base
 from megalora.hf.folder import local_folder
-from megalora.hf.json_file import read_hf_config
-from megalora.serve.proof import Proof, prove
+from megalora.hf.json_file import read_hf_config, read_json_object
+from megalora.serve.adapter_names import named_adapters, named_folder
+from megalora.serve.proof import Proof, prove, tokens_for
 from megalora.serve.server import Server
+from megalora.serve.vllm import Client
 
 UNPROVEN = 1
 """Exit code where an adapter does not act, or not as it was trained."""
+QUESTION = "What is 6 times 7?"
+"""Question of the request that a user can try."""
 
 
 def serve(
-    adapters: Sequence[str], base: str, say: Callable[[str], None],
+    adapters: Sequence[str], base: str | None, say: Callable[[str], None],
     *, host: str = "127.0.0.1", port: int = 8000, atol: float = 1e-4, unproven: bool = False,
     extra: Sequence[str] = (),
 ) -> int:  # fmt: skip
@@ -21,6 +29,7 @@ def serve(
     returns an exit code.
 
     Args:
+        base: folder or hub name; None for the one that the adapters name.
         say: called with lines for the user.
         atol: largest difference of a log-probability from the training side, in float32
             (``proof.py`` on bfloat16).
@@ -29,23 +38,20 @@ def serve(
     Raises:
         ValueError: vLLM would refuse or ignore an adapter, is not installed, or does not start.
     """
-    hf = read_hf_config(local_folder(base, "--base", weights=False))
+    named = named_adapters(adapters)
+    for adapter in adapters:
+        name, given = named_folder(adapter)
+        say_latest(given, named[name], say)
+    if base is None:
+        base = shared_base(named)
+        say(f"base: {base}, from adapter_config.json")
+    folder = local_folder(base, "--base", weights=False)
+    hf = read_hf_config(folder)
     dtype = hf.get("dtype") or hf.get("torch_dtype")
-    server = Server(base, adapters, host=host, port=port, dtype=dtype, extra=extra)
+    server = Server(base, named, host=host, port=port, dtype=dtype, extra=extra, say=say)
     say(f"starting vLLM for {base} ({server.dtype}); its log is {server.log}")
     with server, server.client() as client:
-        proofs = []
-        for name, folder in server.named.items():
-            proof = prove(
-                client,
-                name,
-                folder,
-                served_dtype=str(server.dtype),
-                atol=atol,
-                fallback=lambda: _fallback(base),
-            )
-            proofs.append(proof)
-            say(proof.text())
+        proofs = _prove_all(server, client, atol, folder, say)
         # All of them are shown before one that failed ends the server.
         if not all(proof.ok for proof in proofs) and not unproven:
             say(
@@ -53,28 +59,89 @@ def serve(
                 " same"
             )
             return UNPROVEN
-        say(_ready(server, proofs))
+        say(_ready(server, client, has_chat_template(folder, extra)))
         return server.wait()
 
 
-def _fallback(base: str) -> list[int]:
-    """Tokens of the probe text, for adapters made elsewhere."""
-    from megalora.data.probe_text import probe_tokens
-    from megalora.data.tokenizer import load_tokenizer
-
-    return probe_tokens(load_tokenizer(local_folder(base, "--base", weights=False), "--base"))
+def say_latest(given: Path, taken: Path, say: Callable[[str], None]) -> None:
+    """Say which checkpoint was taken where a run folder was given."""
+    if taken != given:
+        say(f"{given}: its latest checkpoint is {taken.name}")
 
 
-def _ready(server: Server, proofs: list[Proof]) -> str:
+def has_chat_template(base: Path, extra: Sequence[str]) -> bool:
+    """Whether vLLM can chat with this model: it comes with a template, or vLLM is given one."""
+    if any(argument.partition("=")[0] == "--chat-template" for argument in extra):
+        return True
+    if any((base / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
+        return True
+    settings = base / "tokenizer_config.json"
+    return settings.is_file() and bool(read_json_object(settings).get("chat_template"))
+
+
+def request_to_try(url: str, model: str, *, chat: bool, key: bool) -> str:
+    """A command that asks the server, to be typed into a shell.
+
+    Args:
+        chat: ask by ``/v1/chat/completions``, which needs a chat template.
+        key: send the key in $VLLM_API_KEY, which the shell must have too.
+    """
+    asks: dict[str, object] = {"prompt": QUESTION}
+    route = "completions"
+    if chat:
+        asks = {"messages": [{"role": "user", "content": QUESTION}]}
+        route = "chat/completions"
+    # Without a limit, a model that never ends its turn would fill its whole context.
+    body = json.dumps({"model": model, **asks, "max_tokens": 200})
+    words = ["curl", f"{url}/v1/{route}", "-H", shlex.quote("Content-Type: application/json")]
+    if key:
+        # In double quotes: the shell puts the key in, which is not to be read on the screen.
+        words += ["-H", '"Authorization: Bearer $VLLM_API_KEY"']
+    return " ".join([*words, "-d", shlex.quote(body)])
+
+
+def _prove_all(
+    server: Server, client: Client, atol: float, base: Path, say: Callable[[str], None]
+) -> list[Proof]:
+    """Prove every adapter, and say what each proof found."""
+    proofs = []
+    for name, folder in server.named.items():
+        if server.phases:
+            # vLLM's first answer takes seconds.
+            server.phases.begin(f"proving {name}")
+        proof = prove(
+            client,
+            name,
+            folder,
+            served_dtype=str(server.dtype),
+            atol=atol,
+            fallback=lambda: tokens_for(str(base)),
+        )
+        proofs.append(proof)
+        say(proof.text())
+    return proofs
+
+
+def _ready(server: Server, client: Client, chat: bool) -> str:
     """What can be asked now, and how: an adapter, or the base where there is none."""
-    models = [str(server.base)]
-    for proof in proofs:
-        models.append(proof.model)
-    model = proofs[0].model if proofs else server.base
+    names = client.names()
+    shown = [str(server.base)]
+    callable_as = []
+    for name, model in server.models.items():
+        # A vLLM of the user's own may lack our plug-in; then only the whole id is known there.
+        if name in names:
+            callable_as.append(name)
+            shown.append(f"{name} (now {model})")
+        else:
+            callable_as.append(model)
+            shown.append(f"{model} (without megalora's plug-in, vLLM does not know {name} alone)")
+    model = (callable_as or [str(server.base)])[0]
+    seconds = server.phases.seconds if server.phases else 0.0
+    key = bool(server.environment().get("VLLM_API_KEY"))
+    swap = f"megalora swap {server.url} NAME=FOLDER loads another version"
     return (
-        f"ready at {server.url}. Models: {', '.join(models)}\n"
-        f"  curl {server.url}/v1/completions -H 'Content-Type: application/json'"
-        f""" -d '{{"model": "{model}", "prompt": "..."}}'\n"""
-        f"  a training pushes its checkpoints here with checkpoint.serve={server.url}; Ctrl-C"
-        " stops it"
+        f"ready at {server.url}. Started in {seconds:.0f} s. Models: {', '.join(shown)}\n"
+        f"  {request_to_try(server.url, model, chat=chat, key=key)}\n"
+        f"  {swap}; a training pushes its checkpoints here with checkpoint.serve={server.url};"
+        " Ctrl-C stops it"
     )

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,11 +25,13 @@ import httpx
 
 from megalora.adapters.write.engines import VLLM_RANKS, vllm_max_rank
 from megalora.hf.json_file import read_hf_config
-from megalora.paths import expand, user_path
+from megalora.paths import expand
+from megalora.serve.adapter_names import named_adapters, versioned
 from megalora.serve.check import Limits, Needs, check_adapter
 from megalora.serve.errors import AdapterRankTooLarge, ServerError
+from megalora.serve.phases import Phases
 from megalora.serve.store import Store
-from megalora.serve.vllm import Client, check_name, versioned
+from megalora.serve.vllm import Client
 from megalora.serve.vllm_log import last_errors
 from megalora.serve.vllm_python import vllm_python
 
@@ -54,34 +56,6 @@ def smallest_rank(rank: int) -> int:
             " instead"
         )
     return holding
-
-
-def named_adapters(adapters: Iterable[str | Path] | Mapping[str, str | Path]) -> dict[str, Path]:
-    """Folders by NAME, from a mapping, or from ``NAME=FOLDER`` and ``FOLDER``, which is then named
-    after itself."""
-    if isinstance(adapters, Mapping):
-        pairs = [(str(name), Path(folder)) for name, folder in adapters.items()]
-    else:
-        pairs = [_named(str(adapter)) for adapter in adapters]
-    named: dict[str, Path] = {}
-    # Not dict(pairs), which would lose the first of two adapters with the same name.
-    for name, folder in pairs:
-        check_name("name", name)
-        if name in named:
-            raise ValueError(
-                f"two adapters are called {name!r}: {named[name]} and {folder}; write NAME=FOLDER"
-            )
-        named[name] = folder
-    return named
-
-
-def _named(adapter: str) -> tuple[str, Path]:
-    name, equals, folder = adapter.partition("=")
-    whole = user_path(adapter)
-    # A folder may be called lr=1e-4.
-    if not equals or whole.is_dir():
-        return whole.resolve().name, whole
-    return name, user_path(folder)
 
 
 @dataclass
@@ -123,6 +97,8 @@ class Server:
     one, which is removed with the server."""
     timeout_s: float = 900.0
     """Seconds that vLLM may take to be ready."""
+    say: Callable[[str], None] | None = None
+    """Called with a line when a phase of the start begins; None for a start without a word."""
 
     def __post_init__(self) -> None:
         self._python = vllm_python(self.python)
@@ -149,6 +125,7 @@ class Server:
         self._store_is_ours = self.store is None
         self.store = self.store or temporary / f"megalora-adapters-{unique}"
         self._process: subprocess.Popen[bytes] | None = None
+        self.phases: Phases | None = None
 
     @property
     def url(self) -> str:
@@ -294,6 +271,8 @@ class Server:
     def _wait_until_ready(self, process: "subprocess.Popen[bytes]") -> None:
         assert self.log is not None
         deadline = time.monotonic() + self.timeout_s
+        if self.say:
+            self.phases = Phases(self.log, self.say)
         with httpx.Client(base_url=self.url, timeout=5.0, trust_env=False) as http:
             while time.monotonic() < deadline:
                 if process.poll() is not None:
@@ -301,6 +280,8 @@ class Server:
                         f"vLLM ended with exit code {process.returncode} before it was ready"
                         f" ({self.log}):\n  {last_errors(self.log)}"
                     )
+                if self.phases:
+                    self.phases.look()
                 with suppress(httpx.HTTPError):
                     if http.get("/health").status_code == 200:
                         return

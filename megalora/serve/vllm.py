@@ -15,7 +15,6 @@ that NAME means by then.
 """
 
 import os
-import re
 import threading
 import time
 from collections import Counter
@@ -27,6 +26,7 @@ from typing import Any
 
 from megalora.serve import answers
 from megalora.serve.adapter_files import content_hash
+from megalora.serve.adapter_names import check_name, versioned
 from megalora.serve.answers import Completion, Probe
 from megalora.serve.api import Api, Served
 from megalora.serve.check import Limits, check_adapter
@@ -35,7 +35,6 @@ from megalora.serve.store import Store
 
 MAX_TRIES = 20
 """Number of times that a request is sent whose version keeps being unloaded under it."""
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 # The class below has a method of the name list, so that it cannot name the type.
 type Logprobs = list[float]
@@ -95,6 +94,11 @@ class Client:
     def list(self) -> Listing:
         """Base models, then adapters in the order they were loaded."""
         return self._api.models()
+
+    def names(self) -> dict[str, str]:
+        """Plain names of adapters that anyone's requests may give, and the id that each means now;
+        none where the server lacks our plug-in, and knows whole ids only."""
+        return self._api.names()
 
     def resolve(self, name: str) -> str:
         """The id that NAME means now: the newest version of an adapter; base names and whole ids
@@ -329,18 +333,3 @@ def _base(models: Listing) -> Served | None:
 def _versions_among(models: Listing, name: str) -> list[str]:
     """Ids of an adapter's versions, the oldest first."""
     return [served.id for served in models if served.name == name and not served.is_base]
-
-
-def check_name(what: str, value: str) -> None:
-    """Raise ``AdapterInvalid`` for a value that cannot be part of an id and of a path."""
-    if not _NAME.fullmatch(value):
-        raise AdapterInvalid(
-            f"adapter {what} {value!r}: must be letters, digits, '.', '_' and '-', as in"
-            " NAME=FOLDER"
-        )
-
-
-def versioned(name: str, folder: Path | str, label: str | None = None) -> str:
-    """NAME@HASH, or NAME@LABEL.HASH: no other contents can ever have this id."""
-    before = f"{label}." if label else ""
-    return f"{name}@{before}{content_hash(Path(folder))}"

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from megalora.train.checkpoint.writer import read_latest
+from megalora.adapters.latest import read_latest
 from megalora.user_error import LOST_PEER
 
 _SIGNS = re.compile(

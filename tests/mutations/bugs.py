@@ -516,7 +516,7 @@ BUGS = (
     bug(
         9,
         "new contents under an old id",
-        "megalora/serve/vllm.py",
+        "megalora/serve/adapter_names.py",
         "{content_hash(Path(folder))}",
         "",
         "tests/serve/test_client.py test_a_version_is_named",

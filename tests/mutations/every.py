@@ -21,6 +21,7 @@ from tests.mutations.planner_bugs import PLANNER_BUGS
 from tests.mutations.report_bugs import REPORT_BUGS
 from tests.mutations.row_bugs import ROW_BUGS
 from tests.mutations.run_bugs import RUN_BUGS
+from tests.mutations.serve_bugs import SERVE_BUGS
 from tests.mutations.tokens_bugs import TOKENS_BUGS
 from tests.mutations.tune_bugs import TUNE_BUGS
 from tests.mutations.wait_bugs import WAIT_BUGS
@@ -50,4 +51,5 @@ EVERY_BUG = (
     + GENERATE_BUGS
     + REPORT_BUGS
     + CONFIG_BUGS
+    + SERVE_BUGS
 )

@@ -82,8 +82,8 @@ RUN_BUGS: tuple[Bug, ...] = (
     bug(
         0,
         "latest may be a path",
-        WRITER,
-        "    if not _NAME.fullmatch(name):\n",
+        "megalora/adapters/latest.py",
+        "    if not CHECKPOINT_NAME.fullmatch(name):\n",
         "    if not name:\n",
         f"{FIND} test_a_broken_latest",
     ),

@@ -1,9 +1,9 @@
 """Serve HTTP as vLLM 0.32's handlers do, without vLLM: the same routes, statuses, messages and
 order of checks for adapters.
 
-After vllm/entrypoints/openai/models/serving.py and vllm/entrypoints/serve/engine/serving.py. A
-completion "computes" on what the adapter's file held when it was loaded: its answer is the file's
-hash, as tokens.
+After vllm/entrypoints/openai/models/serving.py and vllm/entrypoints/serve/engine/serving.py, with
+our plug-in's names (``vllm_handlers.py``). A completion "computes" on what the adapter's file held
+when it was loaded: its answer is the file's hash, as tokens.
 """
 
 import hashlib
@@ -14,7 +14,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+
+from tests.serve.vllm_handlers import (
+    ModelMissing,
+    Models,
+    NamedModels,
+    NamedServing,
+    Serving,
+    result,
+)
 
 BASE = "the-base"
 LONGEST = 200
@@ -27,12 +37,14 @@ class FakeVLLM(ThreadingHTTPServer):
     # A request that hangs must not keep the tests from ending.
     daemon_threads = True
 
-    def __init__(self, base_path: str) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+    def __init__(self, base_path: str, port: int = 0) -> None:
+        super().__init__(("127.0.0.1", port), _Handler)
         self.base_path = base_path
         self.adapters: dict[str, tuple[str, list[int]]] = {}
         """Name -> (folder, answer), in the order of loading."""
         self.lock = threading.Lock()
+        self.knows_names = True
+        """Whether it has our plug-in."""
         self.updates_allowed = True
         """Whether it was started with VLLM_ALLOW_RUNTIME_LORA_UPDATING."""
         self.loading_fails: str | None = None
@@ -45,6 +57,15 @@ class FakeVLLM(ThreadingHTTPServer):
         """Close so many connections instead of answering."""
         self.calls: list[tuple[str, str]] = []
         """("load" or "unload", name) of every call, refused ones too."""
+
+    def before_binding(self) -> None:
+        """Called when a request has been accepted, and before it is tied to an adapter."""
+
+    def handlers(self) -> Serving:
+        """vLLM's handlers of requests."""
+        if self.knows_names:
+            return NamedServing(NamedModels(BASE, self.base_path, self.adapters))
+        return Serving(Models(BASE, self.base_path, self.adapters))
 
     @property
     def url(self) -> str:
@@ -64,11 +85,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(200, None)
         elif self.path == "/v1/models":
             now = int(time.time())
-            base_path = self.server.base_path
-            cards = [{"id": BASE, "root": base_path, "parent": None, "created": now}]
             with self.server.lock:
-                for name, (path, _) in self.server.adapters.items():
-                    cards.append({"id": name, "root": path, "parent": BASE, "created": now})
+                answer = result(self.server.handlers().models.show_available_models())
+            cards = [vars(card) | {"created": now} for card in answer.data]
             self._send(200, {"object": "list", "data": cards})
         else:
             self._send(404, {"detail": "Not Found"})
@@ -133,18 +152,11 @@ class _Handler(BaseHTTPRequestHandler):
                 self._send(200, f"Success: LoRA adapter '{name}' removed successfully.")
 
     def _complete(self, body: dict[str, Any]) -> None:
-        name = body["model"]
         prompt = body["prompt"]
-        # As in vLLM, the adapter is bound to the request here, and unloading later changes nothing.
-        with self.server.lock:
-            _, tokens = self.server.adapters.get(name, (None, None))
-        if name == BASE:
-            tokens = [0]
-        if tokens is None:
-            self._error(
-                404, f"The model `{name}` does not exist. Valid aliases: {BASE}.", "NotFoundError"
-            )
+        bound = self._bound(body.get("model"))
+        if bound is None:
             return
+        name, tokens = bound
         # One prompt, or several in one request.
         prompts = prompt if isinstance(prompt[0], list) else [prompt]
         if max(map(len, prompts)) > LONGEST:
@@ -160,6 +172,28 @@ class _Handler(BaseHTTPRequestHandler):
             choices.append({"index": index} | _choice(prompt, tokens, shift, body))
         # The order is vLLM's to choose; clients go by the index.
         self._send(200, {"model": name, "choices": choices[::-1]})
+
+    def _bound(self, name: str | None) -> tuple[str, list[int]] | None:
+        """Id and answer of the model that a request is tied to; None once it has been refused."""
+        request = SimpleNamespace(model=name)
+        handlers = self.server.handlers()
+        with self.server.lock:
+            refused = result(handlers._check_model(request))
+        if refused is not None:
+            self._error(refused.error.code, refused.error.message, refused.error.type)
+            return None
+        self.server.before_binding()
+        # As in vLLM, unloading later changes nothing for this request.
+        with self.server.lock:
+            try:
+                adapter = handlers._maybe_get_adapters(request)
+            except ModelMissing as error:
+                self._error(404, str(error), "NotFoundError")
+                return None
+            for model, loaded in self.server.adapters.items():
+                if loaded is adapter:
+                    return model, loaded[1]
+        return BASE, [0]
 
     def _error(self, status: int, message: str, kind: str) -> None:
         self._send(

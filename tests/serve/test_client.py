@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from megalora.adapters.files import CONFIG, WEIGHTS
+from megalora.serve.adapter_names import versioned
 from megalora.serve.check import Limits
 from megalora.serve.errors import (
     AdapterInvalid,
@@ -18,7 +19,7 @@ from megalora.serve.errors import (
     AdapterNotFound,
 )
 from megalora.serve.store import Store
-from megalora.serve.vllm import Client, versioned
+from megalora.serve.vllm import Client
 from tests.adapters.folders import edit_config
 from tests.serve.adapters import make_adapter
 from tests.serve.fake_vllm import BASE, FakeVLLM, answer_of, names

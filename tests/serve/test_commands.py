@@ -39,17 +39,23 @@ def test_serve_until_told_to_stop(tiny: Path, tmp_path: Path) -> None:
     process = start(f"sums={adapter}", "--base", tiny)
     assert process.stdout is not None
     starting = process.stdout.readline()
-    proved = process.stdout.readline()
-    ready = process.stdout.readline()
     # If it has ended instead, what it said is the message.
     assert starting.startswith(f"starting vLLM for {tiny} (float32); its log is "), (
         process.communicate()
     )
+    phases = []
+    while " s  " in (line := process.stdout.readline()):
+        phases.append(line.strip().split(" s  ")[1])
+    # The build for CPUs compiles nothing here; that for GPUs has more phases.
+    for phase in ("importing vLLM", "reading weights", "loading adapters", "proving sums"):
+        assert phase in phases
+    proved = line
+    ready = process.stdout.readline()
     assert proved.startswith("sums@") and "its folder has no probe.json" in proved
     url = ready.removeprefix("ready at ").split(". ")[0]
     # Past any proxy that the environment names.
     cards = httpx.get(f"{url}/v1/models", trust_env=False).json()["data"]
-    assert [card["id"] for card in cards] == [str(tiny), proved.split(":")[0]]
+    assert [card["id"] for card in cards] == [str(tiny), "sums", proved.split(":")[0]]
     process.send_signal(signal.SIGTERM)
     assert process.wait(PATIENCE_S) == 0
     # vLLM's processes would keep the port, and a GPU's memory.

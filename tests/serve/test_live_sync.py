@@ -11,9 +11,10 @@ import pytest
 from megalora.adapters.files import PROBE
 from megalora.config import CheckpointConfig, LoRAConfig
 from megalora.serve import live_sync
+from megalora.serve.adapter_names import versioned
 from megalora.serve.live_sync import Pusher
 from megalora.serve.server import Server
-from megalora.serve.vllm import Client, versioned
+from megalora.serve.vllm import Client
 from megalora.train.loop import train
 from tests.distributed.ranks import run_ranks
 from tests.parity.runs import make_config
@@ -25,12 +26,12 @@ from tests.waiting import wait_until
 class Run:
     """Checkpoints of one run, and what its pusher says."""
 
-    def __init__(self, folder: Path, base: Path, url: str) -> None:
+    def __init__(self, folder: Path, base: Path, url: str, name: str | None = None) -> None:
         self.folder = folder
         self.base = base
         self.said: list[str] = []
         # A and B of q_proj in four layers.
-        self.pusher = Pusher(url, folder, 2 * 4, self.said.append)
+        self.pusher = Pusher(url, folder, 2 * 4, self.said.append, name=name)
 
     def save(self, step: int, layers: str = "0-3") -> Path:
         """Write a checkpoint that adapts q_proj in ``layers``; returns its folder."""
@@ -80,6 +81,18 @@ def test_every_checkpoint_is_served_in_order_and_the_last_stays(tiny: Path, tmp_
         assert len(run.said) == 3
         for line in run.said:
             assert "differs from the training side by up to 0.00e+00" in line
+
+
+def test_a_run_is_served_under_the_name_that_was_chosen(tiny: Path, tmp_path: Path) -> None:
+    with fake_vllm(str(tiny)) as vllm:
+        run = Run(tmp_path / "run", tiny, vllm.url, name="sums")
+        run.pusher.push(run.save(1))
+        run.pusher.close()
+        assert labels(vllm) == ["sums@step_000001"]
+    assert CheckpointConfig(serve_name="my-sums.2").serve_name == "my-sums.2"
+    for wrong in ("my sums", "", "-sums", "a@b"):
+        with pytest.raises(ValueError, match=r"checkpoint.serve_name='.*' must be letters"):
+            CheckpointConfig(serve_name=wrong)
 
 
 def test_nothing_is_lost_while_the_server_is_down(tiny: Path, tmp_path: Path) -> None:

@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 
 from megalora.adapters.files import CONFIG, WEIGHTS
+from megalora.serve.adapter_names import versioned
 from megalora.serve.errors import (
     AdapterNotFound,
     RequestRefused,
     ServerError,
 )
 from megalora.serve.server import Server
-from megalora.serve.vllm import Client, versioned
+from megalora.serve.vllm import Client
 from tests.peft_warnings import IGNORED
 from tests.serve.adapters import (
     ATTENTION,

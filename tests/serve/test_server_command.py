@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from megalora.serve.adapter_names import named_adapters, versioned
 from megalora.serve.check import Limits
 from megalora.serve.errors import (
     AdapterForOtherBase,
@@ -17,10 +18,8 @@ from megalora.serve.errors import (
 from megalora.serve.server import (
     DEFAULT_TARGETS,
     Server,
-    named_adapters,
     smallest_rank,
 )
-from megalora.serve.vllm import versioned
 from megalora.serve.vllm_python import vllm_python
 from tests.serve.adapters import make_adapter
 

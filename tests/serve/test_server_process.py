@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from megalora.serve import server as server_module
+from megalora.serve.adapter_names import versioned
 from megalora.serve.errors import ServerError
 from megalora.serve.server import Server
-from megalora.serve.vllm import versioned
 from megalora.serve.vllm_log import last_errors
 from tests.serve.adapters import make_adapter
 from tests.waiting import PATIENCE_S, deadline_passes_when, wait_until

@@ -17,8 +17,9 @@ from pathlib import Path
 
 import pytest
 
+from megalora.serve.adapter_names import versioned
 from megalora.serve.server import Server
-from megalora.serve.vllm import Client, Completion, versioned
+from megalora.serve.vllm import Client, Completion
 from tests.peft_warnings import IGNORED
 from tests.serve.adapters import make_adapter, tokens_of
 from tests.serve.stock_peft import greedy, stock_model

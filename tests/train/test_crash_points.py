@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from megalora.adapters.latest import read_latest
 from megalora.train.checkpoint.writer import (
     checkpoint_name,
     checkpoints,
     point_latest_at,
-    read_latest,
     recover,
     remove,
     write_atomically,

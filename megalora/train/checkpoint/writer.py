@@ -18,10 +18,9 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from megalora.adapters.latest import CHECKPOINT_NAME, LATEST, read_latest
 from megalora.atomic_folder import force_to_disk, force_tree_to_disk
 
-LATEST = "latest"
-_NAME = re.compile(r"step_\d{6,18}")
 _LEFT_OVER = re.compile(r"\.(step_\d{6,18})\.(tmp|old|gone)")
 
 
@@ -34,31 +33,10 @@ def checkpoints(run: Path) -> list[Path]:
     """Folders with the name of a checkpoint, in order of steps, whether they are whole or not."""
     if not run.is_dir():
         return []
-    named = [path for path in run.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
+    named = [
+        path for path in run.iterdir() if CHECKPOINT_NAME.fullmatch(path.name) and path.is_dir()
+    ]
     return sorted(named, key=lambda path: int(path.name.removeprefix("step_")))
-
-
-def read_latest(run: Path) -> Path | None:
-    """The folder that ``latest`` names, which may not exist; None without ``latest``.
-
-    Raises:
-        ValueError: it cannot be read, or holds anything but the plain name of a checkpoint.
-    """
-    path = run / LATEST
-    try:
-        with path.open("rb") as file:
-            # A name has 23 characters at most; whatever else the file may be is not read whole.
-            content = file.read(100)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror})") from None
-    name = content.decode("ascii", errors="replace").strip()
-    if not _NAME.fullmatch(name):
-        raise ValueError(
-            f"{path} holds {name[:40]!r}, which is not the name of a checkpoint such as step_000050"
-        )
-    return run / name
 
 
 def point_latest_at(target: Path) -> None:

@@ -7,12 +7,17 @@ vLLM calls ``register`` in each of its processes before the model is built.
     base_tokens.py  CPU build only: requests without an adapter get none, also beside others
     gate.py         every platform: a router adapter loads, and without this has no effect
     coverage.py     every platform: refuses an adapter of which some part would not be applied
+    names.py        HTTP server: an adapter's plain name means its newest version
 
 It replaces names inside vLLM, so it refuses any version but the one it was read against. Runs on
 Python 3.10 and later.
 """
 
+import sys
+
 WRITTEN_FOR = "0.32."
+_HTTP_SERVER = "vllm.entrypoints.launchers.app"
+"""Module that only the process of the HTTP server has imported when plug-ins are loaded."""
 
 _registered = False
 
@@ -41,6 +46,11 @@ def register() -> None:
         kernel.install()
     gate.install()
     coverage.install()
+    # Engine and workers would take seconds to import the handlers, and answer no requests.
+    if _HTTP_SERVER in sys.modules:
+        from vllm_cpu_moe_lora import names
+
+        names.install()
     _registered = True
 
 
