@@ -46,6 +46,11 @@ LAYOUTS = [
     Case(8, {"tp": 2, "pp": 2, "ep": 2}, recompute="selective"),
     Case(8, {"tp": 2, "ep": 4}, micro=2),
     Case(8, {"pp": 2, "vpp": 2, "ep": 4}), Case(8, {"tp": 4, "pp": 2, "etp": 2}, recompute="full"),
+    # Rows with as many documents as chunks, see tests/planner/test_peak.py.
+    Case(2, {"cp": 2}, micro=4), Case(4, {"cp": 4}, micro=8, recompute="full"),
+    Case(4, {"cp": 2, "tp": 2}, micro=4, recompute="selective", model="shared"),
+    Case(4, {"cp": 2, "pp": 2}, micro=4), Case(8, {"cp": 2, "ep": 4}, micro=4),
+    Case(2, {"pp": 2}, recompute="full1+selective"),
 ]  # fmt: skip
 
 
