@@ -73,7 +73,7 @@ $(TRITON36)/.ready: | $(READY)
 gpu: $(READY)  ## The tests that need a CUDA device
 	@MEGALORA_TEST_GPU=1 $(BIN)/pytest -q tests/gpu
 
-parity: $(READY)  ## Every layout of up to 8 ranks against plain transformers: 25 min on two cores; bf16 on GPUs
+parity: $(READY)  ## Every layout of up to 8 ranks against plain transformers: 50 min on two cores; bf16 on GPUs
 	@$(BIN)/python -m benchmarks.parity
 	@$(BIN)/pytest -q --hypothesis-profile=parity tests/parity/test_properties.py
 

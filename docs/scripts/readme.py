@@ -56,7 +56,7 @@ def _layouts(rows: list[dict[str, Any]]) -> int:
     # Cases differ in model and adapter as well; DP is what is left of the world by the others.
     found = set()
     for row in rows:
-        found.add((row["world"], row["tp"], row["pp"], row["vpp"], row["ep"], row["etp"]))
+        found.add(tuple(row[axis] for axis in ("world", "tp", "cp", "pp", "vpp", "ep", "etp")))
     return len(found)
 
 
