@@ -16,7 +16,7 @@ def git(*arguments: str) -> str:
 
 
 class BuildWithCommit(build_py):
-    """Adds ``megalora/COMMIT``, which ``megalora/bench/versions.py`` reads.
+    """Adds ``megalora/COMMIT``, which ``megalora/versions.py`` reads.
 
     An editable install gets none: its code changes after it is built.
     """

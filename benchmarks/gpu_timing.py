@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 import torch
 
-from megalora.bench.versions import commit, installed
+from megalora.versions import commit, installed
 
 PACKAGES = (
     "torch",

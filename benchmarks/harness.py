@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megalora import host
-from megalora.bench.versions import commit
+from megalora.versions import commit
 
 # Before anything from megatron is imported: on a CPU it answers Megatron's calls of torch.cuda.
 host.install()

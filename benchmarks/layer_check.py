@@ -24,7 +24,7 @@ from torch import Tensor
 
 from benchmarks.train_case import QWEN3_30B_A3B
 from megalora import host
-from megalora.bench.versions import versions
+from megalora.versions import versions
 
 BASE = {
     **QWEN3_30B_A3B,

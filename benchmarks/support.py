@@ -24,7 +24,6 @@ from benchmarks.parity import AT_ONCE, Laboratory, one_of_each_question
 from megalora import host
 from megalora.adapters.write.engines import FileFormat
 from megalora.adapters.write.form import write_adapter
-from megalora.bench.versions import commit
 from megalora.config import LoRAConfig
 from megalora.hf.json_file import read_hf_config
 from megalora.model.families import FAMILIES
@@ -32,6 +31,7 @@ from megalora.model.fields import model_shape
 from megalora.tiny import make_tiny
 from megalora.verify.peft import verify_peft
 from megalora.verify.vllm import verify_vllm
+from megalora.versions import commit
 from tests.forked import forked
 from tests.parity.built import random_factors
 from tests.parity.case import LIMITS

@@ -23,7 +23,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from megalora.bench.versions import commit
+from megalora.versions import commit
 
 WORDS = (
     "the",

@@ -29,10 +29,10 @@ from megalora.bench.calibrate_collectives import COLLECTIVES, collective_cases, 
 from megalora.bench.calibrate_grid import CPU, GPU, extremes_first, interleaved
 from megalora.bench.clock import FLUSH_BYTES, Clock, copies, slowest
 from megalora.bench.rows import write_json
-from megalora.bench.versions import commit, installed
 from megalora.environment import refuse_shared_gpu
 from megalora.paths import check_file_to_write, user_path
 from megalora.user_error import guarded
+from megalora.versions import commit, installed
 
 type Point = dict[str, int | float]
 

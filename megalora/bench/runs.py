@@ -25,7 +25,6 @@ from megalora.bench.rows import (
     load_rows,
     save_rows,
 )
-from megalora.bench.versions import versions
 from megalora.config import ParallelConfig, RecomputeLayers, RunConfig
 from megalora.config.checks import require
 from megalora.config.file import load_config
@@ -33,6 +32,7 @@ from megalora.config.recompute import recompute_from
 from megalora.model.fields import model_shape
 from megalora.planner.layouts import ParallelLayout
 from megalora.planner.models import find_architecture
+from megalora.versions import versions
 
 __all__ = ["BenchOptions", "Predicted", "Row", "layout_overrides", "parse_layout", "run_layouts"]
 SIZES = ("tp", "cp", "pp", "vpp", "ep", "etp")

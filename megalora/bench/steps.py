@@ -25,7 +25,6 @@ from megalora.bench.routing import count_rows, make_even
 from megalora.bench.rows import BenchOptions, Measured
 from megalora.bench.samples import full_samples
 from megalora.bench.timers import Timeline, attach
-from megalora.bench.versions import versions
 from megalora.config import RunConfig
 from megalora.lora.adapted_model import AdaptedModel
 from megalora.lora.select import resolve
@@ -34,6 +33,7 @@ from megalora.model.fields import model_shape
 from megalora.planner.layouts import ParallelLayout
 from megalora.planner.models import find_architecture
 from megalora.train.assemble import Inputs, Run, assemble
+from megalora.versions import versions
 
 MARKED_STEPS = 3
 """Steps timed part by part, at most."""

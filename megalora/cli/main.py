@@ -106,7 +106,7 @@ class _ShowVersions(argparse.Action):
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         # Only now: it asks git and reads the packages' metadata.
-        from megalora.bench.versions import version_text
+        from megalora.versions import version_text
 
         print(version_text())
         parser.exit()

@@ -28,6 +28,8 @@ class Batch:
     ends: tuple[int, ...]
     """(0, end of document 0, end of document 1, ..., T). Filler at the end of the row is in
     documents of its own, of ``FILLER`` tokens at most."""
+    filler: int = 0
+    """Number of tokens of filler."""
 
     @classmethod
     def of_equal(
@@ -75,7 +77,8 @@ def flat_row(samples: Sequence[Encoded], *, filler: np.ndarray, multiple_of: int
         tokens[start:end] = ids[:-1]
         labels[start:end] = ids[1:]
         loss_mask[start:end] = torch.from_numpy(sample.loss_mask[1:])
-    tokens[ends[-1] :] = torch.from_numpy(np.resize(filler, length - ends[-1]))
+    num_filler = length - ends[-1]
+    tokens[ends[-1] :] = torch.from_numpy(np.resize(filler, num_filler))
     while ends[-1] < length:
         ends.append(min(ends[-1] + FILLER, length))
-    return Batch(tokens, labels, loss_mask, tuple(ends))
+    return Batch(tokens, labels, loss_mask, tuple(ends), num_filler)

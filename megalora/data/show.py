@@ -93,12 +93,7 @@ def histogram(lengths: Sequence[int], max_length: int, fate: str) -> Iterator[st
 def sample_text(sample: Encoded, tokenizer: Any, *, colour: bool) -> Text:
     """A sample's text with the part in the loss in colour, or in brackets where there is none."""
     shown = Text()
-    start = 0
-    # Runs of tokens that are all in the loss or all out of it.
-    for in_loss, group in groupby(sample.loss_mask.tolist()):
-        length = len(list(group))
-        text = _printable(tokenizer.decode(sample.input_ids[start : start + length].tolist()))
-        start += length
+    for text, in_loss in parts_of(sample, tokenizer):
         if not in_loss:
             shown.append(text, "dim")
         elif colour:
@@ -106,6 +101,18 @@ def sample_text(sample: Encoded, tokenizer: Any, *, colour: bool) -> Text:
         else:
             shown.append(f"[LOSS: {text}]")
     return shown
+
+
+def parts_of(sample: Encoded, tokenizer: Any) -> list[tuple[str, bool]]:
+    """A sample's text, printable, in runs of tokens that are all in the loss or all out of it."""
+    parts: list[tuple[str, bool]] = []
+    start = 0
+    for in_loss, group in groupby(sample.loss_mask.tolist()):
+        length = len(list(group))
+        text = _printable(tokenizer.decode(sample.input_ids[start : start + length].tolist()))
+        start += length
+        parts.append((text, bool(in_loss)))
+    return parts
 
 
 def _printable(text: str) -> str:

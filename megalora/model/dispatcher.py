@@ -54,6 +54,7 @@ class LocalDispatcher(MoETokenDispatcher):
     ) -> tuple[Tensor, Tensor]:
         self.hidden_shape = hidden_states.shape
         self.routing, values_M = route_values(routing_map, probs, self.config.moe_router_topk)
+        self.pair_ends_E = self.routing.offsets_E
         return hidden_states.reshape(-1, self.hidden_shape[-1]), values_M
 
     def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,6 +109,7 @@ class AllToAllDispatcher(MoETokenDispatcher):
         self.probs_dtype = probs.dtype
         top_k = self.config.moe_router_topk
         sending, values_M = route_to_ranks(routing_map, probs, top_k, self.ep_size)
+        self.pair_ends_E = sending.pair_ends_E
         self.rows, self.pairs = self._exchange_counts(sending)
         self.sending = sending.rows(sum(self.rows.sent))
         packed_M2 = _packed(values_M, sending.places_M)
@@ -197,6 +199,9 @@ def _unpacked(packed_M2: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 class RoutedMoELayer(MoELayer):
     """Megatron's MoE layer with one of the two dispatchers above."""
 
+    load: Any = None
+    """The ``ExpertLoad`` that counts this layer's choices; None for none."""
+
     def __init__(self, config: Any, **kwargs: Any) -> None:
         for name in NOT_KEPT:
             assert not getattr(config, name, None), (
@@ -211,3 +216,13 @@ class RoutedMoELayer(MoELayer):
             self.token_dispatcher = LocalDispatcher(**settings)
         else:
             self.token_dispatcher = AllToAllDispatcher(self.num_local_experts, **settings)
+
+    def preprocess(
+        self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        rows = super().preprocess(hidden_states, probs, routing_map)
+        if self.load is not None:
+            made: Any = self.token_dispatcher
+            # Megatron counts layers from 1, through all stages.
+            self.load.add(self.layer_number - 1, made.pair_ends_E, routing_map)
+        return rows

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -69,29 +70,49 @@ class Run:
     batches: Batches
     others: dict[str, float] = field(default_factory=dict)
     """What the objective reported of the last step beside the loss."""
+    expert_tokens: np.ndarray | None = None
+    """int64 ``[L, E]``: tokens of the last step by layer and expert, over all ranks; None where
+    they were not counted."""
 
     def step(
-        self, number: int, lr: float, around_optimizer: AbstractContextManager[Any] | None = None
+        self,
+        number: int,
+        lr: float,
+        around_optimizer: AbstractContextManager[Any] | None = None,
+        *,
+        count_experts: bool = False,
     ) -> tuple[float, float]:
         """One optimizer step on the global batch of step ``number``, counted from 0; collective.
 
         Args:
             around_optimizer: entered around clipping and the optimizer, for timers.
+            count_experts: fill ``expert_tokens``; needs a model with experts.
 
         Returns:
             The loss per target token, and the gradient's L2 norm before clipping. They may be NaN.
         """
         set_learning_rate(self.optimizer, lr)
         batches = self.batches.of_step(number)
+        load = self.stepper.load
+        load.active = count_experts
         sums = self.stepper.forward_backward(batches, self.optimizer)
         with around_optimizer or nullcontext():
             norm = clip_and_step(self.optimizer)
-        # One copy of a few numbers: the only wait for the device in a step.
-        *numbers, grad_norm = torch.cat([sums.flatten(), norm]).tolist()
+        pieces = [norm, sums.flatten()]
+        if count_experts:
+            pieces.append(load.total().flatten())
+        # One copy of a few numbers: the only wait for the device in a step. All are float64, which
+        # holds counts exactly.
+        grad_norm, *numbers = torch.cat(pieces).tolist()
+        num_sums = sums.numel()
+        self.expert_tokens = None
+        if count_experts:
+            counts = np.array(numbers[num_sums:], dtype=np.int64)
+            self.expert_tokens = counts.reshape(load.num_layers, load.num_experts)
         # From now on A has a gradient too, which ``GradientCheck`` expects.
         self.stepper.b_has_moved |= lr > 0
         means: list[float] = []
-        for total, count in zip(numbers[::2], numbers[1::2], strict=True):
+        for total, count in zip(numbers[:num_sums:2], numbers[1:num_sums:2], strict=True):
             # A batch without a target token has no loss to divide.
             means.append(total / max(count, 1))
         loss, *others = means

@@ -14,7 +14,14 @@ from torch import Tensor
 
 from megalora import host
 from megalora.data.batch import Batch
-from megalora.model.documents import Chunk, Documents, local_chunks, positions_of, zigzag
+from megalora.model.documents import (
+    Chunk,
+    Documents,
+    local_chunks,
+    local_ranges,
+    positions_of,
+    zigzag,
+)
 from megalora.parallel import Groups
 
 
@@ -30,6 +37,8 @@ class DeviceBatch:
     positions: Tensor | None
     """[N] int64: where in this rank's part of the row each of them is predicted; None for the
     labels of every place."""
+    filler: int = 0
+    """How many of the tokens that this rank routes to experts are filler; they are the last."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +51,8 @@ class Part:
     """Whether it is a last pipeline stage, which reads labels."""
     cp_rank: int = 0
     cp_size: int = 1
+    tp_rank: int = 0
+    tp_size: int = 1
 
     @classmethod
     def of(cls, groups: Groups) -> "Part":
@@ -51,7 +62,25 @@ class Part:
             last=stage == groups.pp.size() - 1,
             cp_rank=groups.cp.rank(),
             cp_size=groups.cp.size(),
+            tp_rank=groups.tp.rank(),
+            tp_size=groups.tp.size(),
         )
+
+    def filler(self, batch: Batch) -> int:
+        """How many of the tokens between this rank's layers are filler.
+
+        Filler ends the row, so it ends each of a rank's chunks. It also ends their concatenation: a
+        late chunk with a token that is none lies behind an early one, which has no filler then.
+        """
+        first = len(batch.tokens) - batch.filler
+        of_part = 0
+        held = 0
+        for start, stop in local_ranges(len(batch.tokens), self.cp_rank, self.cp_size):
+            held += stop - start
+            of_part += max(0, stop - max(start, first))
+        # Sequence parallelism gives each rank of tensor parallelism one slice of that.
+        slice_ = held // self.tp_size
+        return min(slice_, max(0, of_part - (self.tp_size - 1 - self.tp_rank) * slice_))
 
 
 def to_device(batches: list[Batch], part: Part, *, every_token: bool = False) -> list[DeviceBatch]:
@@ -71,7 +100,10 @@ def to_device(batches: list[Batch], part: Part, *, every_token: bool = False) ->
     sizes = [len(piece) for piece in pieces]
     flat = host.to_device(torch.cat(pieces).int())
     parts = iter(flat.split(sizes))
-    return [_unpack(of_batch, parts, part, every_token) for of_batch in chunks]
+    found: list[DeviceBatch] = []
+    for batch, of_batch in zip(batches, chunks, strict=True):
+        found.append(_unpack(of_batch, parts, part, every_token, part.filler(batch)))
+    return found
 
 
 def _host_pieces(
@@ -101,7 +133,11 @@ def _host_pieces(
 
 
 def _unpack(
-    chunks: tuple[Chunk, ...], parts: Iterator[Tensor], part: Part, every_token: bool
+    chunks: tuple[Chunk, ...],
+    parts: Iterator[Tensor],
+    part: Part,
+    every_token: bool,
+    filler: int,
 ) -> DeviceBatch:
     """The next row of those that ``to_device`` sent, on the device."""
     positions = next(parts).long()
@@ -113,4 +149,4 @@ def _unpack(
             places = next(parts).long()
         labels = next(parts).long()
     bounds = tuple((next(parts), next(parts)) for _ in chunks)
-    return DeviceBatch(Documents(chunks, positions, bounds), tokens, labels, places)
+    return DeviceBatch(Documents(chunks, positions, bounds), tokens, labels, places, filler)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,7 @@ from megalora.lora.select import plan
 from megalora.model.account import open_folder, unused_note
 from megalora.serve.live_sync import serving
 from megalora.train import duration
+from megalora.train.about import shown_samples, write_about
 from megalora.train.assemble import Inputs, Run, assemble
 from megalora.train.batches import Batches
 from megalora.train.checkpoint.identity import Identity, Samples, identify
@@ -32,6 +34,7 @@ from megalora.train.checkpoint.same_run import check_same_run, check_same_sample
 from megalora.train.checkpoint.save import save_checkpoint
 from megalora.train.checkpoint.where import find_checkpoint
 from megalora.train.drift import DriftCheck
+from megalora.train.expert_tokens import ExpertTokens
 from megalora.train.metrics import Metrics
 from megalora.train.optim import learning_rate
 from megalora.train.probe import Probe
@@ -53,6 +56,8 @@ class Start:
     """State of the checkpoint to go on from; None for a fresh start."""
     notes: list[str]
     """Lines for the user."""
+    shown: list[dict[str, Any]]
+    """The first samples as text, see ``about.py``."""
 
 
 def train(config: RunConfig, job: str | None = None) -> Path | None:
@@ -89,7 +94,8 @@ def train(config: RunConfig, job: str | None = None) -> Path | None:
             check_same_samples(found.state, config, samples, splits[0].samples)
         probe = Probe(probe_tokens(tokenizer), config.model.dtype, config.parallel)
         with assemble(config, Inputs(shape, adapted, tokenizer, *splits)) as run:
-            return _fit(run, probe, Start(identity, samples, found.state, notes))
+            shown = shown_samples(splits[0].samples, tokenizer)
+            return _fit(run, probe, Start(identity, samples, found.state, notes, shown))
 
 
 @dataclass
@@ -119,9 +125,13 @@ def _fit(run: Run, probe: Probe, at: Start) -> Path | None:
         # Saved and evaluated at this step by the process before: neither is done twice.
         now = Progress(step, step, at.state.folder, saved_step=step, evaluated_step=step)
     check_agreement("number of finished steps", now.step)
+    shape = run.model.shape
+    experts = None
+    if shape.moe_layers:
+        experts = ExpertTokens(folder, sorted(shape.moe_layers), shape.num_experts)
     metrics = Metrics(
         folder, config.log, num_steps, now.step, active=dist.get_rank() == 0,
-        options=flat_options(config),
+        options=flat_options(config), experts=experts,
     )  # fmt: skip
     # A log that cannot be opened ends every rank.
     on_first_rank(metrics.open, f"the logs in {folder} cannot be written")
@@ -133,7 +143,7 @@ def _fit(run: Run, probe: Probe, at: Start) -> Path | None:
     ):
         for note in notes:
             metrics.say(note)
-        _open(run, metrics, now)
+        _open(run, metrics, now, at.shown)
         _train_to_the_end(run, now, metrics, stop, _Saver(run, probe, at, serve), trace)
     metrics.say(_closing(now.step, num_steps, now.saved))
     return now.saved
@@ -201,18 +211,20 @@ def _train_to_the_end(
         if done:
             break
         lr = learning_rate(config.train, now.step, num_steps)
+        counted = metrics.experts is not None and metrics.is_logged(now.step + 1)
         with trace.step(now.step + 1):
-            values = _train_step(run, now.step, lr=lr, saved=now.saved)
+            values = _train_step(run, now.step, lr=lr, saved=now.saved, count_experts=counted)
         now.step += 1
         metrics.train_step(
             now.step,
             **values,
             num_tokens=run.batches.num_tokens(now.step - 1),
             use_of_slots=run.batches.use_of_slots(now.step - 1),
+            expert_tokens=run.expert_tokens,
         )
 
 
-def _open(run: Run, metrics: Metrics, now: Progress) -> None:
+def _open(run: Run, metrics: Metrics, now: Progress, shown: list[dict[str, Any]]) -> None:
     """Record and announce the run, and compare the base with transformers before it is trained
     on."""
     config = run.config
@@ -221,6 +233,7 @@ def _open(run: Run, metrics: Metrics, now: Progress) -> None:
         folder = Path(config.checkpoint.dir)
         save_config(config, folder / "config.yaml")
         write_manifest(folder / "manifest.json", model.adapted)
+        write_about(folder, shown)
     metrics.say(_opening(config, model, run.batches, now.saved))
     check = config.train.check_base
     # A resumed run that is at its end trains no more.
@@ -234,10 +247,12 @@ def _open(run: Run, metrics: Metrics, now: Progress) -> None:
         metrics.say(_check_first_loss(run, now.step, now.saved))
 
 
-def _train_step(run: Run, step: int, *, lr: float, saved: Path | None) -> dict[str, float]:
+def _train_step(
+    run: Run, step: int, *, lr: float, saved: Path | None, count_experts: bool
+) -> dict[str, float]:
     """One optimizer step; returns what ``Metrics.train_step`` reports of it. A value that is not
     finite stops the run before anything is saved."""
-    loss, grad_norm = run.step(step, lr)
+    loss, grad_norm = run.step(step, lr, count_experts=count_experts)
     check_finite(step + 1, "loss", loss, saved)
     check_finite(step + 1, "gradient norm", grad_norm, saved)
     return {"loss": loss, **run.others, "lr": lr, "grad_norm": grad_norm}

@@ -8,11 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megalora import host
 from megalora.config import LogConfig
+from megalora.train.expert_tokens import ExpertTokens, evenness
 from megalora.train.run_logs import METRICS_FILE, InBackground, JsonLines, RunLog, TensorBoard
 from megalora.train.trackers import Described, open_trackers
 
@@ -30,14 +32,20 @@ class Metrics:
         start_step: int,
         active: bool,
         options: Mapping[str, Any] | None = None,
+        experts: ExpertTokens | None = None,
     ) -> None:
-        """``options``: the run's config by ``section.key``, for the logs that show it."""
+        """
+        Args:
+            options: the run's config by ``section.key``, for the logs that show it.
+            experts: where tokens per expert are kept; None for a model without experts.
+        """
         self.folder = folder
         self.config = config
         self.num_steps = num_steps
         self.start_step = start_step
         self.active = active
         self.options = options or {}
+        self.experts = experts
         self.console = Console(quiet=not active, soft_wrap=True)
         # Where output goes to a file, a line per step instead.
         self.bar = active and config.progress and self.console.is_terminal
@@ -66,6 +74,8 @@ class Metrics:
                 " removed"
             )
         self.logs.append(lines)
+        if self.experts is not None:
+            self.experts.open(self.start_step, self.num_steps, self.config.every)
         if self.config.tensorboard:
             self.logs.append(TensorBoard(self.folder, self.start_step))
         described = Described(self.folder, self.start_step, self.options)
@@ -76,6 +86,10 @@ class Metrics:
         """Print a line above the progress bar."""
         self.console.print(message, highlight=False, markup=False)
 
+    def is_logged(self, step: int) -> bool:
+        """Whether the numbers of a step are written down; the same on every rank."""
+        return step % self.config.every == 0
+
     def train_step(
         self,
         step: int,
@@ -85,6 +99,7 @@ class Metrics:
         grad_norm: float,
         num_tokens: int,
         use_of_slots: Mapping[str, float],
+        expert_tokens: np.ndarray | None = None,
         **others: float,
     ) -> None:
         """Report a finished step.
@@ -92,6 +107,7 @@ class Metrics:
         Args:
             num_tokens: all tokens that it processed, filler left out.
             use_of_slots: see ``Batches.use_of_slots``; written to the files alone.
+            expert_tokens: ``[layers, experts]``, see ``Run.expert_tokens``; needs ``experts``.
             others: what the objective reports beside the loss; likewise.
         """
         now = time.perf_counter()
@@ -105,11 +121,16 @@ class Metrics:
         )
         self.progress.update(self.task, completed=step, shown=shown)
         left = self._seconds_left(step, now, seconds)
-        if step % self.config.every == 0:
+        if self.active and self.is_logged(step):
             values = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_second": speed}
             values["memory_gib"] = memory
             values.update(others)
             values.update(use_of_slots)
+            if expert_tokens is not None and self.experts is not None:
+                # Layers without experts have no tokens to count.
+                counts = expert_tokens[self.experts.layers]
+                values.update(evenness(counts))
+                self.experts.write(step, counts)
             self._write(step, values)
             if not self.bar:
                 self.say(f"step {step}/{self.num_steps}: {shown}  {as_clock(left)} left")

@@ -18,6 +18,7 @@ from megalora.data.batch import Batch
 from megalora.lora.coverage import GradientCheck
 from megalora.lora.shards import sum_partial_gradients
 from megalora.model.documents import unzigzag
+from megalora.model.expert_load import ExpertLoad
 from megalora.model.head import Outputs, Wanted, project
 from megalora.model.vocab_logits import Reader, logprob
 from megalora.objectives.objective import Objective
@@ -40,6 +41,7 @@ class Stepper:
         self.groups = groups
         self.objective = objective
         self.check = check
+        self.load = ExpertLoad(chunks)
         self.parameters: list[nn.Parameter] = []
         for chunk in chunks:
             self.parameters.extend(p for p in chunk.parameters() if p.requires_grad)
@@ -158,7 +160,7 @@ class Stepper:
         if self.groups.pp.size() > 1 and not several:
             communication = self._stages(batches)
         return get_forward_backward_func()(
-            forward_step_func=partial(_forward_step, want=want, report=report),
+            forward_step_func=partial(_forward_step, want=want, report=report, load=self.load),
             data_iterator=iterators if several else iterators[0],
             model=self.chunks if several else self.chunks[0],
             num_microbatches=len(batches),
@@ -248,6 +250,7 @@ def _forward_step(
     model: nn.Module,
     want: Mapping[str, Reader],
     report: Callable[[Outputs], tuple[Tensor, Tensor, Tensor]],
+    load: ExpertLoad,
 ) -> tuple[Any, Any]:
     """One microbatch: (what the head has read, what makes a report of it), as Megatron's schedules
     take them; only the last stage calls the second."""
@@ -257,10 +260,11 @@ def _forward_step(
         wanted = Wanted(batch.labels, batch.positions, want)
     # Megatron takes [B, T]. Without position ids and attention mask: rotary positions and causality
     # come from the documents.
-    outputs = model(
-        _with_batch(batch.tokens), None, None, packed_seq_params=batch.documents,
-        output_processor=project, output_processor_context=wanted,
-    )  # fmt: skip
+    with load.microbatch(batch.filler):
+        outputs = model(
+            _with_batch(batch.tokens), None, None, packed_seq_params=batch.documents,
+            output_processor=project, output_processor_context=wanted,
+        )  # fmt: skip
     return outputs, report
 
 

@@ -3,7 +3,7 @@ counted."""
 
 from tests.mutations.bugs import Bug, bug
 
-VERSIONS = "megalora/bench/versions.py"
+VERSIONS = "megalora/versions.py"
 TEST = "tests/test_install.py somebody_else_s_commit"
 DENSITY = "benchmarks/code_density.py"
 DENSITY_TEST = "tests/test_code_density.py"

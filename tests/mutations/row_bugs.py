@@ -54,7 +54,7 @@ ROW_BUGS: tuple[Bug, ...] = (
         "ends.append(min(ends[-1] + FILLER, length))", "ends.append(length)",
         "tests/data/test_batch.py short_documents"),
     bug(0, "filler of one token", BATCH,
-        "np.resize(filler, length - ends[-1])", "np.resize(filler[:1], length - ends[-1])",
+        "np.resize(filler, num_filler)", "np.resize(filler[:1], length - ends[-1])",
         "tests/data/test_batch.py short_documents"),
     bug(0, "filler of interleaved rows not counted", BATCHES,
         "padded=self.config.parallel.vpp > 1", "padded=False", f"{OF_BATCHES} what_runs"),

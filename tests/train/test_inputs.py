@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megalora.config import RunConfig
 from megalora.data.batch import FILLER, Batch, flat_row
+from megalora.model.documents import zigzag
 from megalora.train.inputs import Part, to_device
 from tests.distributed.ranks import run_ranks
 from tests.parity.built import built
@@ -126,3 +127,20 @@ def test_stages_know_every_microbatch_s_own_length(tiny: Path, chats: Path, tmp_
         assert rank_lengths == lengths
         # The same sums in float32, by two processes.
         assert two == pytest.approx(one, rel=1e-6)
+
+
+@pytest.mark.parametrize(("tp", "cp"), [(1, 1), (3, 1), (1, 2), (2, 2), (2, 3)])
+@pytest.mark.parametrize("filler", [0, 1, 5, 11, 23, 24])
+def test_filler_of_every_rank_is_at_its_end(tp: int, cp: int, filler: int) -> None:
+    """A row of 24 tokens, of which every rank has a part; counted token by token."""
+    row = Batch(*(torch.zeros(24) for _ in range(3)), (0, 24), filler)
+    is_filler = torch.arange(24) >= 24 - filler
+    counted = 0
+    for cp_rank in range(cp):
+        slices = zigzag(is_filler, cp_rank, cp).chunk(tp)
+        for tp_rank, mine in enumerate(slices):
+            part = Part(True, True, cp_rank, cp, tp_rank, tp)
+            found = part.filler(row)
+            assert mine.tolist() == [False] * (len(mine) - found) + [True] * found
+            counted += found
+    assert counted == filler

@@ -14,7 +14,7 @@ SHOWN = (
     "peft",
 )  # fmt: skip
 """Packages that ``megalora --version`` lists."""
-COMMIT_FILE = Path(__file__).parents[1] / "COMMIT"
+COMMIT_FILE = Path(__file__).parent / "COMMIT"
 """Written into a wheel when it is built (``setup.py``); a checkout has none."""
 
 
