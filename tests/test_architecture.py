@@ -48,7 +48,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("verify", "chat"),
     ("train", "preflight"),
     ("planner",),
-    ("bench",),
+    ("bench", "report"),
     ("cli",),
     ("__main__",),
 )  # fmt: skip

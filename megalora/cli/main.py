@@ -13,6 +13,7 @@ from megalora.cli.chat import add_chat_command
 from megalora.cli.data import add_data_command
 from megalora.cli.options import add_options_command
 from megalora.cli.plan import add_plan_command
+from megalora.cli.report import add_report_command
 from megalora.cli.serve import add_serve_commands
 from megalora.launching import torchrun
 from megalora.model.families import FAMILIES
@@ -93,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     add_adapter_commands(commands)
     add_serve_commands(commands)
     add_chat_command(commands)
+    add_report_command(commands)
     return parser
 
 

@@ -223,6 +223,8 @@ class RoutedMoELayer(MoELayer):
         rows = super().preprocess(hidden_states, probs, routing_map)
         if self.load is not None:
             made: Any = self.token_dispatcher
-            # Megatron counts layers from 1, through all stages.
-            self.load.add(self.layer_number - 1, made.pair_ends_E, routing_map)
+            number = self.layer_number
+            assert number is not None, "a decoder numbers its layers"
+            # Megatron counts from 1, through all stages.
+            self.load.add(number - 1, made.pair_ends_E, routing_map)
         return rows

@@ -12,7 +12,11 @@ METRICS_TEST, TRACKERS_TEST, TRACE_TEST, EXPERTS_TEST, INPUTS_TEST = (
     f"tests/train/test_{name}.py"
     for name in ("metrics", "trackers", "trace", "expert_tokens", "inputs")
 )
-COUNTS = f"{EXPERTS_TEST} test_counts_are_those"
+REPORT_RECORDS, CHART, HEAT_MAP, NORMS, PAGE, TABLES = (
+    f"megalora/report/{name}.py"
+    for name in ("records", "chart", "heat_map", "adapter_norms", "page", "tables")
+)
+PAGE_TEST = "tests/report/test_page.py"
 
 REPORT_BUGS: tuple[Bug, ...] = (
     bug(
@@ -70,7 +74,7 @@ REPORT_BUGS: tuple[Bug, ...] = (
         LOAD,
         "        if self._filler:\n",
         "        if False:\n",
-        f"{COUNTS} and tp2",
+        f"{EXPERTS_TEST} tp2_ep2",
     ),
     bug(
         0,
@@ -78,7 +82,7 @@ REPORT_BUGS: tuple[Bug, ...] = (
         LOAD,
         "        yield\n        self._filler = None\n",
         "        yield\n",
-        f"{COUNTS} and recomputed",
+        f"{EXPERTS_TEST} recomputed",
     ),
     bug(
         0,
@@ -86,15 +90,15 @@ REPORT_BUGS: tuple[Bug, ...] = (
         LOAD,
         "        dist.all_reduce(total_LE)\n",
         "",
-        f"{COUNTS} and tp2",
+        f"{EXPERTS_TEST} tp2_ep2",
     ),
     bug(
         0,
         "layers of every stage counted from its own first",
         "megalora/model/dispatcher.py",
-        "self.load.add(self.layer_number - 1, made.pair_ends_E, routing_map)",
-        "self.load.add((self.layer_number - 1) % 2, made.pair_ends_E, routing_map)",
-        f"{COUNTS} and pp2",
+        "self.load.add(number - 1, made.pair_ends_E, routing_map)",
+        "self.load.add((number - 1) % 2, made.pair_ends_E, routing_map)",
+        f"{EXPERTS_TEST} pp2_full",
     ),
     bug(
         0,
@@ -127,5 +131,70 @@ REPORT_BUGS: tuple[Bug, ...] = (
         "if end > len(content) or zlib",
         "if zlib",
         f"{EXPERTS_TEST} test_a_resumed_run",
+    ),
+    # The page
+    bug(
+        0,
+        "a sample is markup",
+        PAGE,
+        "text = escape(str(part[0]))",
+        "text = str(part[0])",
+        f"{PAGE_TEST} test_text_of_a_run",
+    ),
+    bug(
+        0,
+        "a config's keys are markup",
+        TABLES,
+        'lines.append(f"<tr><th>{escape(first)}</th>{cells}</tr>")',
+        'lines.append(f"<tr><th>{first}</th>{cells}</tr>")',
+        f"{PAGE_TEST} test_runs_with_hostile_options",
+    ),
+    bug(
+        0,
+        "a step done twice drawn as it was first",
+        REPORT_RECORDS,
+        "by_step.setdefault(key, {})[step] = float(value)",
+        "by_step.setdefault(key, {}).setdefault(step, float(value))",
+        f"{PAGE_TEST} test_steps_done_twice",
+    ),
+    bug(
+        0,
+        "peaks of long series lost",
+        CHART,
+        "points.append(Point(sum(steps) / len(steps), mean, min(values), max(values)))",
+        "points.append(Point(sum(steps) / len(steps), mean, mean, mean))",
+        f"{PAGE_TEST} test_a_long_series",
+    ),
+    bug(
+        0,
+        "values drawn upside down",
+        CHART,
+        "max(point.high for point in points), BOTTOM, TOP)",
+        "max(point.high for point in points), TOP, BOTTOM)",
+        f"{PAGE_TEST} test_a_long_series",
+    ),
+    bug(
+        0,
+        "a colour for what lies below an edge",
+        HEAT_MAP,
+        'side="right"',
+        'side="left"',
+        f"{PAGE_TEST} test_a_value_on_an_edge",
+    ),
+    bug(
+        0,
+        "norms without the scale",
+        NORMS,
+        "square = scale**2 * float(",
+        "square = float(",
+        f"{PAGE_TEST} test_norms_are",
+    ),
+    bug(
+        0,
+        "experts of a layer add up to norms, not squares",
+        NORMS,
+        "experts[layer, expert] += square",
+        "experts[layer, expert] += math.sqrt(square)",
+        f"{PAGE_TEST} test_norms_are",
     ),
 )

@@ -69,16 +69,16 @@ def by_transformers(base: Path, data: str, seed: int, batch: int, max_length: in
 
 # (ranks, layout, recomputation, options of the batch)
 LAYOUTS = {
-    "one rank": (1, {}, "off", {}),
+    "one_rank": (1, {}, "off", {}),
     "recomputed": (1, {}, "full", {}),
     "packed": (1, {}, "selective", {"micro_batch_size": 1, "micro_batch_tokens": 300}),
-    "tp2 ep2": (4, {"tp": 2, "ep": 2}, "off", {}),
-    "pp2": (2, {"pp": 2}, "full", {}),
+    "tp2_ep2": (4, {"tp": 2, "ep": 2}, "off", {}),
+    "pp2_full": (2, {"pp": 2}, "full", {}),
     # Rows of one length, so with much filler; the chunks of a stage are not neighbours.
-    "pp2 vpp2 etp2": (4, {"pp": 2, "vpp": 2, "etp": 2}, "full", {}),
-    "cp2 tp2": (4, {"cp": 2, "tp": 2}, "off", {"micro_batch_size": 1}),
+    "pp2_vpp2_etp2": (4, {"pp": 2, "vpp": 2, "etp": 2}, "full", {}),
+    "cp2_tp2": (4, {"cp": 2, "tp": 2}, "off", {"micro_batch_size": 1}),
 }
-FAST = ("recomputed", "tp2 ep2", "pp2")
+FAST = ("recomputed", "tp2_ep2", "pp2_full")
 
 
 @pytest.mark.parametrize(

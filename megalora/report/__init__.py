@@ -1,0 +1,1 @@
+"""Make one self-contained HTML page of runs: curves, routers, adapters, samples, configuration"""
