@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megalora.adapters.files import STATE_JSON
+from megalora.adapters.latest import latest_adapter
 from megalora.config import RunConfig
 from megalora.config.file import load_config
 from megalora.data.sources import locate
@@ -42,7 +43,21 @@ def check_paths(config: RunConfig) -> None:
 
     Names on the hub are left to the ranks, which look in its cache and download.
     """
-    _check_model(Path(config.model.path))
+    check_inputs(config)
+    check_folder_to_write(Path(config.checkpoint.dir), "checkpoint.dir")
+    if isinstance(config.checkpoint.resume, str):
+        resume = config.checkpoint.resume
+        folder = latest_adapter(Path(resume))
+        if not (folder / STATE_JSON).is_file():
+            raise ValueError(
+                f"checkpoint.resume={resume} is not a checkpoint: it has no {STATE_JSON}"
+            )
+
+
+def check_inputs(config: RunConfig) -> None:
+    """Raise ``ValueError`` unless the model and the data that a config names are there; names on
+    the hub are left alone."""
+    _check_model(config.model.path)
     train = [source.path for source in config.data.sources]
     for source in (*train, config.data.eval):
         # data.eval may also be a number of samples to hold out.
@@ -50,21 +65,15 @@ def check_paths(config: RunConfig) -> None:
             file = locate(source).file
             if file is not None and not os.access(file, os.R_OK):
                 raise ValueError(f"{file} cannot be read: no permission")
-    check_folder_to_write(Path(config.checkpoint.dir), "checkpoint.dir")
-    if isinstance(config.checkpoint.resume, str):
-        resume = config.checkpoint.resume
-        if not (Path(resume) / STATE_JSON).is_file():
-            raise ValueError(
-                f"checkpoint.resume={resume} is not a checkpoint: it has no {STATE_JSON}"
-            )
 
 
-def _check_model(path: Path) -> None:
+def _check_model(name: str) -> None:
+    path = Path(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ValueError(f"model.path={path}: there is no config.json in this folder")
     elif path.exists():
         raise ValueError(f"model.path={path} is a file; name the folder of a Hugging Face model")
     # A name on the hub is NAME or OWNER/NAME.
-    elif path.is_absolute() or path.parts[:1] == ("..",) or len(path.parts) > 2:
-        raise ValueError(f"model.path={path}: no such folder")
+    elif name.startswith((".", "/")) or len(path.parts) > 2:
+        raise ValueError(f"model.path={name}: no such folder")

@@ -23,12 +23,11 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from megalora import tiny_folder
 from megalora.model.families import FAMILIES
 from megalora.progress_bar import no_progress_bar
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_MARKER = "megalora_tiny.json"
-"""File that marks a folder as ours to overwrite, with the arguments it was made from."""
 
 _PAD = "<|endoftext|>"
 _START = "<|im_start|>"
@@ -94,7 +93,7 @@ def make_tiny(
     tokenizer = _train_tokenizer(config.vocab_size)
     model = _build_model(config, seed, _DTYPES[dtype])
 
-    _claim_folder(out, {"arch": arch, "seed": seed, "dtype": dtype, "overrides": overrides})
+    tiny_folder.claim(out, {"arch": arch, "seed": seed, "dtype": dtype, "overrides": overrides})
     num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     with no_progress_bar():
         # At least three shards, and so an index.
@@ -235,20 +234,6 @@ def _training_text() -> Iterator[str]:
             f"def add_{b}(x: int) -> int:\n    return x + {b}\n\n\nassert add_{b}({a}) == {a + b}\n"
         )
         yield f"for i in range({a}):\n    if i % {b + 1} == 0:\n        print(i, values[i])\n"
-
-
-def _claim_folder(out: Path, arguments: dict[str, Any]) -> None:
-    """Make the folder, or accept one of an earlier call, whose old shards ``save_pretrained`` then
-    removes."""
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file; name a folder.")
-    if out.is_dir() and any(out.iterdir()) and not (out / _MARKER).is_file():
-        raise ValueError(
-            f"{out} is not empty and was not written by make_tiny (no {_MARKER} in it), so it is"
-            " not overwritten.\n  Name a new folder, or remove this one."
-        )
-    out.mkdir(parents=True, exist_ok=True)
-    (out / _MARKER).write_text(json.dumps(arguments, indent=2, default=str) + "\n")
 
 
 def _add_legacy_names(path: Path) -> None:

@@ -34,7 +34,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     (
         "user_error", "paths", "digests", "environment", "progress_bar", "atomic_folder", "comm",
         "cpu_device", "wording", "staged", "rendezvous", "first_rank", "megatron_patches", "host",
-        "launching", "file_lock", "machine_folder", "versions",
+        "launching", "file_lock", "machine_folder", "versions", "tiny_folder",
     ),
     ("config",),
     ("parallel",),
@@ -79,6 +79,7 @@ WITHOUT_TORCH = (
     "megalora/model/projections.py", "megalora/model/formats/", "megalora/model/families/",
     "megalora/train/__init__.py", "megalora/train/__main__.py", "megalora/train/run_logs.py",
     "megalora/train/trackers.py", "megalora/planner/",
+    "megalora/atomic_folder.py", "megalora/tiny_folder.py",
 )  # fmt: skip
 """What checks a config answers in a fraction of a second: importing Megatron takes ten."""
 TAKE_SECONDS = {"torch", "transformers", "megatron", "peft", "datasets"}

@@ -223,7 +223,8 @@ def test_base_without_config(
 ) -> None:
     folder = broken("config.json")
     message = f"{folder} is not a Hugging Face model folder: it has no config.json"
-    assert refused_rank(f"model.path={folder}") == message
+    said = f"model.path={folder}: there is no config.json in this folder"
+    assert refused_rank(f"model.path={folder}") == said
     assert refused("verify", adapter, "--base", folder) == message
 
 

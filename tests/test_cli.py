@@ -80,11 +80,12 @@ def test_help(capsys: pytest.CaptureFixture[str], command: list[str]) -> None:
         ),
         (
             ["tiny", "x", "--arch", "gpt2"],
-            f"megalora: arch 'gpt2' is unknown; choose one of {', '.join(FAMILIES)}.",
+            "megalora tiny: error: argument --arch: invalid choice: 'gpt2' (choose from"
+            f" {', '.join(map(repr, FAMILIES))})",
         ),
         (
             ["tiny", "x", "--dtype", "int8"],
-            "megalora: dtype 'int8' is unknown; choose one of float32, bfloat16.",
+            "megalora tiny: error: argument --dtype: invalid choice: 'int8' (choose from 'float",
         ),
     ],
 )

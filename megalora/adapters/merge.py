@@ -43,6 +43,7 @@ from megalora.lora.spec import Adapted, tensor_name
 from megalora.model.fields import model_shape
 from megalora.model.projections import HEAD, ways_to_store
 from megalora.model.shape import ModelShape
+from megalora.tiny_folder import MARKER
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 BLOCK_BYTES = 2**20
@@ -53,7 +54,7 @@ _WEIGHT_FILES = (
     ".index.json",
 )  # fmt: skip
 """Endings of files that hold a model's weights, and of their indexes."""
-_NOT_OF_THE_RESULT = (CONFIG, REPORT, "megalora_tiny.json")
+_NOT_OF_THE_RESULT = (CONFIG, REPORT, MARKER)
 """Files that would say something untrue of the result: the first makes transformers look for an
 adapter, the last lets ``megalora tiny`` overwrite the folder."""
 

@@ -3,7 +3,14 @@
 import sys
 from typing import Any
 
+from megalora.cli.command_parser import add_command
+from megalora.cli.folders import adapter_folder, check_base, check_out
 from megalora.paths import user_path
+
+ADAPTER = (
+    "an adapter folder or checkpoint, or a run folder, of which the latest checkpoint is taken"
+)
+OUT = "the folder to write, which must be new or empty"
 
 
 def add_adapter_commands(commands: Any) -> None:
@@ -16,11 +23,14 @@ def add_adapter_commands(commands: Any) -> None:
 
 
 def _add_export(commands: Any) -> None:
-    export = commands.add_parser(
-        "export", help="write the adapter of a checkpoint as a folder for PEFT, vLLM or SGLang"
+    export = add_command(
+        commands,
+        "export",
+        help="write the adapter of a checkpoint as a folder for PEFT, vLLM or SGLang",
+        example="megalora export runs/chats my-adapter --for vllm",
     )
-    export.add_argument("checkpoint", type=user_path, help="a checkpoint, or any adapter folder")
-    export.add_argument("out", type=user_path)
+    export.add_argument("checkpoint", type=user_path, help=ADAPTER)
+    export.add_argument("out", type=user_path, help=OUT)
     export.add_argument(
         "--for",
         # ``for`` is a keyword of Python, which no attribute may be called.
@@ -48,11 +58,14 @@ def _add_export(commands: Any) -> None:
 
 
 def _add_import(commands: Any) -> None:
-    importer = commands.add_parser(
-        "import", help="turn a PEFT adapter made elsewhere into a checkpoint to resume from"
+    importer = add_command(
+        commands,
+        "import",
+        help="turn a PEFT adapter made elsewhere into a checkpoint to resume from",
+        example="megalora import their-adapter imported --base Qwen/Qwen3-30B-A3B",
     )
-    importer.add_argument("adapter", type=user_path)
-    importer.add_argument("out", type=user_path)
+    importer.add_argument("adapter", type=user_path, help=ADAPTER)
+    importer.add_argument("out", type=user_path, help=OUT)
     importer.add_argument("--base", required=True, help="the base model's folder or hub name")
     # Versions of Unsloth differ in it, and the file does not say which one wrote it.
     importer.add_argument(
@@ -64,28 +77,43 @@ def _add_import(commands: Any) -> None:
 
 
 def _add_merge(commands: Any) -> None:
-    merge = commands.add_parser("merge", help="add an adapter to the weights of its base")
-    merge.add_argument("adapter", type=user_path)
+    merge = add_command(
+        commands,
+        "merge",
+        help="add an adapter to the weights of its base",
+        example="megalora merge runs/chats --base Qwen/Qwen3-30B-A3B --out merged",
+        more="A report in the result says how much of each delta survived rounding.",
+    )
+    merge.add_argument("adapter", type=user_path, help=ADAPTER)
     merge.add_argument("--base", required=True, help="the base model's folder or hub name")
-    merge.add_argument("--out", required=True, type=user_path)
+    merge.add_argument("--out", required=True, type=user_path, help=OUT)
     merge.set_defaults(action=_merge)
 
 
 def _add_inspect(commands: Any) -> None:
-    inspect = commands.add_parser(
-        "inspect", help="show what an adapter holds: targets, ranks, experts, norms"
+    inspect = add_command(
+        commands,
+        "inspect",
+        help="show what an adapter holds: targets, ranks, experts, norms",
+        example="megalora inspect runs/chats",
     )
-    inspect.add_argument("adapter", type=user_path)
+    inspect.add_argument("adapter", type=user_path, help=ADAPTER)
     inspect.set_defaults(action=_inspect)
 
 
 def _add_verify(commands: Any) -> None:
-    verify = commands.add_parser(
-        "verify", help="compare an adapter in stock PEFT or vLLM with megalora's own model"
+    verify = add_command(
+        commands,
+        "verify",
+        help="compare an adapter in stock PEFT or vLLM with megalora's own model",
+        example="megalora verify runs/chats --base Qwen/Qwen3-30B-A3B",
+        more="Ends with exit code 1 where they differ.",
     )
-    verify.add_argument("adapter", type=user_path)
+    verify.add_argument("adapter", type=user_path, help=ADAPTER)
     verify.add_argument("--base", required=True, help="the base model's folder or hub name")
-    verify.add_argument("--engine", default="peft", choices=["peft", "vllm"])
+    verify.add_argument(
+        "--engine", default="peft", choices=["peft", "vllm"], help="what to compare with"
+    )
     verify.add_argument(
         "--atol",
         type=float,
@@ -96,10 +124,14 @@ def _add_verify(commands: Any) -> None:
 
 
 def _export(options: Any, _: list[str]) -> None:
+    source = adapter_folder(options.checkpoint)
+    if options.base:
+        check_base(options.base)
+    check_out(options.out, source)
     from megalora.adapters.export import export
 
     written = export(
-        options.checkpoint,
+        source,
         options.out,
         engine=options.engine,
         layout=options.layout,
@@ -110,32 +142,41 @@ def _export(options: Any, _: list[str]) -> None:
 
 
 def _import(options: Any, _: list[str]) -> None:
+    source = adapter_folder(options.adapter)
+    check_base(options.base)
+    check_out(options.out, source)
     from megalora.adapters.resumable import import_adapter
 
-    imported = import_adapter(options.adapter, options.out, options.base, options.lora_b_layout)
+    imported = import_adapter(source, options.out, options.base, options.lora_b_layout)
     print(imported.text())
 
 
 def _merge(options: Any, _: list[str]) -> None:
+    adapter = adapter_folder(options.adapter)
+    check_base(options.base)
+    check_out(options.out, adapter)
     from megalora.adapters.merge import merge
 
-    print(merge(options.adapter, options.base, options.out).text())
+    print(merge(adapter, options.base, options.out).text())
 
 
 def _inspect(options: Any, _: list[str]) -> None:
+    adapter = adapter_folder(options.adapter)
     from megalora.adapters.inspect import describe
 
-    print(describe(options.adapter))
+    print(describe(adapter))
 
 
 def _verify(options: Any, _: list[str]) -> None:
+    adapter = adapter_folder(options.adapter)
+    check_base(options.base)
     # Each needs what the other does not: vLLM's environment, or peft here.
     if options.engine == "vllm":
         from megalora.verify.vllm import verify_vllm as verify
     else:
         from megalora.verify.peft import verify_peft as verify
 
-    report = verify(options.adapter, options.base, atol=options.atol)
+    report = verify(adapter, options.base, atol=options.atol)
     print(report.text())
     # So that a script can stop at an adapter that differs.
     sys.exit(0 if report.ok else 1)

@@ -6,18 +6,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from megalora.cli.command_parser import add_command, add_config_arguments
 from megalora.paths import prepare_file, user_path
 
 
 def add_bench_command(commands: Any) -> None:
     """Add the command to argparse's subcommands."""
-    bench = commands.add_parser(
+    bench = add_command(
+        commands,
         "bench",
         help="measure layouts with the real training step beside their prediction, or calibrate",
+        example="megalora bench run.yaml --nproc 8 --gpu h100 --layouts ep=8 tp=2,ep=4",
     )
     # --calibrate measures a machine and needs no config.
-    bench.add_argument("config", type=user_path, nargs="?")
-    bench.add_argument("overrides", nargs="*", metavar="section.key=value")
+    add_config_arguments(bench, nargs="?")
     bench.add_argument(
         "--calibrate",
         type=user_path,
@@ -44,7 +46,7 @@ def add_bench_command(commands: Any) -> None:
         "--imbalance", type=float, default=1.2, help="imbalance of natural routing, for predictions"
     )
     bench.add_argument("--steps", type=int, default=5, help="timed steps, after --warmup")
-    bench.add_argument("--warmup", type=int, default=2)
+    bench.add_argument("--warmup", type=int, default=2, help="steps before the timed ones")
     bench.add_argument("--timeout-minutes", type=float, default=30, help="time limit of one layout")
     bench.add_argument(
         "--budget-seconds", type=float, default=120, help="time limit of --calibrate"

@@ -3,6 +3,8 @@
 from dataclasses import fields
 from typing import Any
 
+from megalora.cli.command_parser import add_command
+
 SAMPLING = {
     "temperature": (float, "what logits are divided by; 0 takes the most probable token"),
     "top-p": (float, "draw from the most probable tokens of this probability together"),
@@ -14,12 +16,13 @@ SAMPLING = {
 
 def add_chat_command(commands: Any) -> None:
     """Add the command to argparse's subcommands."""
-    chat = commands.add_parser(
+    chat = add_command(
+        commands,
         "chat",
         help="talk to an adapter and to its base",
-        description="Talk to an adapter, or to its base, with the base's chat template. Computes"
-        " with transformers and PEFT on this machine, or asks a running server.",
-        epilog="example: megalora chat runs/sft --prompt 'What is 12 + 30?' --by both",
+        example="megalora chat runs/sft --prompt 'What is 12 + 30?' --by both",
+        more="Uses the base's chat template, and computes with transformers and PEFT on this"
+        " machine, or asks a running server.",
     )
     chat.add_argument(
         "adapter",

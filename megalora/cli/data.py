@@ -2,16 +2,19 @@
 
 from typing import Any
 
-from megalora.paths import user_path
+from megalora.cli.command_parser import add_command, add_config_arguments
 
 
 def add_data_command(commands: Any) -> None:
     """Add the command to argparse's subcommands."""
-    data = commands.add_parser(
-        "data", help="show what a run would train on: samples, loss mask, lengths, rows left out"
+    data = add_command(
+        commands,
+        "data",
+        help="show what a run would train on: samples, loss mask, lengths, rows left out",
+        example="megalora data run.yaml data.train=chats.jsonl",
+        more="Every row that training would refuse is named.",
     )
-    data.add_argument("config", type=user_path)
-    data.add_argument("overrides", nargs="*", metavar="section.key=value")
+    add_config_arguments(data)
     stores = data.add_mutually_exclusive_group()
     stores.add_argument(
         "--stores",
@@ -37,6 +40,9 @@ def _data(options: Any, rest: list[str]) -> None:
 
         show_stores(cache_folder(config.data.cache), options.remove_unused)
         return
+    from megalora.preflight import check_inputs
+
+    check_inputs(config)
     from rich.console import Console
 
     from megalora.data.show import show_data

@@ -10,6 +10,7 @@ from typing import Any
 from megalora.cli.adapter import add_adapter_commands
 from megalora.cli.bench import add_bench_command
 from megalora.cli.chat import add_chat_command
+from megalora.cli.command_parser import add_command, add_config_arguments
 from megalora.cli.data import add_data_command
 from megalora.cli.options import add_options_command
 from megalora.cli.plan import add_plan_command
@@ -58,34 +59,16 @@ def _run(arguments: list[str]) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="megalora", description="LoRA for mixture-of-experts models on Megatron-Core."
+        prog="megalora",
+        description="LoRA for mixture-of-experts models on Megatron-Core.",
+        epilog="megalora COMMAND --help explains a command; example: megalora train run.yaml"
+        " --nproc 8",
     )
     parser.add_argument("--version", action=_ShowVersions)
     commands = parser.add_subparsers(dest="command", required=True)
 
-    tiny = commands.add_parser(
-        "tiny", help="make a tiny random base model with tokenizer and chat template"
-    )
-    tiny.add_argument("out", type=user_path)
-    tiny.add_argument("--arch", default="qwen3_moe", help=f"its family: {', '.join(FAMILIES)}")
-    tiny.add_argument("--seed", type=int, default=0)
-    tiny.add_argument("--dtype", default="float32", help="float32 or bfloat16")
-    tiny.set_defaults(action=_tiny)
-
-    train = commands.add_parser(
-        "train", help="fine-tune adapters: start torchrun with --nproc ranks on this machine"
-    )
-    train.add_argument("config", type=user_path)
-    train.add_argument("--nproc", type=int, default=1, help="number of ranks to start, one per GPU")
-    train.add_argument(
-        "--max-restarts",
-        type=int,
-        default=0,
-        help="number of times that ranks start again and resume after one has failed",
-    )
-    train.add_argument("overrides", nargs="*", metavar="section.key=value")
-    train.set_defaults(action=_train)
-
+    _add_tiny(commands)
+    _add_train(commands)
     # Each of them imports what it calls only when it is called, so that --help takes no time.
     add_data_command(commands)
     add_options_command(commands)
@@ -96,6 +79,43 @@ def _parser() -> argparse.ArgumentParser:
     add_chat_command(commands)
     add_report_command(commands)
     return parser
+
+
+def _add_tiny(commands: Any) -> None:
+    tiny = add_command(
+        commands,
+        "tiny",
+        help="make a tiny random base model with tokenizer and chat template",
+        example="megalora tiny runs/tiny --arch mixtral",
+        more="It has 4 MB and stands in for a real model where nothing is to be learned from it.",
+    )
+    tiny.add_argument("out", type=user_path, help="its folder, which must be new or empty")
+    tiny.add_argument("--arch", default="qwen3_moe", choices=list(FAMILIES), help="its family")
+    tiny.add_argument("--seed", type=int, default=0, help="seed of its weights")
+    tiny.add_argument(
+        "--dtype", default="float32", choices=["float32", "bfloat16"], help="dtype of its weights"
+    )
+    tiny.set_defaults(action=_tiny)
+
+
+def _add_train(commands: Any) -> None:
+    train = add_command(
+        commands,
+        "train",
+        help="fine-tune adapters: start torchrun with --nproc ranks on this machine",
+        example="megalora train run.yaml --nproc 8 train.lr=2e-4",
+        more="Each checkpoint in checkpoint.dir is an adapter that PEFT loads. For several nodes"
+        " see docs/launch.md.",
+    )
+    add_config_arguments(train)
+    train.add_argument("--nproc", type=int, default=1, help="number of ranks to start, one per GPU")
+    train.add_argument(
+        "--max-restarts",
+        type=int,
+        default=0,
+        help="number of times that ranks start again and resume after one has failed",
+    )
+    train.set_defaults(action=_train)
 
 
 class _ShowVersions(argparse.Action):
@@ -115,6 +135,10 @@ class _ShowVersions(argparse.Action):
 
 
 def _tiny(options: Any, _: list[str]) -> None:
+    from megalora.tiny_folder import check_not_in_use
+
+    arguments = {"arch": options.arch, "seed": options.seed, "dtype": options.dtype}
+    check_not_in_use(options.out, {**arguments, "overrides": {}})
     # Imports torch and transformers, which takes seconds; no other command should wait for that.
     from megalora.tiny import make_tiny
 

@@ -5,13 +5,17 @@ import shutil
 import textwrap
 from typing import Any
 
+from megalora.cli.command_parser import add_command
 from megalora.config.reference import BASE_MEANING, Option, find, sections
 
 
 def add_options_command(commands: Any) -> None:
     """Add the command to argparse's subcommands."""
-    options = commands.add_parser(
-        "options", help="show the options of a config: values, defaults, meaning"
+    options = add_command(
+        commands,
+        "options",
+        help="show the options of a config: values, defaults, meaning",
+        example="megalora options train.recompute",
     )
     options.add_argument(
         "name",

@@ -3,15 +3,19 @@
 import sys
 from typing import Any
 
+from megalora.cli.command_parser import add_command, add_config_arguments
 from megalora.paths import user_path
 
 
 def add_plan_command(commands: Any) -> None:
     """Add the command to argparse's subcommands."""
-    plan = commands.add_parser(
-        "plan", help="rank the layouts for a number of GPUs by predicted time; needs no GPU"
+    plan = add_command(
+        commands,
+        "plan",
+        help="rank the layouts for a number of GPUs by predicted time; needs no GPU",
+        example="megalora plan run.yaml --gpus 8 --out planned.yaml",
     )
-    plan.add_argument("config", type=user_path)
+    add_config_arguments(plan)
     plan.add_argument("--gpus", type=int, required=True, help="number of GPUs")
     plan.add_argument(
         "--gpu",
@@ -39,7 +43,6 @@ def add_plan_command(commands: Any) -> None:
     # Instead of the table: a proof that what the table says of weights is what a rank builds.
     dry = "build this rank of the config's layout on the meta device and compare its bytes"
     plan.add_argument("--dry-run", type=int, metavar="RANK", help=dry)
-    plan.add_argument("overrides", nargs="*", metavar="section.key=value")
     plan.set_defaults(action=_plan)
 
 

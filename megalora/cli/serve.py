@@ -3,6 +3,8 @@
 import sys
 from typing import Any
 
+from megalora.cli.command_parser import add_command
+
 _ADAPTER = "an adapter, a checkpoint or a run folder, whose latest is taken; or NAME=FOLDER"
 
 
@@ -13,17 +15,19 @@ def add_serve_commands(commands: Any) -> None:
 
 
 def _add_serve(commands: Any) -> None:
-    serve = commands.add_parser(
+    serve = add_command(
+        commands,
         "serve",
         help="serve adapters with vLLM and prove that it applies them (needs make vllm)",
-        epilog="arguments after -- go to vLLM",
+        example="megalora serve chats=runs/chats",
+        more="Arguments after -- go to vLLM.",
     )
     serve.add_argument("adapters", nargs="+", metavar="ADAPTER", help=_ADAPTER)
     serve.add_argument(
         "--base",
         help="the base model's folder or hub name; default: the one that the adapters name",
     )
-    serve.add_argument("--host", default="127.0.0.1")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on")
     serve.add_argument(
         "--port", type=int, default=8000, help="port to listen on; 0 chooses a free one"
     )
@@ -33,10 +37,11 @@ def _add_serve(commands: Any) -> None:
 
 
 def _add_swap(commands: Any) -> None:
-    swap = commands.add_parser(
+    swap = add_command(
+        commands,
         "swap",
         help="put an adapter's new version in place of the one that a running server has",
-        epilog="example: megalora swap http://127.0.0.1:8000 my-adapter=runs/math",
+        example="megalora swap http://127.0.0.1:8000 my-adapter=runs/math",
     )
     swap.add_argument("url", metavar="URL", help="the server's address, as http://HOST:PORT")
     swap.add_argument("adapter", metavar="NAME=FOLDER", help=_ADAPTER)

@@ -20,7 +20,7 @@ class CheckpointConfig:
     """Number of checkpoints to keep; older ones are deleted. 0 keeps all."""
     resume: bool | str = False
     """true resumes from the newest checkpoint in ``checkpoint.dir`` if there is one; a path resumes
-    from that checkpoint."""
+    from that checkpoint, or from the latest one of that run folder."""
     serve: str | None = None
     """URL of a running vLLM server, such as ``megalora serve`` starts. Each checkpoint is loaded
     there when it is saved and replaces the one before."""

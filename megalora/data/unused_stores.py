@@ -103,6 +103,10 @@ def remove_unused(cache: Path, days: float) -> Iterator[StoreOnDisk]:
     """
     if not 0 <= days < math.inf:
         raise ValueError(f"--remove-unused must be 0 days or more, got {days}")
+    return _removed(cache, days)
+
+
+def _removed(cache: Path, days: float) -> Iterator[StoreOnDisk]:
     for store in stores_in(cache):
         if store.days_unused() < days:
             continue
@@ -127,6 +131,7 @@ def show_stores(cache: Path, remove_days: float | None = None) -> None:
         stores = stores_in(cache)
         print(f"token stores in {cache} (days since the last use, size, source, folder):")
     else:
+        # Refuses a wrong number before anything is printed.
         stores = remove_unused(cache, remove_days)
         print(f"removed from {cache}, not used for {remove_days:g} days or more:")
     count = 0

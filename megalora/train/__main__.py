@@ -9,6 +9,7 @@ from megalora.user_error import guarded
 
 def main(arguments: list[str]) -> None:
     from megalora.config.file import load_config
+    from megalora.preflight import check_paths
 
     if not arguments or arguments[0] in ("-h", "--help"):
         raise ValueError(
@@ -16,6 +17,8 @@ def main(arguments: list[str]) -> None:
             " ...]"
         )
     config = load_config(arguments[0], arguments[1:])
+    # Here too: on several nodes nothing else looks before the ranks start.
+    check_paths(config)
     set_defaults(Path(config.checkpoint.dir))  # before torch is imported
     from megalora import host
 

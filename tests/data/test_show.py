@@ -56,13 +56,17 @@ def test_what_becomes_of_long_samples_is_shown(config, capsys):
 def test_a_mistake_is_one_line(config, capsys, monkeypatch):
     # Whoever debugs may have set it; it asks for a traceback where a line is expected here.
     monkeypatch.delenv("MEGALORA_TRACEBACK", raising=False)
+    bare = config.parent / "bare"
+    bare.mkdir()
+    (bare / "config.json").write_text("{}")
     for overrides, message in (
         (
             ["data.format={messages: chat}"],
             "rows.jsonl: data.format: messages is mapped to 'chat', but the columns",
         ),
         (["data.train=none.jsonl"], "none.jsonl: no such file (looked in "),
-        ([f"model.path={config.parent}"], "no tokenizer can be read there ("),
+        ([f"model.path={config.parent}"], "there is no config.json in this folder"),
+        ([f"model.path={bare}"], "no tokenizer can be read there ("),
         (
             ["data.allow_left_out=[reasonin]"],
             "data.allow_left_out[0] must be one of reasoning, name, tools",

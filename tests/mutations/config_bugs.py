@@ -6,6 +6,8 @@ TREE = "megalora/config/tree.py"
 FILE = "megalora/config/file.py"
 SCHEMA = "megalora/config/schema.py"
 OPTIONS_TEST = "tests/test_options_command.py"
+RUNS_TEST = "tests/adapters/test_run_folders.py"
+EARLY_TEST = "tests/test_early_refusals.py"
 BASE_TEST = "tests/test_config_base.py"
 
 CONFIG_BUGS: tuple[Bug, ...] = (
@@ -80,5 +82,53 @@ CONFIG_BUGS: tuple[Bug, ...] = (
         'ending = [full for full in known if full.endswith(f".{name}")]',
         "ending = [full for full in known if full.startswith(name)]",
         f"{OPTIONS_TEST} test_what_is_not_there",
+    ),
+    bug(
+        0,
+        "a default is not shown where an option has a help of its own",
+        "megalora/cli/command_parser.py",
+        'if is_shown and "default" not in text:',
+        "if is_shown and not text:",
+        "tests/test_help.py test_every_argument_is_explained_with_its_default",
+    ),
+    bug(
+        0,
+        "a run folder is taken for its latest checkpoint in silence",
+        "megalora/cli/folders.py",
+        "if folder != path:",
+        "if False:",
+        f"{RUNS_TEST} test_commands_take_the_latest_checkpoint_and_say_so",
+    ),
+    bug(
+        0,
+        "a run does not resume from a run folder",
+        "megalora/train/checkpoint/where.py",
+        "folder = latest_adapter(given)",
+        "folder = given",
+        f"{RUNS_TEST} test_a_run_resumes_from_the_latest_checkpoint_of_another",
+    ),
+    bug(
+        0,
+        "a tiny model is made over another one",
+        "megalora/cli/main.py",
+        "    check_not_in_use(",
+        "    str(",
+        f"{EARLY_TEST} test_every_mistake_is_one_line_before_torch",
+    ),
+    bug(
+        0,
+        "torch is imported before a base is looked at",
+        "megalora/cli/adapter.py",
+        "def _merge(options: Any, _: list[str]) -> None:\n",
+        "def _merge(options: Any, _: list[str]) -> None:\n    import torch  # noqa: F401\n",
+        f"{EARLY_TEST} test_every_mistake_is_one_line_before_torch",
+    ),
+    bug(
+        0,
+        "./NAME counts as a model on the hub",
+        "megalora/preflight.py",
+        'elif name.startswith((".", "/")) or len(path.parts) > 2:',
+        "elif path.is_absolute() or len(path.parts) > 2:",
+        f"{EARLY_TEST} test_every_mistake_is_one_line_before_torch",
     ),
 )

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megalora.adapters.files import CONFIG, OPTIMIZER, RNG, WEIGHTS
-from megalora.adapters.latest import LATEST, read_latest
+from megalora.adapters.latest import LATEST, latest_adapter, read_latest
 from megalora.adapters.training_state import SavedState, read_state
 from megalora.config import RunConfig
 from megalora.first_rank import on_first_rank
@@ -53,8 +53,13 @@ def _find(config: RunConfig, run: Path, restarted: bool) -> Found:
     if resume is True:
         return _newest(run, there)
     state: SavedState | None = None
+    notes: list[str] = []
     if resume:
-        state = read_whole(Path(str(resume)), f"checkpoint.resume={resume}")
+        given = Path(str(resume))
+        folder = latest_adapter(given)
+        if folder != given:
+            notes = [f"{given} is a run folder: taking {folder.name}, its latest checkpoint"]
+        state = read_whole(folder, f"checkpoint.resume={resume}")
     # Only the run that made these checkpoints may go on among them.
     if there and (state is None or state.folder.resolve().parent != run.resolve()):
         raise ValueError(
@@ -63,7 +68,7 @@ def _find(config: RunConfig, run: Path, restarted: bool) -> Found:
         )
     if state is None:
         return Found(None)
-    return Found(state, _roll_back(run, there, state))
+    return Found(state, [*notes, *_roll_back(run, there, state)])
 
 
 def _roll_back(run: Path, there: list[Path], state: SavedState) -> list[str]:

@@ -1,0 +1,124 @@
+"""Check that mistakes in options, paths and folders are found before torch is imported: in a
+process that cannot import it, each of these commands ends with its one line."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import megalora
+from tests.minimal_config import MINIMAL
+
+# Each of these takes seconds to import. None in its place makes an import fail at once.
+SCRIPT = """
+import contextlib, io, json, sys
+for name in ("torch", "transformers", "megatron", "peft", "datasets"):
+    sys.modules[name] = None
+from megalora.cli import main
+said = []
+for arguments in json.loads(sys.stdin.read()):
+    out, err = io.StringIO(), io.StringIO()
+    code = 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main.main(arguments)
+        except SystemExit as ended:
+            code = ended.code
+        except Exception as error:
+            code = repr(error)
+    said.append((code, out.getvalue(), err.getvalue()))
+print(json.dumps(said))
+"""
+BASE = ["--base", "base"]
+NOT_AN_ADAPTER = "is not an adapter folder: it has no adapter_config.json"
+# Arguments after ``megalora``, and what is said. The working directory is ``folder`` below.
+WRONG: list[tuple[list[str], str]] = [
+    (["train", "none.yaml"], "none.yaml: no such config file"),
+    (["train", "run.yaml", "train.lr=fast"], "train.lr must be a number, got 'fast'"),
+    (["train", "run.yaml", "data.train=none.jsonl"], "none.jsonl: no such file (looked in"),
+    (["train", "run.yaml", "data.train=[]"], "data.train is an empty list; name a source"),
+    (["train", "run.yaml", "data.train=''"], "data.train is empty; name a file or a folder"),
+    (["train", "run.yaml", "data.train=7"], "data.train must be text or a list of mappings"),
+    (["train", "run.yaml", "data.train=[{path: a.jsonl, weight: .nan}]"], "the weight of a.jsonl"),
+    (["train", "run.yaml", "model.path=./none"], "model.path=./none: no such folder"),
+    (["train", "run.yaml", "model.path=empty"], "model.path=empty: there is no config.json"),
+    (["train", "run.yaml", "checkpoint.dir=a.jsonl"], "checkpoint.dir=a.jsonl is a file; choose"),
+    (["train", "run.yaml", "checkpoint.resume=empty"], "checkpoint.resume=empty is not a check"),
+    (["train", "run.yaml", "checkpoint.resume=stale"], "stale/latest names step_000009, which"),
+    (["train", "run.yaml", "--nproc", "3", "parallel.ep=2"], "3 ranks cannot hold the "),
+    (["train", "circle.yaml"], "circle.yaml: base leads round in a circle"),
+    (["data", "run.yaml", "data.train=none.jsonl"], "none.jsonl: no such file (looked in"),
+    (["data", "run.yaml", "data.eval=empty"], "empty: this is a folder; name one .jsonl"),
+    (["data", "run.yaml", "--remove-unused", "-1"], "--remove-unused must be 0 days or more"),
+    (["plan", "run.yaml", "--gpus", "1", "--out", "a.jsonl/x.yaml"], "a.jsonl/x.yaml cannot be"),
+    (["options", "trian"], "there is no section or option trian; did you mean train?"),
+    (["tiny", "."], ". is not empty and was not written by make_tiny"),
+    (["tiny", "a.jsonl"], "a.jsonl is a file; name a folder."),
+    (["tiny", "tiny", "--seed", "1"], "tiny holds a tiny model made from other arguments ("),
+    (["inspect", "none"], "none is not a folder; name one with adapter_config.json"),
+    (["inspect", "empty"], f"empty {NOT_AN_ADAPTER}"),
+    (["inspect", "ia3"], "ia3/adapter_config.json: peft_type is 'IA3'; megalora reads LORA only"),
+    (["inspect", "stale"], "stale/latest names step_000009, which is not there"),
+    (["inspect", "odd"], "odd/latest holds '../adapter', which is not the name of a checkpoint"),
+    (["export", "empty", "out"], f"empty {NOT_AN_ADAPTER}"),
+    (["export", "adapter", "adapter"], "adapter is the folder that is read; choose another folder"),
+    (["export", "adapter", "ia3"], "ia3 exists and is not an empty folder; choose another"),
+    (["export", "adapter", "out", "--base", "./none"], "--base=./none: no such folder"),
+    (["import", "empty", "out", *BASE], f"empty {NOT_AN_ADAPTER}"),
+    (["import", "adapter", "out", "--base", "empty"], "empty is not a Hugging Face model folder:"),
+    (["import", "adapter", "ia3", *BASE], "ia3 exists and is not an empty folder; choose another"),
+    (["merge", "adapter", *BASE, "--out", "ia3"], "ia3 exists and is not an empty folder; choose"),
+    (["merge", "adapter", "--base", "odd-base", "--out", "out"], "model_type"),
+    (["verify", "none", *BASE], "none is not a folder; name one with adapter_config.json"),
+    (["verify", "adapter", "--base", "a.jsonl"], "--base=a.jsonl"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
+    """Files and folders that look right as far as each command should come."""
+    folder = tmp_path_factory.mktemp("early")
+    (folder / "run.yaml").write_text(MINIMAL.replace("chats.jsonl", "a.jsonl").replace(
+        "models/tiny", "base"
+    ))  # fmt: skip
+    (folder / "circle.yaml").write_text("base: circle.yaml\n")
+    (folder / "a.jsonl").write_text("{}\n")
+    for name in ("empty", "base", "odd-base", "adapter", "ia3", "stale", "odd", "tiny"):
+        (folder / name).mkdir()
+    (folder / "base/config.json").write_bytes((tiny / "config.json").read_bytes())
+    (folder / "odd-base/config.json").write_text('{"model_type": "gpt2"}')
+    plain = {"peft_type": "LORA", "r": 8, "lora_alpha": 16}
+    for name, config in (("adapter", plain), ("ia3", plain | {"peft_type": "IA3"})):
+        (folder / name / "adapter_config.json").write_text(json.dumps(config))
+    (folder / "stale/latest").write_text("step_000009\n")
+    (folder / "odd/latest").write_text("../adapter\n")
+    marker = {"arch": "qwen3_moe", "seed": 0, "dtype": "float32", "overrides": {}}
+    (folder / "tiny/megalora_tiny.json").write_text(json.dumps(marker))
+    return folder
+
+
+def test_every_mistake_is_one_line_before_torch(folder: Path) -> None:
+    before = sorted(folder.rglob("*"))
+    # The code under test, wherever it lies: an installed megalora may be another one.
+    root = Path(megalora.__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        input=json.dumps([arguments for arguments, _ in WRONG]),
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": f"{root}:{root / 'kernels'}"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    faults = []
+    for (arguments, message), answer in zip(WRONG, json.loads(done.stdout), strict=True):
+        code, out, err = answer
+        # A path may stand before the message, and further lines of advice behind it.
+        if (code, out) != (2, "") or not err.startswith("megalora: ") or message not in err:
+            faults.append((arguments, answer))
+    assert not faults
+    # None of them has made anything.
+    assert sorted(folder.rglob("*")) == before
