@@ -54,7 +54,7 @@ DOCS_BUGS: tuple[Bug, ...] = (
         "found = set()",
         "found = []",
         f"{TESTS} test_generated_files_are_current",
-        ("found.add((row[", "found.append((row["),
+        ("found.add(tuple(", "found.append(tuple("),
     ),
     bug(
         0,
