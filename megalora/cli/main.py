@@ -12,6 +12,7 @@ from megalora.cli.bench import add_bench_command
 from megalora.cli.chat import add_chat_command
 from megalora.cli.command_parser import add_command, add_config_arguments
 from megalora.cli.data import add_data_command
+from megalora.cli.evaluate import add_eval_command
 from megalora.cli.options import add_options_command
 from megalora.cli.plan import add_plan_command
 from megalora.cli.report import add_report_command
@@ -23,7 +24,7 @@ from megalora.user_error import guarded
 
 PIPE_CLOSED = 141
 """Exit code of a process that SIGPIPE ended, as shells have it."""
-WITH_OVERRIDES = ("train", "data", "plan", "bench")
+WITH_OVERRIDES = ("train", "data", "plan", "bench", "eval")
 """Commands that take ``section.key=value``."""
 
 
@@ -78,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     add_serve_commands(commands)
     add_chat_command(commands)
     add_report_command(commands)
+    add_eval_command(commands)
     return parser
 
 

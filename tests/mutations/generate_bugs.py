@@ -16,6 +16,13 @@ OF_SESSIONS = "tests/chat/test_session.py"
 OF_CHAT = "tests/chat/test_command.py"
 OF_SERVERS = "tests/chat/test_remote.py"
 
+RULES, REQUEST, QUESTIONS, JUDGE, REPORT = (
+    f"megalora/evaluate/{name}.py" for name in ("rules", "request", "questions", "judge", "report")
+)
+OF_RULES = "tests/evaluate/test_rules.py"
+OF_REQUESTS = "tests/evaluate/test_request.py"
+OF_JUDGING = "tests/evaluate/test_judge.py"
+
 # fmt: off
 GENERATE_BUGS: tuple[Bug, ...] = (
     bug(0, "new keys written and old ones read one row off", CACHE,
@@ -79,4 +86,22 @@ GENERATE_BUGS: tuple[Bug, ...] = (
     bug(0, "a stream that breaks off taken for a whole answer", REMOTE,
         'raise ServerError("the server closed the connection before the answer ended")', "return",
         f"{OF_SERVERS} streams_that_break"),
+    # eval
+    bug(0, "a base judged with its adapter", JUDGE, "parameter.zero_()", "parameter",
+        f"{OF_JUDGING} stock_peft_s_losses"),
+    bug(0, "answers that are stopped by nothing", JUDGE, "stop=stop_tokens(plan.base)", "stop=()",
+        f"{OF_JUDGING} stock_peft_s_losses"),
+    bug(0, "the expected answer among what is asked", QUESTIONS,
+        "messages=conversation.messages[:last])", "messages=conversation.messages[:last + 1])",
+        f"{OF_JUDGING} stock_peft_s_losses"),
+    bug(0, "training samples evaluated", JUDGE, "split = held_out or train", "split = train",
+        f"{OF_JUDGING} training_s_own"),
+    bug(0, "the run's own layout", REQUEST, "overrides = [*one_rank, *request.overrides]",
+        "overrides = request.overrides", f"{OF_REQUESTS} layout_of_its_own"),
+    bug(0, "the first number of an answer", RULES, "found[-1].replace", "found[0].replace",
+        f"{OF_RULES} test_rules"),
+    bug(0, "a number compared as text", RULES, 'Decimal(found[-1].replace(",", ""))',
+        "found[-1]", f"{OF_RULES} test_rules"),
+    bug(0, "the base's marks beside the adapter's answers", REPORT, "one.right[number] else",
+        "verdict.judged['base'].right[number] else", f"{OF_JUDGING} ten_examples"),
 )

@@ -1,0 +1,70 @@
+"""Read the arguments of ``megalora eval``."""
+
+import os
+from typing import Any
+
+from megalora.cli.chat import add_sampling_arguments, given_sampling
+from megalora.launching import torchrun
+
+
+def add_eval_command(commands: Any) -> None:
+    """Add the command to argparse's subcommands."""
+    command = commands.add_parser(
+        "eval",
+        help="loss, perplexity and answers of an adapter beside its base",
+        description="Evaluate an adapter and its base on the same samples, under any layout.",
+        epilog="example: megalora eval runs/sft --data test.jsonl --generate --rule last-number",
+    )
+    command.add_argument(
+        "adapter", metavar="ADAPTER", help="an adapter or run folder, or a base model alone"
+    )
+    command.add_argument(
+        "--data", metavar="FILE", help="samples; default: those that the run evaluated on"
+    )
+    command.add_argument(
+        "--base", help="the base model's folder or hub name; default: what the adapter names"
+    )
+    command.add_argument(
+        "--config",
+        metavar="FILE.yaml",
+        help="how data is read, and the dtype; default: config.yaml of the adapter's run",
+    )
+    command.add_argument("--nproc", type=int, default=1, help="number of ranks, one per GPU")
+    command.add_argument(
+        "--generate", action="store_true", help="also answer each row's last question"
+    )
+    command.add_argument(
+        "--rule",
+        default="last-number",
+        help="what makes an answer right: last-number, exact, regex:PATTERN or MODULE:FUNCTION",
+    )
+    command.add_argument("--limit", type=int, help="generate for so many rows, the first ones")
+    command.add_argument("--out", metavar="FILE.json", help="write all numbers and answers here")
+    add_sampling_arguments(command)
+    command.add_argument("overrides", nargs="*", metavar="section.key=value")
+    command.set_defaults(action=_eval)
+
+
+def _eval(options: Any, rest: list[str]) -> None:
+    from megalora.evaluate.request import Request, plan_of
+    from megalora.paths import expand
+
+    request = Request(
+        target=expand(options.adapter, "ADAPTER"),
+        data=options.data and expand(options.data, "--data"),
+        base=options.base,
+        config=options.config,
+        overrides=[*options.overrides, *rest],
+        nproc=options.nproc,
+        generate=options.generate,
+        rule=options.rule,
+        limit=options.limit,
+        sampling=given_sampling(options),
+        out=options.out and expand(options.out, "--out"),
+    )
+    # Here, so that a mistake is shown before ranks start and once, not by each of them.
+    plan = plan_of(request)
+    # As torchrun sets it for several ranks, with a warning.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    ranks = ["--standalone", "--nproc-per-node", str(options.nproc)]
+    torchrun([*ranks, "-m", "megalora.evaluate", plan.resolved.to_json()])

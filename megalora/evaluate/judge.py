@@ -1,0 +1,130 @@
+"""Evaluate an adapter and its base on the ranks of a world: one model, with its factors and then
+with zeros."""
+
+import math
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+
+from megalora.adapters.read.adapter import read_adapter
+from megalora.data.splits import Split, load_data
+from megalora.data.tokenizer import load_tokenizer
+from megalora.evaluate.questions import Question, read_questions
+from megalora.evaluate.request import Plan
+from megalora.evaluate.rules import rule_of
+from megalora.generate.generate import generate
+from megalora.generate.options import stop_tokens
+from megalora.lora.adapted_model import AdaptedModel, build_adapted, load_adapter
+from megalora.model.account import open_folder
+from megalora.model.attention import activate
+from megalora.model.build import build_model
+from megalora.objectives.sft import SFT
+from megalora.parallel import Groups, parallel_groups
+from megalora.train.batches import Batches
+from megalora.train.step import Stepper
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What one of the two, adapter or base, does."""
+
+    loss: float
+    """Mean cross entropy over target tokens, in nats."""
+    num_tokens: int
+    answers: list[str] = field(default_factory=list)
+    right: list[bool] = field(default_factory=list)
+    """For each answer."""
+
+    @property
+    def perplexity(self) -> float:
+        # A loss of 710 and more has none that a float holds.
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    @property
+    def accuracy(self) -> float:
+        return sum(self.right) / len(self.right)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """An evaluation's result, the same on every rank."""
+
+    data: str
+    """One line about the samples."""
+    questions: list[Question]
+    judged: dict[str, Judged]
+    """By who was judged: ``base``, and ``adapter`` where there is one."""
+
+
+def judge(plan: Plan) -> Verdict:
+    """Run an evaluation; collective over the world.
+
+    Raises:
+        ValueError: for anything in the data, the base or the adapter that the user can mend.
+    """
+    config = plan.config
+    tokenizer = load_tokenizer(plan.base)
+    # Cheap to find wrong, so before any weights.
+    questions: list[Question] = []
+    if plan.request.generate:
+        assert plan.request.data is not None
+        questions = read_questions(plan.request.data, config.data, tokenizer, plan.request.limit)
+    train, held_out = load_data(config.data, tokenizer)
+    split = held_out or train
+    with parallel_groups(config.parallel, config.train.seed) as groups:
+        model = _build(plan, groups)
+        judged: dict[str, Judged] = {}
+        if plan.adapter is not None:
+            judged["adapter"] = _judge_one(plan, model, split, questions, tokenizer)
+            # Zeros in place of the factors: the base, in the memory that is there.
+            with torch.no_grad():
+                for parameter in model.parameters:
+                    parameter.zero_()
+        judged["base"] = _judge_one(plan, model, split, questions, tokenizer)
+        # Nothing may refer to the groups when they end.
+        del model
+    return Verdict(split.summary(), questions, judged)
+
+
+def _build(plan: Plan, groups: Groups) -> AdaptedModel:
+    """The base with the adapter's factors on this rank; collective."""
+    config = plan.config
+    activate(config.model.attention)
+    shape = open_folder(plan.base).shape
+    adapter = None
+    if plan.adapter is not None:
+        adapter = read_adapter(plan.adapter, shape, base=plan.base)
+    model = build_adapted(
+        partial(build_model, folder=plan.base), shape, adapter.adapted if adapter else [], groups,
+        model=config.model, parallel=config.parallel, lora=config.lora, seed=config.train.seed,
+        rows_per_expert=shape.rows_per_expert(config),
+    )  # fmt: skip
+    if adapter is not None:
+        load_adapter(model, adapter.tensors)
+    return model
+
+
+def _judge_one(
+    plan: Plan, model: AdaptedModel, split: Split, questions: list[Question], tokenizer: Any
+) -> Judged:
+    """Loss, and answers where there are questions, of the model as it is now; collective."""
+    # The rows of an evaluation while training, and its step over them.
+    batches = Batches(plan.config, model.groups, split, split)
+    loss, num_tokens = Stepper(model.chunks, model.groups, SFT()).evaluate(batches.of_eval())
+    if not questions:
+        return Judged(loss, num_tokens)
+    prompts = [question.tokens for question in questions]
+    found = generate(model, prompts, plan.sampling, stop=stop_tokens(plan.base))
+    rule = rule_of(plan.request.rule)
+    answers: list[str] = []
+    right: list[bool] = []
+    for question, answer in zip(questions, found, strict=True):
+        text = tokenizer.decode(answer.tokens, skip_special_tokens=True)
+        answers.append(text)
+        try:
+            right.append(rule(text, question.expected))
+        except ValueError as error:
+            raise ValueError(f"{plan.request.data}, row {question.row}: {error}") from error
+    return Judged(loss, num_tokens, answers, right)

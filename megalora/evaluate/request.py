@@ -1,0 +1,150 @@
+"""Bring together what ``megalora eval`` is asked for, and check it without torch.
+
+The command checks it before ranks start and hands it to them as JSON.
+"""
+
+import json
+import tempfile
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from megalora.adapters.latest import CHECKPOINT_NAME
+from megalora.chat.command import find_models
+from megalora.config import ParallelConfig, RunConfig
+from megalora.config.checks import require
+from megalora.config.file import load_config
+from megalora.data.sources import locate
+from megalora.evaluate.rules import rule_of
+from megalora.generate.options import Sampling, check_layout
+from megalora.model.account import open_folder
+from megalora.paths import check_file_to_write
+
+RUN_CONFIG = "config.yaml"
+_MINIMAL = "model: {path: .}\ndata: {train: .}\ntrain: {steps: 1}\n"
+"""A config of which only defaults are used."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """An evaluation, as the command line asks for it."""
+
+    target: str
+    """An adapter folder, a run folder, or a base model's folder or hub name."""
+    data: str | None = None
+    """The samples, as ``data.train`` names them; None for those that the run evaluated on."""
+    base: str | None = None
+    config: str | None = None
+    """A training config, for how data is read and what dtype is computed in; None for that of the
+    run that the adapter lies in, or defaults."""
+    overrides: list[str] = field(default_factory=list)
+    nproc: int = 1
+    generate: bool = False
+    rule: str = "last-number"
+    limit: int | None = None
+    """Number of rows to generate answers to, the first ones; None for all."""
+    sampling: dict[str, Any] = field(default_factory=dict)
+    out: str | None = None
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Request":
+        return cls(**json.loads(text))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An evaluation whose parts are found."""
+
+    request: Request
+    base: Path
+    adapter: Path | None
+    config: RunConfig
+    """``data.train`` is the data that is evaluated on, unless ``data.eval`` is set."""
+    config_file: Path | None
+    """Where the config was read; None for defaults."""
+
+    @property
+    def resolved(self) -> Request:
+        """The same request with what was found by name, so that ranks look for nothing again."""
+        base = str(self.base)
+        return replace(
+            self.request,
+            target=str(self.adapter) if self.adapter else base,
+            base=base if self.adapter else None,
+            config=str(self.config_file) if self.config_file else None,
+        )
+
+    @property
+    def sampling(self) -> Sampling:
+        """Greedy, unless something else was given."""
+        return Sampling(**self.request.sampling)
+
+
+def plan_of(request: Request) -> Plan:
+    """Find and check all that needs no torch; raises ``ValueError`` for the first mistake."""
+    require(request.nproc >= 1, f"--nproc must be at least 1, got {request.nproc}")
+    require(
+        request.limit is None or request.limit >= 1,
+        f"--limit must be at least 1, got {request.limit}",
+    )
+    Sampling(**request.sampling)
+    rule_of(request.rule)
+    if request.out is not None:
+        check_file_to_write(Path(request.out))
+    base, adapter = find_models(request.target, request.base)
+    file = _config_file(request, adapter)
+    config = _config(request, base, file)
+    config.parallel.data_parallel_sizes(request.nproc)
+    # Sizes and tensors from headers; raises where the layout does not fit.
+    open_folder(base).shape.check_layout(config.parallel)
+    if request.generate:
+        require(
+            request.data is not None,
+            "--generate needs --data FILE: questions are read from its rows",
+        )
+        check_layout(config.parallel.pp, config.parallel.cp)
+    return Plan(request, base, adapter, config, file)
+
+
+def _config_file(request: Request, adapter: Path | None) -> Path | None:
+    """The training config that says how data is read."""
+    if request.config is not None:
+        return Path(request.config)
+    # A checkpoint lies in its run folder, which has the config with all defaults filled in. Beside
+    # any other adapter a file of this name may be anything.
+    if adapter is None or not CHECKPOINT_NAME.fullmatch(adapter.absolute().name):
+        return None
+    beside = adapter.absolute().parent / RUN_CONFIG
+    return beside if beside.is_file() else None
+
+
+def _config(request: Request, base: Path, file: Path | None) -> RunConfig:
+    # Any layout gives the same loss: the run's own would only be in the way of other ranks.
+    one_rank = [f"parallel.{option.name}=1" for option in fields(ParallelConfig)]
+    overrides = [*one_rank, *request.overrides]
+    if file is not None:
+        config = load_config(file, overrides)
+    else:
+        require(request.data is not None, _no_data(request.target))
+        with tempfile.TemporaryDirectory() as folder:
+            minimal = Path(folder) / "defaults"
+            minimal.write_text(_MINIMAL)
+            config = load_config(minimal, overrides)
+    data = config.data
+    if request.data is not None:
+        # Raises where there is no such file.
+        locate(request.data)
+        data = replace(data, train=request.data, eval=None)
+    else:
+        require(data.eval is not None, _no_data(request.target))
+    return replace(config, model=replace(config.model, path=str(base)), data=data)
+
+
+def _no_data(target: str) -> str:
+    return (
+        f"evaluate {target} on what? Give --data FILE; only for a checkpoint in a run folder whose"
+        f" {RUN_CONFIG} has data.eval are that run's evaluation samples taken"
+    )
