@@ -20,6 +20,7 @@ from megalora.config import Level, LoRAConfig, ParallelConfig
 from megalora.model.fields import model_shape
 from megalora.planner.gpus import GPUS, read_machine
 from megalora.planner.hardware import Machine
+from megalora.planner.known_gpus import known_gpu
 from megalora.planner.layouts import ParallelLayout, Workload
 from megalora.planner.memory import CONTEXT
 from megalora.planner.search import evaluate
@@ -30,11 +31,7 @@ def machine_of(device_name: str) -> Machine:
     """Return the table of the GPU that the device's name contains; that of an H100 for any
     other."""
     # Such as "NVIDIA H100 80GB HBM3".
-    lower = device_name.lower()
-    for name, machine in GPUS.items():
-        if name in lower:
-            return machine
-    return GPUS["h100"]
+    return known_gpu(device_name) or GPUS["h100"]
 
 
 def planned(setup: Setup, machine: Machine, recompute: Level = "off") -> dict[str, Any]:

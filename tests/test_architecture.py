@@ -80,7 +80,7 @@ WITHOUT_TORCH = (
     "megalora/model/stored_tensors.py", "megalora/model/head_chunk.py",
     "megalora/model/projections.py", "megalora/model/formats/", "megalora/model/families/",
     "megalora/train/__init__.py", "megalora/train/__main__.py", "megalora/train/run_logs.py",
-    "megalora/train/trackers.py", "megalora/planner/",
+    "megalora/train/trackers.py", "megalora/train/duration.py", "megalora/planner/",
     "megalora/atomic_folder.py", "megalora/tiny_folder.py",
 )  # fmt: skip
 """What checks a config answers in a fraction of a second: importing Megatron takes ten."""

@@ -16,11 +16,18 @@ def add_plan_command(commands: Any) -> None:
         example="megalora plan run.yaml --gpus 8 --out planned.yaml",
     )
     add_config_arguments(plan)
-    plan.add_argument("--gpus", type=int, required=True, help="number of GPUs")
+    plan.add_argument(
+        "--gpus",
+        type=_numbers,
+        required=True,
+        metavar="N,...",
+        help="number of GPUs; several, as in 8,16,32, are compared",
+    )
     plan.add_argument(
         "--gpu",
         default="h100",
-        help="h100, h200, a100, b200, or a file that megalora bench --calibrate wrote",
+        help="h100, h200, h20, a100, a100-40gb, b200, b300, gb200, l40s, rtx4090, mi300x, or a file"
+        " that megalora bench --calibrate wrote",
     )
     plan.add_argument("--gpus-per-node", type=int, help="default: 8, or as in the --gpu file")
     plan.add_argument("--top", type=int, default=10, help="number of layouts to show")
@@ -62,11 +69,17 @@ def _add_assumptions(plan: Any) -> None:
         " the tokenizer are on this machine, else data.max_length",
     )
     plan.add_argument(
+        "--samples",
+        type=int,
+        metavar="N",
+        help="samples of the data, for GPU-hours; default: those of data.train if it is here",
+    )
+    plan.add_argument(
         "--lora-rank",
         type=_numbers,
         default=[],
         metavar="R,...",
-        help="try these lora.rank too",
+        help="try these lora.rank too, a table each",
     )
 
 
@@ -76,16 +89,19 @@ def _numbers(text: str) -> list[int]:
 
 
 def _plan(options: Any, rest: list[str]) -> None:
-    from megalora.planner.command import PlanOptions, dry_run_command, plan_command
-
     overrides = [*options.overrides, *rest]
     # Not ``if options.dry_run``: 0 is a rank, too.
     if options.dry_run is not None:
+        from megalora.planner.dry_run_command import dry_run_command
+
         is_equal = dry_run_command(options.config, overrides, options.gpus, options.dry_run)
         sys.exit(0 if is_equal else 1)
+    from megalora.planner.command import plan_command
+    from megalora.planner.question import PlanOptions
+
     asked = PlanOptions(
         gpus=options.gpus, gpu=options.gpu, top=options.top, imbalance=options.imbalance,
-        lora_ranks=options.lora_rank, mean_length=options.mean_length,
+        lora_ranks=options.lora_rank, mean_length=options.mean_length, samples=options.samples,
         gpus_per_node=options.gpus_per_node, out=options.out, figure=options.figure,
         rejected=options.rejected,
     )  # fmt: skip

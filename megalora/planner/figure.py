@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megalora.planner.layout_table import rows_of
 from megalora.planner.memory import GIB, gib_by_name
-from megalora.planner.report import rows_of
 from megalora.planner.search import FULL, Plan, Planned
 
 # C0 to C9 are matplotlib's own cycle; the longest breakdown has more than ten parts.

@@ -11,60 +11,21 @@ from megalora.config.checks import require
 from megalora.paths import expand
 from megalora.planner.hardware import (
     KINDS,
-    Constant,
-    Links,
     Machine,
     MeasuredNetwork,
     Overhead,
     Rate,
-    Roofline,
     Table,
 )
-
-GIB = 2**30
-
-
-def _gpu(
-    name: str, memory_gib: int, dense: float, grouped: float, attention: tuple[float, float],
-    memory: float,
-    inside: float, outside: float,
-) -> Machine:  # fmt: skip
-    """TFLOP/s of dense and grouped GEMMs and of attention forward and backward, TB/s of memory,
-    GB/s of a GPU's links."""
-    forward, backward = attention
-    return Machine(
-        name=name,
-        memory_bytes=memory_gib * GIB,
-        ranks_per_node=8,
-        gemm=Roofline(dense * 1e12, memory * 1e12),
-        grouped_gemm=Roofline(grouped * 1e12, memory * 1e12),
-        attention=Constant(forward * 1e12),
-        attention_backward=Constant(backward * 1e12),
-        memory=Constant(memory * 1e12),
-        network=Links(inside * 1e9, outside * 1e9),
-        # 1 and 1.4 ms of launches for a layer forward and backward, 10 ms once a step.
-        overhead=Overhead(1.0e-3, 1.4e-3, 10e-3, hidden=True, basis="assumed"),
-        note="assumed: rates of the GPU in general, 8 in a node, one network adapter for each",
-    )
-
-
-GPUS = {
-    # H100 and H200: 790 TFLOP/s dense, 3.0 and 4.3 TB/s, grouped GEMM 637 are others' measurements.
-    # The rest, and all of A100 and B200, are data sheets times what is usually reached: GEMM 0.75
-    # to 0.8, memory 0.85 to 0.9, links 0.75 to 0.85.
-    "h100": _gpu("H100 SXM 80 GB", 78, 790, 637, (420, 140), 3.0, 340, 42),
-    "h200": _gpu("H200 SXM 141 GB", 139, 790, 637, (420, 140), 4.3, 340, 42),
-    "a100": _gpu("A100 SXM 80 GB", 78, 250, 200, (190, 60), 1.75, 230, 20),
-    "b200": _gpu("B200 180 GB", 177, 1700, 1200, (700, 230), 7.0, 680, 42),
-}
-"""Machines by the name that ``--gpu`` takes. Nothing here was measured by megalora. Attention's
-backward is in FLOPs of forward; it does 2.5 times as many."""
+from megalora.planner.known_gpus import GPUS, known_gpu
 
 
 def find_machine(name: str) -> Machine:
     """The GPU of that name, or the machine a calibration file describes; raises ``ValueError``."""
-    if name.lower() in GPUS:
-        return GPUS[name.lower()]
+    # "RTX 4090", "rtx-4090" and "rtx4090" are one card.
+    for key, machine in GPUS.items():
+        if _letters(name) == _letters(key):
+            return machine
     # Not one of ours: the path of a calibration file.
     path = Path(expand(name, "--gpu"))
     if not path.is_file():
@@ -94,7 +55,7 @@ def read_machine(path: Path) -> Machine:
 def _machine(content: dict[str, Any], path: Path) -> Machine:
     """A machine from a file whose keys are known to be there."""
     name = content["name"]
-    like = _known_gpu(name)
+    like = known_gpu(name)
     groups = {}
     for kind, rows in content["collectives"].items():
         # A kind without rows was not measured: the table of a GPU like it answers.
@@ -123,12 +84,9 @@ def _machine(content: dict[str, Any], path: Path) -> Machine:
     )
 
 
-def _known_gpu(name: str) -> Machine | None:
-    """The machine of ``GPUS`` whose key is part of a device's name: ``NVIDIA H100 80GB HBM3``."""
-    for key, gpu in GPUS.items():
-        if key in name.lower():
-            return gpu
-    return None
+def _letters(name: str) -> str:
+    """The letters and digits of a name, in small letters."""
+    return "".join(filter(str.isalnum, name.lower()))
 
 
 def _overhead(content: dict[str, Any], path: Path, like: Machine | None) -> Overhead:

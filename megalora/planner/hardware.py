@@ -2,7 +2,8 @@
 
 measured       by ``megalora bench --calibrate`` on the machine, at these very sizes
 interpolated   between sizes measured there
-assumed        beyond them, or from the tables of ``gpus.py``: not measured on this machine
+extrapolated   beyond the sizes measured there
+assumed        from the tables of ``known_gpus.py``: not measured on this machine
 """
 
 import math
@@ -10,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
 
-Basis = Literal["measured", "interpolated", "assumed"]
-BASES: tuple[Basis, ...] = ("measured", "interpolated", "assumed")
+Basis = Literal["measured", "interpolated", "extrapolated", "assumed"]
+BASES: tuple[Basis, ...] = ("measured", "interpolated", "extrapolated", "assumed")
 """From the best known to the least."""
 
 
@@ -101,7 +102,7 @@ class Table:
             weighted += weight * math.log(rate)
         mean = weighted / total
         inside = self._covers(sizes)
-        return Estimate(math.exp(mean), "interpolated" if inside else "assumed")
+        return Estimate(math.exp(mean), "interpolated" if inside else "extrapolated")
 
     def _covers(self, sizes: tuple[float, ...]) -> bool:
         """Whether every size lies between the smallest and the largest measured."""
@@ -210,7 +211,7 @@ class MeasuredNetwork:
         scale = ((ranks - stay) / ranks) / ((near_ranks - stay) / near_ranks)
         sizes = [size for size, _ in alike]
         between = min(sizes) < ranks < max(sizes)
-        return Estimate(found.value * scale, "interpolated" if between else "assumed")
+        return Estimate(found.value * scale, "interpolated" if between else "extrapolated")
 
 
 def _alike(group: tuple[int, int], other: tuple[int, int]) -> bool:
@@ -233,7 +234,7 @@ def _line(points: Sequence[tuple[float, float]], x: float) -> Estimate:
     smallest, at_smallest = points[0]
     if len(points) == 1:
         # One point: a latency for what is smaller, a rate for what is larger.
-        return Estimate(at_smallest * max(1.0, x / smallest), "assumed")
+        return Estimate(at_smallest * max(1.0, x / smallest), "extrapolated")
     largest, _ = points[-1]
     # The first point beyond x, or the last one; never the first, which has none before it.
     after = 1
@@ -244,7 +245,7 @@ def _line(points: Sequence[tuple[float, float]], x: float) -> Estimate:
     y = y0 + (y1 - y0) * (x - x0) / (x1 - x0)
     least = min(seconds for _, seconds in points)
     inside = smallest < x < largest
-    return Estimate(max(y, least), "interpolated" if inside else "assumed")
+    return Estimate(max(y, least), "interpolated" if inside else "extrapolated")
 
 
 @dataclass(frozen=True)

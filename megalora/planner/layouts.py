@@ -129,12 +129,13 @@ class ParallelLayout:
 
     def use(self, work: Workload) -> RowUse:
         """How samples fill the rows of a step, on each data-parallel rank."""
-        if self.micro_batch_tokens is None:
+        if work.packing is None and self.micro_batch_tokens is None:
             row = self.micro_batch_size * work.sequence_length
             return RowUse(work.global_batch_size // (self.micro_batch_size * self.dp), row, 1.0)
         full = (work.sequence_length,) * work.global_batch_size
         packing = work.packing or Packing(full, "full length")
-        return packing.use(self.micro_batch_tokens, self.dp, self.parallel)
+        per_row = self.micro_batch_size if self.micro_batch_tokens is None else None
+        return packing.use(self.capacity(work), self.dp, self.parallel, per_row)
 
     def num_microbatches(self, work: Workload) -> int:
         """Per optimizer step and data-parallel rank."""

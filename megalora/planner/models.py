@@ -40,11 +40,24 @@ ARCHITECTURES = Path(__file__).with_name("architectures")
 ``configs/models`` is a link to it."""
 
 
+SAME_SIZES = {
+    "qwen3_30b_a3b_base": "qwen3_30b_a3b",
+    "qwen3_30b_a3b_instruct_2507": "qwen3_30b_a3b",
+    "qwen3_30b_a3b_thinking_2507": "qwen3_30b_a3b",
+    "qwen3_coder_30b_a3b_instruct": "qwen3_30b_a3b",
+    "qwen3_235b_a22b_instruct_2507": "qwen3_235b_a22b",
+    "qwen3_235b_a22b_thinking_2507": "qwen3_235b_a22b",
+}
+"""Models of the same architecture as one of ``ARCHITECTURES``. Their rotary base and their longest
+text differ, which a plan does not count."""
+
+
 def find_architecture(path: str) -> dict[str, Any]:
     """The fields of ``config.json`` for a ``model.path``, without a download.
 
     ``path`` is a folder with a ``config.json``, a YAML file such as those of ``configs/models``, or
-    a hub name of which there is one: ``Qwen/Qwen3-30B-A3B`` is ``qwen3_30b_a3b.yaml``.
+    a hub name of which there is one: ``Qwen/Qwen3-30B-A3B`` is ``qwen3_30b_a3b.yaml``, and
+    ``Qwen/Qwen3-Coder-30B-A3B-Instruct`` has the same sizes.
 
     Raises:
         ValueError: ``path`` is none of them, or its config asks for something that megalora does
@@ -63,7 +76,7 @@ def _read_fields(path: str) -> dict[str, Any]:
         return read_architecture(Path(path))
     # "Qwen/Qwen3-30B-A3B" and a mirror's "anybody/qwen3-30b-a3b" are the same model.
     name = path.rsplit("/", 1)[-1].lower().replace("-", "_")
-    known = ARCHITECTURES / f"{name}.yaml"
+    known = ARCHITECTURES / f"{SAME_SIZES.get(name, name)}.yaml"
     if known.is_file():
         return read_architecture(known)
     there = ", ".join(sorted(file.name for file in ARCHITECTURES.glob("*.yaml")))

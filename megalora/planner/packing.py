@@ -6,7 +6,7 @@ from typing import Any
 
 from megalora.config import ParallelConfig, RunConfig
 from megalora.config.checks import require
-from megalora.data.pack import measure_fill, rows_by_tokens
+from megalora.data.pack import measure_fill, rows_by_count, rows_by_tokens
 from megalora.data.sources import locate
 
 
@@ -31,6 +31,8 @@ class Packing:
     """Tokens of each as the model's input."""
     source: str
     """Where the lengths are from, for messages."""
+    num_samples: int | None = None
+    """Samples of the whole data set; None where only a mean length is known."""
     known: dict[tuple[int, ...], RowUse] = field(default_factory=dict, repr=False)
 
     @property
@@ -44,8 +46,13 @@ class Packing:
         over documents of this length."""
         return sum(n * n for n in self.lengths) / sum(self.lengths)
 
-    def use(self, capacity: int, dp: int, parallel: ParallelConfig) -> RowUse:
-        """Rows of at most ``capacity`` tokens on ``dp`` ranks, as training packs them.
+    def use(
+        self, capacity: int, dp: int, parallel: ParallelConfig, per_row: int | None = None
+    ) -> RowUse:
+        """Rows of at most ``capacity`` tokens on ``dp`` ranks, as training fills them.
+
+        Args:
+            per_row: samples of a row, where it is ``train.micro_batch_size`` that fills it.
 
         Raises:
             ValueError: a sample is longer than a row.
@@ -54,15 +61,22 @@ class Packing:
         row_multiple = parallel.row_multiple
         # In any pipeline rounds overlap, and the longest row holds up all.
         one_length = parallel.pp > 1
-        key = (capacity, dp, multiple, one_length, row_multiple)
+        key = (capacity, dp, multiple, one_length, row_multiple, per_row or 0)
         if key not in self.known:
-            rows = rows_by_tokens(self.lengths, capacity, dp, multiple, one_length=one_length)
+            if per_row is None:
+                rows = rows_by_tokens(self.lengths, capacity, dp, multiple, one_length=one_length)
+            else:
+                rows = rows_by_count(len(self.lengths), per_row, dp, multiple)
             fill = measure_fill(rows, self.lengths, one_length=one_length, multiple_of=row_multiple)
             num_rounds = len(rows[0])
             self.known[key] = RowUse(
                 num_rounds, fill.slots / (dp * num_rounds), fill.tokens / fill.slots
             )
         return self.known[key]
+
+    def times(self, number: int) -> "Packing":
+        """The samples of ``number`` such steps in one."""
+        return Packing(self.lengths * number, self.source, self.num_samples)
 
 
 def packing_of(config: RunConfig, mean_length: float | None) -> Packing | None:
@@ -93,7 +107,7 @@ def packing_of(config: RunConfig, mean_length: float | None) -> Packing | None:
         # From the middle of each of as many equal parts of the data: a step like all steps. The
         # last token of a sample is only a label.
         lengths.append(max(1, ordered[(2 * i + 1) * len(ordered) // (2 * batch)] - 1))
-    return Packing(tuple(lengths), split.source)
+    return Packing(tuple(lengths), split.source, len(ordered))
 
 
 def _is_here(config: RunConfig) -> bool:

@@ -1,68 +1,18 @@
-"""Report a plan in words: the ranked table, memory and time of the best layout, why others are
-rejected, and its config as YAML."""
+"""Report a plan in words: memory and time of the best layout, why others are rejected, and its
+config as YAML."""
 
-from collections.abc import Sequence
 from dataclasses import MISSING, Field, asdict, fields, replace
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from megalora.config import RecomputeLayers, RunConfig
-from megalora.planner.layouts import ParallelLayout, Rejected
+from megalora.planner.layout_table import columns
+from megalora.planner.layouts import Rejected
 from megalora.planner.memory import GIB, gib_by_name
+from megalora.planner.own_layout import OwnLayout
 from megalora.planner.prices import BEHIND_WAITS
 from megalora.planner.search import FULL, Plan, Planned
-
-MARK = {"measured": "", "interpolated": "~", "assumed": "?"}
-"""How a time is known -> what stands behind it in the table."""
-LEGEND = (
-    "time: no mark measured, ~ interpolated, ? assumed. GiB: formulas measured against tensors of"
-    " CPU ranks; context and room assumed."
-)
-
-
-def table(plan: Plan, top: int) -> str:
-    """One line for each of the ``top`` fastest layouts."""
-    rows: list[tuple[str, ...]] = []
-    several_ranks = len({found.lora_rank for found in plan.fitting}) > 1
-    for i, found in enumerate(plan.layouts()[:top], 1):
-        layout = found.layout
-        p = layout.parallel
-        mark = MARK[found.time.basis]
-        share = plan.share(found)
-        warned = " !" if share > FULL else ""
-        # A column in which all rows are alike says nothing.
-        of_rank: dict[str, object] = {}
-        if several_ranks:
-            of_rank["lora r"] = found.lora_rank
-        row: dict[str, object] = {
-            "": i,
-            "tp": p.tp,
-            "cp": p.cp,
-            "pp": p.pp,
-            "vpp": p.vpp,
-            "dp": layout.dp,
-            "ep": p.ep,
-            "etp": p.etp,
-            **rows_of(layout),
-            "recompute": layout.recompute,
-            **of_rank,
-            "step s": f"{found.time.seconds:.3g}{mark}",
-            "tokens/s/GPU": f"{found.tokens_per_second(plan.work):,.0f}{mark}",
-            "GiB": f"{found.memory.peak_bytes / GIB:.1f}",
-            "of GPU": f"{100 * share:.0f} %{warned}",
-        }
-        if not rows:
-            rows.append(tuple(row))  # the header
-        rows.append(tuple(map(str, row.values())))
-    return _columns(rows)
-
-
-def rows_of(layout: ParallelLayout) -> dict[str, int]:
-    """What a row has room for, as a column of the table."""
-    if layout.micro_batch_tokens is not None:
-        return {"row": layout.micro_batch_tokens}
-    return {"micro": layout.micro_batch_size}
 
 
 def packing_line(plan: Plan, found: Planned) -> str | None:
@@ -94,7 +44,9 @@ def breakdown(plan: Plan, found: Planned) -> str:
         share = f"{100 * part.seconds / seconds:.1f} %"
         time.append((f"  {part.name}", share, f"{part.seconds:.4f}", part.basis))
     time.append(("  step", "", f"{seconds:.4f}", found.time.basis))
-    return f"{_columns(memory)}\n{_columns(time)}"
+    # The last column says in words how a number is known.
+    words = (0, 3)
+    return f"{columns(memory, words)}\n{columns(time, words)}"
 
 
 def waits(found: Planned) -> str | None:
@@ -122,6 +74,21 @@ def warning(plan: Plan, found: Planned) -> str | None:
         f"warning: {found.layout} needs {100 * share:.0f} % of the memory. Above {100 * FULL:.0f} %"
         " a batch routed unevenly, or fragments, may be too much. A smaller data.max_length or"
         " lora.rank needs less, and so do more recomputation and more ranks."
+    )
+
+
+def own_line(own: OwnLayout, best: Planned | None) -> str:
+    """How the layout of the config does beside the choice, or why it is out."""
+    found = own.planned
+    if found is None or best is None or own.reason is not None:
+        return f"yours: {own.reason}"
+    if found.layout == best.layout:
+        return "yours is the choice"
+    ratio = found.time.seconds / best.time.seconds
+    more_gib = (found.memory.peak_bytes - best.memory.peak_bytes) / GIB
+    word = "more" if more_gib >= 0 else "less"
+    return (
+        f"yours takes {ratio:.2f} times as long as the choice, and {abs(more_gib):.1f} GiB {word}"
     )
 
 
@@ -225,17 +192,3 @@ def _explicit(config: RunConfig) -> dict[str, dict[str, object]]:
 def _default(key: Field[Any]) -> object:
     """The value that a key has where nobody sets it; ``MISSING`` where it must be set."""
     return key.default if key.default_factory is MISSING else key.default_factory()
-
-
-def _columns(rows: Sequence[tuple[str, ...]]) -> str:
-    """Rows padded to the widest cell of each column: words flush left, numbers flush right."""
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = []
-        for i, (cell, width) in enumerate(zip(row, widths, strict=True)):
-            # Rows of four are a breakdown's, whose last column says how a number is known.
-            is_words = i == 0 or (len(row) == 4 and i == 3)
-            cells.append(cell.ljust(width) if is_words else cell.rjust(width))
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)

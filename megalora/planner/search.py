@@ -49,14 +49,13 @@ class Plan:
     work: Workload
     machine: Machine
     lora_rank: int
-    """Rank of the config itself; others may have been tried beside it."""
     fitting: list[Planned]
     """Layouts that fit, in every variant, fastest first."""
     rejected: list[Rejected]
     """Layouts that are not possible or do not fit, in the order of enumeration."""
 
     def layouts(self) -> list[Planned]:
-        """One layout for each way to split the model (tp, cp, pp, ep, etp, rank), fastest first.
+        """One layout for each way to split the model (tp, cp, pp, ep, etp), fastest first.
 
         Of the variants in chunks, microbatch and recomputation that stay below ``FULL``, or of all
         where none does, those within ``CLOSE`` of the fastest count as equally fast; of these it is
@@ -65,7 +64,7 @@ class Plan:
         groups: dict[tuple[int, ...], list[Planned]] = {}
         for found in self.fitting:
             p = found.layout.parallel
-            groups.setdefault((p.tp, p.cp, p.pp, p.ep, p.etp, found.lora_rank), []).append(found)
+            groups.setdefault((p.tp, p.cp, p.pp, p.ep, p.etp), []).append(found)
         chosen = []
         # self.fitting is sorted by time, and so is every group.
         for variants in groups.values():
@@ -83,25 +82,20 @@ class Plan:
         return Counter(_kind(r.reason) for r in self.rejected).most_common()
 
     def best(self) -> Planned:
-        """The fastest layout below ``FULL``, or, where there is none, the fastest; of the config's
-        own LoRA rank, if that fits at all.
+        """The fastest layout below ``FULL``, or, where there is none, the fastest.
 
         Raises:
             ValueError: no layout fits; the message says how much the smallest needs.
         """
         if not self.fitting:
-            raise ValueError(self._why_nothing_fits())
+            raise ValueError(self.why_nothing_fits())
         layouts = self.layouts()
-        # Quality is not the planner's to trade: another rank only where this one has no layout.
-        of_own_rank = [found for found in layouts if found.lora_rank == self.lora_rank]
-        if of_own_rank:
-            layouts = of_own_rank
         for found in layouts:
             if self.share(found) <= FULL:
                 return found
         return layouts[0]
 
-    def _why_nothing_fits(self) -> str:
+    def why_nothing_fits(self) -> str:
         """Of the layouts that are possible the one that needs least, or that none is possible."""
         possible = [r for r in self.rejected if r.num_bytes]
         if not possible:
@@ -110,34 +104,54 @@ class Plan:
                 f" {self.rejected[0].reason}"
             )
         smallest = min(possible, key=lambda r: r.num_bytes or 0)
-        return f"no layout fits; the smallest is {smallest.layout}: {smallest.reason}"
+        assert smallest.layout is not None  # possible, so that its bytes are known
+        return (
+            f"{smallest.layout.num_ranks} x {self.machine.name} are too few: the smallest layout is"
+            f" {smallest.layout}: {smallest.reason}"
+        )
 
 
 def search(
     shape: ModelShape, lora: LoRAConfig, num_ranks: int, work: Workload, machine: Machine,
-    *, lora_ranks: Sequence[int] = (), micro_batch_sizes: Sequence[int] = (1, 2, 4, 8),
-    recompute: Sequence[Level] = LEVELS,
+    *, micro_batch_sizes: Sequence[int] = (1, 2, 4, 8), recompute: Sequence[Level] = LEVELS,
 ) -> Plan:  # fmt: skip
     """Plan every legal layout of ``num_ranks`` ranks.
+
+    Raises:
+        ValueError: targets that match nothing, fewer than one rank, rates of another dtype.
+    """
+    plans = search_ranks(
+        shape, lora, num_ranks, work, machine,
+        micro_batch_sizes=micro_batch_sizes, recompute=recompute,
+    )  # fmt: skip
+    return plans[lora.rank]
+
+
+def search_ranks(
+    shape: ModelShape, lora: LoRAConfig, num_ranks: int, work: Workload, machine: Machine,
+    *, lora_ranks: Sequence[int] = (), micro_batch_sizes: Sequence[int] = (1, 2, 4, 8),
+    recompute: Sequence[Level] = LEVELS,
+) -> dict[int, Plan]:  # fmt: skip
+    """A plan for each LoRA rank, the config's own first; what is legal is the same for all.
 
     Args:
         lora_ranks: ``lora.rank`` values to try beside the config's own.
 
     Raises:
-        ValueError: targets that match nothing, dropout, fewer than one rank, rates of another
-            dtype.
+        ValueError: as ``search``.
     """
     check_dtype(work, machine)
     found = enumerate_layouts(
         shape, num_ranks, work, micro_batch_sizes=micro_batch_sizes, recompute=recompute
     )
-    plan = Plan(work, machine, lora.rank, [], list(found.rejected))
+    plans: dict[int, Plan] = {}
     # dict.fromkeys: each rank once, in the order given.
     for rank in dict.fromkeys((lora.rank, *lora_ranks)):
-        model = PlannedModel.of(shape, replace(lora, rank=rank))
-        _fill(plan, model, rank, found.legal)
-    plan.fitting.sort(key=lambda p: p.time.seconds)
-    return plan
+        plan = Plan(work, machine, rank, [], list(found.rejected))
+        _fill(plan, PlannedModel.of(shape, replace(lora, rank=rank)), found.legal)
+        plan.fitting.sort(key=lambda p: p.time.seconds)
+        plans[rank] = plan
+    return plans
 
 
 def evaluate(
@@ -161,9 +175,37 @@ def check_dtype(work: Workload, machine: Machine) -> None:
     )
 
 
-def _fill(
-    plan: Plan, model: PlannedModel, lora_rank: int, layouts: Iterable[ParallelLayout]
-) -> None:
+@dataclass(frozen=True)
+class TooBig:
+    """How much memory a layout needs beyond what there is."""
+
+    num_bytes: int
+    is_hopeless: bool
+    """Weights, adapters and optimizer alone are too much: no microbatch and no recomputation
+    helps."""
+    reason: str
+
+
+def why_too_big(memory: MemoryPlan, limit_bytes: int) -> TooBig | None:
+    """What a layout needs and by how much that is too much; None where it fits."""
+    if memory.peak_bytes <= limit_bytes:
+        return None
+    # What is there whatever the microbatch: if that is too much, recomputation cannot help.
+    always = memory.sum_of("always")
+    if always > limit_bytes:
+        needs = always
+        what = "weights, adapters and optimizer alone"
+    else:
+        needs = memory.peak_bytes
+        what = "in all"
+    reason = (
+        f"does not fit: {needs / GIB:.1f} GiB {what} on stage {memory.stage}, of"
+        f" {limit_bytes / GIB:.1f} GiB: {(needs - limit_bytes) / GIB:.1f} GiB too many"
+    )
+    return TooBig(needs, always > limit_bytes, reason)
+
+
+def _fill(plan: Plan, model: PlannedModel, layouts: Iterable[ParallelLayout]) -> None:
     """Add each layout to ``plan.fitting`` or ``plan.rejected``, and to the former those between the
     levels of recomputation. Only what fits is timed."""
     limit = plan.machine.memory_bytes
@@ -179,28 +221,17 @@ def _fill(
             continue
         memory = fullest_stage(model, layout, plan.work)
         peaks[layout] = memory.peak_bytes
-        if memory.peak_bytes <= limit:
+        too_big = why_too_big(memory, limit)
+        if too_big is None:
             fitting.append((layout, memory))
             continue
-        # What is there whatever the microbatch: if that is too much, recomputation cannot help.
-        always = memory.sum_of("always")
-        if always > limit:
-            needs = always
-            what = "weights, adapters and optimizer alone"
-        else:
-            needs = memory.peak_bytes
-            what = "in all"
-        reason = (
-            f"does not fit: {needs / GIB:.1f} GiB {what} on stage {memory.stage}, of"
-            f" {limit / GIB:.1f} GiB"
-        )
-        rejected = Rejected(p, micro, reason, layout, needs)
+        rejected = Rejected(p, micro, too_big.reason, layout, too_big.num_bytes)
         plan.rejected.append(rejected)
-        if always > limit:
+        if too_big.is_hopeless:
             hopeless[p] = rejected
     for layout, memory in (*fitting, *between_levels(model, plan.work, peaks, FULL * limit)):
         time = step_time(model, layout, plan.work, plan.machine)
-        plan.fitting.append(Planned(layout, lora_rank, memory, time))
+        plan.fitting.append(Planned(layout, plan.lora_rank, memory, time))
 
 
 def _leanest(variants: list[Planned]) -> Planned:

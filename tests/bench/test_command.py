@@ -67,7 +67,7 @@ def test_the_layouts_that_the_plan_puts_first() -> None:
     plan = search(SHAPE, config.lora, 4, workload(config, 1.0, H100), H100)
     assert fastest(config, 4, 3, H100) == [found.layout for found in plan.layouts()[:3]]
     # 1 MiB holds no layout of any model.
-    with pytest.raises(ValueError, match="no layout fits"):
+    with pytest.raises(ValueError, match="are too few: the smallest layout"):
         fastest(config, 4, 3, replace(H100, memory_bytes=2**20))
 
 

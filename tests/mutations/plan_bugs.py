@@ -6,6 +6,7 @@ from tests.mutations.bugs import Bug, bug
 COST_TEST = "tests/planner/test_cost.py"
 KEPT_TEST = "tests/planner/test_activations.py"
 PACKING_TEST = "tests/planner/test_packing.py"
+ANSWERS = "tests/planner/test_answers.py"
 LAYERS_TEST = "tests/planner/test_recompute_layers.py"
 
 # fmt: off
@@ -37,5 +38,26 @@ PLAN_BUGS: tuple[Bug, ...] = (
     bug(0, "filler counted among tokens per second", "megalora/planner/search.py",
         "work.packing.mean if work.packing else work.sequence_length",
         "work.sequence_length", f"{PACKING_TEST} config_that_packs"),
+    bug(0, "the file's layout checked without its batch", "megalora/planner/own_layout.py",
+        "        config.check_world(num_ranks)\n", "", f"{ANSWERS} not_legal"),
+    bug(0, "the file's layout planned at its own rank alone", "megalora/planner/own_layout.py",
+        "question.lora_of_rank(lora_rank)", "question.config.lora", f"{ANSWERS} is_a_row"),
+    bug(0, "the file's rows packed as if they were filled", "megalora/planner/layouts.py",
+        "self.micro_batch_size if self.micro_batch_tokens is None else None", "None",
+        f"{ANSWERS} as_long_as_their_samples"),
+    bug(0, "GPU-hours of one GPU", "megalora/planner/layout_table.py",
+        "best.time.seconds / 3600 * count.num_gpus", "best.time.seconds / 3600",
+        f"{ANSWERS} are_compared"),
+    bug(0, "a number of GPUs fits if everything is kept", "megalora/planner/gpu_counts.py",
+        'recompute=("full",)', 'recompute=("off",)', f"{ANSWERS} whole_search"),
+    bug(0, "a larger batch of as many short samples", "megalora/planner/larger_batch.py",
+        "work.packing.times(times) if work.packing else None", "work.packing",
+        f"{ANSWERS} larger_batch"),
+    bug(0, "an H200 planned as an H20", "megalora/planner/known_gpus.py",
+        "sorted(GPUS, key=len, reverse=True)", "sorted(GPUS, key=len)",
+        "tests/planner/test_hardware.py found_by_its_name"),
+    bug(0, "a peak with sparsity taken for a dense one", "megalora/planner/known_gpus.py",
+        '"L40S 48 GB", 44, 362,', '"L40S 48 GB", 44, 733,',
+        "tests/planner/test_hardware.py than_its_data_sheet"),
 )
 # fmt: on

@@ -51,7 +51,7 @@ PLANNER_BUGS: tuple[Bug, ...] = (
     bug(0, "a wait for experts cut by ETP alone forgotten", COST, "return p.ep * p.etp > 1",
         "return p.ep > 1", f"{COST_TEST} hidden"),
     bug(0, "what lies beyond a table called interpolated", HARDWARE,
-        "Estimate(math.exp(mean), \"interpolated\" if inside else \"assumed\")",
+        "Estimate(math.exp(mean), \"interpolated\" if inside else \"extrapolated\")",
     "Estimate(math.exp(mean), \"interpolated\")", "tests/planner/test_hardware.py table"),
     bug(0, "a ring over nodes with one adapter", HARDWARE, "self.outside_bytes_per_s * per_node)",
         "self.outside_bytes_per_s)", "tests/planner/test_hardware.py links"),

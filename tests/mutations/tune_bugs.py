@@ -264,7 +264,7 @@ TUNE_BUGS: tuple[Bug, ...] = (
     bug(
         0,
         "the table left out of a plan",
-        "megalora/planner/command.py",
+        "megalora/planner/question.py",
         "        crossings=crossings_of(machine.name),\n",
         "",
         "tests/planner/test_crossings.py plan_asks",

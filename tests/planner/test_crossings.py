@@ -14,6 +14,7 @@ from megalora_kernels.tuned_table import MEASURED
 from megalora.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from megalora.planner import command, crossings
 from megalora.planner.crossings import Crossings, crossings_of
+from megalora.planner.question import PlanOptions
 
 # Made-up tables: rows per expert from which torch's grouped GEMM is faster, for an expert of
 # Qwen3-30B-A3B at two stacked ranks, one of half the width for which it never is, and a dtype that
@@ -121,7 +122,7 @@ def test_a_plan_asks_for_the_table(folder: Path, monkeypatch: pytest.MonkeyPatch
         train=TrainConfig(steps=1, global_batch_size=8),
     )  # fmt: skip
     command.make_plan(
-        config, command.PlanOptions(gpus=8, gpu="h100", top=1, imbalance=1.0, lora_ranks=())
+        config, PlanOptions(gpus=(8,), gpu="h100", top=1, imbalance=1.0, lora_ranks=())
     )
     assert given[0].crossings == crossings_of("H100")
     assert given[0].crossings != Crossings()

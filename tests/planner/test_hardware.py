@@ -11,6 +11,7 @@ import pytest
 
 from megalora.planner.gpus import GPUS, find_machine, read_machine, with_ranks_per_node
 from megalora.planner.hardware import Kind, Links, MeasuredNetwork, Roofline, Table, weakest
+from megalora.planner.known_gpus import known_gpu
 
 
 def test_a_table_is_exact_where_it_was_measured_and_says_how_it_knows_the_rest() -> None:
@@ -21,7 +22,7 @@ def test_a_table_is_exact_where_it_was_measured_and_says_how_it_knows_the_rest()
     assert 2e9 < between.value < 5e9 and between.basis == "interpolated"
     beyond = table.at(100_000, 256)
     # Never faster than the best measurement, however large the product.
-    assert 2e9 < beyond.value < 8e9 and beyond.basis == "assumed"
+    assert 2e9 < beyond.value < 8e9 and beyond.basis == "extrapolated"
     # Remembered: a plan asks thousands of times for the same sizes.
     assert table.at(512, 256) is between
 
@@ -47,6 +48,7 @@ def test_a_roofline_is_arithmetic_or_traffic() -> None:
 
 def test_weakest() -> None:
     assert weakest(["measured", "assumed", "interpolated"]) == "assumed"
+    assert weakest(["extrapolated", "interpolated"]) == "extrapolated"
     assert weakest(["measured", "interpolated"]) == "interpolated" and weakest([]) == "measured"
 
 
@@ -75,13 +77,14 @@ def test_measured_collectives_are_lines_between_sizes_and_scale_between_groups()
     assert middle.value == pytest.approx(6e-4) and middle.basis == "interpolated"
     # The line goes on: 1e-3 s for each 999e3 bytes.
     above = network.seconds("all_gather", 2, 1, 2e6)
-    assert above.value == pytest.approx(1.1e-3 + 1e-3 * 1e6 / 999e3) and above.basis == "assumed"
+    assert above.value == pytest.approx(1.1e-3 + 1e-3 * 1e6 / 999e3)
+    assert above.basis == "extrapolated"
     # Never below the latency that the smallest size shows.
     assert network.seconds("all_gather", 2, 1, 10).value == pytest.approx(1e-4)
     # Four ranks, from two: each moves 3/4 of the bytes in place of 1/2.
     four = network.seconds("all_gather", 4, 1, 1e6)
     assert four.value == pytest.approx(1.1e-3 * (3 / 4) / (1 / 2)) and four.basis == "interpolated"
-    assert network.seconds("all_gather", 16, 1, 1e6).basis == "assumed"
+    assert network.seconds("all_gather", 16, 1, 1e6).basis == "extrapolated"
     # A collective that was not measured at all is taken from the machine's table, if it has one.
     other = network.seconds("all_to_all", 2, 1, 1e6)
     assert other == GPUS["h100"].network.seconds("all_to_all", 2, 1, 1e6)
@@ -110,7 +113,7 @@ def test_groups_over_nodes_are_scaled_from_those_with_as_many_ranks_in_each() ->
             # A send is between two ranks, whatever the group; of the others only (8, 1) is in the
             # measurements.
             is_measured = (ranks, nodes) == (8, 1) or kind == "send"
-            assert found.basis == ("measured" if is_measured else "assumed")
+            assert found.basis == ("measured" if is_measured else "extrapolated")
     # Groups with four ranks in each of several nodes were never measured: from ``beyond``, whose
     # links move one byte a second.
     assert network.seconds("all_gather", 8, 2, 64e6).value > 1e6
@@ -138,16 +141,16 @@ def test_nodes_of_a_group(ranks: int, stride: int, per_node: int, nodes: int) ->
 @pytest.mark.parametrize("name", GPUS)
 def test_every_gpu_of_the_table(name: str) -> None:
     gpu = find_machine(name.upper())
-    assert gpu.name.lower().startswith(name)
-    # 80 to 180 GB by their names, which is less in GiB.
-    assert 70 < gpu.memory_bytes / 2**30 < 200
+    # What it is sold with, by its name, is a little more than a program can have.
+    sold = int(gpu.name.split()[-2])
+    assert 0.9 * sold < gpu.memory_bytes / 2**30 < sold
     assert gpu.gemm.at(4096, 4096, 4096).basis == "assumed"
     # Attention reaches a smaller part of the peak backward than forward, and a grouped GEMM than a
     # plain one.
     attention = (1, 4096, 32, 4, 128)
     assert gpu.attention_backward.at(*attention).value < gpu.attention.at(*attention).value
     grouped = gpu.grouped_gemm.at(16, 65536, 1536, 2048).value
-    assert 1e14 < grouped < gpu.gemm.at(65536, 1536, 2048).value
+    assert 5e13 < grouped < gpu.gemm.at(65536, 1536, 2048).value
 
 
 def calibration(**changes: object) -> dict[str, object]:
@@ -220,10 +223,59 @@ def test_mistakes_in_a_calibration_file(changes: dict, message: str, tmp_path: P
 
 
 def test_no_machine(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"--gpu h1 is neither h100, h200, a100, b200 nor a file"):
+    with pytest.raises(
+        ValueError, match=r"--gpu h1 is neither h100, h200, a100, b200, a100-40gb, .* nor a file"
+    ):
         find_machine("h1")
     (tmp_path / "x.json").write_text("{")
     with pytest.raises(ValueError, match=r"x\.json: not a calibration file"):
         find_machine(str(tmp_path / "x.json"))
     with pytest.raises(ValueError, match="at least 1 GPU, got 0"):
         with_ranks_per_node(GPUS["h100"], 0)
+
+
+@pytest.mark.parametrize(
+    ("device", "key"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        # h20 is the beginning of h200, and b200 and b300 are ends of names of racks.
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA H20", "h20"),
+        ("NVIDIA GB200", "gb200"),
+        ("NVIDIA B200", "b200"),
+        ("NVIDIA A100-SXM4-40GB", "a100-40gb"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("NVIDIA L40S", "l40s"),
+        ("AMD Instinct MI300X", "mi300x"),
+    ],
+)
+def test_a_device_is_found_by_its_name(device: str, key: str) -> None:
+    assert known_gpu(device) is GPUS[key]
+    # What a plan calls the machine means the same machine, and so does the word of --gpu.
+    assert known_gpu(GPUS[key].name) is GPUS[key]
+    assert find_machine(key.upper()) is GPUS[key]
+
+
+def test_names_of_gpus_are_read_in_any_spelling() -> None:
+    assert find_machine("RTX 4090") is find_machine("rtx-4090") is GPUS["rtx4090"]
+    assert known_gpu("CPU") is None
+
+
+def test_no_gpu_is_faster_than_its_data_sheet() -> None:
+    """Peaks of dense bfloat16 in TFLOP/s and of memory in TB/s, from data sheets."""
+    peaks = {
+        "h100": (989, 3.35), "h200": (989, 4.8), "h20": (148, 4.0), "a100": (312, 2.04),
+        "a100-40gb": (312, 1.555), "b200": (2250, 8), "b300": (2250, 8), "gb200": (2500, 8),
+        "l40s": (362, 0.864), "rtx4090": (165.2, 1.008), "mi300x": (1307.4, 5.3),
+    }  # fmt: skip
+    assert peaks.keys() == GPUS.keys()
+    for key, (flops, memory) in peaks.items():
+        gpu = GPUS[key]
+        for rate in (gpu.gemm, gpu.grouped_gemm):
+            found = rate.at(2**20, 2**20, 2**20)
+            # Not so far below that a plan would be of another machine.
+            assert 0.5 * flops < found.value / 1e12 < flops and found.basis == "assumed"
+        assert 0.8 * memory < gpu.memory.at(1e9).value / 1e12 < memory
+        assert gpu.attention.at(1).value > gpu.attention_backward.at(1).value
+        assert gpu.note.startswith("assumed: ")

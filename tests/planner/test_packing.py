@@ -10,13 +10,14 @@ from megalora.config.file import load_config
 from megalora.data.splits import load_data
 from megalora.data.tokenizer import load_tokenizer
 from megalora.planner import report
-from megalora.planner.command import PlanOptions, make_plan
+from megalora.planner.command import make_plan
 from megalora.planner.cost import step_time
 from megalora.planner.gpus import GPUS
 from megalora.planner.hardware import Constant
 from megalora.planner.layouts import ParallelLayout, Workload
 from megalora.planner.memory import memory_of_model
 from megalora.planner.packing import Packing, packing_of
+from megalora.planner.question import PlanOptions
 from megalora.planner.search import search
 from megalora.planner.weights import PlannedModel
 from tests.parity.runs import make_config
@@ -73,7 +74,7 @@ def test_memory_is_that_of_full_rows(model: PlannedModel) -> None:
 def test_a_packed_plan_is_a_config_that_packs(model: PlannedModel, tmp_path: Path) -> None:
     """Tokens per second count tokens of samples alone, whatever a row has room for."""
     config = load_config(ROOT / "configs" / "qwen3_30b_a3b_8gpu.yaml")
-    plan = make_plan(config, PlanOptions(gpus=8, gpu="h100", mean_length=600))
+    plan = make_plan(config, PlanOptions(gpus=(8,), gpu="h100", mean_length=600))
     best = plan.best()
     tokens = config.train.global_batch_size * 600
     speed = best.tokens_per_second(plan.work)

@@ -14,13 +14,15 @@ from megalora.cli.main import main
 from megalora.config import LEVELS, LoRAConfig, ParallelConfig
 from megalora.config.file import load_config
 from megalora.planner import report
-from megalora.planner.command import PlanOptions, make_plan
+from megalora.planner.command import make_plan
 from megalora.planner.cost import step_time
 from megalora.planner.gpus import GPUS
+from megalora.planner.layout_table import layout_table
 from megalora.planner.layouts import ParallelLayout, Workload, enumerate_layouts
 from megalora.planner.memory import fullest_stage
 from megalora.planner.models import find_architecture, load_shape
-from megalora.planner.search import CLOSE, FULL, Plan, Planned, search
+from megalora.planner.question import PlanOptions
+from megalora.planner.search import CLOSE, FULL, Plan, Planned, search, search_ranks
 from megalora.planner.weights import PlannedModel
 from megalora.tiny import make_tiny
 
@@ -115,28 +117,26 @@ def test_a_bigger_machine_fits_more() -> None:
 
 
 def test_ranks_to_try() -> None:
-    tried = search(
+    plans = search_ranks(
         SHAPE,
         LoRAConfig(expert_rank=None),
         8,
         WORK,
         GPUS["h100"],
-        lora_ranks=(8, 64),
+        lora_ranks=(8, 64, 16),
         recompute=("full",),
     )
-    # Those to try, and the config's own 16.
-    assert {planned.lora_rank for planned in tried.fitting} == {8, 16, 64}
-    # Quality is not the planner's to trade: the best has the rank that was asked for.
-    assert tried.best().lora_rank == 16
-    # By rank; of several plans with EP 8 the fastest, which comes last in the reverse order.
+    # The config's own 16 first, then those to try, each once.
+    assert list(plans) == [16, 8, 64]
+    # By rank; of several plans with EP 8 the fastest.
     with_ep_8 = {}
-    for planned in reversed(tried.fitting):
-        if planned.layout.parallel == ParallelConfig(ep=8):
-            with_ep_8[planned.lora_rank] = planned
-    one = with_ep_8[8]
-    other = with_ep_8[64]
+    for rank, plan in plans.items():
+        assert plan.lora_rank == plan.best().lora_rank == rank
+        for planned in plan.fitting:
+            if planned.layout.parallel == ParallelConfig(ep=8):
+                with_ep_8.setdefault(rank, planned)
     # Adapters are proportional to their rank.
-    assert other.memory["adapters"] == 8 * one.memory["adapters"]
+    assert with_ep_8[64].memory["adapters"] == 8 * with_ep_8[8].memory["adapters"]
 
 
 def test_nothing_fits() -> None:
@@ -144,7 +144,7 @@ def test_nothing_fits() -> None:
     tiny = replace(GPUS["h100"], memory_bytes=2**33)
     with pytest.raises(
         ValueError,
-        match=r"no layout fits; the smallest is tp=.*: does not fit: .* GiB .* of 8\.0 GiB",
+        match=r"too few: the smallest layout is tp=.*: does not fit: .* of 8\.0 GiB: .* too many",
     ):
         search(SHAPE, LoRAConfig(), 1, WORK, tiny).best()
     # 7 divides neither the batch nor any size of the model.
@@ -177,7 +177,7 @@ def test_the_command_writes_a_config_that_runs_and_a_picture(
     assert planned_train == replace(before.train, micro_batch_size=1, recompute="off")
     assert replace(config, parallel=before.parallel, train=before.train) == before
     config.check_world(8)
-    plan = make_plan(before, PlanOptions(gpus=8, gpu="h100"))
+    plan = make_plan(before, PlanOptions(gpus=(8,), gpu="h100"))
     best = plan.best()
     assert config.parallel == best.layout.parallel
     assert config.train.recompute == best.layout.recompute
@@ -217,7 +217,7 @@ def test_the_host_s_waits_are_named_where_there_are_any(plan: Plan) -> None:
 
 
 def test_the_table_says_how_numbers_are_known_and_what_is_nearly_full(plan: Plan) -> None:
-    rows = report.table(plan, 100).splitlines()
+    rows = layout_table(plan, 100).splitlines()
     assert len(rows) == 1 + len(plan.layouts()[:100])
     for row in rows[1:]:
         assert "?" in row, "nobody measured an H100 here"
@@ -226,7 +226,7 @@ def test_the_table_says_how_numbers_are_known_and_what_is_nearly_full(plan: Plan
     # On one H100: 57 GiB of weights, 14 of adapters, 3.5 of logits.
     one = search(SHAPE, LoRAConfig(), 1, WORK, GPUS["h100"])
     text = report.warning(one, one.best())
-    assert text and "Above 90 %" in text and report.table(one, 1).endswith("!")
+    assert text and "Above 90 %" in text and layout_table(one, 1).endswith("!")
 
 
 @pytest.mark.parametrize(
@@ -275,7 +275,7 @@ def test_rejected_layouts_are_listed_where_nothing_fits(
     with pytest.raises(SystemExit) as ended:
         run(capsys, CONFIG, "--gpus", 1, "--rejected", rejected, "model.path=Qwen/Qwen3-235B-A22B")
     assert ended.value.code == 2
-    assert "no layout fits" in capsys.readouterr().err
+    assert "It fits from 8 GPUs" in capsys.readouterr().err
     lines = rejected.read_text().splitlines()
     # Four microbatches, each with three levels of recomputation.
     assert len(lines) == 12
@@ -286,6 +286,10 @@ def test_rejected_layouts_are_listed_where_nothing_fits(
 def test_models_are_found_without_a_download(tiny: Path) -> None:
     written = find_architecture(str(ROOT / "configs" / "models" / "qwen3_30b_a3b.yaml"))
     assert find_architecture("Qwen/Qwen3-30B-A3B") == written
+    assert find_architecture("Qwen/Qwen3-Coder-30B-A3B-Instruct") == written
+    assert find_architecture("Qwen/Qwen3-30B-A3B-Thinking-2507") == written
+    large = find_architecture("Qwen/Qwen3-235B-A22B")
+    assert find_architecture("Qwen/Qwen3-235B-A22B-Instruct-2507") == large != written
     # Somebody's fine-tuned copy has the same sizes.
     assert find_architecture("anybody/qwen3-30b-a3b") == written
     assert find_architecture(str(tiny))["model_type"] == "qwen3_moe"

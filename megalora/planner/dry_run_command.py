@@ -1,0 +1,62 @@
+"""``megalora plan --dry-run``: build one rank on the meta device and compare its bytes with the
+plan's."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from megalora.config.checks import require
+from megalora.config.file import load_config
+from megalora.model.fields import model_shape
+from megalora.planner.layouts import ParallelLayout, Workload, check
+from megalora.planner.memory import memory_of
+from megalora.planner.models import find_architecture
+from megalora.planner.weights import chunks_of, router_buffer_bytes
+
+
+def dry_run_command(
+    path: Path,
+    overrides: Sequence[str],
+    counts: Sequence[int],
+    rank: int,
+    say: Callable[[str], None] = print,
+) -> bool:
+    """Build one rank of the config's own layout on the meta device and compare its bytes with the
+    plan's; False where they differ."""
+    require(len(counts) == 1, f"--dry-run builds a rank of one number of GPUs, got {len(counts)}")
+    (gpus,) = counts
+    config = load_config(path, overrides)
+    require(1 <= gpus <= 4096, f"--gpus {gpus}: a dry run builds a rank of 1 to 4,096")
+    require(0 <= rank < gpus, f"--dry-run {rank}: ranks of {gpus} GPUs count from 0 to {gpus - 1}")
+    hf = find_architecture(config.model.path)
+    p = config.parallel
+    layout = ParallelLayout.of(config, gpus)
+    shape = model_shape(hf)
+    work = Workload.of(config)
+    check(shape, layout, work)
+    # Pipeline stages are consecutive blocks of ranks.
+    stage = rank // (gpus // p.pp)
+    planned = memory_of(shape, config.lora, layout, work, stage)
+    buffer_bytes = 0
+    for chunk in chunks_of(shape, p, stage):
+        buffer_bytes += router_buffer_bytes(shape, chunk)
+    # Late: a mistake above is answered without the ten seconds that importing Megatron takes.
+    from megalora import host
+    from megalora.planner.dryrun import dry_run
+
+    with host.fake_world(rank, gpus):
+        built = dry_run(hf, config.lora, p, config.model)
+    say(
+        f"rank {rank} of {gpus}, stage {stage}: {len(built.shapes):,} parameters' tensors, parts of"
+        f" {built.num_tensors:,} adapter tensors"
+    )
+    rows = (
+        ("base weights", built.base_bytes, planned["weights"]),
+        ("adapters", built.adapter_bytes, planned["adapters"]),
+        ("buffers", built.buffer_bytes, buffer_bytes),
+    )
+    agrees = True
+    for name, found, expected in rows:
+        verdict = "the same" if found == expected else "DIFFERENT"
+        say(f"{name:<13} built {found:>16,} bytes   planned {expected:>16,}   {verdict}")
+        agrees = agrees and found == expected
+    return agrees

@@ -1,0 +1,95 @@
+"""Read what a plan is asked for: model, adapters, training and machine, and check them."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megalora.config import LoRAConfig, RunConfig
+from megalora.config.checks import require
+from megalora.model.fields import model_shape
+from megalora.model.shape import ModelShape
+from megalora.planner.crossings import crossings_of
+from megalora.planner.gpus import find_machine, with_ranks_per_node
+from megalora.planner.hardware import Machine
+from megalora.planner.layouts import Workload
+from megalora.planner.models import find_architecture
+from megalora.planner.packing import packing_of
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """Options of the command line, beside the config."""
+
+    gpus: Sequence[int]
+    """Numbers of GPUs to plan for, one rank each; several are compared."""
+    gpu: str
+    """Name of a GPU or path of a calibration file."""
+    top: int = 10
+    """Number of layouts to show."""
+    imbalance: float = 1.2
+    """Rows of the fullest expert-parallel rank over the mean: assumed; ``megalora bench`` measures
+    it."""
+    mean_length: float | None = None
+    """Tokens of a sample on average. None: those of the config's data, if it is on this machine;
+    else all samples are of full length."""
+    samples: int | None = None
+    """Samples of the data set, for the GPU-hours of training. None: those of ``data.train``, if it
+    is on this machine."""
+    lora_ranks: Sequence[int] = ()
+    """LoRA ranks to try beside the config's own."""
+    gpus_per_node: int | None = None
+    """None: as many as the machine has."""
+    out: Path | None = None
+    """File for a config of the best layout."""
+    figure: Path | None = None
+    """File for a picture of the plan."""
+    rejected: Path | None = None
+    """File for the list of rejected layouts."""
+
+    def check(self) -> None:
+        """Raise ``ValueError`` for a value that means nothing."""
+        require(
+            math.isfinite(self.imbalance),
+            f"--imbalance {self.imbalance}: must be a finite number, 1 or more",
+        )
+        require(self.top >= 1, f"--top {self.top}: show at least 1 layout")
+        smallest = min(self.lora_ranks, default=1)
+        require(smallest >= 1, f"--lora-rank {smallest}: a rank is at least 1")
+        require(
+            self.samples is None or self.samples >= 1,
+            f"--samples {self.samples}: a data set has at least 1 sample",
+        )
+        require(bool(self.gpus), "--gpus: give a number of GPUs, or several as in 8,16,32")
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is planned, whatever the number of GPUs and the LoRA rank."""
+
+    config: RunConfig
+    shape: ModelShape
+    work: Workload
+    machine: Machine
+    samples: int | None = None
+    """Samples of the data set, where the user says so."""
+
+    @classmethod
+    def of(cls, config: RunConfig, options: PlanOptions) -> "Question":
+        """Raises ``ValueError`` for a mistake in the config or in an option."""
+        options.check()
+        machine = find_machine(options.gpu)
+        if options.gpus_per_node is not None:
+            machine = with_ranks_per_node(machine, options.gpus_per_node)
+        # The table of the GPU that is planned for, whatever this machine is.
+        work = replace(
+            Workload.of(config, options.imbalance),
+            crossings=crossings_of(machine.name),
+            packing=packing_of(config, options.mean_length),
+        )
+        shape = model_shape(find_architecture(config.model.path))
+        return cls(config, shape, work, machine, options.samples)
+
+    def lora_of_rank(self, rank: int) -> LoRAConfig:
+        """The config's adapters, at another ``lora.rank``."""
+        return replace(self.config.lora, rank=rank)
