@@ -19,6 +19,7 @@ def folder_of_this_machine() -> Path | None:
         found = folder.lstat()
     except OSError:
         return None
+    # A folder of root's or a stranger's, or one that a group shares, decides nothing here.
     others_may_write = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
     is_own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
     return folder if is_own and not others_may_write else None

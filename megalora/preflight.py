@@ -43,6 +43,7 @@ def check_paths(config: RunConfig) -> None:
 
     Names on the hub are left to the ranks, which look in its cache and download.
     """
+    # What is read comes first: without it there is nothing to write.
     check_inputs(config)
     check_folder_to_write(Path(config.checkpoint.dir), "checkpoint.dir")
     if isinstance(config.checkpoint.resume, str):

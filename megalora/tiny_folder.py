@@ -33,6 +33,7 @@ def check_not_in_use(out: Path, arguments: dict[str, Any]) -> None:
     except (OSError, ValueError):
         # There is no model yet, or one that was not finished.
         return
+    # The same arguments make the same files.
     if before != arguments:
         raise ValueError(
             f"{out} holds a tiny model made from other arguments ({_in_words(before)}), on which"

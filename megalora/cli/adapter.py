@@ -66,6 +66,7 @@ def _add_import(commands: Any) -> None:
     )
     importer.add_argument("adapter", type=user_path, help=ADAPTER)
     importer.add_argument("out", type=user_path, help=OUT)
+    # Required: who made the adapter elsewhere may have written anything into it.
     importer.add_argument("--base", required=True, help="the base model's folder or hub name")
     # Versions of Unsloth differ in it, and the file does not say which one wrote it.
     importer.add_argument(
@@ -85,6 +86,7 @@ def _add_merge(commands: Any) -> None:
         more="A report in the result says how much of each delta survived rounding.",
     )
     merge.add_argument("adapter", type=user_path, help=ADAPTER)
+    # Required though the adapter names one: the result is that very base, changed.
     merge.add_argument("--base", required=True, help="the base model's folder or hub name")
     merge.add_argument("--out", required=True, type=user_path, help=OUT)
     merge.set_defaults(action=_merge)
@@ -125,6 +127,7 @@ def _add_verify(commands: Any) -> None:
 
 def _export(options: Any, _: list[str]) -> None:
     source = adapter_folder(options.checkpoint)
+    # Without --base the adapter names its own, which is looked up when it has been read.
     if options.base:
         check_base(options.base)
     check_out(options.out, source)

@@ -26,6 +26,7 @@ def add_bench_command(commands: Any) -> None:
         metavar="FILE.json",
         help="measure this machine instead, for plan and bench with --gpu FILE.json",
     )
+    # Over all nodes, unlike train's, which starts ranks on this machine alone.
     bench.add_argument("--nproc", type=int, default=1, help="number of ranks over all nodes")
     bench.add_argument(
         "--layouts",

@@ -14,6 +14,7 @@ class _HelpFormatter(argparse.HelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
+        # Positional arguments are required, or have a default that their help explains.
         is_shown = action.option_strings and action.default not in _NOT_SHOWN
         if is_shown and "default" not in text:
             text += " (default: %(default)s)"

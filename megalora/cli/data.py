@@ -38,6 +38,7 @@ def _data(options: Any, rest: list[str]) -> None:
         from megalora.data.token_cache import cache_folder
         from megalora.data.unused_stores import show_stores
 
+        # The config says nothing but where the stores are: model and data may be gone.
         show_stores(cache_folder(config.data.cache), options.remove_unused)
         return
     from megalora.preflight import check_inputs

@@ -19,6 +19,7 @@ def adapter_folder(path: Path) -> Path:
         ValueError: there is no adapter, or one that megalora does not read.
     """
     folder = latest_adapter(path)
+    # Tensors are left to the command, which knows the base that they must fit.
     read_config(folder)
     if folder != path:
         # Standard output belongs to the command.
@@ -32,6 +33,7 @@ def adapter_folder(path: Path) -> Path:
 def check_base(base: str) -> None:
     """Raise ``ValueError`` for a folder that is no base model, or of a family that megalora does
     not compute; a name on the hub is looked up later."""
+    # Else the hub would be asked, which takes seconds and needs a network.
     is_path = base.startswith((".", "/", "~")) or Path(base).exists()
     if is_path:
         model_shape(read_hf_config(local_folder(base, "--base", weights=False)))

@@ -38,6 +38,7 @@ def _options(options: Any, _: list[str]) -> None:
         from megalora.config.schema import schema
 
         print(json.dumps(schema(), indent=1))
+    # Of a section all options, each as it is by itself.
     elif options.name:
         print("\n\n".join(map(_explained, find(options.name))))
     else:
@@ -49,6 +50,7 @@ def _list() -> str:
     lines = [*_wrapped(f"base  {BASE_MEANING}", "      ")]
     for section in sections():
         lines.append(f"\n{section.name}: {section.purpose}")
+        # Without meanings: all options are to be seen on one or two screens.
         for option in section.options:
             lines.append(f"  {option.name:<30} {option.default}")
     lines.append("\nmegalora options SECTION explains its options, SECTION.KEY one of them")

@@ -87,13 +87,16 @@ class DataConfig:
         if isinstance(self.train, str):
             object.__setattr__(self, "train", expand(self.train, "data.train"))
         weights = [source.weight for source in self.sources]
+        # Before anything counts sources: an empty list would train on nothing.
         require(bool(weights), "data.train is an empty list; name a source")
         require(
             None not in weights or not any(weights),
             "data.train: some sources have a weight and some have none; give each one, or none",
         )
+        # A number says how many samples, or which part of them, to hold out.
         if isinstance(self.eval, str):
             object.__setattr__(self, "eval", expand(self.eval, "data.eval"))
+        # An empty text is not the default, which is to leave the key out.
         require(self.cache != "", "data.cache is empty: name a folder, or leave it out")
         if self.cache is not None:
             object.__setattr__(self, "cache", expand(self.cache, "data.cache"))

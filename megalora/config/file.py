@@ -30,6 +30,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     tree = read_tree(user_path(str(path)), overrides)
     _check_epochs_count(tree)
+    # Checks know options and not files: what they say gets its file here.
     try:
         return _build(RunConfig, tree.sections, where="")
     except ValueError as error:
@@ -57,6 +58,7 @@ _OF_A_SECTION = re.compile(r"unknown config key (\w+)[;,]|(\w+) is a section")
 def _with_its_file(message: str, tree: Tree) -> str:
     """The message, with the file that gave the first option that it names, where there are several
     files."""
+    # With one file there is no doubt, and a message about an override would blame it.
     if len(tree.files) == 1:
         return message
     named = re.findall(r"[a-z_]+\.[a-z_]+", message)

@@ -134,6 +134,7 @@ def _values(hint: Any) -> Iterator[str]:
     for option in alternatives(hint):
         if get_origin(option) is Literal:
             yield ", ".join(f"`{value}`" for value in get_args(option))
+        # Source and RecomputeLayers, whose keys have no row of their own in the page.
         elif is_dataclass(option):
             parts = []
             for name, inner in get_type_hints(option).items():
@@ -150,6 +151,7 @@ def _values(hint: Any) -> Iterator[str]:
 
 def _default(field: Field) -> str:
     """A field's default as YAML writes it."""
+    # Lists and mappings, all of them empty.
     if field.default_factory is not MISSING:
         return str(field.default_factory())
     if field.default is MISSING:

@@ -29,6 +29,7 @@ def schema() -> dict[str, Any]:
     """
     properties: dict[str, Any] = {BASE: {"type": "string", "description": BASE_MEANING}}
     for section in sections():
+        # The purpose stands before the keys, as an editor shows it above them.
         properties[section.name] = {
             "description": section.purpose,
             **_mapping(section.options),
@@ -46,12 +47,14 @@ def _mapping(options: tuple[Option, ...]) -> dict[str, Any]:
     """The schema of a mapping with these keys and no others."""
     properties = {}
     for option in options:
+        # Of train.lr, lr: the section is the mapping around it.
         key = option.name.rpartition(".")[2]
         properties[key] = {"description": _description(option), **type_schema(option.hint)}
     return {"type": "object", "properties": properties, "additionalProperties": False}
 
 
 def _description(option: Option) -> str:
+    # In words: an editor would write a "default" into the file, where it hides later defaults.
     default = "required" if option.default == "required" else f"default: {option.default}"
     return f"{option.meaning.replace('``', '`')} ({default})"
 

@@ -7,6 +7,17 @@ from typing import Literal
 from megalora.config.checks import require
 from megalora.config.recompute import Recompute
 
+# Checked as "above 0", so that NaN, which is neither above nor below, is refused too.
+_ABOVE_ZERO = (
+    "steps", "epochs", "lr", "global_batch_size", "micro_batch_size", "micro_batch_tokens",
+    "timeout_minutes",
+)  # fmt: skip
+# Of these 0 means never, or none.
+_NOT_NEGATIVE = (
+    "warmup", "weight_decay", "clip_grad", "eval_every", "check_replicas_every", "z_loss",
+    "label_smoothing",
+)  # fmt: skip
+
 
 def check_warmup(warmup: int, steps: int, what: str) -> None:
     """Raise ``ValueError`` if no step would reach the learning rate that was asked for.
@@ -120,36 +131,22 @@ class TrainConfig:
             self.steps is not None or self.epochs is not None,
             "give train.steps or train.epochs: how long the run is to be",
         )
-        for name in (
-            "steps",
-            "epochs",
-            "lr",
-            "global_batch_size",
-            "micro_batch_size",
-            "micro_batch_tokens",
-            "timeout_minutes",
-        ):
+        for name in _ABOVE_ZERO:
             value = getattr(self, name)
             # Steps or epochs may be unset, and so may tokens of a row.
             require(value is None or value > 0, f"train.{name} must be above 0, got {value}")
-        for name in (
-            "warmup",
-            "weight_decay",
-            "clip_grad",
-            "eval_every",
-            "check_replicas_every",
-            "z_loss",
-            "label_smoothing",
-        ):
+        for name in _NOT_NEGATIVE:
             require(
                 getattr(self, name) >= 0,
                 f"train.{name} must not be negative, got {getattr(self, name)}",
             )
+        # 1 is the default: whether it was written down cannot be seen, and does not matter.
         require(
             self.micro_batch_tokens is None or self.micro_batch_size == 1,
             f"train.micro_batch_tokens={self.micro_batch_tokens} decides how many samples share a"
             f" row, and so does train.micro_batch_size={self.micro_batch_size}: give one of them",
         )
+        # Not negative, as infinity is: the first loss would be infinite.
         require(
             math.isfinite(self.z_loss), f"train.z_loss must be a finite number, got {self.z_loss}"
         )

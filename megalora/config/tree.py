@@ -38,6 +38,7 @@ def read_tree(path: Path, overrides: Sequence[str]) -> Tree:
     Raises:
         ValueError: a file or an override cannot be read; the message begins with its name.
     """
+    # All files are read before any is merged, so that a circle is found first.
     files = read_files(path)
     tree: Any = OmegaConf.create()
     set_in: dict[str, str] = {}
@@ -124,6 +125,7 @@ def _laid_over(tree: Any, update: Any) -> Any:
     """
     kept = OmegaConf.to_container(tree, resolve=False)
     sections = OmegaConf.to_container(update, resolve=False)
+    # As plain Python, in which a reference such as ${train.steps} is text and is not followed.
     assert isinstance(kept, dict) and isinstance(sections, dict)
     for name, options in sections.items():
         before = kept.get(name)
@@ -141,6 +143,7 @@ def names_in(content: Any) -> list[str]:
     sections = OmegaConf.to_container(content, resolve=False)
     assert isinstance(sections, dict)
     for name, options in sections.items():
+        # A section by itself too: it may be none, and then its file is to blame.
         names.append(str(name))
         if isinstance(options, dict):
             names += [f"{name}.{option}" for option in options]

@@ -33,6 +33,7 @@ def mixture_digest(sources: Sequence[Source], digests: Digests) -> str:
         if source.format is not None:
             # A mapping in one order, whatever the order of its keys in the config.
             digest += f" as {json.dumps(source.format, sort_keys=True)}"
+        # By repr, so that two weights that print alike but differ are two.
         found.append(digest if source.weight is None else f"{source.weight!r}*{digest}")
     return " + ".join(found)
 

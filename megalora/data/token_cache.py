@@ -53,6 +53,7 @@ def cache_folder(option: str | None) -> Path:
         option: ``data.cache``; None for ``$MEGALORA_CACHE``, else a folder beside what the hub's
             libraries keep (``$HF_HOME``), else one in the user's cache.
     """
+    # The option is expanded already: it comes from a config.
     if option is not None:
         return Path(option)
     if own := os.environ.get("MEGALORA_CACHE"):
@@ -174,6 +175,7 @@ def _source_digest(source: str, cache: Path) -> str:
         return source_digest(source, Digests())
     # One file of digests for each data file, so that runs on different data do not undo each other.
     name = hashlib.sha256(os.path.realpath(file).encode()).hexdigest()[:32]
+    # The digest that the cache itself holds, if anybody has kept one there.
     of_all = cache / "digests" / f"{name}.json"
     folder = _digests_folder(cache, name)
     if folder is None:

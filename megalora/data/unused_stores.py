@@ -64,6 +64,7 @@ def stores_in(cache: Path) -> list[StoreOnDisk]:
     found = []
     if cache.is_dir():
         for folder in cache.iterdir():
+            # Locks, digests, and whatever else somebody keeps there are left alone.
             if _STORE.fullmatch(folder.name) and (store := _look_at(folder)):
                 found.append(store)
     return sorted(found, key=lambda store: store.last_used)
@@ -72,6 +73,7 @@ def stores_in(cache: Path) -> list[StoreOnDisk]:
 def _look_at(folder: Path) -> StoreOnDisk | None:
     """A store as it is now; None where another process has removed or renamed it."""
     try:
+        # A store has no folders in it.
         files = [path.stat() for path in folder.iterdir()]
         last_used = max((file.st_mtime for file in files), default=folder.stat().st_mtime)
         if (folder / HEADER).is_file():
@@ -86,6 +88,7 @@ def _source_of(folder: Path) -> str:
     """The name in a store's header, which may be damaged or of another version."""
     if not (folder / HEADER).is_file():
         return "unfinished"
+    # Without the header's digest: a name for a list need not be proof against damage.
     try:
         header = json.loads((folder / HEADER).read_bytes())
         return str(header["source"])

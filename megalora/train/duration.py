@@ -29,6 +29,7 @@ def note(options: TrainConfig, num_samples: int) -> str | None:
     asked for."""
     if options.epochs is None:
         return None
+    # The user may have left the epochs of a shared file in place, or may have forgotten them.
     if options.steps is not None:
         return (
             f"train.steps={options.steps} decides how long the run is; train.epochs="
