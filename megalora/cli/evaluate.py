@@ -4,16 +4,18 @@ import os
 from typing import Any
 
 from megalora.cli.chat import add_sampling_arguments, given_sampling
+from megalora.cli.command_parser import add_command
 from megalora.launching import torchrun
 
 
 def add_eval_command(commands: Any) -> None:
     """Add the command to argparse's subcommands."""
-    command = commands.add_parser(
+    command = add_command(
+        commands,
         "eval",
         help="loss, perplexity and answers of an adapter beside its base",
-        description="Evaluate an adapter and its base on the same samples, under any layout.",
-        epilog="example: megalora eval runs/sft --data test.jsonl --generate --rule last-number",
+        example="megalora eval runs/sft --data test.jsonl --generate --rule last-number",
+        more="Both are evaluated on the same samples, under any layout.",
     )
     command.add_argument(
         "adapter", metavar="ADAPTER", help="an adapter or run folder, or a base model alone"
@@ -41,7 +43,12 @@ def add_eval_command(commands: Any) -> None:
     command.add_argument("--limit", type=int, help="generate for so many rows, the first ones")
     command.add_argument("--out", metavar="FILE.json", help="write all numbers and answers here")
     add_sampling_arguments(command)
-    command.add_argument("overrides", nargs="*", metavar="section.key=value")
+    command.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="section.key=value",
+        help="options of the config, such as parallel.ep=2; megalora options lists them",
+    )
     command.set_defaults(action=_eval)
 
 

@@ -2,17 +2,19 @@
 
 from typing import Any
 
+from megalora.cli.command_parser import add_command
 from megalora.paths import user_path
 
 
 def add_report_command(commands: Any) -> None:
     """Add the command to argparse's subcommands."""
-    report = commands.add_parser(
+    report = add_command(
+        commands,
         "report",
         help="write one HTML page of runs: curves, experts, adapter, samples, config",
-        description="Write one HTML page of up to four runs, which needs no network, script or"
-        " other file: curves, tokens per expert, size of the adapter, samples, configuration.",
-        epilog="example: megalora report runs/a runs/b --out page.html --no-samples",
+        example="megalora report runs/a runs/b --out page.html --no-samples",
+        more="It shows up to four runs, and needs no network, script or other file: curves, tokens"
+        " per expert, size of the adapter, samples, configuration.",
     )
     report.add_argument("runs", nargs="+", type=user_path, metavar="RUN", help="run folders")
     report.add_argument(

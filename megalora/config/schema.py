@@ -64,6 +64,7 @@ def type_schema(hint: Any) -> dict[str, Any]:
     option, *others = alternatives(hint)
     if others:
         return {"anyOf": [type_schema(one) for one in (option, *others)]}
+    # Texts: no option has a number or true among its values by name.
     if get_origin(option) is Literal:
         return {"enum": list(get_args(option))}
     if get_origin(option) is list:

@@ -47,6 +47,7 @@ def read_tree(path: Path, overrides: Sequence[str]) -> Tree:
         tree = _laid_over(tree, content)
         for name in names_in(content):
             set_in[name] = str(file)
+    # One by one, since a later one may change a key of what an earlier one gave whole.
     for item in overrides:
         update, whole = _read_override(item)
         with reading(f"override {_short(item)}"):
@@ -74,6 +75,7 @@ def read_files(path: Path) -> list[tuple[Path, Any]]:
             circle = " -> ".join(map(str, [*known, path]))
             raise ValueError(f"{read[-1][0]}: base leads round in a circle: {circle}")
         content = _read_file(path)
+        # Before its base is known, so that one that names itself is found, too.
         read.append((path, content))
         if BASE not in content:
             return read
