@@ -128,8 +128,8 @@ REPORT_BUGS: tuple[Bug, ...] = (
         0,
         "half a record read",
         EXPERTS,
-        "if end > len(content) or zlib",
-        "if zlib",
+        "if zlib.crc32(content[start + HEAD.size : end]) != crc:",
+        "if crc is None:",
         f"{EXPERTS_TEST} test_a_resumed_run",
     ),
     # The page

@@ -87,6 +87,9 @@ def test_a_long_series_keeps_its_peaks(run: Path, tmp_path: Path) -> None:
     [band] = figure.all("polygon", "band")
     highest = min(float(pair.split(",")[1]) for pair in band.attributes["points"].split())
     assert highest == 10.0  # the top of the picture
+    # Larger values stand higher: SVG's y axis points down.
+    heights = [float(tick.attributes["y"]) for tick in figure.all("text", "y")]
+    assert heights == sorted(heights, reverse=True) and len(heights) > 2
     assert "100" in figure.all("table")[0].text
 
 
