@@ -137,6 +137,8 @@ def _curve(curve: Curve, points: Sequence[Point], x: _Scale, y: _Scale) -> list[
                 f'<circle class="dot {kind}" cx="{x(point.step)}" cy="{y(point.mean)}" r="3">'
                 f"{title}</circle>"
             )
+    # Between dots a line only leads the eye; in one run's chart it must not look like training.
+    kind += " pale" if curve.dots else ""
     places = " ".join(f"{x(p.step)},{y(p.mean)}" for p in points)
     parts.append(f'<polyline class="line {kind}" points="{places}">{title}</polyline>')
     return parts

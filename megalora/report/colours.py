@@ -55,7 +55,7 @@ figure { margin: 0; min-width: 0; max-width: 36rem; }
 svg { width: 100%; height: auto; display: block; }
 svg text { fill: var(--text); font: 11px system-ui, sans-serif; }
 .axis { stroke: var(--muted); } .rule { stroke: var(--rule); }
-.line { fill: none; stroke-width: 1.6; } .band { opacity: 0.2; }
+.line { fill: none; stroke-width: 1.6; } .line.pale { stroke-width: 0.7; } .band { opacity: 0.2; }
 .frame { fill: none; stroke: var(--muted); }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-size: 0.9rem; }
 th, td { padding: 0.15rem 0.6rem 0.15rem 0; text-align: left; vertical-align: top;

@@ -64,7 +64,9 @@ def test_runs_lie_over_each_other(run: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose(loss["other: loss"], values_of("loss", 1.0), atol=0.02)
     figure = root.all("figure", "chart")[0]
     # A colour and dashes of its own for each run, and a key.
-    assert {line.attributes["class"] for line in figure.all("polyline")} == {"line s0", "line s1"}
+    assert {line.attributes["class"] for line in figure.all("polyline")} == {
+        "line s0", "line s0 pale", "line s1", "line s1 pale",
+    }  # fmt: skip
     assert [key.text.strip() for key in root.all("p", "key")[0].all("span")] == ["mine", "other"]
     # What differs in their configs stands by itself, and what does not is left out.
     [differs] = [t for t in root.all("table") if t.text.startswith("differs")]
@@ -299,14 +301,15 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [360, 1200])
 def test_a_browser_shows_it(width: int, run: Path, tmp_path: Path) -> None:
-    """Headless, with its own height and width read back: nothing is wider than the screen."""
+    """In a picture of the page as wide as the screen, nothing reaches its right border."""
     browser = next((path for name in BROWSERS if (path := shutil.which(name))), None)
     if browser is None:
         pytest.skip(f"none of {', '.join(BROWSERS)} is on PATH")
     out = tmp_path / "page.html"
     write_report([run], out)
     command = [
-        browser, "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},900",
+        browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
+        f"--window-size={width},900",
         f"--screenshot={tmp_path}/page.png", f"--user-data-dir={tmp_path}/profile",
         out.as_uri(),
     ]  # fmt: skip
@@ -315,6 +318,7 @@ def test_a_browser_shows_it(width: int, run: Path, tmp_path: Path) -> None:
 
     with Image.open(tmp_path / "page.png") as picture:
         pixels = np.asarray(picture.convert("RGB"))
+    assert pixels.shape[1] == width
     # Something is drawn, in more colours than text has, and the page's margin is left free.
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50
     assert (pixels[:, -4:] == pixels[0, -1]).all()
