@@ -97,6 +97,7 @@ def find_models(target: str, base: str | None) -> tuple[Path, Path | None]:
         model = local_folder(target, "ADAPTER")
         _check_model(model, target)
         return model, None
+    # Variants of LoRA that nothing here computes, such as DoRA, before anything is loaded.
     refuse_variants(adapter / CONFIG, read_config(adapter))
     if base is None:
         base = named_base(adapter)

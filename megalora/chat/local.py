@@ -59,6 +59,7 @@ class LocalEngine:
         """Tokens of the conversation, up to where the answer begins, as in training."""
         conversation = Conversation(messages=[dict(message) for message in messages])
         text = self.template.render(conversation, generation_prompt=True)
+        # The template has printed the special tokens, beginning of sequence included.
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def stream(
@@ -80,6 +81,7 @@ class LocalEngine:
         with without:
             for token in self._tokens(tokens, sampling, number):
                 answer.append(token)
+                # All of it anew: how a token is written depends on those before it.
                 text = self.tokenizer.decode(answer, skip_special_tokens=True)
                 # A character of several tokens is not whole yet.
                 if not text.endswith("\ufffd"):
@@ -91,9 +93,11 @@ class LocalEngine:
     def _tokens(self, prompt: list[int], sampling: Sampling, number: int) -> Iterator[int]:
         """The answer's tokens, without the one that ends it."""
         draws = [Draws(sampling.seed, number)]
+        # The whole prompt at first, then one token a pass: its keys and values stay in ``past``.
         new = torch.tensor([prompt], device=host.device())
         past = None
         for _ in range(self._room(len(prompt), sampling.max_new_tokens)):
+            # Logits of the last place alone: those of a long prompt would be gigabytes.
             out = self.model(input_ids=new, past_key_values=past, use_cache=True, logits_to_keep=1)
             past = out.past_key_values
             chosen, _ = choose(out.logits[:, -1], draws, sampling)
@@ -112,6 +116,7 @@ class LocalEngine:
 
 def _check_for_peft(base: Path, adapter: Path) -> None:
     """Raise ``ValueError`` where stock PEFT would fail, or leave out a part of the adapter."""
+    # PEFT loads one file and says nothing of others, or of projections that it does not know.
     files, _ = find_weight_files(adapter)
     if len(files) > 1:
         raise ValueError(

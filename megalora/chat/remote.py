@@ -43,6 +43,7 @@ class RemoteEngine:
         self.model = found[-1].id
         self.base = bases[0] if bases else None
         self.has_adapter = not found[-1].is_base
+        # Connecting is quick or hopeless; a piece of an answer may wait behind other requests.
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._http = httpx.Client(timeout=httpx.Timeout(timeout_s, connect=10.0), headers=headers)
 
@@ -69,6 +70,7 @@ class RemoteEngine:
             with self._http.stream(
                 "POST", f"{self.url}/v1/chat/completions", json=body
             ) as response:
+                # A refusal comes as one JSON object, not as events.
                 if response.status_code != 200:
                     text = response.read().decode(errors="replace")
                     raise refusal(doing, response.status_code, text)

@@ -71,6 +71,7 @@ class Session:
         self.messages: list[Message] = []
         self.system = system
         self.number = 0
+        # A name that was asked for and cannot answer is refused, not replaced.
         self.by: By = "adapter" if engine.has_adapter else "base"
         if by is not None:
             self._answer_by(by)
@@ -91,11 +92,13 @@ class Session:
             yield from self._answer(line.removeprefix("/") if line.startswith("//") else line)
 
     def _answer(self, text: str) -> Iterator[str]:
+        # A copy: the message joins the conversation only once it is answered.
         asked = [*self.messages, {"role": "user", "content": text}]
         said = ""
         for by_base in self._answering():
             if self.by == "both":
                 yield f"{'base' if by_base else 'adapter'}: "
+            # The last one's answer stays, and that is the adapter's.
             said = ""
             for piece in self.engine.stream(
                 asked, self.options, by_base=by_base, number=self.number
@@ -152,6 +155,7 @@ class Session:
         if name:
             if name not in _TYPES:
                 raise ValueError(f"no option {name!r}; there are {', '.join(_TYPES)}")
+            # float or int: what the line holds is text.
             kind: Any = _TYPES[name]
             try:
                 number = kind(value)

@@ -57,6 +57,7 @@ def given_sampling(options: Any) -> dict[str, Any]:
     # Late: --help of other commands need not import it.
     from megalora.generate.options import Sampling
 
+    # None marks what was not given: a model, or a server, has its own defaults.
     given: dict[str, Any] = {}
     for field in fields(Sampling):
         value = getattr(options, field.name)

@@ -70,6 +70,8 @@ def _eval(options: Any, rest: list[str]) -> None:
         out=options.out and expand(options.out, "--out"),
     )
     # Here, so that a mistake is shown before ranks start and once, not by each of them.
+    # Ranks get what was found: they must not look for the latest checkpoint again, which may be
+    # another one by then.
     plan = plan_of(request)
     # As torchrun sets it for several ranks, with a warning.
     os.environ.setdefault("OMP_NUM_THREADS", "1")

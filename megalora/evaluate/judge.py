@@ -72,6 +72,7 @@ def judge(plan: Plan) -> Verdict:
         assert plan.request.data is not None
         questions = read_questions(plan.request.data, config.data, tokenizer, plan.request.limit)
     train, held_out = load_data(config.data, tokenizer)
+    # Without ``--data`` the part that training held out; with it, data.train is that data.
     split = held_out or train
     with parallel_groups(config.parallel, config.train.seed) as groups:
         model = _build(plan, groups)
@@ -93,6 +94,7 @@ def _build(plan: Plan, groups: Groups) -> AdaptedModel:
     config = plan.config
     activate(config.model.attention)
     shape = open_folder(plan.base).shape
+    # From the file, not from the config: an adapter made elsewhere has its own ranks and scales.
     adapter = None
     if plan.adapter is not None:
         adapter = read_adapter(plan.adapter, shape, base=plan.base)
@@ -117,6 +119,7 @@ def _judge_one(
         return Judged(loss, num_tokens)
     prompts = [question.tokens for question in questions]
     found = generate(model, prompts, plan.sampling, stop=stop_tokens(plan.base))
+    # Every rank judges all answers: that costs nothing, and none waits for another.
     rule = rule_of(plan.request.rule)
     answers: list[str] = []
     right: list[bool] = []

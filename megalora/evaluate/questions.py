@@ -36,8 +36,11 @@ def read_questions(
     """
     template = ChatTemplate(tokenizer)
     questions: list[Question] = []
+    columns: dict[str, str] | None = None
     for number, row in enumerate(islice(_rows(source), limit), 1):
-        columns = resolve_columns(data.format, row)
+        # Looked up in the first row, as in training: two forms in one file would be a mistake.
+        if columns is None:
+            columns = resolve_columns(data.format, row)
         try:
             conversation = to_conversation(row, columns, data.allow_left_out)
             # As training prepares it.
@@ -59,6 +62,7 @@ def _question(number: int, conversation: Conversation, template: ChatTemplate) -
     expected = conversation.messages[last]["content"]
     if not isinstance(expected, str) or not expected.strip():
         raise ValueError("the last answer is no text, so that no rule can compare with it")
+    # A conversation may begin with the answer; then nothing was asked.
     asked = conversation.messages[last - 1]["content"] if last else ""
     before = replace(conversation, messages=conversation.messages[:last])
     text = template.render(before, generation_prompt=True)

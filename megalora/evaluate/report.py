@@ -19,6 +19,7 @@ def text_of(plan: Plan, verdict: "Verdict") -> str:
     lines = [verdict.data]
     lines.append(f"{'':<8}{'loss':>10}{'perplexity':>12}{'target tokens':>15}")
     # The base first, as what the adapter is held against.
+    # "base" sorts behind "adapter".
     names = sorted(verdict.judged, reverse=True)
     for name in names:
         one = verdict.judged[name]
@@ -49,6 +50,7 @@ def _examples(verdict: "Verdict", names: list[str], rule: str) -> list[str]:
 
 def _fit(text: str, width: int) -> str:
     """One line of exactly this width; the end counts, as answers end with the result."""
+    # Line breaks in an answer would tear the table apart.
     flat = " ".join(text.split())
     if len(flat) > width:
         flat = f"...{flat[len(flat) - width + 3 :]}"

@@ -90,8 +90,10 @@ def plan_of(request: Request) -> Plan:
         request.limit is None or request.limit >= 1,
         f"--limit must be at least 1, got {request.limit}",
     )
+    # Both raise where they cannot be made; ranks make them again.
     Sampling(**request.sampling)
     rule_of(request.rule)
+    # Not after an hour of generating.
     if request.out is not None:
         check_file_to_write(Path(request.out))
     base, adapter = find_models(request.target, request.base)
@@ -129,6 +131,7 @@ def _config(request: Request, base: Path, file: Path | None) -> RunConfig:
         config = load_config(file, overrides)
     else:
         require(request.data is not None, _no_data(request.target))
+        # Overrides are read into a file's config; this one has defaults alone.
         with tempfile.TemporaryDirectory() as folder:
             minimal = Path(folder) / "defaults"
             minimal.write_text(_MINIMAL)

@@ -80,6 +80,7 @@ class CachedAttention(nn.Module):
             self.stored = (key.new_empty(rows), value.new_empty(rows))
         every = []
         for new, stored in zip((key, value), self.stored, strict=True):
+            # Written first, so that new tokens see themselves and each other.
             stored.index_copy_(0, documents.write, new[:, 0])
             every.append(stored.index_select(0, documents.read)[:, None])
         return self.attention(query, *every, *args, packed_seq_params=documents, **kwargs)
@@ -89,6 +90,7 @@ class CachedAttention(nn.Module):
 def cached(chunk: Any, num_rows: int) -> Iterator[list[CachedAttention]]:
     """Let a model's layers attend through a cache of so many rows while the block runs; yields the
     layers' caches."""
+    # Around each layer's own attention, whatever that is: recomputed, or on flash kernels.
     places = [layer.self_attention for layer in chunk.decoder.layers]
     own = [place.core_attention for place in places]
     caches: list[CachedAttention] = []
@@ -102,7 +104,7 @@ def cached(chunk: Any, num_rows: int) -> Iterator[list[CachedAttention]]:
     finally:
         for place, attention in zip(places, own, strict=True):
             place.core_attention = attention
-        # Nothing that still refers to a layer may keep its memory.
+        # Training needs the memory, whoever still refers to the list of caches.
         for cache in caches:
             cache.stored = None
 

@@ -38,6 +38,7 @@ def ranked(logits_NV: Tensor, options: Sampling) -> tuple[Tensor, Tensor]:
     sorted_NV, ids_NV = scaled_NV.sort(dim=-1, descending=True, stable=True)
     if options.top_k:
         sorted_NV[:, options.top_k :] = -torch.inf
+    # Over what ``top_k`` has left: ``top_p`` counts shares of these, as in transformers and vLLM.
     probs_NV = sorted_NV.softmax(-1)
     # A token stays if those before it do not have ``top_p`` yet: the first always does.
     before_NV = probs_NV.cumsum(-1) - probs_NV
@@ -53,6 +54,7 @@ def choose(logits_NV: Tensor, draws: list[Draws], options: Sampling) -> tuple[Te
         draws: of each sequence; a greedy choice takes none from them.
     """
     if options.temperature == 0:
+        # The first of equal logits, as transformers takes it.
         chosen_N = logits_NV.argmax(-1)
     else:
         probs_NV, ids_NV = ranked(logits_NV, options)
@@ -65,5 +67,6 @@ def choose(logits_NV: Tensor, draws: list[Draws], options: Sampling) -> tuple[Te
         # Past the end only where logits are NaN, which the log-probability shows.
         places_N1 = places_N1.clamp(max=logits_NV.shape[1] - 1)
         chosen_N = ids_NV.gather(1, places_N1)[:, 0]
+    # What training and a server report of a text, and what a policy gradient needs.
     logprobs_NV = logits_NV.float().log_softmax(-1)
     return chosen_N, logprobs_NV.gather(1, chosen_N[:, None])[:, 0]

@@ -67,6 +67,7 @@ def generate(
     longest = max((len(prompt.tokens) for prompt in mine), default=0)
     # The last token is never read.
     length = longest + options.max_new_tokens - 1
+    # Slots that no prompt would ever use would only take memory.
     num_slots = min(max_sequences, len(mine))
     sequences = Sequences(mine, options, stop, num_slots, pass_tokens)
     multiple = groups.tp.size()
@@ -97,6 +98,7 @@ def _any(busy: bool, group: dist.ProcessGroup) -> bool:
     """Whether any data-parallel rank still generates."""
     if group.size() == 1:
         return busy
+    # A few bytes a pass, where the tokens come to the host anyway.
     flag = torch.full((), int(busy), device=host.device())
     dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
     return bool(flag.item())

@@ -28,10 +28,12 @@ class Sampling:
     """Tokens of an answer, at most."""
 
     def __post_init__(self) -> None:
+        # NaN passes every comparison with a limit, so it is asked for by itself.
         is_temperature = math.isfinite(self.temperature) and self.temperature >= 0
         require(is_temperature, f"temperature must be 0 or above, got {self.temperature}")
         require(0 < self.top_p <= 1, f"top_p must be above 0 and at most 1, got {self.top_p}")
         require(self.top_k >= 0, f"top_k must not be negative, got {self.top_k}")
+        # numpy's key takes 64 bits without a sign, torch's and vLLM's seeds 63.
         require(0 <= self.seed < 2**63, f"seed must be from 0 to 2^63 - 1, got {self.seed}")
         require(
             self.max_new_tokens >= 1,
@@ -47,12 +49,15 @@ def stop_tokens(folder: Path) -> frozenset[int]:
         ValueError: ``eos_token_id`` is neither a number nor a list of numbers.
     """
     path = folder / GENERATION_CONFIG
+    # It comes first, as for transformers: instruct models end a turn with other tokens than the
+    # base that they were made from, and only this file says so.
     named = read_json_object(path).get("eos_token_id") if path.is_file() else None
     if named is None:
         path = folder / "config.json"
         named = read_hf_config(folder).get("eos_token_id")
     if named is None:
         return frozenset()
+    # Chat models often have two: the end of a turn, and the end of a text.
     ids = named if isinstance(named, list) else [named]
     for token in ids:
         # ``type``, not isinstance: true is an int to Python, and not a token.

@@ -46,6 +46,7 @@ def lay_out(sequences: Sequence[Active], *, num_slots: int, length: int, multipl
 
     def add(new: Sequence[int], first_row: int, num_cached: int) -> None:
         """A document of these new tokens behind ``num_cached`` earlier ones."""
+        # Rotary angles and causality need places in the document, the cache places in the slot.
         stop = num_cached + len(new)
         tokens.extend(new)
         positions.extend(range(num_cached, stop))
@@ -69,11 +70,10 @@ def lay_out(sequences: Sequence[Active], *, num_slots: int, length: int, multipl
     # As if the new tokens stood at the end of all: attention cuts the keys from the first to
     # the last query's, which are all of them.
     chunk = Chunk(num_keys - num_queries, num_keys, 0, tuple(query_ends), tuple(key_ends))
-    bounds = (on_device(query_ends).int(), on_device(key_ends).int())
     documents = CachedDocuments(
         chunks=(chunk,),
         positions=on_device(positions),
-        bounds=(bounds,),
+        bounds=((on_device(query_ends).int(), on_device(key_ends).int()),),
         write=on_device(write),
         read=on_device(read),
     )

@@ -91,6 +91,7 @@ class Sequences:
         # Those that were active before read one token each.
         room = self.pass_tokens - len(self.active)
         while self.waiting and self.free:
+            # In order: a long prompt must not wait for ever behind shorter ones that still fit.
             prompt = self.waiting[0]
             num_tokens = len(prompt.tokens)
             if self.active and num_tokens > room:
@@ -112,6 +113,7 @@ class Sequences:
                     f"prompt {sequence.place}: the logits behind token {len(sequence.tokens)} are"
                     " NaN; the base or the adapter has diverged, or the dtype is too narrow for it"
                 )
+            # All but the token that is appended now: no pass has read that yet.
             sequence.num_cached = len(sequence.tokens)
             sequence.tokens.append(token)
             sequence.logprobs.append(logprob)

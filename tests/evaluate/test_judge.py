@@ -2,6 +2,7 @@
 evaluation of training."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -46,9 +47,9 @@ def judged(request: Request) -> Verdict:
 @torch.no_grad()
 def of_stock_peft(
     base: Path, adapter: Path | None, chats: Path, rows: int
-) -> tuple[float, int, list[str]]:
-    """(mean cross entropy, target tokens, greedy answers to the first ``rows``), sample by
-    sample."""
+) -> tuple[float, int, list[list[int]]]:
+    """(mean cross entropy, target tokens, tokens of greedy answers to the first ``rows``), sample
+    by sample."""
     tokenizer: Any = AutoTokenizer.from_pretrained(base)
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     if adapter is not None:
@@ -70,8 +71,21 @@ def of_stock_peft(
             row["messages"][:-1], add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
         text = model.generate(**ids, max_new_tokens=6, do_sample=False)
-        answers.append(tokenizer.decode(text[0, ids["input_ids"].shape[1] :], True))
+        answers.append(text[0, ids["input_ids"].shape[1] :].tolist())
     return total / count, count, answers
+
+
+@pytest.fixture(scope="module")
+def ending(tiny: Path, chats: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same base with one more stop token in ``generation_config.json``, the third of its answer
+    to the first row: without it no answer would end before its sixth."""
+    base = tmp_path_factory.mktemp("judged") / "base"
+    shutil.copytree(tiny, base)
+    third = of_stock_peft(tiny, None, chats, 1)[2][0][2]
+    path = base / "generation_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "eos_token_id": [config["eos_token_id"], third]}))
+    return base
 
 
 @pytest.mark.slow
@@ -81,15 +95,20 @@ def of_stock_peft(
     ids=["alone", "tp2-ep2", "dp3"],
 )
 def test_stock_peft_s_losses_and_answers(
-    num_ranks: int, layout: list[str], tiny: Path, folder: Path, chats: Path
+    num_ranks: int, layout: list[str], ending: Path, folder: Path, chats: Path
 ) -> None:
     request = Request(
-        target=str(folder), data=str(chats), nproc=num_ranks, generate=True, limit=5,
-        rule="exact", sampling={"max_new_tokens": 6}, overrides=["model.dtype=float32", *layout],
+        target=str(folder), base=str(ending), data=str(chats), nproc=num_ranks, generate=True,
+        limit=5, rule="exact", sampling={"max_new_tokens": 6},
+        overrides=["model.dtype=float32", *layout],
     )  # fmt: skip
     verdicts = run_ranks(judged, num_ranks, request)
+    tokenizer: Any = AutoTokenizer.from_pretrained(ending)
     for name, adapter in (("base", None), ("adapter", folder)):
-        loss, count, answers = of_stock_peft(tiny, adapter, chats, 5)
+        loss, count, tokens = of_stock_peft(ending, adapter, chats, 5)
+        # Some answer of the base ends early.
+        assert adapter or min(map(len, tokens)) < 6
+        answers = [tokenizer.decode(answer, skip_special_tokens=True) for answer in tokens]
         for verdict in verdicts:
             ours = verdict.judged[name]
             # float32 on both sides, of some thousand tokens.
