@@ -136,9 +136,10 @@ def project(
     return head(x_NH, context.targets, context.want, h_NR)
 
 
-def _select(x_SBF: Tensor, positions_N: Tensor | None) -> Tensor:
-    """[S, B, F] -> [N, F]: the tokens at ``positions``, counted sample by sample."""
-    x_NF = x_SBF.transpose(0, 1).reshape(-1, x_SBF.shape[-1])
+def _select(x_T1F: Tensor, positions_N: Tensor | None) -> Tensor:
+    """[T, 1, F] -> [N, F]: the tokens at ``positions``. A microbatch is one row, so Megatron's
+    dimension of samples is 1."""
+    x_TF = x_T1F.squeeze(1)
     if positions_N is None:
-        return x_NF
-    return torch.index_select(x_NF, 0, positions_N)
+        return x_TF
+    return torch.index_select(x_TF, 0, positions_N)

@@ -42,8 +42,6 @@ HEAD_BUGS: tuple[Bug, ...] = (
         "__import__('megatron.core.tensor_parallel', fromlist=['_'])"
         ".gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False,"
         " group=group), context.positions", f"{IN_MODEL} megatron_s_own"),
-    bug(0, "tokens of a microbatch counted position by position", HEAD,
-        "x_SBF.transpose(0, 1).reshape(", "x_SBF.reshape(", f"{IN_MODEL} megatron_s_own"),
     # the loss
     bug(0, "label smoothing towards zero logits", SFT,
         'outputs["logsumexp"] - outputs["mean_logit"]', 'outputs["logsumexp"]',
