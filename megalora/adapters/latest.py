@@ -46,6 +46,7 @@ def latest_adapter(folder: Path) -> Path:
     named = read_latest(folder)
     if named is None:
         return folder
+    # An older checkpoint in its place would be another adapter than the user thinks.
     if not named.is_dir():
         raise ValueError(
             f"{folder / LATEST} names {named.name}, which is not there; give one of the run's"

@@ -15,6 +15,7 @@ def named_base(adapter: Path) -> str:
     named = read_config(adapter).get("base_model_name_or_path")
     if not isinstance(named, str) or not named:
         raise ValueError(f"{adapter} does not name its base model; give --base")
+    # Configs alone, which take no time: whoever needs weights asks for them later.
     try:
         local_folder(named, f"base_model_name_or_path in {adapter / CONFIG}", weights=False)
     except ValueError as error:
@@ -26,6 +27,7 @@ def shared_base(adapters: dict[str, Path]) -> str:
     """The one base that all of these adapters, by name, were trained on; raises ``ValueError`` for
     several."""
     bases = {name: named_base(folder) for name, folder in adapters.items()}
+    # One server has one base; an adapter of another might even fit its sizes.
     if len(set(bases.values())) > 1:
         found = ", ".join(f"{name} for {base}" for name, base in bases.items())
         raise ValueError(f"the adapters were trained on several bases ({found}); give --base")

@@ -45,6 +45,7 @@ def _add_swap(commands: Any) -> None:
     )
     swap.add_argument("url", metavar="URL", help="the server's address, as http://HOST:PORT")
     swap.add_argument("adapter", metavar="NAME=FOLDER", help=_ADAPTER)
+    # No --base: the server knows its own.
     _add_proof(swap, "keep the new version")
     swap.set_defaults(action=_swap)
 
@@ -70,6 +71,7 @@ def _say(line: str) -> None:
 
 
 def _swap(options: Any, _: list[str]) -> None:
+    # Imported here, so that --help takes no time.
     from megalora.serve.swap import swap
 
     code = swap(options.url, options.adapter, _say, atol=options.atol, unproven=options.unproven)

@@ -26,6 +26,7 @@ def named_adapters(adapters: Iterable[str | Path] | Mapping[str, str | Path]) ->
             raise ValueError(
                 f"two adapters are called {name!r}: {named[name]} and {folder}; write NAME=FOLDER"
             )
+        # After naming: a run's adapter is called like the run, not like a step.
         named[name] = latest_adapter(folder)
     return named
 

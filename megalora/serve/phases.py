@@ -54,6 +54,7 @@ class Phases:
             file.seek(self._offset)
             new = file.read()
         self._offset += len(new)
+        # Text, not lines: progress bars end none, and a worker may be in the middle of one.
         # The markers are ASCII, so that a letter that is cut in two hides none.
         self._text += new.decode(errors="replace")
         for place in range(self._next, len(PHASES)):

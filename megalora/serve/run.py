@@ -42,10 +42,12 @@ def serve(
     for adapter in adapters:
         name, given = named_folder(adapter)
         say_latest(given, named[name], say)
+    # Read before vLLM starts, which takes a minute to find a mistake.
     if base is None:
         base = shared_base(named)
         say(f"base: {base}, from adapter_config.json")
     folder = local_folder(base, "--base", weights=False)
+    # vLLM's own choice would be bfloat16, in which less can be proved.
     hf = read_hf_config(folder)
     dtype = hf.get("dtype") or hf.get("torch_dtype")
     server = Server(base, named, host=host, port=port, dtype=dtype, extra=extra, say=say)
@@ -75,6 +77,7 @@ def has_chat_template(base: Path, extra: Sequence[str]) -> bool:
         return True
     if any((base / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
         return True
+    # Where transformers 4 keeps it.
     settings = base / "tokenizer_config.json"
     return settings.is_file() and bool(read_json_object(settings).get("chat_template"))
 
@@ -135,6 +138,7 @@ def _ready(server: Server, client: Client, chat: bool) -> str:
         else:
             callable_as.append(model)
             shown.append(f"{model} (without megalora's plug-in, vLLM does not know {name} alone)")
+    # A server without adapters can be asked for its base.
     model = (callable_as or [str(server.base)])[0]
     seconds = server.phases.seconds if server.phases else 0.0
     key = bool(server.environment().get("VLLM_API_KEY"))

@@ -39,7 +39,9 @@ def swap(
     say_latest(given, folder, say)
     # A damaged probe must not be found when the new version is in service.
     read_probe(folder)
+    # As a training labels what it pushes, so that the same contents have the same id.
     label = folder.name if CHECKPOINT_NAME.fullmatch(folder.name) else None
+    # A client has its store from the beginning, and the server's list says where that is.
     with Client(url) as asking:
         models = asking.list()
     store = store_of(models)
@@ -55,6 +57,7 @@ def swap(
             says = f"{name} means {older[-1]} as before" if older else f"{name} is not served"
             say(f"not swapped: {proof.text()}; {says}, and --unproven swaps all the same")
             return UNPROVEN
+        # Loaded by now, or served before: what is left is to unload what is older.
         client.swap(name, folder, label)
         say(f"{name} at {url} is {proof.text()} ({_in_place_of(model, older)})")
         for line in _notes(client.names(), name, model, folder, store):
@@ -66,6 +69,7 @@ def store_of(models: list[Served]) -> Path | None:
     """The folder in which the server keeps copies of its adapters, if it can be written here; they
     lie under their ids there."""
     for served in models:
+        # Another server's adapters lie in folders that their trainer named.
         place = Path(served.path)
         if not served.is_base and place.name == served.id and os.access(place.parent, os.W_OK):
             return place.parent
@@ -87,6 +91,7 @@ def _proof(
         bases = [served for served in models if served.is_base]
         if not bases:
             raise ServerError("the server lists no base model")
+        # A folder, or a name on the hub.
         base = bases[0].path or bases[0].id
         proof = prove(
             client,
@@ -117,6 +122,7 @@ def _in_place_of(model: str, older: list[str]) -> str:
     """What became of the versions before."""
     if not older:
         return "a new name there"
+    # The last one is what the name meant.
     if older[-1] == model:
         return "which was served already"
     return f"in place of {older[-1]}"

@@ -240,7 +240,8 @@ def names(server: FakeVLLM) -> list[str]:
 def fake_vllm(base_path: str = "") -> Iterator[FakeVLLM]:
     """A server in a thread, which says that its base is the folder ``base_path``."""
     server = FakeVLLM(base_path)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    # It looks that often whether it is to end, by default every 0.5 s, which each test would wait.
+    thread = threading.Thread(target=server.serve_forever, args=[0.02], daemon=True)
     thread.start()
     try:
         yield server

@@ -33,6 +33,7 @@ def newest(loaded, name: str | None) -> str | None:
     # Requests without a model are the base's.
     if not name or name in loaded:
         return name or None
+    # A dict keeps the order of loading; an id that is loaded again in place stays where it is.
     for model in reversed(loaded):
         if name_of(model) == name:
             return model
@@ -51,6 +52,7 @@ def answer_by_name(serving) -> None:
     get_adapter = serving._maybe_get_adapters
 
     async def check_by_name(self, request):
+        # Through vLLM's own check, which also writes its log of requests.
         answer = await check_model(self, by_id(self.models, request))
         if answer is not None and answer.error.code == NOT_FOUND:
             answer.error.message = (
@@ -69,6 +71,7 @@ def answer_by_name(serving) -> None:
 def by_id(models, request):
     """The request with the id that its name means; the request itself where it names the base or
     nothing that is served."""
+    # As vLLM decides: a base comes first, whatever adapters are called.
     if models.is_base_model(request.model):
         return request
     model = newest(models.lora_requests, request.model)
@@ -91,12 +94,14 @@ def list_names(models) -> None:
         bases = [card for card in answer.data if card.parent is None]
         named = []
         for name in _names(self.lora_requests):
+            # Taken by a base, or by an adapter that somebody loaded without a version.
             if name not in cards:
                 model = newest(self.lora_requests, name)
                 card = copy.copy(cards[model])
                 card.id = name
                 card.parent = model
                 named.append(card)
+        # Base models stay first: clients take the first model for the default.
         answer.data = bases + named + answer.data[len(bases) :]
         return answer
 
