@@ -46,7 +46,6 @@ def lay_out(sequences: Sequence[Active], *, num_slots: int, length: int, multipl
 
     def add(new: Sequence[int], first_row: int, num_cached: int) -> None:
         """A document of these new tokens behind ``num_cached`` earlier ones."""
-        # Rotary angles and causality need places in the document, the cache places in the slot.
         stop = num_cached + len(new)
         tokens.extend(new)
         positions.extend(range(num_cached, stop))
