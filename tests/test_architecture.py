@@ -79,7 +79,8 @@ WITHOUT_TORCH = (
     "megalora/model/fields.py", "megalora/model/rope_fields.py", "megalora/model/account.py",
     "megalora/model/stored_tensors.py", "megalora/model/head_chunk.py",
     "megalora/model/projections.py", "megalora/model/formats/", "megalora/model/families/",
-    "megalora/train/__init__.py", "megalora/train/__main__.py", "megalora/train/run_logs.py",
+    "megalora/train/__init__.py", "megalora/train/__main__.py", "megalora/train/run_files.py",
+    "megalora/train/run_logs.py", "megalora/train/expert_tokens.py", "megalora/report/",
     "megalora/train/trackers.py", "megalora/train/duration.py", "megalora/planner/",
     "megalora/atomic_folder.py", "megalora/tiny_folder.py",
 )  # fmt: skip

@@ -74,6 +74,14 @@ WRONG: list[tuple[list[str], str]] = [
     (["merge", "adapter", "--base", "odd-base", "--out", "out"], "model_type"),
     (["verify", "none", *BASE], "none is not a folder; name one with adapter_config.json"),
     (["verify", "adapter", "--base", "a.jsonl"], "--base=a.jsonl"),
+    (["chat", "./none"], "ADAPTER=./none: no such folder"),
+    (["chat", "ia3", *BASE], "ia3/adapter_config.json: peft_type is 'IA3'"),
+    (["eval", "./none", "--data", "a.jsonl"], "ADAPTER=./none: no such folder"),
+    (["eval", "adapter", *BASE, "--data", "a.jsonl", "--rule", "best"], "--rule best: not a rule"),
+    (["report", "none"], "none is not a folder; name a run folder"),
+    (["report", "empty"], "empty is not a run folder: it has no metrics.jsonl"),
+    (["serve", "empty"], f"empty {NOT_AN_ADAPTER}"),
+    (["swap", "server", "adapter"], "server is not the URL of a server"),
 ]  # fmt: skip
 
 

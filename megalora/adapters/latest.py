@@ -34,6 +34,16 @@ def read_latest(run: Path) -> Path | None:
     return run / name
 
 
+def checkpoints(run: Path) -> list[Path]:
+    """Folders with the name of a checkpoint, in order of steps, whether they are whole or not."""
+    if not run.is_dir():
+        return []
+    named = [
+        path for path in run.iterdir() if CHECKPOINT_NAME.fullmatch(path.name) and path.is_dir()
+    ]
+    return sorted(named, key=lambda path: int(path.name.removeprefix("step_")))
+
+
 def latest_adapter(folder: Path) -> Path:
     """``folder`` if it is an adapter, else the checkpoint that its ``latest`` names; ``folder`` too
     where it is neither, which whoever reads it will say.

@@ -19,8 +19,8 @@ from megalora.evaluate.rules import rule_of
 from megalora.generate.options import Sampling, check_layout
 from megalora.model.account import open_folder
 from megalora.paths import check_file_to_write
+from megalora.train.run_files import CONFIG
 
-RUN_CONFIG = "config.yaml"
 _MINIMAL = "model: {path: .}\ndata: {train: .}\ntrain: {steps: 1}\n"
 """A config of which only defaults are used."""
 
@@ -119,7 +119,7 @@ def _config_file(request: Request, adapter: Path | None) -> Path | None:
     # any other adapter a file of this name may be anything.
     if adapter is None or not CHECKPOINT_NAME.fullmatch(adapter.absolute().name):
         return None
-    beside = adapter.absolute().parent / RUN_CONFIG
+    beside = adapter.absolute().parent / CONFIG
     return beside if beside.is_file() else None
 
 
@@ -149,5 +149,5 @@ def _config(request: Request, base: Path, file: Path | None) -> RunConfig:
 def _no_data(target: str) -> str:
     return (
         f"evaluate {target} on what? Give --data FILE; only for a checkpoint in a run folder whose"
-        f" {RUN_CONFIG} has data.eval are that run's evaluation samples taken"
+        f" {CONFIG} has data.eval are that run's evaluation samples taken"
     )

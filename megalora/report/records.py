@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,15 +9,12 @@ from typing import Any
 import yaml
 
 from megalora.adapters.files import WEIGHTS
+from megalora.adapters.latest import checkpoints, read_latest
 from megalora.config.yaml_limits import check_yaml
 from megalora.hf.json_file import read_json_object
-from megalora.train.about import ENVIRONMENT, SAMPLES
 from megalora.train.expert_tokens import FILE, Recorded, read_expert_tokens
+from megalora.train.run_files import CONFIG, ENVIRONMENT, MANIFEST, SAMPLES
 from megalora.train.run_logs import METRICS_FILE, record_of
-
-CONFIG = "config.yaml"
-MANIFEST = "manifest.json"
-_STEP = re.compile(r"step_(\d+)")
 
 
 @dataclass(frozen=True)
@@ -122,17 +118,15 @@ def read_series(path: Path) -> tuple[dict[str, Series], list[str]]:
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """What ``latest`` names, or the step with the highest number; None without any."""
-    latest = folder / "latest"
-    if latest.is_file():
-        name = latest.read_text(errors="replace").strip()
-        if _STEP.fullmatch(name) and (folder / name / WEIGHTS).is_file():
-            return folder / name
-    steps: dict[int, Path] = {}
-    for path in folder.glob("step_*"):
-        found = _STEP.fullmatch(path.name)
-        if found and (path / WEIGHTS).is_file():
-            steps[int(found[1])] = path
-    return steps[max(steps)] if steps else None
+    try:
+        latest = read_latest(folder)
+    except ValueError:
+        # The checkpoints are there all the same.
+        latest = None
+    for path in (latest, *reversed(checkpoints(folder))):
+        if path is not None and (path / WEIGHTS).is_file():
+            return path
+    return None
 
 
 def _read_config(run: RunRecords) -> None:

@@ -12,10 +12,9 @@ import torch.distributed as dist
 from megalora import host
 from megalora.data.chat import Encoded
 from megalora.data.show import parts_of
+from megalora.train.run_files import ENVIRONMENT, SAMPLES
 from megalora.versions import SHOWN, versions
 
-ENVIRONMENT = "environment.json"
-SAMPLES = "samples.json"
 NUM_SAMPLES = 3
 
 

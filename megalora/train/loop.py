@@ -38,6 +38,7 @@ from megalora.train.expert_tokens import ExpertTokens
 from megalora.train.metrics import Metrics
 from megalora.train.optim import learning_rate
 from megalora.train.probe import Probe
+from megalora.train.run_files import CONFIG, MANIFEST
 from megalora.train.run_folder import opened
 from megalora.train.signals import terminated
 from megalora.train.trace import Trace, tracing
@@ -231,8 +232,8 @@ def _open(run: Run, metrics: Metrics, now: Progress, shown: list[dict[str, Any]]
     model = run.model
     if dist.get_rank() == 0:
         folder = Path(config.checkpoint.dir)
-        save_config(config, folder / "config.yaml")
-        write_manifest(folder / "manifest.json", model.adapted)
+        save_config(config, folder / CONFIG)
+        write_manifest(folder / MANIFEST, model.adapted)
         write_about(folder, shown)
     metrics.say(_opening(config, model, run.batches, now.saved))
     check = config.train.check_base

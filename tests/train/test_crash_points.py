@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from megalora.adapters.latest import read_latest
+from megalora.adapters.latest import checkpoints, read_latest
 from megalora.train.checkpoint.writer import (
     checkpoint_name,
-    checkpoints,
     point_latest_at,
     recover,
     remove,

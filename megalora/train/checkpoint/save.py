@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megalora import host
 from megalora.adapters.files import OPTIMIZER, PROBE, RNG, STATE, STATE_JSON, STATE_KEYS
+from megalora.adapters.latest import checkpoints
 from megalora.adapters.write.form import write_adapter
 from megalora.config import RunConfig
 from megalora.first_rank import on_first_rank
@@ -19,7 +20,7 @@ from megalora.lora.adapted_model import AdaptedModel
 from megalora.lora.gather import gather_tensors
 from megalora.lora.section import settings
 from megalora.train.checkpoint.identity import Identity, Samples
-from megalora.train.checkpoint.writer import checkpoint_name, checkpoints, remove, write_atomically
+from megalora.train.checkpoint.writer import checkpoint_name, remove, write_atomically
 from megalora.train.optim import optimizer_state
 
 

@@ -5,12 +5,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megalora.adapters.files import CONFIG, OPTIMIZER, RNG, WEIGHTS
-from megalora.adapters.latest import LATEST, latest_adapter, read_latest
+from megalora.adapters.latest import LATEST, checkpoints, latest_adapter, read_latest
 from megalora.adapters.training_state import SavedState, read_state
 from megalora.config import RunConfig
 from megalora.first_rank import on_first_rank
 from megalora.hf.safetensors import read_header
-from megalora.train.checkpoint.writer import checkpoints, point_latest_at
+from megalora.train.checkpoint.writer import point_latest_at
 
 
 @dataclass(frozen=True)

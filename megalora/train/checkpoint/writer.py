@@ -18,7 +18,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from megalora.adapters.latest import CHECKPOINT_NAME, LATEST, read_latest
+from megalora.adapters.latest import LATEST, checkpoints, read_latest
 from megalora.atomic_folder import force_to_disk, force_tree_to_disk
 
 _LEFT_OVER = re.compile(r"\.(step_\d{6,18})\.(tmp|old|gone)")
@@ -27,16 +27,6 @@ _LEFT_OVER = re.compile(r"\.(step_\d{6,18})\.(tmp|old|gone)")
 def checkpoint_name(step: int) -> str:
     """Name of a step's folder in its run folder."""
     return f"step_{step:06d}"
-
-
-def checkpoints(run: Path) -> list[Path]:
-    """Folders with the name of a checkpoint, in order of steps, whether they are whole or not."""
-    if not run.is_dir():
-        return []
-    named = [
-        path for path in run.iterdir() if CHECKPOINT_NAME.fullmatch(path.name) and path.is_dir()
-    ]
-    return sorted(named, key=lambda path: int(path.name.removeprefix("step_")))
 
 
 def point_latest_at(target: Path) -> None:

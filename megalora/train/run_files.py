@@ -1,0 +1,10 @@
+"""Names of files in a run folder that several modules write and read. No torch."""
+
+CONFIG = "config.yaml"
+"""The run's whole config, defaults included."""
+MANIFEST = "manifest.json"
+"""Every adapted module with its rank, scale and shapes."""
+ENVIRONMENT = "environment.json"
+"""Versions of the software, and the device."""
+SAMPLES = "samples.json"
+"""The first samples as text."""
