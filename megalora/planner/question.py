@@ -81,13 +81,15 @@ class Question:
         machine = find_machine(options.gpu)
         if options.gpus_per_node is not None:
             machine = with_ranks_per_node(machine, options.gpus_per_node)
+        # First of what the config names: of a model that megalora does not compute, not even the
+        # tokenizer may be readable.
+        shape = model_shape(find_architecture(config.model.path))
         # The table of the GPU that is planned for, whatever this machine is.
         work = replace(
             Workload.of(config, options.imbalance),
             crossings=crossings_of(machine.name),
             packing=packing_of(config, options.mean_length),
         )
-        shape = model_shape(find_architecture(config.model.path))
         return cls(config, shape, work, machine, options.samples)
 
     def lora_of_rank(self, rank: int) -> LoRAConfig:
