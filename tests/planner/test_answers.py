@@ -153,6 +153,11 @@ def test_rows_of_a_number_of_samples_are_as_long_as_their_samples() -> None:
     own = own_layout(question, 1, 16)
     full = own_layout(question_of(), 1, 16)
     assert own.planned is not None and full.planned is not None
+    # A row for each of 16 samples, though four would fit one.
+    layout = own.planned.layout
+    assert layout.num_microbatches(question.work) == 16
+    filled = replace(layout, micro_batch_tokens=question.work.sequence_length)
+    assert filled.num_microbatches(question.work) < 16
     # A fifth of the tokens: less time, and tokens per second of those alone.
     assert own.planned.time.seconds < full.planned.time.seconds
     speed = own.planned.tokens_per_second(question.work)
