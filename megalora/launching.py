@@ -7,10 +7,21 @@ own below whatever the ranks have said.
 """
 
 import logging
+import os
 import signal
 import sys
 
 from megalora.user_error import LOST_PEER, MISTAKE, guarded
+
+
+def ranks_here(nproc: int) -> list[str]:
+    """torchrun's arguments for so many ranks on this machine alone.
+
+    They get one thread each unless the user has said otherwise, as torchrun itself does, with a
+    warning, for several.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    return ["--standalone", "--nproc-per-node", str(nproc)]
 
 
 def torchrun(arguments: list[str]) -> None:

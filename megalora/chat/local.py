@@ -58,9 +58,7 @@ class LocalEngine:
     def encode(self, messages: Sequence[Message]) -> list[int]:
         """Tokens of the conversation, up to where the answer begins, as in training."""
         conversation = Conversation(messages=[dict(message) for message in messages])
-        text = self.template.render(conversation, generation_prompt=True)
-        # The template has printed the special tokens, beginning of sequence included.
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self.template.prompt_tokens(conversation)
 
     def stream(
         self, messages: Sequence[Message], options: Mapping[str, Any], *, by_base: bool, number: int

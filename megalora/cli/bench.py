@@ -76,11 +76,9 @@ def _calibrate(options: Any) -> None:
             nodes, options.nproc, words, "calibration", "megalora.bench.calibrate"
         )
         sys.exit(subprocess.run(started, env=environment).returncode)
-    from megalora.launching import torchrun
+    from megalora.launching import ranks_here, torchrun
 
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    ranks = ["--standalone", "--nproc-per-node", str(options.nproc)]
-    torchrun([*ranks, "-m", "megalora.bench.calibrate", *words])
+    torchrun([*ranks_here(options.nproc), "-m", "megalora.bench.calibrate", *words])
 
 
 def _bench(options: Any, rest: list[str]) -> None:

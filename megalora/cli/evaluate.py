@@ -1,11 +1,10 @@
 """Read the arguments of ``megalora eval``."""
 
-import os
 from typing import Any
 
 from megalora.cli.chat import add_sampling_arguments, given_sampling
 from megalora.cli.command_parser import add_command
-from megalora.launching import torchrun
+from megalora.launching import ranks_here, torchrun
 
 
 def add_eval_command(commands: Any) -> None:
@@ -73,7 +72,4 @@ def _eval(options: Any, rest: list[str]) -> None:
     # Ranks get what was found: they must not look for the latest checkpoint again, which may be
     # another one by then.
     plan = plan_of(request)
-    # As torchrun sets it for several ranks, with a warning.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    ranks = ["--standalone", "--nproc-per-node", str(options.nproc)]
-    torchrun([*ranks, "-m", "megalora.evaluate", plan.resolved.to_json()])
+    torchrun([*ranks_here(options.nproc), "-m", "megalora.evaluate", plan.resolved.to_json()])

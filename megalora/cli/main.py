@@ -17,7 +17,7 @@ from megalora.cli.options import add_options_command
 from megalora.cli.plan import add_plan_command
 from megalora.cli.report import add_report_command
 from megalora.cli.serve import add_serve_commands
-from megalora.launching import torchrun
+from megalora.launching import ranks_here, torchrun
 from megalora.model.families import FAMILIES
 from megalora.paths import user_path
 from megalora.user_error import guarded
@@ -154,14 +154,11 @@ def _train(options: Any, rest: list[str]) -> None:
     overrides = [*options.overrides, *rest]
     # Here, so that a mistake is shown before ranks start and once, not by each of them.
     check_run(options.config, overrides, options.nproc)
-    # As torchrun sets it for several ranks, with a warning.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     # Seconds to save after SIGTERM; torchrun's own default kills after 30.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
     if options.max_restarts < 0:
         raise ValueError(f"--max-restarts must not be negative, got {options.max_restarts}")
-    ranks = ["--standalone", "--nproc-per-node", str(options.nproc)]
-    ranks += ["--max-restarts", str(options.max_restarts)]
+    ranks = [*ranks_here(options.nproc), "--max-restarts", str(options.max_restarts)]
     torchrun([*ranks, "-m", "megalora.train", str(options.config), *overrides])
 
 

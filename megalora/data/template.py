@@ -68,6 +68,16 @@ class ChatTemplate:
         """
         return self._rendered(conversation, add_generation_prompt=generation_prompt)[0]
 
+    def prompt_tokens(self, conversation: Conversation) -> list[int]:
+        """Tokens of the conversation up to where the assistant's next answer begins.
+
+        Raises:
+            RefusedByTemplate: as ``render``.
+        """
+        text = self.render(conversation, generation_prompt=True)
+        # The template has printed the special tokens, beginning of sequence included.
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
     def render_with_blocks(self, conversation: Conversation) -> tuple[str, list[tuple[int, int]]]:
         """The text, and the character spans of its ``{% generation %}`` blocks.
 

@@ -2,8 +2,7 @@
 with zeros."""
 
 import math
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,12 +15,11 @@ from megalora.evaluate.request import Plan
 from megalora.evaluate.rules import rule_of
 from megalora.generate.generate import generate
 from megalora.generate.options import stop_tokens
-from megalora.lora.adapted_model import AdaptedModel, build_adapted, load_adapter
+from megalora.lora.adapted_model import AdaptedModel, load_adapter
 from megalora.model.account import open_folder
-from megalora.model.attention import activate
-from megalora.model.build import build_model
 from megalora.objectives.sft import SFT
 from megalora.parallel import Groups, parallel_groups
+from megalora.train.assemble import build_for_training
 from megalora.train.batches import Batches
 from megalora.train.step import Stepper
 
@@ -91,18 +89,14 @@ def judge(plan: Plan) -> Verdict:
 
 def _build(plan: Plan, groups: Groups) -> AdaptedModel:
     """The base with the adapter's factors on this rank; collective."""
-    config = plan.config
-    activate(config.model.attention)
+    # Nothing is kept for a backward pass here, so that there is nothing to recompute.
+    config = replace(plan.config, train=replace(plan.config.train, recompute="off"))
     shape = open_folder(plan.base).shape
     # From the file, not from the config: an adapter made elsewhere has its own ranks and scales.
     adapter = None
     if plan.adapter is not None:
         adapter = read_adapter(plan.adapter, shape, base=plan.base)
-    model = build_adapted(
-        partial(build_model, folder=plan.base), shape, adapter.adapted if adapter else [], groups,
-        model=config.model, parallel=config.parallel, lora=config.lora, seed=config.train.seed,
-        rows_per_expert=shape.rows_per_expert(config),
-    )  # fmt: skip
+    model = build_for_training(config, shape, adapter.adapted if adapter else [], groups)
     if adapter is not None:
         load_adapter(model, adapter.tensors)
     return model

@@ -65,6 +65,4 @@ def _question(number: int, conversation: Conversation, template: ChatTemplate) -
     # A conversation may begin with the answer; then nothing was asked.
     asked = conversation.messages[last - 1]["content"] if last else ""
     before = replace(conversation, messages=conversation.messages[:last])
-    text = template.render(before, generation_prompt=True)
-    tokens = template.tokenizer(text, add_special_tokens=False)["input_ids"]
-    return Question(number, str(asked), expected, tokens)
+    return Question(number, str(asked), expected, template.prompt_tokens(before))

@@ -16,6 +16,11 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
     return read_json_object(path)
 
 
+def stored_dtype(hf: dict[str, Any]) -> str | None:
+    """The dtype that a ``config.json`` names; transformers 4 has another key for it than 5."""
+    return hf.get("dtype") or hf.get("torch_dtype")
+
+
 def read_json_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file; a ``ValueError`` names the file and the place."""
     size = path.stat().st_size

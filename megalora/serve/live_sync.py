@@ -22,7 +22,7 @@ from megalora.adapters.files import CONFIG, PROBE, WEIGHTS
 from megalora.adapters.write.form import num_tensors
 from megalora.config import RunConfig
 from megalora.hf.folder import local_folder
-from megalora.hf.json_file import read_hf_config
+from megalora.hf.json_file import read_hf_config, stored_dtype
 from megalora.lora.adapted_model import AdaptedModel
 from megalora.serve.adapter_files import tensor_count
 from megalora.serve.errors import ServerError, ServerUnreachable
@@ -57,7 +57,7 @@ def serving(
         return
     hf = read_hf_config(local_folder(config.model.path, weights=False))
     # The dtype that megalora serve starts vLLM with.
-    served_dtype = str(hf.get("dtype") or hf.get("torch_dtype"))
+    served_dtype = str(stored_dtype(hf))
     count = num_tensors(model.adapted, model.shape)
     pusher = Pusher(
         config.checkpoint.serve,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megalora.adapters.named_base import shared_base
 from megalora.hf.folder import local_folder
-from megalora.hf.json_file import read_hf_config, read_json_object
+from megalora.hf.json_file import read_hf_config, read_json_object, stored_dtype
 from megalora.serve.adapter_names import named_adapters, named_folder
 from megalora.serve.proof import Proof, prove, tokens_for
 from megalora.serve.server import Server
@@ -49,7 +49,7 @@ def serve(
     folder = local_folder(base, "--base", weights=False)
     # vLLM's own choice would be bfloat16, in which less can be proved.
     hf = read_hf_config(folder)
-    dtype = hf.get("dtype") or hf.get("torch_dtype")
+    dtype = stored_dtype(hf)
     server = Server(base, named, host=host, port=port, dtype=dtype, extra=extra, say=say)
     say(f"starting vLLM for {base} ({server.dtype}); its log is {server.log}")
     with server, server.client() as client:

@@ -24,7 +24,7 @@ from typing import Any
 import httpx
 
 from megalora.adapters.write.engines import VLLM_RANKS, vllm_max_rank
-from megalora.hf.json_file import read_hf_config
+from megalora.hf.json_file import read_hf_config, stored_dtype
 from megalora.paths import expand
 from megalora.serve.adapter_names import named_adapters, versioned
 from megalora.serve.check import Limits, Needs, check_adapter
@@ -114,7 +114,7 @@ class Server:
         self.named = named_adapters(self.adapters)
         needs = [check_adapter(folder, Limits(base=self._folder)) for folder in self.named.values()]
         self.limits = self._limits_for(needs)
-        self.dtype = self.dtype or hf.get("dtype") or hf.get("torch_dtype") or "auto"
+        self.dtype = self.dtype or stored_dtype(hf) or "auto"
         self.max_loras = self.max_loras or len(self.named) + SPARE_ADAPTERS
         self.max_cpu_loras = self.max_cpu_loras or 2 * self.max_loras
         self.port = free_port(self.host, self.port)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megalora.adapters.latest import CHECKPOINT_NAME
 from megalora.hf.folder import local_folder
-from megalora.hf.json_file import read_hf_config
+from megalora.hf.json_file import read_hf_config, stored_dtype
 from megalora.serve.adapter_names import named_adapters, named_folder, versioned
 from megalora.serve.api import Served
 from megalora.serve.errors import ServerError
@@ -115,7 +115,7 @@ def _served_dtype(base: str) -> str:
     except ValueError:
         # The server is elsewhere and its base not here: held to the limits of bfloat16.
         return "unknown"
-    return str(hf.get("dtype") or hf.get("torch_dtype"))
+    return str(stored_dtype(hf))
 
 
 def _in_place_of(model: str, older: list[str]) -> str:

@@ -69,8 +69,8 @@ GENERATE_BUGS: tuple[Bug, ...] = (
     # chat
     bug(0, "an adapter that answers for the base", LOCAL,
         "if by_base and self.has_adapter:", "if False:", f"{OF_CHAT} the_same_text"),
-    bug(0, "a prompt without the assistant's beginning", LOCAL, "generation_prompt=True",
-        "generation_prompt=False", f"{OF_CHAT} the_same_text"),
+    bug(0, "a prompt without the assistant's beginning", "megalora/data/template.py",
+        "generation_prompt=True", "generation_prompt=False", f"{OF_CHAT} the_same_text"),
     bug(0, "a refused message that stays in the conversation", SESSION,
         'asked = [*self.messages, {"role": "user", "content": text}]',
         'asked = self.messages\n        asked.append({"role": "user", "content": text})',
