@@ -36,7 +36,12 @@ CASES = {
 
 NAMED = {arch_of({}), "qwen2_moe"}
 """Families that ``CASES`` has under other names."""
-OTHER_FAMILIES = [family for family in FAMILIES if family not in NAMED]
+OTHER_FAMILIES = []
+for family in FAMILIES:
+    if family not in NAMED:
+        # Dense, as Llama is, which stays in make test.
+        marks = pytest.mark.slow if family in ("mistral", "qwen3") else ()
+        OTHER_FAMILIES.append(pytest.param(family, marks=marks))
 
 
 @pytest.fixture(scope="module")

@@ -51,6 +51,7 @@ def test_no_accepted_layout_is_left_out() -> None:
     assert len(possible) == len(layouts()) > 80
 
 
+@pytest.mark.slow
 def test_every_possible_pair_of_values_is_tested() -> None:
     # Not ``Case.pairs``, by which the grid was chosen.
     def pairs(case: Case) -> set:
