@@ -2,7 +2,10 @@
 has, and prove that it acts as it was trained."""
 
 import os
-from collections.abc import Callable
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from megalora.adapters.latest import CHECKPOINT_NAME
@@ -23,7 +26,7 @@ def swap(
     """Serve ``adapter`` (NAME=FOLDER, or a folder) at ``url`` in place of NAME's older versions;
     returns an exit code.
 
-    A version that is not proved is taken out again, and the older one answers as before.
+    NAME means the older version until the new one is proved, and after a proof that fails.
 
     Args:
         say: called with lines for the user.
@@ -49,15 +52,15 @@ def swap(
     with Client(url, store=store) as client:
         model = versioned(name, folder, label)
         # What is loaded already has the same contents, which were checked then.
-        loads = model not in older
-        if loads:
-            client.load(name, folder, label)
-        proof = _proof(client, models, model, folder, atol, loads, unproven)
+        if model in older:
+            proof = _proof(client, models, model, folder, atol)
+        else:
+            with _on_trial(client, name, folder) as trial:
+                proof = replace(_proof(client, models, trial, folder, atol), model=model)
         if not proof.ok and not unproven:
             says = f"{name} means {older[-1]} as before" if older else f"{name} is not served"
             say(f"not swapped: {proof.text()}; {says}, and --unproven swaps all the same")
             return UNPROVEN
-        # Loaded by now, or served before: what is left is to unload what is older.
         client.swap(name, folder, label)
         say(f"{name} at {url} is {proof.text()} ({_in_place_of(model, older)})")
         for line in _notes(client.names(), name, model, folder, store):
@@ -76,36 +79,32 @@ def store_of(models: list[Served]) -> Path | None:
     return None
 
 
-def _proof(
-    client: Client, models: list[Served], model: str, folder: Path, atol: float, loaded: bool,
-    unproven: bool,
-) -> Proof:  # fmt: skip
-    """The proof of a version, which is unloaded again, whatever goes wrong, where it does not hold.
-
-    Args:
-        loaded: the version was loaded for this; one that was served before stays.
-        unproven: the proof need not hold.
-    """
-    ok = False
+@contextmanager
+def _on_trial(client: Client, name: str, folder: Path) -> Iterator[str]:
+    """Serve the adapter under a name of its own, so that requests for NAME get the older version
+    until the new one is proved; yields the id."""
+    # Nobody else's: two swaps at once do not unload each other's.
+    trial = client.load(f"{name}.trial-{secrets.token_hex(4)}", folder)
     try:
-        bases = [served for served in models if served.is_base]
-        if not bases:
-            raise ServerError("the server lists no base model")
-        # A folder, or a name on the hub.
-        base = bases[0].path or bases[0].id
-        proof = prove(
-            client,
-            model,
-            folder,
-            served_dtype=_served_dtype(base),
-            atol=atol,
-            fallback=lambda: tokens_for(base),
-        )
-        ok = proof.ok or unproven
-        return proof
+        yield trial
     finally:
-        if loaded and not ok:
-            client.unload(model)
+        client.unload(trial)
+
+
+def _proof(client: Client, models: list[Served], model: str, folder: Path, atol: float) -> Proof:
+    bases = [served for served in models if served.is_base]
+    if not bases:
+        raise ServerError("the server lists no base model")
+    # A folder, or a name on the hub.
+    base = bases[0].path or bases[0].id
+    return prove(
+        client,
+        model,
+        folder,
+        served_dtype=_served_dtype(base),
+        atol=atol,
+        fallback=lambda: tokens_for(base),
+    )
 
 
 def _served_dtype(base: str) -> str:
