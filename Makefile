@@ -47,11 +47,14 @@ $(READY): requirements-dev.lock pyproject.toml kernels/pyproject.toml | $(filter
 quickstart: $(READY)  ## Fine-tune a tiny Qwen3-MoE on two ranks (EP=2) and verify the adapter with stock PEFT
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash launch/quickstart.sh
 
+# GSM8K=FOLDER has the data as files; without it they come from the hub. A shell would expand the brackets.
+GSM8K_FILES = $(if $(GSM8K),'data.train=$(GSM8K)/train.jsonl' 'data.eval=$(GSM8K)/test.jsonl[:200]')
+
 gsm8k: $(READY)  ## GSM8K on a tiny model at TP 2 x EP 2 (four ranks), then the same loss from stock PEFT
 	@rm -rf runs/gsm8k
 	@$(BIN)/megalora tiny runs/gsm8k/base
-	@CUDA_VISIBLE_DEVICES= $(BIN)/megalora train configs/gsm8k_tiny.yaml --nproc 4
-	@$(BIN)/python -m benchmarks.peft_eval_loss configs/gsm8k_tiny.yaml runs/gsm8k/run/$$(cat runs/gsm8k/run/latest)
+	@CUDA_VISIBLE_DEVICES= $(BIN)/megalora train configs/gsm8k_tiny.yaml --nproc 4 $(GSM8K_FILES)
+	@$(BIN)/python -m benchmarks.peft_eval_loss configs/gsm8k_tiny.yaml runs/gsm8k/run/$$(cat runs/gsm8k/run/latest) $(GSM8K_FILES)
 
 test: $(READY)  ## The fast tests, in two processes: 8 min at most on two cores
 	@$(BIN)/pytest -q $(SIDE_BY_SIDE) -m "not slow and $(HERE)" tests

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megalora.adapters.write.engines import PEFT_WARNINGS
 from megalora.config.file import load_config
 from megalora.data.splits import load_split
 
@@ -39,8 +40,9 @@ def mean_loss(model: torch.nn.Module, samples: list) -> float:
 
 def eval_losses(base: str, adapter: Path, samples: list) -> tuple[float, float]:
     """Losses of the base model and with the adapter, in float32."""
-    # PEFT itself adds patterns when it fuses gate and up, and then warns that they match nothing.
-    warnings.filterwarnings("ignore", message=".*gate_up_proj.*")
+    # PEFT calls patterns unused that it does use (docs/adapters.md).
+    for harmless in PEFT_WARNINGS:
+        warnings.filterwarnings("ignore", message=harmless)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     before = mean_loss(model, samples)
     return before, mean_loss(PeftModel.from_pretrained(model, str(adapter)).eval(), samples)

@@ -2,6 +2,8 @@
 `make gsm8k` does it in full."""
 
 import os
+import shlex
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,13 +19,43 @@ from tests.distributed.ranks import run_ranks
 from tests.parity.runs import records
 
 ROOT = Path(__file__).parents[2]
-DATA = Path(os.environ.get("GSM8K", ROOT.parent / "shared/data/gsm8k"))
+# A folder with train.jsonl and test.jsonl; no test asks the hub.
+DATA = Path(os.environ.get("GSM8K", ""))
+
+
+def commands(*variables: str) -> list[str]:
+    """Lines that ``make gsm8k`` would run, of those that read the data."""
+    dry = subprocess.run(
+        # -o: as if the environment were there already.
+        ["make", "--dry-run", "-o", ".venv/.ready", "gsm8k", *variables],
+        cwd=ROOT,
+        # Neither a GSM8K nor settings of the make that runs this test.
+        env={"PATH": os.environ["PATH"]},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return [line for line in dry.stdout.splitlines() if "gsm8k_tiny.yaml" in line]
+
+
+def test_the_data_come_from_a_folder_or_from_the_hub() -> None:
+    hub = load_config(ROOT / "configs/gsm8k_tiny.yaml")
+    assert (hub.data.train, hub.data.eval) == (
+        "openai/gsm8k/main:train",
+        "openai/gsm8k/main:test[:200]",
+    )
+    # Training and PEFT's evaluation must read the same.
+    assert len(commands()) == len(commands("GSM8K=/a b")) == 2
+    for without, given in zip(commands(), commands("GSM8K=/a b"), strict=True):
+        assert "data." not in without
+        words = shlex.split(given)
+        assert words[-2:] == ["data.train=/a b/train.jsonl", "data.eval=/a b/test.jsonl[:200]"]
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(
     not (DATA / "train.jsonl").is_file(),
-    reason=f"no GSM8K at {DATA}; set GSM8K to a folder with train.jsonl and test.jsonl",
+    reason="set GSM8K to a folder with train.jsonl and test.jsonl",
 )
 def test_gsm8k_adapter_evaluates_the_same_in_stock_peft(tiny, tmp_path):
     config = load_config(ROOT / "configs/gsm8k_tiny.yaml", ["train.steps=5", "train.warmup=1"])

@@ -82,5 +82,10 @@ ADAPTER_BUGS: tuple[Bug, ...] = (
         "tests/lora/test_select.py test_refused"),
     bug(0, "braces that match fuzzily", PATTERNS, '_LONE_BRACE.sub(r"\\\\{", expression)',
         'expression', "tests/lora/test_patterns.py as_python"),
+    bug(0, "a warning of PEFT's without an explanation", "megalora/adapters/write/engines.py",
+        '    "Found missing adapter keys while loading the checkpoint",\n', "",
+        "tests/adapters/test_peft_warnings.py documentation"),
+    bug(0, "the card quotes a warning that PEFT does not give", "megalora/adapters/write/card.py",
+        "did not match any targeted", "matched no targeted",
+        "tests/adapters/test_peft_warnings.py documentation"),
 )
-# fmt: on

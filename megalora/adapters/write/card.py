@@ -8,6 +8,15 @@ from megalora.adapters.write.engines import ENGINES, VLLM_RANKS, vllm_max_rank
 from megalora.hf.tensor_names import within_layer
 from megalora.lora.spec import Adapted
 
+_HARMLESS = (
+    'PEFT 0.21 may warn of `rank_pattern` and `alpha_pattern` keys that "did not match any targeted'
+    ' module and were ignored" (it does apply them: experts and routers are parameters in'
+    ' transformers 5), of "missing adapter keys" (in layers that were not adapted, where it adds'
+    ' zeros) and of "tie_word_embeddings=True" (the embedding itself stays as it is). This is'
+    " harmless: `megalora verify` compares the logits."
+)
+"""What PEFT's warnings (``PEFT_WARNINGS``) mean for who loads the adapter."""
+
 
 @dataclass(frozen=True)
 class Facts:
@@ -151,6 +160,7 @@ def _loading(facts: Facts) -> str:
             " import AutoModelForCausalLM\n\n"
             f'base = AutoModelForCausalLM.from_pretrained("{facts.base}")\n'
             f'model = PeftModel.from_pretrained(base, "{facts.folder_name}")\n```'
+            f"\n\n{_HARMLESS}"
         )
     # vLLM serves no adapter of a larger rank: better no command than one that fails.
     if facts.layout == "per_expert" and rank <= VLLM_RANKS[-1]:

@@ -19,6 +19,14 @@ FileFormat = Literal["per_expert", "stacked", "uniform", "shared_outer"]
 """How experts' factors lie in an adapter file; see ``form.py``."""
 
 
+PEFT_WARNINGS = (
+    "The following rank_pattern keys did not match any targeted module and were ignored",
+    "The following alpha_pattern keys did not match any targeted module and were ignored",
+    "Found missing adapter keys while loading the checkpoint",
+    "Model has `tie_word_embeddings=True` and a tied layer is part of the adapter",
+)
+"""Beginnings of all that PEFT 0.21 warns of when it loads what megalora writes; docs/adapters.md
+says why each is harmless."""
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM's ``--max-lora-rank`` may be."""
 
