@@ -27,6 +27,7 @@ def check_run(path: str | Path, overrides: Sequence[str], num_ranks: int) -> Run
     """
     config = load_config(path, overrides)
     config.check_world(num_ranks)
+    config.check_training()
     check_paths(config)
     check_installed(config.log)
     base = Path(config.model.path)

@@ -49,6 +49,18 @@ WRONG: list[tuple[list[str], str]] = [
     (["train", "run.yaml", "checkpoint.resume=empty"], "checkpoint.resume=empty is not a check"),
     (["train", "run.yaml", "checkpoint.resume=stale"], "stale/latest names step_000009, which"),
     (["train", "run.yaml", "--nproc", "3", "parallel.ep=2"], "3 ranks cannot hold the "),
+    (["train", "run.yaml", "log.samples=-1"], "log.samples must not be negative, got -1"),
+    (["train", "run.yaml", "log.samples=[a, ' ']"], "log.samples holds an empty message"),
+    (["train", "run.yaml", "log.samples=yes"], "log.samples must be an integer or a list of texts"),
+    (["train", "run.yaml", "log.sample_tokens=0"], "log.sample_tokens must be at least 1, got 0"),
+    (
+        ["train", "run.yaml", "--nproc", "2", "parallel.pp=2", "log.samples=3"],
+        "log.samples does not run with parallel.pp=2. Set parallel.pp=1;",
+    ),
+    (
+        ["train", "run.yaml", "--nproc", "2", "parallel.cp=2", "log.samples=[Hello]"],
+        "log.samples does not run with parallel.cp=2. Set parallel.cp=1;",
+    ),
     (["train", "circle.yaml"], "circle.yaml: base leads round in a circle"),
     (["data", "run.yaml", "data.train=none.jsonl"], "none.jsonl: no such file (looked in"),
     (["data", "run.yaml", "data.eval=empty"], "empty: this is a folder; name one .jsonl"),

@@ -24,7 +24,9 @@ def add_report_command(commands: Any) -> None:
         help="the page; default: RUN/report.html, for several runs report.html here",
     )
     report.add_argument(
-        "--no-samples", action="store_true", help="leave samples of the training data out"
+        "--no-samples",
+        action="store_true",
+        help="leave out samples of the data and answers",
     )
     report.set_defaults(action=_report)
 

@@ -81,3 +81,14 @@ class ParallelConfig:
             f" launch a multiple of {product} ranks.",
         )
         return world_size // product
+
+
+def check_generation(pp: int, cp: int, what: str = "generation") -> None:
+    """Raise ``ValueError`` for a layout in which nothing is generated; ``what`` begins the
+    message."""
+    for name, size in (("pp", pp), ("cp", cp)):
+        require(
+            size == 1,
+            f"{what} does not run with parallel.{name}={size}. Set parallel.{name}=1; tensor,"
+            " expert and data parallelism work.",
+        )

@@ -8,7 +8,7 @@ from megalora.config.data import DataConfig
 from megalora.config.log import LogConfig
 from megalora.config.lora import LoRAConfig
 from megalora.config.model import ModelConfig
-from megalora.config.parallel import ParallelConfig
+from megalora.config.parallel import ParallelConfig, check_generation
 from megalora.config.train import TrainConfig
 
 
@@ -39,6 +39,12 @@ class RunConfig:
             " rate of its own. Set train.steps, or leave the weights out to train on every sample"
             " once an epoch.",
         )
+
+    def check_training(self) -> None:
+        """Check what only a training needs, not a plan or an evaluation by the same config; raises
+        ``ValueError``."""
+        if self.log.samples:
+            check_generation(self.parallel.pp, self.parallel.cp, "log.samples")
 
     def check_world(self, world_size: int) -> None:
         """Check all that depends on the number of ranks; raises ``ValueError``."""

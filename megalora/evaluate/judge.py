@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from megalora.adapters.read.adapter import read_adapter
+from megalora.data.questions import Question, read_questions
 from megalora.data.splits import Split, load_data
 from megalora.data.tokenizer import load_tokenizer
-from megalora.evaluate.questions import Question, read_questions
 from megalora.evaluate.request import Plan
 from megalora.evaluate.rules import rule_of
 from megalora.generate.generate import generate
@@ -64,14 +64,13 @@ def judge(plan: Plan) -> Verdict:
     """
     config = plan.config
     tokenizer = load_tokenizer(plan.base)
-    # Cheap to find wrong, so before any weights.
-    questions: list[Question] = []
-    if plan.request.generate:
-        assert plan.request.data is not None
-        questions = read_questions(plan.request.data, config.data, tokenizer, plan.request.limit)
     train, held_out = load_data(config.data, tokenizer)
     # Without ``--data`` the part that training held out; with it, data.train is that data.
     split = held_out or train
+    # Cheap to find wrong, so before any weights.
+    questions: list[Question] = []
+    if plan.request.generate:
+        questions = _questions(plan, split, tokenizer)
     with parallel_groups(config.parallel, config.train.seed) as groups:
         model = _build(plan, groups)
         judged: dict[str, Judged] = {}
@@ -85,6 +84,19 @@ def judge(plan: Plan) -> Verdict:
         # Nothing may refer to the groups when they end.
         del model
     return Verdict(split.summary(), questions, judged)
+
+
+def _questions(plan: Plan, split: Split, tokenizer: Any) -> list[Question]:
+    """The questions of the rows that the loss is of; raises ``ValueError`` for a row without an
+    answer to compare with."""
+    questions = read_questions(plan.config.data, split, tokenizer, plan.request.limit)
+    for question in questions:
+        if not question.expected.strip():
+            raise ValueError(
+                f"{split.source}, row {question.row}: the last answer is no text, so that no rule"
+                " can compare with it"
+            )
+    return questions
 
 
 def _build(plan: Plan, groups: Groups) -> AdaptedModel:
@@ -123,5 +135,5 @@ def _judge_one(
         try:
             right.append(rule(text, question.expected))
         except ValueError as error:
-            raise ValueError(f"{plan.request.data}, row {question.row}: {error}") from error
+            raise ValueError(f"{split.source}, row {question.row}: {error}") from error
     return Judged(loss, num_tokens, answers, right)

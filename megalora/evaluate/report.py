@@ -17,6 +17,8 @@ _WIDTHS = (28, 18, 24, 24)
 def text_of(plan: Plan, verdict: "Verdict") -> str:
     """Lines for the user: the base first, then the adapter and what it changes."""
     lines = [verdict.data]
+    if verdict.questions:
+        lines.append(_asked(plan, verdict))
     lines.append(f"{'':<8}{'loss':>10}{'perplexity':>12}{'target tokens':>15}")
     # The base first, as what the adapter is held against.
     # "base" sorts behind "adapter".
@@ -30,6 +32,12 @@ def text_of(plan: Plan, verdict: "Verdict") -> str:
     if verdict.questions:
         lines += ["", *_examples(verdict, names, plan.request.rule)]
     return "\n".join(lines)
+
+
+def _asked(plan: Plan, verdict: "Verdict") -> str:
+    """Which rows are answered: those of the samples above, and no others."""
+    first = "the first " if plan.request.limit else "all "
+    return f"answers: to the last question of {first}{len(verdict.questions):,} rows of these"
 
 
 def _examples(verdict: "Verdict", names: list[str], rule: str) -> list[str]:

@@ -14,9 +14,10 @@ from megalora.chat.command import find_models
 from megalora.config import ParallelConfig, RunConfig
 from megalora.config.checks import require
 from megalora.config.file import load_config
+from megalora.config.parallel import check_generation
 from megalora.data.sources import locate
 from megalora.evaluate.rules import rule_of
-from megalora.generate.options import Sampling, check_layout
+from megalora.generate.options import Sampling
 from megalora.model.account import open_folder
 from megalora.paths import check_file_to_write
 from megalora.train.run_files import CONFIG
@@ -103,11 +104,7 @@ def plan_of(request: Request) -> Plan:
     # Sizes and tensors from headers; raises where the layout does not fit.
     open_folder(base).shape.check_layout(config.parallel)
     if request.generate:
-        require(
-            request.data is not None,
-            "--generate needs --data FILE: questions are read from its rows",
-        )
-        check_layout(config.parallel.pp, config.parallel.cp)
+        check_generation(config.parallel.pp, config.parallel.cp)
     return Plan(request, base, adapter, config, file)
 
 

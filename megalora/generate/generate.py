@@ -14,9 +14,10 @@ from torch import Tensor
 
 from megalora import host
 from megalora.comm import all_gather
+from megalora.config.parallel import check_generation
 from megalora.generate.cache import cached
 from megalora.generate.choose import choose
-from megalora.generate.options import Sampling, check_layout
+from megalora.generate.options import Sampling
 from megalora.generate.row import Row, lay_out
 from megalora.generate.sequences import Active, Answer, Prompt, Sequences
 from megalora.lora.adapted_model import AdaptedModel
@@ -57,7 +58,7 @@ def generate(
             token that the model does not have.
     """
     groups = model.groups
-    check_layout(groups.pp.size(), groups.cp.size())
+    check_generation(groups.pp.size(), groups.cp.size())
     _check_prompts(prompts, model.shape.vocab)
     if numbers is None:
         numbers = range(len(prompts))

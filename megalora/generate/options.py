@@ -80,13 +80,3 @@ def model_sampling(folder: Path) -> dict[str, Any]:
             require(type(value) in (int, float), f"{path}: {name} must be a number, got {value!r}")
             found[name] = value
     return found
-
-
-def check_layout(pp: int, cp: int) -> None:
-    """Raise ``ValueError`` for a layout in which there is no generation."""
-    for name, size in (("pp", pp), ("cp", cp)):
-        require(
-            size == 1,
-            f"generation does not run with parallel.{name}={size}. Set parallel.{name}=1; tensor,"
-            " expert and data parallelism work.",
-        )

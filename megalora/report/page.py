@@ -5,6 +5,7 @@ from html import escape
 from pathlib import Path
 
 from megalora.paths import prepare_file
+from megalora.report.answers import answer_section
 from megalora.report.chart import Curve, chart
 from megalora.report.colours import MOST_RUNS, SERIES, style
 from megalora.report.experts import adapter_section, expert_section
@@ -30,7 +31,7 @@ def write_report(folders: Sequence[Path], out: Path | None, *, samples: bool = T
     Args:
         folders: run folders.
         out: the file; None for ``report.html`` in the one run's folder, or here for several.
-        samples: whether the page has the first samples of the data.
+        samples: whether the page has the first samples of the data, and answers to questions of it.
 
     Raises:
         ValueError: a folder is not a run's, there are too many, or the file cannot be written.
@@ -62,6 +63,7 @@ def page(runs: Sequence[RunRecords], *, samples: bool = True) -> str:
         _for_each(runs, names, "Size of the adapter", adapter_section),
     ]
     if samples:
+        sections.append(_for_each(runs, names, "Answers while it trained", answer_section))
         sections.append(_for_each(runs, names, "Samples of the data", _samples))
     sections.append(_configuration(runs, names))
     sections.append(_for_each(runs, names, "Environment", _environment))

@@ -14,7 +14,7 @@ from megalora.config.yaml_limits import check_yaml
 from megalora.hf.json_file import read_json_object
 from megalora.train.expert_tokens import FILE, Recorded, read_expert_tokens
 from megalora.train.run_files import CONFIG, ENVIRONMENT, MANIFEST, SAMPLES
-from megalora.train.run_logs import METRICS_FILE, record_of
+from megalora.train.run_logs import ANSWERS_FILE, METRICS_FILE, record_of
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,8 @@ class RunRecords:
     config_text: str = ""
     environment: dict[str, Any] = field(default_factory=dict)
     samples: list[dict[str, Any]] = field(default_factory=list)
+    answers: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
+    """What ``log.samples`` asked for, by step."""
     checkpoint: Path | None = None
     """The newest one."""
     manifest: dict[str, Any] = field(default_factory=dict)
@@ -72,6 +74,7 @@ def read_run(folder: Path) -> RunRecords:
     run.manifest = _object(run, MANIFEST)
     samples = _object(run, SAMPLES).get("samples", [])
     run.samples = [sample for sample in samples if isinstance(sample, dict)]
+    _read_answers(run)
     if (folder / FILE).is_file():
         try:
             run.experts = read_expert_tokens(folder / FILE)
@@ -114,6 +117,20 @@ def read_series(path: Path) -> tuple[dict[str, Series], list[str]]:
         steps = sorted(values)
         series[key] = Series(steps, [values[step] for step in steps])
     return series, notes
+
+
+def _read_answers(run: RunRecords) -> None:
+    path = run.folder / ANSWERS_FILE
+    # Few runs ask for answers: without the file nothing is missing.
+    if not path.is_file():
+        return
+    for line in path.read_bytes().decode(errors="replace").splitlines():
+        record = record_of(line)
+        answers = record.get("answers") if record else None
+        if record is None or not isinstance(answers, list):
+            run.notes.append(f"{path.name}: a line could not be read")
+            continue
+        run.answers[record["step"]] = [answer for answer in answers if isinstance(answer, dict)]
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

@@ -18,6 +18,7 @@ def main(arguments: list[str]) -> None:
         )
     config = load_config(arguments[0], arguments[1:])
     # Here too: on several nodes nothing else looks before the ranks start.
+    config.check_training()
     check_paths(config)
     set_defaults(Path(config.checkpoint.dir))  # before torch is imported
     from megalora import host

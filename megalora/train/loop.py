@@ -9,25 +9,24 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megalora import host
 from megalora.adapters.training_state import SavedState
 from megalora.config import RunConfig
 from megalora.config.file import flat_options, save_config
-from megalora.data.mixture import turns_by
 from megalora.data.probe_text import probe_tokens
+from megalora.data.questions import Question
 from megalora.data.splits import load_data
 from megalora.data.tokenizer import load_tokenizer
 from megalora.first_rank import on_first_rank
 from megalora.hf.folder import local_folder
-from megalora.lora.adapted_model import AdaptedModel
-from megalora.lora.coverage import trainable_summary, write_manifest
+from megalora.lora.coverage import write_manifest
 from megalora.lora.select import plan
 from megalora.model.account import open_folder, unused_note
 from megalora.serve.live_sync import serving
 from megalora.train import duration
 from megalora.train.about import shown_samples, write_about
+from megalora.train.announce import closing, opening
+from megalora.train.answers import Answers, questions_of
 from megalora.train.assemble import Inputs, Run, assemble
-from megalora.train.batches import Batches
 from megalora.train.checkpoint.identity import Identity, Samples, identify
 from megalora.train.checkpoint.load import load_checkpoint
 from megalora.train.checkpoint.same_run import check_same_run, check_same_samples
@@ -59,6 +58,9 @@ class Start:
     """Lines for the user."""
     shown: list[dict[str, Any]]
     """The first samples as text, see ``about.py``."""
+    tokenizer: Any
+    questions: list[Question]
+    """What ``log.samples`` asks."""
 
 
 def train(config: RunConfig, job: str | None = None) -> Path | None:
@@ -74,6 +76,7 @@ def train(config: RunConfig, job: str | None = None) -> Path | None:
     """
     # What is cheap to find wrong comes first; loading weights may take minutes.
     config.check_world(dist.get_world_size())
+    config.check_training()
     check_installed(config.log)
     with opened(Path(config.checkpoint.dir), job) as run_folder:
         found = find_checkpoint(config, restarted=run_folder.same_job)
@@ -93,10 +96,12 @@ def train(config: RunConfig, job: str | None = None) -> Path | None:
         duration.num_steps(config.train, samples.count)
         if found.state:
             check_same_samples(found.state, config, samples, splits[0].samples)
+        questions = questions_of(config, *splits, tokenizer)
         probe = Probe(probe_tokens(tokenizer), config.model.dtype, config.parallel)
         with assemble(config, Inputs(shape, adapted, tokenizer, *splits)) as run:
             shown = shown_samples(splits[0].samples, tokenizer)
-            return _fit(run, probe, Start(identity, samples, found.state, notes, shown))
+            start = Start(identity, samples, found.state, notes, shown, tokenizer, questions)
+            return _fit(run, probe, start)
 
 
 @dataclass
@@ -145,8 +150,10 @@ def _fit(run: Run, probe: Probe, at: Start) -> Path | None:
         for note in notes:
             metrics.say(note)
         _open(run, metrics, now, at.shown)
-        _train_to_the_end(run, now, metrics, stop, _Saver(run, probe, at, serve), trace)
-    metrics.say(_closing(now.step, num_steps, now.saved))
+        saver = _Saver(run, probe, at, serve)
+        answers = Answers(run, at.questions, at.tokenizer)
+        _train_to_the_end(run, now, metrics, stop, saver, answers, trace)
+    metrics.say(closing(now.step, num_steps, now.saved))
     return now.saved
 
 
@@ -186,6 +193,7 @@ def _train_to_the_end(
     metrics: Metrics,
     stop: Callable[[], bool],
     saver: _Saver,
+    answers: Answers,
     trace: Trace,
 ) -> None:
     """Check, save, evaluate and train, in this order, until the last step or a signal."""
@@ -207,8 +215,11 @@ def _train_to_the_end(
             metrics.restart_clock()
         # Before the first step and after the last one too; a stopped run has no time for it.
         due = now.step in (0, num_steps) or _due(now.step, config.train.eval_every)
-        if run.batches.eval and due and now.step != now.evaluated_step and not stopped:
-            metrics.evaluation(now.step, *run.stepper.evaluate(run.batches.of_eval()))
+        if due and now.step != now.evaluated_step and not stopped:
+            if run.batches.eval:
+                metrics.evaluation(now.step, *run.stepper.evaluate(run.batches.of_eval()))
+            if shown := answers.now():
+                metrics.answers(now.step, shown)
         if done:
             break
         lr = learning_rate(config.train, now.step, num_steps)
@@ -235,7 +246,7 @@ def _open(run: Run, metrics: Metrics, now: Progress, shown: list[dict[str, Any]]
         save_config(config, folder / CONFIG)
         write_manifest(folder / MANIFEST, model.adapted)
         write_about(folder, shown)
-    metrics.say(_opening(config, model, run.batches, now.saved))
+    metrics.say(opening(config, model, run.batches, now.saved))
     check = config.train.check_base
     # A resumed run that is at its end trains no more.
     if now.step >= run.batches.num_steps:
@@ -299,44 +310,3 @@ def check_agreement(name: str, value: Hashable) -> None:
             f"ranks disagree about the {name}: {sorted(set(values), key=str)}. Data and"
             " checkpoint.dir must be the same files on every machine."
         )
-
-
-def _opening(
-    config: RunConfig, model: AdaptedModel, batches: Batches, resume_from: Path | None
-) -> str:
-    p = config.parallel
-    world = dist.get_world_size()
-    dp, edp = p.data_parallel_sizes(world)
-    # Few runs have it: the line stays what it was for the others.
-    cp = f" cp={p.cp}" if p.cp > 1 else ""
-    lines = [
-        (
-            f"{config.model.path} ({model.shape.model_type}) on {world} x {host.device_name()}:"
-            f" tp={p.tp}{cp} pp={p.pp} vpp={p.vpp} dp={dp},"
-            f" experts etp={p.etp} ep={p.ep} edp={edp}"
-        ),
-        trainable_summary(model.adapted, model.shape),
-        f"train: {batches.train.summary()}",
-    ]
-    if weights := config.data.weights:
-        num_samples = batches.num_steps * config.train.global_batch_size
-        for part, turns in zip(batches.train.parts, turns_by(num_samples, weights), strict=True):
-            passes = turns / len(part.samples)
-            lines.append(f"  {turns:,} samples of {part.source}, {passes:.2f} passes")
-    if batches.eval:
-        lines.append(f"eval: {batches.eval.summary()}")
-    if note := duration.note(config.train, len(batches.train.samples)):
-        lines.append(note)
-    if resume_from:
-        lines.append(f"continuing from {resume_from}")
-    return "\n".join(lines)
-
-
-def _closing(step: int, num_steps: int, saved: Path | None) -> str:
-    how = "finished" if step >= num_steps else "stopped by a signal"
-    memory = ""
-    # 0 on a CPU, where nobody counts it.
-    if peak := host.peak_memory_bytes():
-        memory = f" (peak memory of a rank: {peak / 2**30:.1f} GiB)"
-    result = f"the adapter is {saved}" if saved else "nothing was trained or saved"
-    return f"{how} at step {step}{memory}; {result}"

@@ -4,7 +4,7 @@ a loss curve as PNG."""
 import json
 import resource
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from megalora import host
 from megalora.config import LogConfig
 from megalora.train.expert_tokens import ExpertTokens, evenness
-from megalora.train.run_logs import METRICS_FILE, InBackground, JsonLines, RunLog, TensorBoard
+from megalora.train.run_logs import (
+    METRICS_FILE,
+    InBackground,
+    JsonLines,
+    RunLog,
+    ShownAnswer,
+    TensorBoard,
+)
 from megalora.train.trackers import Described, open_trackers
 
 GIB = 2**30
@@ -153,6 +160,17 @@ class Metrics:
         """Report an evaluation; ``loss`` is the mean over its target tokens."""
         self.say(f"eval loss {loss:.4f} at step {step} ({num_tokens:,} target tokens)")
         self._write(step, {"eval_loss": loss})
+        self.restart_clock()
+
+    def answers(self, step: int, answers: Sequence[ShownAnswer]) -> None:
+        """Report what the model answers to the questions of ``log.samples``."""
+        for number, answer in enumerate(answers, start=1):
+            # The end of a question says what is asked, the beginning of an answer what it is.
+            asked = " ".join(answer.asked.split())[-80:]
+            said = " ".join(answer.answer.split())[:200]
+            self.say(f"answer {number} at step {step}: {asked} -> {said}")
+        for log in self.logs:
+            log.write_answers(step, answers)
         self.restart_clock()
 
     def restart_clock(self) -> None:

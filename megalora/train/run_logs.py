@@ -7,21 +7,43 @@ package of their own.
 import json
 import queue
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 METRICS_FILE = "metrics.jsonl"
 """File in the run folder with one record a line."""
+ANSWERS_FILE = "answers.jsonl"
+"""File in the run folder with the answers of one evaluation a line (``log.samples``)."""
 CLOSING_S = 60.0
 """How long the end of a run waits for a log that sends its records over a network."""
 
 
+@dataclass(frozen=True)
+class ShownAnswer:
+    """What the model answers to one of the questions of ``log.samples``."""
+
+    asked: str
+    expected: str
+    """The answer in the data; empty where there is none."""
+    answer: str
+    tokens: list[int]
+    """The token that ended the answer included."""
+    ended: bool
+    """Whether the model ended it; otherwise it was cut at ``log.sample_tokens``."""
+
+
 class RunLog(Protocol):
-    """Takes the numbers of one run, on its first rank."""
+    """Takes numbers and answers of one run, on its first rank."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Record ``values`` by name, as they are after ``step`` finished steps."""
+        ...
+
+    def write_answers(self, step: int, answers: Sequence[ShownAnswer]) -> None:
+        """Record answers by the model as it is after ``step`` finished steps."""
         ...
 
     def close(self, failed: bool) -> None:
@@ -30,18 +52,27 @@ class RunLog(Protocol):
 
 
 class JsonLines:
-    """``metrics.jsonl``: one JSON object a line, each there as soon as its step is done."""
+    """``metrics.jsonl`` and ``answers.jsonl``: one JSON object a line, each there as soon as its
+    step is done."""
 
     def __init__(self, folder: Path, start_step: int) -> None:
         self.path = folder / METRICS_FILE
         self.damaged = forget_after(self.path, start_step)
         """Number of lines that were not records of a step, and have been removed."""
         self.file = self.path.open("a")
+        self.answers = folder / ANSWERS_FILE
+        forget_after(self.answers, start_step)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self.file.write(json.dumps({"step": step, **values}) + "\n")
         # Whoever follows the file sees each step when it is done.
         self.file.flush()
+
+    def write_answers(self, step: int, answers: Sequence[ShownAnswer]) -> None:
+        record = {"step": step, "answers": [asdict(answer) for answer in answers]}
+        # Opened only now: most runs have none.
+        with self.answers.open("a") as file:
+            file.write(json.dumps(record) + "\n")
 
     def close(self, failed: bool) -> None:
         self.file.close()
@@ -60,6 +91,12 @@ class TensorBoard:
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
 
+    def write_answers(self, step: int, answers: Sequence[ShownAnswer]) -> None:
+        for number, answer in enumerate(answers, start=1):
+            # Markdown, in which an indented line is shown as it is.
+            lines = [f"    {line}" for line in as_text(answer).splitlines()]
+            self.writer.add_text(f"answer {number}", "\n".join(lines), step)
+
     def close(self, failed: bool) -> None:
         self.writer.close()
 
@@ -76,7 +113,7 @@ class InBackground:
         self.say = say
         self.failure: Exception | None = None
         self.has_said = False
-        self.records: queue.SimpleQueue[tuple[int, dict[str, float]] | None] = queue.SimpleQueue()
+        self.records: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         # A daemon: an interpreter that has to end does not wait for a server that hangs.
         self.thread = threading.Thread(target=self._pass_on, name=f"log.{name}", daemon=True)
         self.thread.start()
@@ -87,14 +124,20 @@ class InBackground:
             # After an error records are taken off the queue all the same, or it would grow.
             if self.failure is None:
                 try:
-                    self.log.write(*record)
+                    record()
                 except Exception as error:
                     self.failure = error
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._put(partial(self.log.write, step, dict(values)))
+
+    def write_answers(self, step: int, answers: Sequence[ShownAnswer]) -> None:
+        self._put(partial(self.log.write_answers, step, list(answers)))
+
+    def _put(self, record: Callable[[], None]) -> None:
         self._say_failure()
         if self.failure is None:
-            self.records.put((step, dict(values)))
+            self.records.put(record)
 
     def close(self, failed: bool) -> None:
         self.records.put(None)
@@ -118,6 +161,14 @@ class InBackground:
                 f"log.{self.name}: {one_line(self.failure)}. The run goes on without this log;"
                 f" {METRICS_FILE} has every record."
             )
+
+
+def as_text(answer: ShownAnswer) -> str:
+    """Question, expected answer and the model's, each below the other."""
+    parts = [f"asked:    {answer.asked}"]
+    if answer.expected:
+        parts.append(f"expected: {answer.expected}")
+    return "\n".join([*parts, f"answer:   {answer.answer}"])
 
 
 def one_line(error: Exception) -> str:

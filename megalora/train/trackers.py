@@ -10,14 +10,14 @@ import importlib.util
 import json
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megalora.config import LogConfig
 from megalora.hf.json_file import read_json_object
-from megalora.train.run_logs import RunLog, one_line
+from megalora.train.run_logs import RunLog, ShownAnswer, as_text, one_line
 
 KEPT = ".trackers.json"
 """File in the run folder with each tracker's id of the run, by which a resumed run finds it."""
@@ -70,11 +70,17 @@ class Wandb:
             resume="allow",
             settings={"silent": True},
         )
+        self.table = wandb.Table
         self.run.define_metric("step")
         self.run.define_metric("*", step_metric="step")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self.run.log({"step": step, **values})
+
+    def write_answers(self, step: int, answers: Sequence[ShownAnswer]) -> None:
+        rows = [[answer.asked, answer.expected, answer.answer] for answer in answers]
+        table = self.table(columns=["asked", "expected", "answer"], data=rows)
+        self.run.log({"step": step, "answers": table})
 
     def close(self, failed: bool) -> None:
         self.run.finish(exit_code=int(failed))
@@ -106,6 +112,11 @@ class Mlflow:
         now_ms = int(1000 * time.time())
         metrics = [self.metric(name, value, now_ms, step) for name, value in values.items()]
         self.client.log_batch(self.id, metrics=metrics)
+
+    def write_answers(self, step: int, answers: Sequence[ShownAnswer]) -> None:
+        text = "\n\n".join(as_text(answer) for answer in answers)
+        # A metric is a number there; a text is a file.
+        self.client.log_text(self.id, text, f"answers/step_{step:06d}.txt")
 
     def close(self, failed: bool) -> None:
         self.client.set_terminated(self.id, status="FAILED" if failed else "FINISHED")

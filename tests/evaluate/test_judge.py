@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megalora.config import LoRAConfig
 from megalora.config.file import save_config
+from megalora.data.questions import Question
 from megalora.data.splits import load_split
 from megalora.evaluate.judge import Judged, Verdict, judge
-from megalora.evaluate.questions import Question
 from megalora.evaluate.report import record_of, text_of
 from megalora.evaluate.request import Request, plan_of
 from tests.distributed.ranks import run_ranks
@@ -186,6 +186,8 @@ def test_the_table_has_ten_examples_and_the_base_first(tiny: Path, chats: Path) 
     plan = plan_of(Request(target=str(tiny), data=str(chats), generate=True))
     verdict = verdict_of(3)
     lines = text_of(plan, verdict).splitlines()
+    assert lines[1] == "answers: to the last question of all 12 rows of these"
+    del lines[1]
     assert lines[2].split(maxsplit=4) == [
         "base", "2.0000", "7.389", "100", "0 of 12 right (0.0%)",
     ]  # fmt: skip

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from megalora.generate.options import Sampling, check_layout, stop_tokens
+from megalora.config.parallel import check_generation
+from megalora.generate.options import Sampling, stop_tokens
 
 
 @pytest.mark.parametrize(
@@ -52,8 +53,8 @@ def test_stop_tokens_that_are_none(tmp_path: Path, wrong: Any) -> None:
 
 
 def test_layouts_without_generation_are_named() -> None:
-    check_layout(1, 1)
+    check_generation(1, 1)
     with pytest.raises(ValueError, match=r"does not run with parallel.pp=2. Set parallel.pp=1"):
-        check_layout(2, 1)
+        check_generation(2, 1)
     with pytest.raises(ValueError, match=r"does not run with parallel.cp=4. Set parallel.cp=1"):
-        check_layout(1, 4)
+        check_generation(1, 4)

@@ -16,9 +16,13 @@ OF_SESSIONS = "tests/chat/test_session.py"
 OF_CHAT = "tests/chat/test_command.py"
 OF_SERVERS = "tests/chat/test_remote.py"
 
-RULES, REQUEST, QUESTIONS, JUDGE, REPORT = (
-    f"megalora/evaluate/{name}.py" for name in ("rules", "request", "questions", "judge", "report")
+RULES, REQUEST, JUDGE, REPORT = (
+    f"megalora/evaluate/{name}.py" for name in ("rules", "request", "judge", "report")
 )
+QUESTIONS = "megalora/data/questions.py"
+ANSWERS = "megalora/train/answers.py"
+OF_QUESTIONS = "tests/data/test_questions.py"
+OF_ANSWERS = "tests/train/test_answers.py"
 OF_RULES = "tests/evaluate/test_rules.py"
 OF_REQUESTS = "tests/evaluate/test_request.py"
 OF_JUDGING = "tests/evaluate/test_judge.py"
@@ -104,4 +108,28 @@ GENERATE_BUGS: tuple[Bug, ...] = (
         "found[-1]", f"{OF_RULES} test_rules"),
     bug(0, "the base's marks beside the adapter's answers", REPORT, "one.right[number] else",
         "verdict.judged['base'].right[number] else", f"{OF_JUDGING} ten_examples"),
+    # Answers while training
+    bug(0, "rows asked that the loss leaves out", QUESTIONS,
+        "chosen = samples.pieces[places[:limit]]",
+        "chosen = np.zeros(limit or 12, samples.pieces.dtype)\n"
+        "    chosen['sample'] = range(limit or 12)", f"{OF_QUESTIONS} rows_that_the_loss"),
+    bug(0, "a row that was split asked several times", QUESTIONS,
+        "np.unique(sample_numbers(samples), return_index=True)[1]", "np.arange(len(samples))",
+        f"{OF_QUESTIONS} rows_that_the_loss"),
+    bug(0, "evaluation rows looked up in the training data", QUESTIONS,
+        "sources = [Source(path=data.eval)]", "pass", f"{OF_QUESTIONS} sources_of_their_own"),
+    bug(0, "training rows asked where others are held out", ANSWERS,
+        "held_out or train, tokenizer, wanted", "train, tokenizer, wanted",
+        f"{OF_ANSWERS} test_answers_are"),
+    bug(0, "answers with dropout", "megalora/generate/cache.py", "chunk.eval()", "chunk.train()",
+        f"{OF_ANSWERS} test_answers_are"),
+    bug(0, "answers that draw from training's generator", ANSWERS,
+        "return []\n        prompts", "return []\n        __import__('torch').rand(1)\n"
+        "        prompts", f"{OF_ANSWERS} test_answers_are"),
+    bug(0, "answers that go on behind a stop token", ANSWERS,
+        "self.stop = stop_tokens(local_folder(run.config.model.path))", "self.stop = ()",
+        f"{OF_ANSWERS} user_s_own"),
+    bug(0, "answers of later steps that a resumed run leaves in its file",
+        "megalora/train/run_logs.py", "forget_after(self.answers, start_step)", "pass",
+        f"{OF_ANSWERS} resumed_run"),
 )

@@ -37,6 +37,13 @@ def counts(step: int) -> np.ndarray:
     return np.array([[10, 10, 10, 10], [20, 15, 10, 0]]) * step
 
 
+def answers(step: int, hostile: str) -> dict[str, Any]:
+    """Two questions, of which the data has an answer to the first alone."""
+    first = {"asked": f"first {hostile}", "expected": f"right {hostile}"}
+    second = {"asked": "second", "expected": "", "answer": f"other {step}"}
+    return {"step": step, "answers": [{**first, "answer": f"said {step} {hostile}"}, second]}
+
+
 def factors() -> dict[str, torch.Tensor]:
     """A and B of one dense projection and of three of two experts in layer 3, in bfloat16."""
     generator = torch.Generator().manual_seed(0)
@@ -76,6 +83,8 @@ def make_run(folder: Path, *, shift: float = 0.0, hostile: str = "fine") -> Path
     )
     sample = {"parts": [[f"a question {hostile}", False], ["an answer", True]], "tokens": 9}
     (folder / "samples.json").write_text(json.dumps({"samples": [{**sample, "in_loss": 3}] * 3}))
+    lines = [json.dumps(answers(step, hostile)) for step in range(0, 9)]
+    (folder / "answers.jsonl").write_text("\n".join(lines) + "\n")
     experts = ExpertTokens(folder, LAYERS, EXPERTS)
     experts.open(0, 6, 1)
     for step in (2, 4):

@@ -121,6 +121,20 @@ def test_the_map_of_experts_has_their_loads(run: Path) -> None:
     ]
 
 
+def test_answers_of_the_first_and_the_last_steps(run: Path) -> None:
+    [section] = [s for s in shown(run).all("section") if s.text.startswith("Answers while")]
+    assert "3 steps between are in answers.jsonl alone" in section.text
+    first, second = section.all("table")
+    rows = [[cell.text for cell in row.children] for row in first.all("tr")]
+    steps = (0, 4, 5, 6, 7, 8)
+    expected = [[f"step {step}", f"said {step} fine"] for step in steps]
+    assert rows == [*expected, ["in the data", "right fine"]]
+    rows = [[cell.text for cell in row.children] for row in second.all("tr")]
+    assert rows == [[f"step {step}", f"other {step}"] for step in steps]
+    # They are left out with the samples of the data.
+    assert "Answers while" not in page([read_run(run)], samples=False)
+
+
 def test_norms_are_those_of_the_products(run: Path) -> None:
     found = measure(run / "step_000006", json.loads((run / "manifest.json").read_text()))
     tensors = factors()
@@ -200,7 +214,7 @@ def test_a_phone_can_show_it(run: Path) -> None:
 
 PARTS = [
     "config.yaml", "manifest.json", "environment.json", "samples.json", "expert_tokens.bin",
-    "latest", "step_000006",
+    "answers.jsonl", "latest", "step_000006",
 ]  # fmt: skip
 
 
@@ -219,7 +233,7 @@ def test_a_run_without_some_records_is_shown(missing: str, run: Path, tmp_path: 
         assert len(heats) == 3
 
 
-@pytest.mark.parametrize("damaged", PARTS[:5])
+@pytest.mark.parametrize("damaged", PARTS[:6])
 def test_a_damaged_part_is_named(damaged: str, run: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(run, tmp_path / "part")
     (folder / damaged).write_bytes(b"\x00[\xff")

@@ -1,6 +1,7 @@
 """Check what a run reports of its steps, and what a resumed run keeps of metrics.jsonl."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from megalora.config import LogConfig
 from megalora.train import metrics
 from megalora.train.metrics import Metrics
+from megalora.train.run_logs import ShownAnswer
 from tests.jsonl import read_jsonl
 
 
@@ -95,3 +97,26 @@ def test_memory_without_a_gpu_is_that_of_the_process() -> None:
     """Importing torch takes more than 100 MiB, and this machine has less than a TiB."""
     assert 100 * 2**20 < metrics.peak_memory_bytes() < 2**40
     assert metrics.as_clock(3723.4) == "1:02:03"
+
+
+def test_answers_in_the_log_and_in_tensorboard(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Several lines are one in the log, and stay several in the files."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    answer = ShownAnswer("Count:\none, two", "three", "four\nfive", [7, 8], False)
+    with Metrics(tmp_path, LogConfig(progress=False), 9, 0, active=True) as report:
+        report.answers(4, [answer])
+    assert "answer 1 at step 4: Count: one, two -> four five\n" in capsys.readouterr().out
+    [record] = read_jsonl(tmp_path / "answers.jsonl")
+    assert record == {"step": 4, "answers": [asdict(answer)]}
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    [event] = events.Tensors("answer 1/text_summary")
+    text = event.tensor_proto.string_val[0].decode()
+    assert event.step == 4
+    # Indented, so that nothing in it is read as Markdown.
+    assert text.splitlines() == [
+        "    asked:    Count:", "    one, two", "    expected: three", "    answer:   four",
+        "    five",
+    ]  # fmt: skip

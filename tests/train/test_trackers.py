@@ -16,7 +16,7 @@ from megalora.config.file import save_config
 from megalora.preflight import check_run
 from megalora.train import metrics, run_logs
 from megalora.train.metrics import Metrics
-from megalora.train.run_logs import InBackground
+from megalora.train.run_logs import InBackground, ShownAnswer
 from megalora.train.trackers import check_installed
 from tests.parity.runs import make_config
 from tests.train.tracker_packages import (
@@ -47,6 +47,7 @@ def run(folder: Path, name: str, start: int, steps: int, fails: bool = False) ->
                 step, loss=1 / step, lr=0.25, grad_norm=2.0, num_tokens=8, use_of_slots={}
             )
         report.evaluation(start + steps, 0.75, 3)
+        report.answers(start + steps, [ShownAnswer("6 * 7?", "42", "41", [1, 2], True)])
         if fails:
             raise RuntimeError("a run that ends badly")
 
@@ -71,9 +72,14 @@ def test_wandb_is_told_the_run_and_its_steps(
         {"name": "step"}, {"name": "*", "step_metric": "step"},
     ]  # fmt: skip
     logged = named(calls, "log")
-    assert [row["data"]["step"] for row in logged] == [1, 2, 2]
+    assert [row["data"]["step"] for row in logged] == [1, 2, 2, 2]
     assert all("step" not in row for row in logged)
     assert logged[1]["data"]["loss"] == 0.5 and logged[2]["data"]["eval_loss"] == 0.75
+    table = logged[3]["data"]["answers"]
+    assert (table.columns, table.data) == (
+        ["asked", "expected", "answer"],
+        [["6 * 7?", "42", "41"]],
+    )
     assert named(calls, "finish") == [{"exit_code": 0}]
 
     # A resumed run is the same run there, one that begins anew is another.
@@ -99,6 +105,12 @@ def test_mlflow_is_told_the_run_and_its_steps(
     )
     # Milliseconds, of this century.
     assert all(1e12 < m.timestamp < 4e12 for m in batches[1]["metrics"])
+    assert named(calls, "log_text") == [
+        {
+            "run_id": "run1", "artifact_file": "answers/step_000002.txt",
+            "text": "asked:    6 * 7?\nexpected: 42\nanswer:   41",
+        }
+    ]  # fmt: skip
     assert named(calls, "set_terminated") == [{"run_id": "run1", "status": "FINISHED"}]
 
     # MLflow keeps a run's parameters, so that a resumed run sends none.

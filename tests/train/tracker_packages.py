@@ -38,6 +38,14 @@ class WandbRun:
         self._calls.append(("finish", {"exit_code": exit_code}))
 
 
+class Table(SimpleNamespace):
+    def __init__(
+        self, columns=None, data=None, rows=None, dataframe=None, dtype=None, optional=True,
+        allow_mixed_types=False, log_mode="IMMUTABLE",
+    ) -> None:  # fmt: skip
+        super().__init__(columns=columns, data=data)
+
+
 def make_wandb(calls: Calls, broken: bool) -> ModuleType:
     module = ModuleType("wandb")
 
@@ -51,7 +59,7 @@ def make_wandb(calls: Calls, broken: bool) -> ModuleType:
         calls.append(("init", given(locals())))
         return WandbRun(calls, broken)
 
-    module.init = init  # type: ignore[attr-defined]
+    module.init, module.Table = init, Table  # type: ignore[attr-defined]
     return module
 
 
@@ -74,6 +82,9 @@ class MlflowClient:
         self._calls.append(
             ("log_batch", given({"run_id": run_id} | {"metrics": metrics, "params": params}))
         )
+
+    def log_text(self, run_id, text, artifact_file):
+        self._calls.append(("log_text", given(locals())))
 
     def set_terminated(self, run_id, status=None, end_time=None):
         self._calls.append(("set_terminated", given(locals())))

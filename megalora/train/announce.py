@@ -1,0 +1,54 @@
+"""Say in lines for the user what run begins, and how it ended."""
+
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megalora import host
+from megalora.config import RunConfig
+from megalora.data.mixture import turns_by
+from megalora.lora.adapted_model import AdaptedModel
+from megalora.lora.coverage import trainable_summary
+from megalora.train import duration
+from megalora.train.batches import Batches
+
+
+def opening(
+    config: RunConfig, model: AdaptedModel, batches: Batches, resume_from: Path | None
+) -> str:
+    p = config.parallel
+    world = dist.get_world_size()
+    dp, edp = p.data_parallel_sizes(world)
+    # Few runs have it: the line stays what it was for the others.
+    cp = f" cp={p.cp}" if p.cp > 1 else ""
+    lines = [
+        (
+            f"{config.model.path} ({model.shape.model_type}) on {world} x {host.device_name()}:"
+            f" tp={p.tp}{cp} pp={p.pp} vpp={p.vpp} dp={dp},"
+            f" experts etp={p.etp} ep={p.ep} edp={edp}"
+        ),
+        trainable_summary(model.adapted, model.shape),
+        f"train: {batches.train.summary()}",
+    ]
+    if weights := config.data.weights:
+        num_samples = batches.num_steps * config.train.global_batch_size
+        for part, turns in zip(batches.train.parts, turns_by(num_samples, weights), strict=True):
+            passes = turns / len(part.samples)
+            lines.append(f"  {turns:,} samples of {part.source}, {passes:.2f} passes")
+    if batches.eval:
+        lines.append(f"eval: {batches.eval.summary()}")
+    if note := duration.note(config.train, len(batches.train.samples)):
+        lines.append(note)
+    if resume_from:
+        lines.append(f"continuing from {resume_from}")
+    return "\n".join(lines)
+
+
+def closing(step: int, num_steps: int, saved: Path | None) -> str:
+    how = "finished" if step >= num_steps else "stopped by a signal"
+    memory = ""
+    # 0 on a CPU, where nobody counts it.
+    if peak := host.peak_memory_bytes():
+        memory = f" (peak memory of a rank: {peak / 2**30:.1f} GiB)"
+    result = f"the adapter is {saved}" if saved else "nothing was trained or saved"
+    return f"{how} at step {step}{memory}; {result}"
