@@ -303,6 +303,11 @@ def test_round_trip(tmp_path: Path) -> None:
         ("train.lr=-0.1", "train.lr must be above 0, got -0.1"),
         # Neither above nor below 0.
         ("train.lr=.nan", "train.lr must be above 0, got nan"),
+        ("train.loraplus_lr_ratio=0", "train.loraplus_lr_ratio must be above 0, got 0.0"),
+        (
+            "train.loraplus_lr_ratio=.inf",
+            "train.loraplus_lr_ratio must be a finite number, got inf",
+        ),
         ("train.global_batch_size=0", "train.global_batch_size must be above 0, got 0"),
         ("train.micro_batch_size=-2", "train.micro_batch_size must be above 0, got -2"),
         ("train.warmup=-1", "train.warmup must not be negative, got -1"),

@@ -9,8 +9,8 @@ from megalora.config.recompute import Recompute
 
 # Checked as "above 0", so that NaN, which is neither above nor below, is refused too.
 _ABOVE_ZERO = (
-    "steps", "epochs", "lr", "global_batch_size", "micro_batch_size", "micro_batch_tokens",
-    "timeout_minutes",
+    "steps", "epochs", "lr", "loraplus_lr_ratio", "global_batch_size", "micro_batch_size",
+    "micro_batch_tokens", "timeout_minutes",
 )  # fmt: skip
 # Of these 0 means never, or none.
 _NOT_NEGATIVE = (
@@ -82,6 +82,9 @@ class TrainConfig:
     at 1."""
     lr: float = 1e-4
     """Peak learning rate of AdamW."""
+    loraplus_lr_ratio: float = 1.0
+    """Learning rate of the B factors over that of the A factors, as in LoRA+ (arXiv 2402.12354,
+    which advises 16). ``train.lr``, and the rate in the log, are those of A; 1 is plain LoRA."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Decay of the learning rate after warm-up: ``cosine`` and ``linear`` end at zero on the last
     step, ``constant`` does not decay."""
@@ -145,6 +148,10 @@ class TrainConfig:
             self.micro_batch_tokens is None or self.micro_batch_size == 1,
             f"train.micro_batch_tokens={self.micro_batch_tokens} decides how many samples share a"
             f" row, and so does train.micro_batch_size={self.micro_batch_size}: give one of them",
+        )
+        require(
+            math.isfinite(self.loraplus_lr_ratio),
+            f"train.loraplus_lr_ratio must be a finite number, got {self.loraplus_lr_ratio}",
         )
         # Not negative, as infinity is: the first loss would be infinite.
         require(

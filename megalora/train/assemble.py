@@ -91,7 +91,7 @@ class Run:
         Returns:
             The loss per target token, and the gradient's L2 norm before clipping. They may be NaN.
         """
-        set_learning_rate(self.optimizer, lr)
+        set_learning_rate(self.optimizer, lr, self.config.train.lr)
         batches = self.batches.of_step(number)
         load = self.stepper.load
         load.active = count_experts

@@ -8,7 +8,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import (
+    OptimizerConfig,
+    ParamKey,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
 from torch import Tensor, nn
 
 from megalora import host
@@ -43,6 +48,8 @@ def build_optimizer(
 ) -> Any:
     """AdamW (betas 0.9, 0.999, eps 1e-8) whose state is split over data-parallel ranks.
 
+    B factors are in groups of their own where LoRA+ gives them another learning rate than the A's.
+
     Args:
         dtype: dtype of the parameters; their masters and moments are float32.
     """
@@ -51,8 +58,15 @@ def build_optimizer(
         clip_grad=config.clip_grad,
         use_distributed_optimizer=True, bf16=dtype == torch.bfloat16, params_dtype=dtype,
     )  # fmt: skip
+    overrides = get_standard_config_overrides(settings)
+    # Without it B's stay in the group of the A's, and the norm is added up in the order of old.
+    if config.loraplus_lr_ratio != 1:
+        # Dense B's and those of experts alike: LoRAFactors names both "lora_B.PROJECTION".
+        overrides[ParamKey(name="*.lora_B.*")] = {"max_lr": config.lr * config.loraplus_lr_ratio}
     with quiet():
-        return get_megatron_optimizer(settings, chunks, use_gloo_process_groups=False)  # pyright: ignore
+        return get_megatron_optimizer(
+            settings, chunks, config_overrides=overrides, use_gloo_process_groups=False  # pyright: ignore
+        )  # fmt: skip
 
 
 @torch.no_grad()
@@ -105,10 +119,12 @@ def learning_rate(config: TrainConfig, step: int, num_steps: int) -> float:
     return config.lr * factors[config.schedule]
 
 
-def set_learning_rate(optimizer: Any, lr: float) -> None:
-    """Let the next step of every parameter use this learning rate."""
+def set_learning_rate(optimizer: Any, lr: float, peak: float) -> None:
+    """Let the next step use this learning rate, and as much more for a group as the group's own
+    peak is above ``peak``, which is ``train.lr``."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        # Exactly 1 for a group without a rate of its own: no bit of the rate changes.
+        group["lr"] = lr * (group["max_lr"] / peak)
 
 
 def _parts(optimizer: Any) -> list[Any]:

@@ -1,5 +1,5 @@
 """Bugs that a pretended GPU meets, a tensor on the wrong device or a new wait of the host, and
-those of what was mended for it."""
+those of what was mended for it; and bugs of the optimizer's groups."""
 
 from tests.mutations.bugs import Bug, bug
 
@@ -248,5 +248,30 @@ WAIT_BUGS: tuple[Bug, ...] = (
         "part.config.clip_grad > 0 and clipped",
         "clipped",
         "tests/train/test_optim.py test_a_step",
+    ),
+    # LoRA+
+    bug(
+        0,
+        "LoRA+ overwritten with one rate for all",
+        OPTIM,
+        'group["lr"] = lr * (group["max_lr"] / peak)',
+        'group["lr"] = lr',
+        "tests/train/test_loraplus.py test_groups_are_those_of_peft",
+    ),
+    bug(
+        0,
+        "the higher rate given to A",
+        OPTIM,
+        'ParamKey(name="*.lora_B.*")',
+        'ParamKey(name="*.lora_A")',
+        "tests/train/test_loraplus.py test_two_rates_in_every_layout",
+    ),
+    bug(
+        0,
+        "experts left out of LoRA+",
+        OPTIM,
+        'ParamKey(name="*.lora_B.*")',
+        'ParamKey(name="*.self_attention.*.lora_B.*")',
+        "tests/train/test_loraplus.py test_two_rates_in_every_layout",
     ),
 )

@@ -143,9 +143,20 @@ class Oracle:
             count = count + int(mask[1:].sum())
         return total / count
 
-    def train(self, batches: list[list], lr: float, clip: float, eps: float = 1e-8) -> "Trained":
-        """AdamW without decay at a constant rate."""
-        optimizer = torch.optim.AdamW(self.factors.values(), lr=lr, weight_decay=0.0, eps=eps)
+    def train(
+        self,
+        batches: list[list],
+        lr: float,
+        clip: float,
+        eps: float = 1e-8,
+        lr_b: float | None = None,
+    ) -> "Trained":
+        """AdamW without decay at a constant rate; ``lr_b``: that of B factors where it differs."""
+        of_a = [t for name, t in self.factors.items() if ".lora_A." in name]
+        of_b = [t for name, t in self.factors.items() if ".lora_B." in name]
+        assert len(of_a) + len(of_b) == len(self.factors)
+        groups = [{"params": of_a}, {"params": of_b, "lr": lr_b or lr}]
+        optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=0.0, eps=eps)
         losses = []
         norms = []
         gradients = []

@@ -156,8 +156,11 @@ def expected(
     case: Case, steps: int, base: Path, chats: Path, dtype: str = "float32",
     arithmetic: torch.dtype = torch.float64,
     seed: int = 0,
+    lr_b: float | None = None,
 ) -> Expected:  # fmt: skip
-    """The same training by the oracle: names, ranks and alphas are all it gets from megalora."""
+    """The same training by the oracle: names, ranks and alphas are all it gets from megalora.
+
+    ``lr_b``: the learning rate of B factors, where it is another than ``LR``."""
     config = run_config(case, steps, base, chats, Path("unused"), dtype, seed)
     tokenizer = AutoTokenizer.from_pretrained(base)
     split = load_split(str(chats), tokenizer, format="auto", **case.data)
@@ -179,7 +182,8 @@ def expected(
     for step in range(steps):
         indices = global_batch_indices(step, case.batch, len(train_split.samples), seed)
         batches.append([train_split.samples[i] for i in indices])
-    return Expected(eval_loss, oracle.train(batches, LR, clip=1.0, eps=EPS), seed, oracle.margin)
+    trained = oracle.train(batches, LR, clip=1.0, eps=EPS, lr_b=lr_b)
+    return Expected(eval_loss, trained, seed, oracle.margin)
 
 
 def cut_by_hand(whole: Iterable[Encoded], case: Case) -> list[tuple[list[int], list[bool]]]:
@@ -216,11 +220,13 @@ def compare_samples(
     assert found == list(theirs), "samples are not cut as data.too_long says"
 
 
-def expected_of_clear_routing(case: Case, steps: int, base: Path, chats: Path) -> Expected:
+def expected_of_clear_routing(
+    case: Case, steps: int, base: Path, chats: Path, lr_b: float | None = None
+) -> Expected:
     """The oracle's answer for the first order of the data in which no token's experts are a matter
     of rounding."""
     for seed in SEEDS:
-        answer = expected(case, steps, base, chats, seed=seed)
+        answer = expected(case, steps, base, chats, seed=seed, lr_b=lr_b)
         if answer.margin >= MARGIN:
             return answer
     raise AssertionError(
