@@ -69,6 +69,7 @@ def test_defaults(minimal: Path) -> None:
         # A key of a mapping by its path.
         ("lora.alpha_pattern.k_proj=4", "lora", "alpha_pattern", {"k_proj": 4.0}),
         ("lora.expert_rank=4", "lora", "expert_rank", 4),
+        ("lora.expert_rank=top_k", "lora", "expert_rank", "top_k"),
         ("data.train=gsm8k/train.jsonl[:200]", "data", "train", "gsm8k/train.jsonl[:200]"),
         ("data.train=org/name/main:test[1:3]", "data", "train", "org/name/main:test[1:3]"),
         # A number of samples, a share of them, a file.
@@ -293,6 +294,10 @@ def test_round_trip(tmp_path: Path) -> None:
         ),
         ("lora.rank=0", "lora: rank must be a rank of at least 1, got 0"),
         ("lora.expert_rank=-1", "lora: expert_rank must be a rank of at least 1, got -1"),
+        (
+            "lora.expert_rank=topk",
+            "lora.expert_rank must be an integer or one of top_k, experts or nothing, got 'topk'",
+        ),
         ("lora.rank_pattern={v_proj: 0}", "lora: v_proj must be a rank of at least 1, got 0"),
         ("lora.alpha=0", "lora: alpha must be an alpha above 0, got 0.0"),
         ("lora.alpha_pattern={v_proj: -2}", "lora: v_proj must be an alpha above 0, got -2.0"),

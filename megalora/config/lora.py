@@ -1,6 +1,7 @@
 """The ``lora`` section: which linear layers get adapters, their rank and their scale."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from megalora.config.checks import require
 
@@ -30,19 +31,21 @@ class LoRAConfig:
     the full module name, to a rank. The first entry that matches wins, as in PEFT."""
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     """Alphas that differ from ``lora.alpha``, in the same form as ``lora.rank_pattern``."""
-    expert_rank: int | None = None
+    expert_rank: int | Literal["top_k", "experts"] | None = None
     """Rank of the adapters on routed experts, unless ``lora.rank_pattern`` matches. null means
-    ``lora.rank``."""
+    ``lora.rank``. ``top_k`` divides ``lora.rank`` by the number of experts that a token is sent to,
+    so that a token meets as many parameters as in a dense MLP, and ``experts`` by the number of
+    experts; with these two alpha is lowered, too, so that experts have the scale of all others."""
     use_rslora: bool = False
     """Whether to scale by alpha / sqrt(rank) instead of alpha / rank (rsLoRA)."""
 
     def __post_init__(self) -> None:
-        ranks = {"rank": self.rank, "expert_rank": self.expert_rank, **self.rank_pattern}
+        ranks = {"rank": self.rank, **self.rank_pattern}
+        # It may be unset, or a rule that needs the model's sizes.
+        if isinstance(self.expert_rank, int):
+            ranks["expert_rank"] = self.expert_rank
         for name, rank in ranks.items():
-            # expert_rank may be unset.
-            require(
-                rank is None or rank >= 1, f"lora: {name} must be a rank of at least 1, got {rank}"
-            )
+            require(rank >= 1, f"lora: {name} must be a rank of at least 1, got {rank}")
         # A scale of 0 would make an adapter that never does anything.
         for name, alpha in {"alpha": self.alpha, **self.alpha_pattern}.items():
             require(alpha > 0, f"lora: {name} must be an alpha above 0, got {alpha}")

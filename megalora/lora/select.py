@@ -64,12 +64,12 @@ def resolve(lora: LoRAConfig, shape: ModelShape) -> list[Adapted]:
         if not is_target or is_excluded or not in_layers:
             continue
         rank = lora.rank
-        if projection.is_expert and lora.expert_rank:
-            rank = lora.expert_rank
+        alpha = float(lora.alpha)
         # A pattern is more particular than expert_rank.
         if rank_key is not None:
             rank = lora.rank_pattern[rank_key]
-        alpha = float(lora.alpha)
+        elif projection.is_expert and lora.expert_rank is not None:
+            rank, alpha = _of_experts(lora, shape)
         if alpha_key is not None:
             alpha = float(lora.alpha_pattern[alpha_key])
         scale = lora_scale(alpha, rank, lora.use_rslora)
@@ -82,6 +82,28 @@ def resolve(lora: LoRAConfig, shape: ModelShape) -> list[Adapted]:
             " one of them"
         )
     return adapted
+
+
+def _of_experts(lora: LoRAConfig, shape: ModelShape) -> tuple[int, float]:
+    """Rank and alpha that ``lora.expert_rank`` gives routed experts; raises ``ValueError`` where a
+    division leaves a rest."""
+    if isinstance(lora.expert_rank, int):
+        return lora.expert_rank, float(lora.alpha)
+    parts, what = shape.top_k, "experts that a token is sent to"
+    if lora.expert_rank == "experts":
+        parts, what = shape.num_experts, "experts of a layer"
+    if lora.rank % parts:
+        below = lora.rank // parts * parts
+        choices = f"{below} or {below + parts}" if below else f"{parts}"
+        raise ValueError(
+            f"lora.expert_rank={lora.expert_rank} divides lora.rank={lora.rank} by {parts}, the"
+            f" {what}, which leaves a rest. Set lora.rank={choices}, or lora.expert_rank to a"
+            " number."
+        )
+    rank = lora.rank // parts
+    # The scale that lora.rank has: alpha / rank alone would grow with the number of experts.
+    scale = lora_scale(float(lora.alpha), lora.rank, lora.use_rslora)
+    return rank, scale / lora_scale(1.0, rank, lora.use_rslora)
 
 
 @dataclass(frozen=True)

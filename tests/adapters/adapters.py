@@ -36,6 +36,7 @@ MOE_CASES: dict[str, dict[str, Any]] = {
         "rank_pattern": {"gate_proj": 2, "up_proj": 3, "down_proj": 5, "q_proj": 7},
     },
     "expert rank": {"expert_rank": 3},
+    "expert rank by a rule": {"rank": 12, "expert_rank": "top_k"},
     "alphas": {
         "alpha_pattern": {"gate_proj": 8.0, "up_proj": 3.0, "down_proj": 20.0, "o_proj": 2.5}
     },
