@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megalora.adapters.files import CARD, PROBE, STATE_JSON, read_config
+from megalora.adapters.named_base import is_on_this_machine
 from megalora.adapters.read.adapter import Adapter, read_adapter
 from megalora.adapters.trained import trained_form
 from megalora.adapters.write.card import Facts, card, coverage
@@ -56,6 +57,11 @@ class Export:
             )
         if self.facts.dropped:
             lines.append(f"left out, as you asked: {', '.join(self.facts.dropped)}")
+        if is_on_this_machine(self.facts.base):
+            lines.append(
+                f"note: the card names the base {self.facts.base}, a folder of this machine; --base"
+                " OWNER/NAME names it for others"
+            )
         lines += self.notes
         trained = {a.name for a in self.facts.adapted}
         for engine in ENGINES.values():

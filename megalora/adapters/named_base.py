@@ -23,6 +23,12 @@ def named_base(adapter: Path) -> str:
     return named
 
 
+def is_on_this_machine(name: str) -> bool:
+    """Whether a base's name is the path of a folder rather than a name on the hub."""
+    # A name on the hub is NAME or OWNER/NAME; a folder of that name is read in its place.
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).is_dir()
+
+
 def shared_base(adapters: dict[str, Path]) -> str:
     """The one base that all of these adapters, by name, were trained on; raises ``ValueError`` for
     several."""

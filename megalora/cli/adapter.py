@@ -1,4 +1,5 @@
-"""Read the arguments of commands for adapter folders: export, import, merge, inspect, verify."""
+"""Read the arguments of commands for adapter folders: export, push, import, merge, inspect,
+verify."""
 
 import sys
 from typing import Any
@@ -16,6 +17,7 @@ OUT = "the folder to write, which must be new or empty"
 def add_adapter_commands(commands: Any) -> None:
     """Add the commands to argparse's subcommands."""
     _add_export(commands)
+    _add_push(commands)
     _add_import(commands)
     _add_merge(commands)
     _add_inspect(commands)
@@ -55,6 +57,30 @@ def _add_export(commands: Any) -> None:
         help="the base model's folder or hub name; default: the one that the adapter names",
     )
     export.set_defaults(action=_export)
+
+
+def _add_push(commands: Any) -> None:
+    push = add_command(
+        commands,
+        "push",
+        help="upload an adapter with its card to the Hugging Face hub",
+        example="megalora push runs/chats me/chats --base Qwen/Qwen3-30B-A3B --private",
+        more="An export goes as it is, a checkpoint is exported first; training state stays here."
+        " The token is that of hf auth login, or HF_TOKEN.",
+    )
+    push.add_argument("adapter", type=user_path, metavar="ADAPTER", help=ADAPTER)
+    push.add_argument("repo", metavar="REPO", help="OWNER/NAME, made if it does not exist")
+    push.add_argument(
+        "--base", help="the base model's name on the hub; default: the one that the adapter names"
+    )
+    push.add_argument("--private", action="store_true", help="make a new repository private")
+    push.add_argument(
+        "--revision", metavar="BRANCH", help="branch to push to; default: the repository's main one"
+    )
+    push.add_argument(
+        "--message", metavar="TEXT", help="message of the commit; default: Upload and the folder"
+    )
+    push.set_defaults(action=_push)
 
 
 def _add_import(commands: Any) -> None:
@@ -142,6 +168,23 @@ def _export(options: Any, _: list[str]) -> None:
         base=options.base,
     )
     print(written.text())
+
+
+def _push(options: Any, _: list[str]) -> None:
+    source = adapter_folder(options.adapter)
+    from megalora.adapters.push import check_push, push
+
+    base = check_push(source, options.repo, options.base)
+    print(
+        push(
+            source,
+            options.repo,
+            base,
+            private=options.private,
+            revision=options.revision,
+            message=options.message,
+        )
+    )
 
 
 def _import(options: Any, _: list[str]) -> None:

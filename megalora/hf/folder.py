@@ -38,6 +38,7 @@ def local_folder(path: str, option: str = "model.path", *, weights: bool = True)
     # A name on the hub is NAME or OWNER/NAME.
     if path.startswith((".", "/")) or path.count("/") > 1:
         raise ValueError(f"{option}={path}: no such folder")
+    import httpx
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -47,7 +48,7 @@ def local_folder(path: str, option: str = "model.path", *, weights: bool = True)
     try:
         # All ranks of a machine may ask at once: the hub's file locks let one of them download.
         return Path(snapshot_download(path, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, LocalEntryNotFoundError, httpx.HTTPError, OSError) as error:
         # Its first line says what is wrong, the others what one could try.
         reason = str(error).strip().splitlines()[0]
         raise ValueError(

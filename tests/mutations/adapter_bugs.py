@@ -94,4 +94,9 @@ ADAPTER_BUGS: tuple[Bug, ...] = (
     bug(0, "the card quotes a warning that PEFT does not give", "megalora/adapters/write/card.py",
         "did not match any targeted", "matched no targeted",
         "tests/adapters/test_peft_warnings.py documentation"),
+    bug(0, "a push that names a base nobody else has", "megalora/adapters/push.py",
+        "if is_on_this_machine(name):", "if False:", "tests/test_early_refusals.py before_torch"),
+    bug(0, "what was meant to be private pushed to a public repository",
+        "megalora/adapters/push.py", "if private and not found.private:", "if False:",
+        "tests/adapters/test_push.py push_uploads"),
 )
