@@ -57,6 +57,7 @@ def planned(setup: Setup, machine: Machine, recompute: Level = "off") -> dict[st
         "machine": machine.name,
         "basis": machine.note,
         "step_ms": 1e3 * found.time.seconds,
+        "limits_ms": [1e3 * seconds for seconds in found.limits],
         "parts_ms": parts,
         "peak_bytes": found.memory.peak_bytes - found.memory[CONTEXT],
         "memory_parts": memory_parts,
@@ -111,6 +112,7 @@ def beside_measured() -> list[dict[str, Any]]:
             said = planned(setup, machine)
             said["peak_bytes"] = with_whole_logits(said, setup)
             case: dict[str, Any] = {"layers": row["layers"], "rates": rates}
+            case["limits_ms"] = [round(limit, 3) for limit in said["limits_ms"]]
             for name in ("step_ms", "peak_bytes"):
                 error = error_percent(said[name], row[name])
                 assert error is not None, f"{row['arm']} was not measured on a GPU: no {name}"
@@ -136,12 +138,19 @@ def show(cases: list[dict[str, Any]]) -> str:
                 f"{case['layers']} layers, {case['rates']}",
                 f"{step['measured']:.1f}",
                 f"{step['predicted']:.1f}",
+                limits_text(*case["limits_ms"]),
                 f"{step['error_percent']:+.1f} %",
                 f"{peak['measured'] / 2**30:.2f}",
                 f"{peak['error_percent']:+.2f} %",
             )
         )
-    return table(("case", "step ms", "predicted", "error", "peak GiB", "error of peak"), rows)
+    head = ("case", "step ms", "predicted", "limits", "error", "peak GiB", "error of peak")
+    return table(head, rows)
+
+
+def limits_text(low: float, high: float) -> str:
+    """The limits of a prediction on assumed rates; ``-`` where it has none."""
+    return f"{low:.0f}-{high:.0f}" if low < high else "-"
 
 
 def main(arguments: list[str] | None = None) -> int:

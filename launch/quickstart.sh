@@ -40,5 +40,5 @@ Next:
   .venv/bin/megalora inspect $checkpoint
   make vllm && .venv/bin/megalora serve sums=$checkpoint --base $dir/base    # served by vLLM, and proved to act
   .venv/bin/megalora train configs/quickstart.yaml --nproc 2 parallel.ep=1 parallel.tp=2 checkpoint.dir=$dir/tp2   # another layout, the same losses
-  .venv/bin/megalora train configs/qwen3_30b_a3b_8gpu.yaml --nproc 8 data.train=chats.jsonl    # the real model on 8 GPUs
+  .venv/bin/megalora train configs/sft/qwen3_30b_a3b_8xh100_4k.yaml --nproc 8 data.train=chats.jsonl    # the real model on 8 GPUs
 END

@@ -4,7 +4,6 @@ runs."""
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from megalora.config import RunConfig
 from megalora.config.checks import require
 from megalora.config.file import load_config
 from megalora.paths import prepare_file
@@ -14,15 +13,8 @@ from megalora.planner.larger_batch import larger_batch_line
 from megalora.planner.layout_table import LEGEND, OfCount, count_table, layout_table
 from megalora.planner.own_layout import own_layout
 from megalora.planner.question import PlanOptions, Question
-from megalora.planner.search import CLOSE, Plan, Planned, search, search_ranks
+from megalora.planner.search import CLOSE, Plan, Planned, search_ranks
 from megalora.planner.training_length import training_length
-
-
-def make_plan(config: RunConfig, options: PlanOptions) -> Plan:
-    """Search for a config, at its own LoRA rank; raises ``ValueError`` for a mistake in it."""
-    question = Question.of(config, options)
-    (num_gpus,) = options.gpus
-    return search(question.shape, config.lora, num_gpus, question.work, question.machine)
 
 
 def plan_command(
@@ -64,10 +56,9 @@ def plan_command(
         say(f"wrote {options.out}: megalora train {options.out}, or launch/ for several nodes")
     if options.figure:
         # Late: importing matplotlib takes longer than the plan.
-        from megalora.planner.figure import draw
+        from megalora.planner.figure import draw, title_of
 
-        title = f"{config.model.path} on {num_gpus} x {plan.machine.name}"
-        draw(plan, options.top, options.figure, title)
+        draw(plan, options.top, options.figure, title_of(plan, config.model.path, num_gpus))
         say(f"wrote {options.figure}")
 
 
@@ -120,11 +111,13 @@ def _say_layouts(
     """The layouts of one LoRA rank, with the config's own among them."""
     own = own_layout(question, num_gpus, plan.lora_rank)
     say(
-        f"\nLoRA rank {plan.lora_rank}, layouts that fit: {len(plan.fitting):,}. The fastest ways"
-        " to split the model, each with the microbatch, chunks and recomputation that need least"
-        f" memory within {100 * CLOSE:.0f} % of its best, and the one in the file:\n"
+        f"\nLoRA rank {plan.lora_rank}, layouts that fit: {len(plan.fitting):,}. Of each way to"
+        " split the model the leanest microbatch,\nchunks and recomputation within"
+        f" {100 * CLOSE:.0f} % of its best; last the layout in the file:\n"
         f"{layout_table(plan, top, own)}\n{LEGEND}"
     )
+    if line := report.rivals_line(plan, top):
+        say(line)
     best = plan.best() if plan.fitting else None
     if best is None:
         say(f"at this rank nothing fits {num_gpus} x {question.machine.name}")

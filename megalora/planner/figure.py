@@ -1,25 +1,83 @@
-"""Draw a plan: memory and time of the fastest layouts, part by part."""
+"""Draw a plan: memory and time of the first layouts of its table, in at most seven groups of parts.
 
-from collections.abc import Sequence
+Hues are Okabe and Ito's, which people with any kind of colour blindness can tell apart.
+"""
+
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megalora.planner.layout_table import rows_of
-from megalora.planner.memory import GIB, gib_by_name
+from megalora.planner.layout_table import short_name, speed_text
+from megalora.planner.memory import CONTEXT, GIB, ROOM, gib_by_name
 from megalora.planner.search import FULL, Plan, Planned
 
-# C0 to C9 are matplotlib's own cycle; the longest breakdown has more than ten parts.
-COLOURS = [
-    "C0", "C1", "C2", "C3", "C4", "C5", "C6", "C7", "C8", "C9",
-    "gold", "navy", "lime", "tan", "black",
-]  # fmt: skip
-REST = "the rest"
-SMALL = 0.01
-"""A part smaller than this share of every bar has no colour of its own: it goes to ``REST``."""
+BLUE = "#0072B2"
+ORANGE = "#E69F00"
+GREEN = "#009E73"
+SKY = "#56B4E9"
+VERMILION = "#D55E00"
+PURPLE = "#CC79A7"
+YELLOW = "#F0E442"
+
+Groups = dict[str, tuple[str, tuple[str, ...]]]
+"""Name of a group -> its hue, and the parts that it adds up."""
+MEMORY: Groups = {
+    "frozen weights": (BLUE, ("weights", ROOM)),
+    "adapters, gradients, optimizer": (
+        ORANGE,
+        ("adapters", "buffer padding", "gradients", "optimizer", "optimizer step"),
+    ),
+    "activations": (GREEN, ("activations", "rows", "pipeline")),
+    "loss": (SKY, ("loss", "logits")),
+    "one layer's backward": (VERMILION, ("workspace", "recomputed", "all-to-all")),
+    "context": (PURPLE, (CONTEXT,)),
+}
+RECOMPUTATION = "recomputation"
+TIME: Groups = {
+    "attention": (BLUE, ("attention",)),
+    "experts, MLP": (ORANGE, ("experts", "mlp")),
+    "head, norms, optimizer": (GREEN, ("head", "other", "optimizer")),
+    RECOMPUTATION: (SKY, ()),
+    "dispatch, communication": (
+        VERMILION,
+        ("dispatch", "pipeline transfers", "reduction", "context parallel attention"),
+    ),
+    "bubble": (PURPLE, ("bubble",)),
+    "host": (YELLOW, ("host", "host behind waits")),
+}
+
+
+def grouped(parts: dict[str, float], groups: Groups) -> dict[str, float]:
+    """Name of each group -> the sum of its parts, in the order of ``groups``."""
+    found = dict.fromkeys(groups, 0.0)
+    for part, value in parts.items():
+        found[_group_of(part, groups)] += value
+    return found
+
+
+def _group_of(part: str, groups: Groups) -> str:
+    # A part of the layer's forward that is run again, whatever it is.
+    if part.startswith("recompute "):
+        return RECOMPUTATION
+    if part.startswith("tensor parallel "):
+        return "dispatch, communication"
+    for name, (_, parts) in groups.items():
+        if part in parts:
+            return name
+    raise AssertionError(f"no group has the part {part!r}")
+
+
+def title_of(plan: Plan, model: str, num_gpus: int) -> str:
+    """What was planned: model, GPUs, batch, length and rank."""
+    work = plan.work
+    return (
+        f"{model} on {num_gpus} x {plan.machine.name}: {work.global_batch_size} samples of"
+        f" {work.sequence_length:,} tokens a step, LoRA rank {plan.lora_rank}"
+    )
 
 
 def draw(plan: Plan, top: int, path: Path, title: str) -> None:
-    """Draw two rows of stacked bars, one bar for each of the ``top`` fastest layouts, in the format
+    """Draw two rows of stacked bars, one bar for each of the ``top`` first layouts, in the format
     that the suffix names."""
     import matplotlib
 
@@ -28,86 +86,66 @@ def draw(plan: Plan, top: int, path: Path, title: str) -> None:
 
     shown = plan.layouts()[:top]
     figure, (left, right) = plt.subplots(
-        1, 2, figsize=(15, 1.6 + 0.5 * len(shown)), layout="constrained", sharey=True
+        1, 2, figsize=(15, 2.2 + 0.42 * len(shown)), layout="constrained", sharey=True
     )
-    names = [_name(found) for found in shown]
-    _draw_memory(left, plan, shown, names)
-    _draw_time(right, plan, shown, names)
-    left.invert_yaxis()  # the fastest layout on top; the axis is shared
+    _draw_memory(left, plan, shown)
+    _draw_time(right, plan, shown)
+    names = [short_name(found.layout) for found in shown]
+    left.set_yticks(range(len(names)), names, fontsize=9)
+    left.invert_yaxis()  # the first layout on top; the axis is shared
     figure.suptitle(title)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
 
-def _draw_memory(axes: Any, plan: Plan, shown: Sequence[Planned], names: Sequence[str]) -> None:
+def _draw_memory(axes: Any, plan: Plan, shown: Sequence[Planned]) -> None:
     """GiB of the fullest rank at its peak, with lines at the device's memory and at ``FULL``."""
     # What is there at the peak: parts that are gone by then are no part of the bar.
-    _bars(axes, names, [gib_by_name(found.memory.at_peak()) for found in shown])
+    _bars(axes, MEMORY, [gib_by_name(found.memory.at_peak()) for found in shown])
     limit = plan.machine.memory_bytes / GIB
     axes.axvline(limit, color="black", linewidth=1.2)
     axes.axvline(FULL * limit, color="black", linewidth=0.8, linestyle="--")
     axes.set(
-        xlabel=f"GiB on the fullest rank (lines: {100 * FULL:.0f} % and all of {limit:.0f} GiB)",
-        title="memory",
+        xlabel=f"GiB on the fullest rank (lines: {100 * FULL:.0f} % and all of {limit:.0f} GiB)"
     )
 
 
-def _draw_time(axes: Any, plan: Plan, shown: Sequence[Planned], names: Sequence[str]) -> None:
-    """Seconds of a step, with the tokens per second beside each bar."""
-    _bars(axes, names, [found.time.by_part() for found in shown])
+def _draw_time(axes: Any, plan: Plan, shown: Sequence[Planned]) -> None:
+    """Seconds of a step at the middle of assumed rates, with a whisker from the least to the most
+    and the tokens per second beside it."""
+    _bars(axes, TIME, [found.time.by_part() for found in shown])
+    longest = 0.0
     for i, found in enumerate(shown):
-        speed = f" {found.tokens_per_second(plan.work):,.0f} tokens/s/GPU"
-        axes.text(found.time.seconds, i, speed, va="center", fontsize=8)
-    longest = shown[-1].time.seconds  # the fastest come first
+        end = found.time.seconds
+        if found.time.basis == "assumed":
+            low, high = found.limits
+            errors = [[end - low], [high - end]]
+            axes.errorbar(end, i, xerr=errors, color="black", linewidth=1.2, capsize=4)
+            end = high
+        speed = f"  {speed_text(plan, found, '{:,.0f}'.format)} tokens/s/GPU"
+        axes.text(end, i, speed, va="center", fontsize=8)
+        longest = max(longest, end)
     axes.set(
-        xlabel="seconds of a step (predicted)",
-        title="time",
-        xlim=(0, 1.3 * longest),  # room for the text beside the bars
+        xlabel="predicted seconds of a step (whiskers: limits of assumed rates)",
+        xlim=(0, 1.4 * longest),  # room for the text beside the bars
     )
 
 
-def _name(found: Planned) -> str:
-    """A layout's sizes other than 1, and on a second line what is recomputed."""
-    p = found.layout.parallel
-    layout = found.layout
-    sizes = {
-        "tp": p.tp,
-        "cp": p.cp,
-        "pp": p.pp,
-        "vpp": p.vpp,
-        "dp": layout.dp,
-        "ep": p.ep,
-        "etp": p.etp,
-        **rows_of(layout),
-    }
-    shown = " ".join(f"{name}{size}" for name, size in sizes.items() if size > 1) or "1 rank"
-    if layout.recompute != "off":
-        shown += f"\nrecompute {layout.recompute}"
-    return shown
-
-
-def _bars(axes: Any, names: Sequence[str], bars: Sequence[dict[str, float]]) -> None:
-    """Stacked horizontal bars, one for each name, from the values of its parts."""
-    is_large: dict[str, bool] = {}
-    for bar in bars:
-        least = SMALL * sum(bar.values())
-        for part, value in bar.items():
-            is_large[part] = is_large.get(part, False) or value >= least
-    large = [part for part in is_large if is_large[part]]
-    starts = [0.0] * len(bars)
-    for i, part in enumerate([*large, REST]):
-        widths = []
-        for bar in bars:
-            if part == REST:
-                widths.append(sum(value for name, value in bar.items() if not is_large[name]))
-            else:
-                widths.append(bar.get(part, 0.0))
-        colour = "lightgray" if part == REST else COLOURS[i % len(COLOURS)]
-        axes.barh(range(len(bars)), widths, left=starts, label=part, color=colour, height=0.7)
-        # The next part begins where this one ends.
-        for row, width in enumerate(widths):
-            starts[row] += width
-    axes.set_yticks(range(len(names)), names, fontsize=8)
-    axes.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1.06), ncols=5, frameon=False)
+def _bars(axes: Any, groups: Groups, bars: Iterable[dict[str, float]]) -> None:
+    """Stacked horizontal bars, one for each dictionary of parts."""
+    sums = [grouped(parts, groups) for parts in bars]
+    starts = [0.0] * len(sums)
+    for group, (hue, _) in groups.items():
+        widths = [bar[group] for bar in sums]
+        # A group that no bar has needs no place in the legend.
+        if not any(widths):
+            continue
+        axes.barh(
+            range(len(sums)), widths, left=starts, label=group, color=hue, height=0.7,
+            edgecolor="white", linewidth=0.6,
+        )  # fmt: skip
+        # The next group begins where this one ends.
+        starts = [start + width for start, width in zip(starts, widths, strict=True)]
+    axes.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)

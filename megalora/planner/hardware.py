@@ -260,6 +260,8 @@ class Overhead:
     """Whether the host's time counts only as far as it exceeds the device's work: True on a GPU; on
     a CPU both take turns."""
     basis: Basis
+    exposed: float = 1.0
+    """Share of the host's time behind a wait that the device does not hide."""
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from megalora.planner.layouts import Workload
 from megalora.planner.question import Question
+from megalora.planner.report import range_words
 from megalora.planner.search import FULL, Plan, Planned, evaluate
 from megalora.planner.weights import PlannedModel
 
@@ -20,25 +21,27 @@ def larger_batch_line(question: Question, plan: Plan, found: Planned) -> str | N
     if bubble < LARGE_BUBBLE:
         return None
     model = PlannedModel.of(question.shape, question.lora_of_rank(found.lora_rank))
-    speed = found.tokens_per_second(plan.work)
-    gains = []
+    lines = []
     for times in TIMES:
         work = _with_batch(plan.work, times)
         larger = evaluate(model, found.lora_rank, found.layout, work, plan.machine)
         # The rows of a whole step are on the device: a larger step has more of them.
         if plan.share(larger) > FULL:
             continue
-        gain = larger.tokens_per_second(work) / speed - 1
         share = larger.time["bubble"] / larger.time.seconds
-        gains.append(
-            f"train.global_batch_size={work.global_batch_size:,} gives {100 * gain:.0f} % more"
-            f" tokens/s (bubble {100 * share:.0f} %)"
+        # As many times the tokens in the longer step, whatever the rates.
+        gains = [100 * (times * found.time.seconds / larger.time.seconds - 1)]
+        for before, after in zip(found.by_scenario, larger.by_scenario, strict=True):
+            gains.append(100 * (times * before / after - 1))
+        lines.append(
+            f"train.global_batch_size={work.global_batch_size:,} gives {range_words(gains, '.0f')}"
+            f" % more tokens/s (bubble {100 * share:.0f} %)"
         )
-    if not gains:
+    if not lines:
         return None
     return (
         f"the pipeline's bubble is {100 * bubble:.0f} % of a step; the same layout with"
-        f" {', with '.join(gains)}"
+        f" {', with '.join(lines)}"
     )
 
 

@@ -1,7 +1,7 @@
 """Lay plans out as tables: the fastest layouts and the user's own, and a line for each number of
 GPUs."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from megalora.planner.layouts import ParallelLayout
@@ -12,8 +12,8 @@ from megalora.planner.search import FULL, Plan, Planned
 MARK = {"measured": "", "interpolated": "~", "extrapolated": "^", "assumed": "?"}
 """How a time is known -> what stands behind it in the table."""
 LEGEND = (
-    "time: no mark measured, ~ interpolated, ^ extrapolated beyond the sizes calibrated, ? assumed."
-    " GiB: formulas measured against tensors of CPU ranks; context and room assumed."
+    "time: no mark measured, ~ interpolated, ^ extrapolated beyond the sizes calibrated, ? assumed,"
+    " a range.\nGiB: formulas measured against tensors of CPU ranks; context and room assumed."
 )
 YOURS = "yours"
 """Label of the row of the config's own layout."""
@@ -50,11 +50,16 @@ def _own_sizes(plan: Plan, own: OwnLayout) -> dict[str, object]:
     row |= {"dp": UNKNOWN, "ep": p.ep, "etp": p.etp}
     if own.layout is not None:
         row = sizes(own.layout)
-    rows = {"micro": own.train.micro_batch_size}
-    # Where lengths are known all other layouts pack, and their column holds tokens.
+    # Where lengths are known all other layouts pack, and their column holds tokens; else samples.
+    # What the file has of the other kind says so.
+    micro = own.train.micro_batch_size
+    tokens = own.train.micro_batch_tokens
     if plan.work.packing is not None:
-        rows = {"row": own.train.micro_batch_tokens or f"micro {own.train.micro_batch_size}"}
-    row.pop("micro", None)
+        rows = {"row": tokens or f"micro {micro}"}
+    else:
+        rows = {"micro": f"row {tokens}" if tokens else micro}
+    for name in ("micro", "row", "recompute"):
+        row.pop(name, None)
     return row | rows | {"recompute": own.train.recompute}
 
 
@@ -80,16 +85,42 @@ def sizes(layout: ParallelLayout) -> dict[str, object]:
 
 def figures(plan: Plan, found: Planned) -> dict[str, object]:
     """What is predicted of a layout, as the columns of ``FIGURES``."""
-    mark = MARK[found.time.basis]
     share = plan.share(found)
     warned = " !" if share > FULL else ""
     values = (
-        f"{found.time.seconds:.3g}{mark}",
-        f"{found.tokens_per_second(plan.work):,.0f}{mark}",
+        seconds_text(found),
+        speed_text(plan, found, "{:,.0f}".format),
         f"{found.memory.peak_bytes / GIB:.1f}",
         f"{100 * share:.0f} %{warned}",
     )
     return dict(zip(FIGURES, values, strict=True))
+
+
+def in_words(found: Planned, values: Sequence[float], shown: Callable[[float], str]) -> str:
+    """A value that follows from the seconds of a step, with the mark of how these are known; the
+    least and the most of ``values`` where they are assumed."""
+    mark = MARK[found.time.basis]
+    low = shown(min(values))
+    high = shown(max(values))
+    return f"{low}{mark}" if low == high else f"{low}-{high}{mark}"
+
+
+def limits_of(found: Planned) -> tuple[float, ...]:
+    """Seconds to show: the limits where rates are assumed, else those of the step."""
+    return found.limits if found.time.basis == "assumed" else (found.time.seconds,)
+
+
+def seconds_text(found: Planned) -> str:
+    """Seconds of a step."""
+    return in_words(found, limits_of(found), "{:.3g}".format)
+
+
+def speed_text(plan: Plan, found: Planned, shown: Callable[[float], str], num_gpus: int = 1) -> str:
+    """Tokens per second of ``num_gpus`` GPUs."""
+    speeds = []
+    for seconds in limits_of(found):
+        speeds.append(num_gpus * found.tokens_per_second(plan.work, seconds))
+    return in_words(found, speeds, shown)
 
 
 def rows_of(layout: ParallelLayout) -> dict[str, int]:
@@ -99,14 +130,15 @@ def rows_of(layout: ParallelLayout) -> dict[str, int]:
     return {"micro": layout.micro_batch_size}
 
 
-def table(rows: Sequence[dict[str, object]]) -> str:
-    """Rows of the same columns below their names; a column that a row lacks stays open."""
+def table(rows: Sequence[dict[str, object]], words: Sequence[int] = (0,)) -> str:
+    """Rows of the same columns below their names; a column that a row lacks stays open. Columns of
+    ``words`` are flush left."""
     # In the order of a row that has all of them.
     names = list(max(rows, key=len))
     cells = [tuple(names)]
     for row in rows:
         cells.append(tuple(str(row.get(name, UNKNOWN)) for name in names))
-    return columns(cells)
+    return columns(cells, words)
 
 
 @dataclass(frozen=True)
@@ -126,32 +158,55 @@ def count_table(counts: Sequence[OfCount], num_steps: float) -> str:
         row: dict[str, object] = {"GPUs": count.num_gpus}
         if count.plan.fitting:
             best = count.plan.best()
+            gpu_hours = []
+            for seconds in limits_of(best):
+                gpu_hours.append(num_steps * seconds / 3600 * count.num_gpus)
             of_layout = figures(count.plan, best)
-            mark = MARK[best.time.basis]
-            speed = best.tokens_per_second(count.plan.work)
-            hours = num_steps * best.time.seconds / 3600 * count.num_gpus
-            row |= sizes(best.layout)
             row |= {
+                "layout": short_name(best.layout),
                 "step s": of_layout["step s"],
-                "tokens/s": f"{speed * count.num_gpus:,.0f}{mark}",
-                "tokens/s/GPU": of_layout["tokens/s/GPU"],
-                "GPU-hours": f"{hours:,.3g}{mark}",
+                "tokens/s": speed_text(count.plan, best, _thousands, count.num_gpus),
+                "GPU-hours": in_words(best, gpu_hours, _three_digits),
                 "GiB": of_layout["GiB"],
                 "of GPU": of_layout["of GPU"],
             }
         row[YOURS] = _of_own(count)
         rows.append(row)
-    return table(rows)
+    return table(rows, words=(0, 1))
 
 
 def _of_own(count: OfCount) -> str:
-    """The user's layout in one cell: its tokens per second and GPU, or that it is out."""
+    """The user's layout in one cell: its speed beside the choice's, or that it is out."""
     own = count.own
     if own.planned is None:
         return "not legal"
     if own.reason is not None:
         return "too big"
-    return str(figures(count.plan, own.planned)["tokens/s/GPU"])
+    best = count.plan.best()
+    return f"{100 * best.time.seconds / own.planned.time.seconds:.0f} %"
+
+
+def _thousands(value: float) -> str:
+    """Three digits or more: ``982``, ``15.3k``, ``1,204k``."""
+    if value < 1000:
+        return f"{value:.0f}"
+    return f"{value / 1000:.1f}k" if value < 100_000 else f"{value / 1000:,.0f}k"
+
+
+def _three_digits(value: float) -> str:
+    """Three digits of a small number, whole ones of a large one."""
+    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
+
+
+def short_name(layout: ParallelLayout) -> str:
+    """A layout's sizes other than 1: ``tp2 pp2 vpp47 ep8 micro4 full3+off``."""
+    p = layout.parallel
+    sizes = {"tp": p.tp, "cp": p.cp, "pp": p.pp, "vpp": p.vpp, "dp": layout.dp, "ep": p.ep}
+    sizes |= {"etp": p.etp, **rows_of(layout)}
+    words = [f"{name}{size}" for name, size in sizes.items() if size > 1]
+    if layout.recompute != "off":
+        words.append(str(layout.recompute))
+    return " ".join(words) or "1 rank"
 
 
 def columns(rows: Sequence[tuple[str, ...]], words: Sequence[int] = (0,)) -> str:

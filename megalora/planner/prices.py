@@ -95,7 +95,10 @@ class Prices:
         if not over.hidden:
             # On a CPU host and device are one: they take turns.
             to.add("host", host, over.basis)
-        elif waits:
-            to.add(BEHIND_WAITS, host, over.basis)
+            return
+        slower = max(0.0, host - device)
+        if waits:
+            seconds = over.exposed * host + (1 - over.exposed) * slower
+            to.add(BEHIND_WAITS, seconds, over.basis)
         else:
-            to.add("host", max(0.0, host - device), over.basis)
+            to.add("host", slower, over.basis)

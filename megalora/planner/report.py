@@ -1,18 +1,19 @@
 """Report a plan in words: memory and time of the best layout, why others are rejected, and its
 config as YAML."""
 
+from collections.abc import Sequence
 from dataclasses import MISSING, Field, asdict, fields, replace
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from megalora.config import RecomputeLayers, RunConfig
-from megalora.planner.layout_table import columns
+from megalora.planner.layout_table import columns, seconds_text, speed_text
 from megalora.planner.layouts import Rejected
 from megalora.planner.memory import GIB, gib_by_name
 from megalora.planner.own_layout import OwnLayout
 from megalora.planner.prices import BEHIND_WAITS
-from megalora.planner.search import FULL, Plan, Planned
+from megalora.planner.search import FULL, LESS, Plan, Planned
 
 
 def packing_line(plan: Plan, found: Planned) -> str | None:
@@ -44,6 +45,9 @@ def breakdown(plan: Plan, found: Planned) -> str:
         share = f"{100 * part.seconds / seconds:.1f} %"
         time.append((f"  {part.name}", share, f"{part.seconds:.4f}", part.basis))
     time.append(("  step", "", f"{seconds:.4f}", found.time.basis))
+    if found.time.basis == "assumed":
+        low, high = found.limits
+        time.append(("  step at the limits", "", f"{low:.3g}-{high:.3g}", found.time.basis))
     # The last column says in words how a number is known.
     words = (0, 3)
     return f"{columns(memory, words)}\n{columns(time, words)}"
@@ -58,10 +62,12 @@ def waits(found: Planned) -> str | None:
     again = ""
     if isinstance(found.layout.recompute, RecomputeLayers) or found.layout.recompute == "full":
         again = "and again where it is recomputed "
+    *_, machine = found.asked
+    exposed = 100 * machine.overhead.exposed
     return (
         "with experts split over ranks, the host waits for the device before the all-to-all in"
-        f" every MoE layer's forward {again}(sizes come from the routing). The host's work behind"
-        f" these waits is not assumed hidden: {seconds:.3g} s of a step"
+        f" every MoE layer's forward {again}(sizes come from the routing). Of the host's work"
+        f" behind these waits {exposed:.0f} % is not assumed hidden: {seconds:.3g} s of a step"
     )
 
 
@@ -84,12 +90,63 @@ def own_line(own: OwnLayout, best: Planned | None) -> str:
         return f"yours: {own.reason}"
     if found.layout == best.layout:
         return "yours is the choice"
-    ratio = found.time.seconds / best.time.seconds
+    # Errors of the rates are shared: their ratio is known better than either time.
+    ratios = [found.time.seconds / best.time.seconds]
+    for own_seconds, seconds in zip(found.by_scenario, best.by_scenario, strict=True):
+        ratios.append(own_seconds / seconds)
     more_gib = (found.memory.peak_bytes - best.memory.peak_bytes) / GIB
     word = "more" if more_gib >= 0 else "less"
     return (
-        f"yours takes {ratio:.2f} times as long as the choice, and {abs(more_gib):.1f} GiB {word}"
+        f"yours takes {range_words(ratios, '.2f')} times as long as the choice, and"
+        f" {abs(more_gib):.1f} GiB {word}"
     )
+
+
+def range_words(values: Sequence[float], form: str) -> str:
+    """``1.2 to 1.4``: the least and the most, or one number where they look alike."""
+    low = format(min(values), form)
+    high = format(max(values), form)
+    return low if low == high else f"{low} to {high}"
+
+
+def rivals_line(plan: Plan, top: int) -> str | None:
+    """Which rows of the table may each be the fastest, and why the first of them was chosen; None
+    where all rates were measured."""
+    rivals = plan.rivals()
+    if not rivals or rivals[0].time.basis != "assumed":
+        return None
+    if len(rivals) == 1:
+        return (
+            "row 1 is the fastest at both limits of each assumed rate (docs/planner.md): the ranges"
+            " overlap, but the layouts share the rates"
+        )
+    shown = min(top, len(rivals))
+    rows = "row 1" if shown == 1 else f"rows 1 to {shown}"
+    if len(rivals) > shown:
+        rows += f" and {len(rivals) - shown} more"
+    return (
+        f"{rows} cannot be told apart on assumed rates: each may be the fastest. Row 1 is chosen"
+        f" for {_why_preferred(plan.layouts()[0], rivals, plan)}; megalora bench measures them"
+    )
+
+
+def _why_preferred(choice: Planned, rivals: Sequence[Planned], plan: Plan) -> str:
+    """What the choice has before its rivals, in the order in which they were compared."""
+    p = choice.layout.parallel
+    reasons = []
+    alike = [r for r in rivals if r.layout.parallel.pp == p.pp]
+    if len(alike) < len(rivals):
+        reasons.append("fewest pipeline stages")
+    same = [r for r in alike if r.layout.parallel.vpp == p.vpp]
+    if len(same) < len(alike):
+        reasons.append("fewest chunks of a stage")
+    least = min(plan.share(r) for r in same)
+    lean = [r for r in same if plan.share(r) <= least + LESS]
+    if len(lean) < len(same):
+        reasons.append("least memory")
+    if len(lean) > 1:
+        reasons.append("least time at the middle of the rates")
+    return ", then ".join(reasons)
 
 
 def rejections(plan: Plan) -> str:
@@ -148,8 +205,9 @@ def config_text(config: RunConfig, plan: Plan, found: Planned) -> str:
             f" {_largest(memory_parts, 'GiB')}"
         ),
         (
-            f"  a step {time.seconds:.2f} s ({time.basis}), {found.tokens_per_second(work):,.0f}"
-            f" tokens/s/GPU {lengths}: {_largest(time.by_part(), 's')}"
+            f"  a step {seconds_text(found)} s ({time.basis}),"
+            f" {speed_text(plan, found, '{:,.0f}'.format)} tokens/s/GPU {lengths}:"
+            f" {_largest(time.by_part(), 's')}"
         ),
     ]
     head = "# " + "\n# ".join(comments) + "\n"

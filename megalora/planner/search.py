@@ -4,7 +4,8 @@ and time of each and the reasons against the others."""
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from megalora.config import LEVELS, Level, LoRAConfig, ParallelConfig
 from megalora.config.checks import require
@@ -15,6 +16,7 @@ from megalora.planner.layouts import ParallelLayout, Rejected, Workload, enumera
 from megalora.planner.ledger import StepTime
 from megalora.planner.memory import GIB, MemoryPlan, fullest_stage
 from megalora.planner.recompute_layers import between_levels
+from megalora.planner.scenarios import scenarios
 from megalora.planner.weights import PlannedModel
 
 FULL = 0.9
@@ -22,6 +24,11 @@ FULL = 0.9
 what nobody counted need some."""
 CLOSE = 0.03
 """Predictions that differ by a smaller share than this are taken for equal."""
+FAR = 1.5
+"""A layout that takes so many times as long as the fastest is slower in every scenario: none of the
+models and numbers of GPUs of ``configs/sft`` has one that is not."""
+LESS = 0.05
+"""Share of the device's memory from which on a layout counts as one that needs less."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +41,40 @@ class Planned:
     """Memory of the fullest stage."""
     time: StepTime
     """Time of a step, as the slowest stage has it."""
+    asked: tuple[PlannedModel, Workload, Machine] = field(compare=False, repr=False)
+    """What was planned."""
 
-    def tokens_per_second(self, work: Workload) -> float:
-        """Tokens of samples per rank, as long as ``work`` has them: filler does not count."""
+    @cached_property
+    def by_scenario(self) -> tuple[float, ...]:
+        """Seconds of a step in each of the scenarios of the machine; those of ``time`` alone where
+        every rate was measured. Computed when first asked for: a search has thousands of layouts
+        and asks of tens."""
+        model, work, machine = self.asked
+        seconds = []
+        for scenario in scenarios(machine):
+            seconds.append(step_time(model, self.layout, work, scenario).seconds)
+        return tuple(seconds) or (self.time.seconds,)
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        """The least and the most seconds of a step, over the scenarios and at the rates' middle."""
+        every = (self.time.seconds, *self.by_scenario)
+        return min(every), max(every)
+
+    def is_surely_slower(self, other: "Planned") -> bool:
+        """Whether it takes longer than ``other`` in every scenario, by more than ``CLOSE``."""
+        pairs = zip(self.by_scenario, other.by_scenario, strict=True)
+        return all(own > (1 + CLOSE) * others for own, others in pairs)
+
+    def tokens_per_second(self, work: Workload, seconds: float | None = None) -> float:
+        """Tokens of samples per rank, as long as ``work`` has them: filler does not count.
+
+        Args:
+            seconds: of a step, in place of those at the rates' middle.
+        """
         length = work.packing.mean if work.packing else work.sequence_length
         tokens = work.global_batch_size * length
-        return tokens / self.time.seconds / self.layout.num_ranks
+        return tokens / (seconds or self.time.seconds) / self.layout.num_ranks
 
 
 @dataclass(frozen=True)
@@ -55,12 +90,26 @@ class Plan:
     """Layouts that are not possible or do not fit, in the order of enumeration."""
 
     def layouts(self) -> list[Planned]:
-        """One layout for each way to split the model (tp, cp, pp, ep, etp), fastest first.
+        """One layout for each way to split the model (tp, cp, pp, ep, etp): the choice, its rivals
+        and then the others, the fastest first.
 
         Of the variants in chunks, microbatch and recomputation that stay below ``FULL``, or of all
         where none does, those within ``CLOSE`` of the fastest count as equally fast; of these it is
         the one that needs least memory.
         """
+        ways = self._ways
+        rivals = self.rivals()
+        if not rivals:
+            return []
+        choice = self._preferred(rivals)
+        rest = [found for found in rivals if found is not choice]
+        # Layouts are compared by identity: nothing else says so cheaply which are rivals.
+        known = {id(found) for found in rivals}
+        return [choice, *rest, *(found for found in ways if id(found) not in known)]
+
+    @cached_property
+    def _ways(self) -> list[Planned]:
+        """The layouts of ``layouts``, fastest first."""
         groups: dict[tuple[int, ...], list[Planned]] = {}
         for found in self.fitting:
             p = found.layout.parallel
@@ -72,6 +121,33 @@ class Plan:
             chosen.append(_leanest(safe))
         return sorted(chosen, key=lambda found: found.time.seconds)
 
+    def rivals(self) -> list[Planned]:
+        """Layouts that assumed rates cannot tell from the fastest, which is the first: those that
+        are not slower in every scenario. Of layouts below ``FULL`` where there are any."""
+        safe = [found for found in self._ways if self.share(found) <= FULL] or self._ways
+        rivals = safe[:1]
+        for found in safe[1:]:
+            if found.time.seconds > FAR * safe[0].time.seconds:
+                break
+            if not found.is_surely_slower(safe[0]):
+                rivals.append(found)
+        return rivals
+
+    def _preferred(self, rivals: list[Planned]) -> Planned:
+        """Of layouts that may each be the fastest: fewest stages, then fewest chunks of them, then
+        least memory, then the fastest, without ETP where that is within ``CLOSE``."""
+
+        def pieces(found: Planned) -> tuple[int, int]:
+            return found.layout.parallel.pp, found.layout.parallel.vpp
+
+        fewest = min(map(pieces, rivals))
+        short = [found for found in rivals if pieces(found) == fewest]
+        least = min(self.share(found) for found in short)
+        lean = [found for found in short if self.share(found) <= least + LESS]
+        # Fastest first. ETP gathers unequal numbers of rows: without a gain there is no reason.
+        close = [f for f in lean if f.time.seconds <= (1 + CLOSE) * lean[0].time.seconds]
+        return min(close, key=lambda found: found.layout.parallel.etp)
+
     def share(self, found: Planned) -> float:
         """Share of the device's memory that the fullest rank needs."""
         return found.memory.peak_bytes / self.machine.memory_bytes
@@ -82,18 +158,14 @@ class Plan:
         return Counter(_kind(r.reason) for r in self.rejected).most_common()
 
     def best(self) -> Planned:
-        """The fastest layout below ``FULL``, or, where there is none, the fastest.
+        """The first of ``layouts``: one below ``FULL``, where there is any.
 
         Raises:
             ValueError: no layout fits; the message says how much the smallest needs.
         """
         if not self.fitting:
             raise ValueError(self.why_nothing_fits())
-        layouts = self.layouts()
-        for found in layouts:
-            if self.share(found) <= FULL:
-                return found
-        return layouts[0]
+        return self.layouts()[0]
 
     def why_nothing_fits(self) -> str:
         """Of the layouts that are possible the one that needs least, or that none is possible."""
@@ -162,7 +234,7 @@ def evaluate(
     check_dtype(work, machine)
     memory = fullest_stage(model, layout, work)
     time = step_time(model, layout, work, machine)
-    return Planned(layout, lora_rank, memory, time)
+    return Planned(layout, lora_rank, memory, time, (model, work, machine))
 
 
 def check_dtype(work: Workload, machine: Machine) -> None:
@@ -231,7 +303,8 @@ def _fill(plan: Plan, model: PlannedModel, layouts: Iterable[ParallelLayout]) ->
             hopeless[p] = rejected
     for layout, memory in (*fitting, *between_levels(model, plan.work, peaks, FULL * limit)):
         time = step_time(model, layout, plan.work, plan.machine)
-        plan.fitting.append(Planned(layout, plan.lora_rank, memory, time))
+        asked = (model, plan.work, plan.machine)
+        plan.fitting.append(Planned(layout, plan.lora_rank, memory, time, asked))
 
 
 def _leanest(variants: list[Planned]) -> Planned:

@@ -4,9 +4,12 @@ form as ``bugs.py``."""
 from tests.mutations.bugs import Bug, bug
 
 COST_TEST = "tests/planner/test_cost.py"
+BYTES_TEST = "tests/planner/test_cost_bytes.py"
 KEPT_TEST = "tests/planner/test_activations.py"
 PACKING_TEST = "tests/planner/test_packing.py"
 ANSWERS = "tests/planner/test_answers.py"
+SCENARIOS_TEST = "tests/planner/test_scenarios.py"
+SEARCH = "megalora/planner/search.py"
 LAYERS_TEST = "tests/planner/test_recompute_layers.py"
 
 # fmt: off
@@ -32,7 +35,7 @@ PLAN_BUGS: tuple[Bug, ...] = (
         "attention_flops(b.samples, b.sequence, width)", f"{COST_TEST} share"),
     bug(0, "gradients of gathered keys and values sent to nobody",
         "megalora/planner/layer_cost.py", '"reduce_scatter" if backward else "all_gather"',
-        '"all_gather"', f"{COST_TEST} gathered_keys"),
+        '"all_gather"', f"{BYTES_TEST} gathered_keys"),
     bug(0, "packed documents planned as if they saw each other", "megalora/planner/microbatch.py",
         "sequence = work.packing.attended", "sequence = row", f"{PACKING_TEST} by_document"),
     bug(0, "filler counted among tokens per second", "megalora/planner/search.py",
@@ -46,7 +49,7 @@ PLAN_BUGS: tuple[Bug, ...] = (
         "self.micro_batch_size if self.micro_batch_tokens is None else None", "None",
         f"{ANSWERS} as_long_as_their_samples"),
     bug(0, "GPU-hours of one GPU", "megalora/planner/layout_table.py",
-        "best.time.seconds / 3600 * count.num_gpus", "best.time.seconds / 3600",
+        "seconds / 3600 * count.num_gpus", "seconds / 3600",
         f"{ANSWERS} are_compared"),
     bug(0, "a number of GPUs fits if everything is kept", "megalora/planner/gpu_counts.py",
         'recompute=("full",)', 'recompute=("off",)', f"{ANSWERS} whole_search"),
@@ -59,5 +62,26 @@ PLAN_BUGS: tuple[Bug, ...] = (
     bug(0, "a peak with sparsity taken for a dense one", "megalora/planner/known_gpus.py",
         '"L40S 48 GB", 44, 362,', '"L40S 48 GB", 44, 733,',
         "tests/planner/test_hardware.py than_its_data_sheet"),
+    bug(0, "the host as fast in every scenario", "megalora/planner/scenarios.py",
+        "layer_forward_s=factor * over", "layer_forward_s=over", f"{SCENARIOS_TEST} at_a_limit"),
+    bug(0, "measured rates taken for assumed ones", "megalora/planner/scenarios.py",
+        'if machine.overhead.basis == "assumed":', "if machine.overhead:",
+        f"{SCENARIOS_TEST} has_one_time"),
+    bug(0, "surely slower in one scenario of eight", SEARCH,
+        "return all(own >", "return any(own >", f"{SCENARIOS_TEST} surely or of_the_rule"),
+    bug(0, "the leanest layout chosen however slow", SEARCH,
+        "            if not found.is_surely_slower(safe[0]):\n                rivals",
+        "            if True:\n                rivals",
+        f"{SCENARIOS_TEST} less_memory or of_the_rule"),
+    bug(0, "least memory before fewest stages", SEARCH,
+        "short = [found for found in rivals if pieces(found) == fewest]", "short = rivals",
+        f"{SCENARIOS_TEST} of_the_rule"),
+    bug(0, "what is behind waits all hidden", "megalora/planner/prices.py",
+        "over.exposed * host + (1 - over.exposed) * slower", "slower",
+        f"{SCENARIOS_TEST} behind_waits"),
+    bug(0, "recomputation drawn as what it recomputes", "megalora/planner/figure.py",
+        '    if part.startswith("recompute "):\n        return RECOMPUTATION\n',
+        '    part = part.removeprefix("recompute ")\n',
+        "tests/planner/test_figure.py seven_groups"),
 )
 # fmt: on

@@ -14,8 +14,10 @@ PRICES = "megalora/planner/prices.py"
 HARDWARE = "megalora/planner/hardware.py"
 SEARCH = "megalora/planner/search.py"
 COST_TEST = "tests/planner/test_cost.py"
+BYTES_TEST = "tests/planner/test_cost_bytes.py"
 PEAK = "tests/planner/test_peak.py"
 PLAN = "tests/planner/test_plan.py"
+COMMAND = "tests/planner/test_plan_command.py"
 COUNTED = "tests/planner/test_counted_layers.py"
 ALONE = f"{COUNTED} an_adapter_alone"
 
@@ -29,14 +31,14 @@ PLANNER_BUGS: tuple[Bug, ...] = (
     bug(0, "experts' adapters reduced with the dense ones", WEIGHTS, "own = is_expert and separate",
         "own = is_expert and not separate", "tests/planner/test_memory.py"),
     bug(0, "a dry run that forgets the buffers of routers", WEIGHTS,
-        "return num_routers * shape.num_experts * 2 * 4", "return 0", f"{PLAN} have_buffers"),
+        "return num_routers * shape.num_experts * 2 * 4", "return 0", f"{COMMAND} have_buffers"),
     bug(0, "a shared factor's table without its shards", WEIGHTS, "sum(lead * size for shards",
         "sum(lead * size // shards for shards", "tests/planner/test_memory.py tables"),
     bug(0, "a bubble that chunks do not shorten", COST, " - longest.total) / p.vpp",
         " - longest.total)", f"{COST_TEST} bubble"),
     bug(0, "an all-to-all out and none back", LAYER_COST,
         "max(sent, received / self.p.etp), times=2)",
-        "max(sent, received / self.p.etp), times=1)", f"{COST_TEST} all_to_all"),
+        "max(sent, received / self.p.etp), times=1)", f"{BYTES_TEST} all_to_all"),
     bug(0, "attention whole on every tensor-parallel rank", LAYER_COST,
         "attention_flops(b.samples, b.sequence, width)",
     "attention_flops(b.samples, b.sequence, width * self.p.tp)", f"{COST_TEST} share"),
@@ -44,8 +46,8 @@ PLANNER_BUGS: tuple[Bug, ...] = (
         "again.take(forward, 0.0, before=\"recompute \")", f"{COST_TEST} recomputation"),
     bug(0, "the host's time on top of a GPU's", PRICES,
         "max(0.0, host - device)", "host", f"{COST_TEST} host"),
-    bug(0, "a wait before the all-to-all that hides the host", PRICES, "elif waits:",
-        "elif waits and not over.hidden:", f"{COST_TEST} hidden"),
+    bug(0, "a wait before the all-to-all that hides the host", PRICES, "        if waits:\n",
+        "        if waits and not over.hidden:\n", f"{COST_TEST} hidden"),
     bug(0, "no wait in the forward that is run again", COST,
         'if level == "full" and waits:', "if False:", f"{COST_TEST} wait"),
     bug(0, "a wait for experts cut by ETP alone forgotten", COST, "return p.ep * p.etp > 1",
@@ -57,7 +59,7 @@ PLANNER_BUGS: tuple[Bug, ...] = (
         "self.outside_bytes_per_s)", "tests/planner/test_hardware.py links"),
     bug(0, "reasons written only where something fits", "megalora/planner/command.py",
         "    if options.rejected:\n", "    if options.rejected and plan.fitting:\n",
-        f"{PLAN} where_nothing_fits"),
+        f"{COMMAND} where_nothing_fits"),
     bug(0, "a layout taken that hardly fits", SEARCH,
         "safe = [v for v in variants if self.share(v) <= FULL] or variants", "safe = variants",
     f"{PLAN} split"),

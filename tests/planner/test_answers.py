@@ -80,11 +80,11 @@ def test_the_layout_in_the_file_is_a_row() -> None:
     expected = evaluate(model, 16, layout, question.work, question.machine)
     assert own.reason is None and own.planned == expected
     row = cells(layout_table(plan, 1, own).splitlines()[-1])
-    seconds = f"{expected.time.seconds:.3g}?"
+    low, high = expected.limits
+    seconds = f"{low:.3g}-{high:.3g}?"
     assert row[:11] == ["yours", "2", "1", "1", "1", "2", "2", "1", "1", "selective", seconds]
     # What it costs beside the choice is said in words.
-    ratio = expected.time.seconds / plan.best().time.seconds
-    assert f"yours takes {ratio:.2f} times as long" in own_line(own, plan.best())
+    assert re.match(r"yours takes [\d.]+ to [\d.]+ times as long", own_line(own, plan.best()))
     # Of another rank the same layout needs more.
     wider = own_layout(question, 4, 64).planned
     assert wider is not None and wider.lora_rank == 64
@@ -178,12 +178,15 @@ def test_numbers_of_gpus_are_compared(capsys: pytest.CaptureFixture[str]) -> Non
     for num_gpus in (1, 2):
         row = dict(zip(names, cells(lines[head + num_gpus]), strict=True))
         best = plan_of(question, num_gpus).best()
-        speed = best.tokens_per_second(question.work)
+        low, high = best.limits
         assert row["GPUs"] == str(num_gpus)
-        assert row["tokens/s"] == f"{num_gpus * speed:,.0f}?"
-        assert row["tokens/s/GPU"] == f"{speed:,.0f}?"
-        hours = 400 * best.time.seconds / 3600 * num_gpus
-        assert row["GPU-hours"] == f"{hours:.3g}?"
+        # 16 samples of 513 tokens a step, in thousands.
+        slow, fast = (16 * 513 / seconds / 1000 for seconds in (high, low))
+        assert slow > 100
+        assert row["tokens/s"] == f"{slow:,.0f}k-{fast:,.0f}k?"
+        low_hours, high_hours = (400 * seconds / 3600 * num_gpus for seconds in (low, high))
+        assert row["GPU-hours"] == f"{low_hours:.3g}-{high_hours:.3g}?"
+        assert row["layout"].startswith(f"dp{num_gpus} " if num_gpus > 1 else "micro")
     # 3 divides no batch of 16, and the file's own layout is one that takes any number.
     assert cells(lines[head + 3])[0] == "3"
     assert "fits from 1 GPU\n" in said
@@ -197,7 +200,7 @@ def test_numbers_that_are_too_small_have_a_reason_and_the_smallest_is_named() ->
         counts.append(OfCount(num_gpus, plan_of(question, num_gpus), own))
     assert not counts[0].plan.fitting and counts[1].plan.fitting
     rows = count_table(counts, 10).splitlines()
-    assert cells(rows[1])[1:] == ["-"] * 15 + ["too big"]
+    assert cells(rows[1]) == ["1", *"------", "too big"]
     reason = counts[0].plan.why_nothing_fits()
     assert reason.startswith("1 x H100 SXM 80 GB are too few: the smallest layout is tp=1")
 
@@ -303,11 +306,17 @@ def test_what_a_larger_batch_gives() -> None:
         )  # fmt: skip
         found = own_layout(larger, 4, 16).planned
         assert found is not None
-        gain = found.tokens_per_second(larger.work) / own.tokens_per_second(question.work) - 1
         share = found.time["bubble"] / found.time.seconds
-        assert gain > 0
+        gains = []
+        times = [(own.time.seconds, found.time.seconds)]
+        times += zip(own.by_scenario, found.by_scenario, strict=True)
+        for before, after in times:
+            gains.append(100 * (batch / 8 * before / after - 1))
+        assert min(gains) > 0
+        low, high = f"{min(gains):.0f}", f"{max(gains):.0f}"
+        gain = low if low == high else f"{low} to {high}"
         assert (
-            f"train.global_batch_size={batch} gives {100 * gain:.0f} % more tokens/s (bubble"
+            f"train.global_batch_size={batch} gives {gain} % more tokens/s (bubble"
             f" {100 * share:.0f} %)"
         ) in line
     # No stages, no bubble, no line.

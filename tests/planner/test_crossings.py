@@ -4,7 +4,6 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -12,9 +11,9 @@ from megalora_kernels import backend, tuned
 from megalora_kernels.tuned_table import MEASURED
 
 from megalora.config import DataConfig, ModelConfig, RunConfig, TrainConfig
-from megalora.planner import command, crossings
+from megalora.planner import crossings
 from megalora.planner.crossings import Crossings, crossings_of
-from megalora.planner.question import PlanOptions
+from megalora.planner.question import PlanOptions, Question
 
 # Made-up tables: rows per expert from which torch's grouped GEMM is faster, for an expert of
 # Qwen3-30B-A3B at two stacked ranks, one of half the width for which it never is, and a dtype that
@@ -109,20 +108,11 @@ def test_a_file_that_is_no_table(folder: Path, monkeypatch: pytest.MonkeyPatch) 
             crossings_of("H100")
 
 
-def test_a_plan_asks_for_the_table(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    given: list[Any] = []
-
-    def search(shape: Any, lora: Any, gpus: Any, work: Any, machine: Any, **_: Any) -> None:
-        given.append(work)
-
-    # The search itself takes seconds; what it is asked is enough.
-    monkeypatch.setattr(command, "search", search)
+def test_a_plan_asks_for_the_table(folder: Path) -> None:
     config = RunConfig(
         model=ModelConfig(path="Qwen/Qwen3-30B-A3B"), data=DataConfig(train="x"),
         train=TrainConfig(steps=1, global_batch_size=8),
     )  # fmt: skip
-    command.make_plan(
-        config, PlanOptions(gpus=(8,), gpu="h100", top=1, imbalance=1.0, lora_ranks=())
-    )
-    assert given[0].crossings == crossings_of("H100")
-    assert given[0].crossings != Crossings()
+    work = Question.of(config, PlanOptions(gpus=(8,), gpu="h100")).work
+    assert work.crossings == crossings_of("H100")
+    assert work.crossings != Crossings()

@@ -10,18 +10,17 @@ from megalora.config.file import load_config
 from megalora.data.splits import load_data
 from megalora.data.tokenizer import load_tokenizer
 from megalora.planner import report
-from megalora.planner.command import make_plan
 from megalora.planner.cost import step_time
 from megalora.planner.gpus import GPUS
 from megalora.planner.hardware import Constant
 from megalora.planner.layouts import ParallelLayout, Workload
 from megalora.planner.memory import memory_of_model
 from megalora.planner.packing import Packing, packing_of
-from megalora.planner.question import PlanOptions
+from megalora.planner.question import PlanOptions, Question
 from megalora.planner.search import search
 from megalora.planner.weights import PlannedModel
 from tests.parity.runs import make_config
-from tests.planner.test_cost import FREE
+from tests.planner.priced import FREE
 
 ROOT = Path(__file__).parents[2]
 ONE = ParallelLayout(parallel=ParallelConfig(), num_ranks=1, micro_batch_tokens=4096)
@@ -73,8 +72,9 @@ def test_memory_is_that_of_full_rows(model: PlannedModel) -> None:
 @pytest.mark.slow
 def test_a_packed_plan_is_a_config_that_packs(model: PlannedModel, tmp_path: Path) -> None:
     """Tokens per second count tokens of samples alone, whatever a row has room for."""
-    config = load_config(ROOT / "configs" / "qwen3_30b_a3b_8gpu.yaml")
-    plan = make_plan(config, PlanOptions(gpus=(8,), gpu="h100", mean_length=600))
+    config = load_config(ROOT / "configs" / "sft" / "qwen3_30b_a3b_8xh100_4k.yaml")
+    question = Question.of(config, PlanOptions(gpus=(8,), gpu="h100", mean_length=600))
+    plan = search(question.shape, config.lora, 8, question.work, question.machine)
     best = plan.best()
     tokens = config.train.global_batch_size * 600
     speed = best.tokens_per_second(plan.work)
