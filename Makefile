@@ -94,6 +94,7 @@ check: $(READY)  ## Format, lint, types and tests: what CI runs
 
 docs: $(READY)  ## Write the generated pages of docs/ and sections of README anew
 	@$(BIN)/python -m docs.scripts
+	@$(BIN)/python -m docs.scripts.published --write
 
 configs: $(READY)  ## Have the planner write configs/sft anew
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash configs/sft/make.sh

@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks import planner_choices
-from benchmarks.planner_choices import CASES, PAGE, page
+from docs.scripts import published
+from docs.scripts.published import CASES, PAGE, page
 
 
 @pytest.mark.slow
 def test_the_table_is_current() -> None:
-    assert PAGE.read_text() == page(), "python -m benchmarks.planner_choices --write"
+    assert PAGE.read_text() == page(), "python -m docs.scripts.published --write"
 
 
 def test_every_published_run_is_in_it() -> None:
@@ -29,4 +29,4 @@ def test_a_reason_is_for_one_choice() -> None:
         replace(case, choice="tp2").chosen()
     # A layout that cannot hold the model says so.
     big = replace(case, lora={"rank": 128}, num_gpus=1)
-    assert "does not fit" in planner_choices.Case.beside(big, case.chosen())
+    assert "does not fit" in published.Case.beside(big, case.chosen())

@@ -1,8 +1,8 @@
 """Set the planner's choice beside the layout of every published run of LoRA or training that is
 known for Qwen3-30B-A3B and gpt-oss, with the reason for each difference.
 
-python -m benchmarks.planner_choices            print the table of docs/planner.md
-python -m benchmarks.planner_choices --write    write it there
+python -m docs.scripts.published            print the table of docs/planner.md
+python -m docs.scripts.published --write    write it there
 
 A reason is written by hand, for one choice: where the planner comes to another, this program stops
 and asks for a new reason.
@@ -27,7 +27,7 @@ from megalora.planner.report import range_words
 from megalora.planner.search import Planned, evaluate, search, why_too_big
 from megalora.planner.weights import PlannedModel
 
-PAGE = Path(__file__).parents[1] / "docs" / "planner.md"
+PAGE = Path(__file__).parents[1] / "planner.md"
 H100 = GPUS["h100"]
 
 
@@ -64,7 +64,7 @@ class Case:
         if short_name(best.layout) != self.choice:
             raise ValueError(
                 f"{self.who}: the planner chooses {short_name(best.layout)}, and the reason in"
-                f" benchmarks/planner_choices.py is written for {self.choice}: write a new one"
+                f" docs/scripts/published.py is written for {self.choice}: write a new one"
             )
         return best
 
