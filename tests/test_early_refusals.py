@@ -61,6 +61,19 @@ WRONG: list[tuple[list[str], str]] = [
         ["train", "run.yaml", "--nproc", "2", "parallel.cp=2", "log.samples=[Hello]"],
         "log.samples does not run with parallel.cp=2. Set parallel.cp=1;",
     ),
+    (["train", "run.yaml", "train.patience=-1"], "train.patience must not be negative, got -1"),
+    (["train", "run.yaml", "train.patience=2"], "train.patience=2 needs evaluations: name"),
+    (
+        ["train", "run.yaml", "train.patience=2", "data.eval=a.jsonl"],
+        "train.patience=2 needs train.eval_every: without it",
+    ),
+    (
+        ["train", "run.yaml", "checkpoint.keep_best=true", "train.eval_every=2"],
+        "checkpoint.keep_best=true needs evaluations: name data.eval",
+    ),
+    (["train", "run.yaml", "checkpoint.keep_best=3"], "checkpoint.keep_best must be true or false"),
+    (["chat", "gone/best"], "gone/best names step_000009, which is not there"),
+    (["export", "odd/latest", "out"], "odd/latest holds '../adapter', which is not the name of"),
     (["train", "circle.yaml"], "circle.yaml: base leads round in a circle"),
     (["data", "run.yaml", "data.train=none.jsonl"], "none.jsonl: no such file (looked in"),
     (["data", "run.yaml", "data.eval=empty"], "empty: this is a folder; name one .jsonl"),
@@ -122,6 +135,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
     for name, config in (("adapter", plain), ("ia3", plain | {"peft_type": "IA3"})):
         (folder / name / "adapter_config.json").write_text(json.dumps(config))
     (folder / "stale/latest").write_text("step_000009\n")
+    (folder / "gone").mkdir()
+    (folder / "gone/best").write_text("step_000009\n")
     (folder / "odd/latest").write_text("../adapter\n")
     marker = {"arch": "qwen3_moe", "seed": 0, "dtype": "float32", "overrides": {}}
     (folder / "tiny/megalora_tiny.json").write_text(json.dumps(marker))

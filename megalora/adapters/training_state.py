@@ -1,6 +1,7 @@
 """Read a checkpoint's training state: state.json, checked key by key, and the float32 factors that
 lie beside the optimizer's moments."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megalora.adapters.best_loss import BestLoss, Evaluations
 from megalora.adapters.files import OPTIMIZER, STATE_JSON, STATE_KEYS
 from megalora.config import LoRAConfig
 from megalora.hf.json_file import read_json_object
@@ -34,6 +36,8 @@ class SavedState:
     world_size: int = 0
     saved_at: float = 0.0
     """Seconds since 1970; 0 where the checkpoint was saved before this was written down."""
+    evaluations: Evaluations = field(default_factory=Evaluations)
+    """Up to this step; those of a checkpoint of an earlier version count as done at its step."""
     identity: Json | None = None
     """Digests of data and base (``identity.py``); None where the checkpoint was saved before there
     were any."""
@@ -77,6 +81,7 @@ def read_state(folder: Path) -> SavedState:
         "step": _count(path, state, "step"),
         "saved_at": _number(path, state, "saved_at"),
         "identity": _identity(path, state),
+        "evaluations": _evaluations(path, state),
     }
     # An import has no run yet: neither a config nor samples.
     if "imported_from" in state:
@@ -153,6 +158,20 @@ def _number(path: Path, state: Json, key: str) -> float:
         type(value) in (int, float) and 0 <= value < 2**53, path, key, "a time in seconds", value
     )
     return float(value)
+
+
+def _evaluations(path: Path, state: Json) -> Evaluations:
+    if "best" not in state:
+        return Evaluations(last_step=_count(path, state, "step"))
+    best = state["best"]
+    _require(isinstance(best, dict), path, "best", "an object", best)
+    loss = best.get("loss")
+    is_loss = loss is None or (type(loss) in (int, float) and math.isfinite(loss))
+    _require(is_loss, path, "best.loss", "a finite number or null", loss)
+    last = state.get("evaluated_step")
+    _require(type(last) is int and -1 <= last < 2**53, path, "evaluated_step", "a step", last)
+    found = BestLoss(loss, _count(path, best, "step"), _count(path, best, "since"))
+    return Evaluations(found, int(last or 0))
 
 
 def _text(path: Path, state: Json, key: str) -> str:

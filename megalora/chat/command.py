@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from megalora.adapters.files import CONFIG, read_config
-from megalora.adapters.latest import latest_adapter
+from megalora.adapters.latest import latest_adapter, taken_note
 from megalora.adapters.named_base import named_base
 from megalora.adapters.read.options import refuse_variants
 from megalora.chat.session import By, Engine, Session
@@ -88,8 +88,8 @@ def find_models(target: str, base: str | None) -> tuple[Path, Path | None]:
     """
     folder = Path(target)
     adapter = latest_adapter(folder)
-    if adapter != folder:
-        write(f"{target}: its latest checkpoint is {adapter.name}\n")
+    if note := taken_note(folder, adapter):
+        write(f"{note}\n")
     if not (adapter / CONFIG).is_file():
         if base is not None:
             # With a base named, this must be an adapter: says why it is none.

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from megalora.adapters.files import read_config
-from megalora.adapters.latest import latest_adapter
+from megalora.adapters.latest import latest_adapter, taken_note
 from megalora.atomic_folder import check_new
 from megalora.hf.folder import local_folder
 from megalora.hf.json_file import read_hf_config
@@ -21,12 +21,9 @@ def adapter_folder(path: Path) -> Path:
     folder = latest_adapter(path)
     # Tensors are left to the command, which knows the base that they must fit.
     read_config(folder)
-    if folder != path:
+    if note := taken_note(path, folder):
         # Standard output belongs to the command.
-        print(
-            f"note: {path} is a run folder: taking {folder.name}, its latest checkpoint",
-            file=sys.stderr,
-        )
+        print(note, file=sys.stderr)
     return folder
 
 

@@ -18,6 +18,11 @@ class CheckpointConfig:
     """Number of steps between checkpoints. 0 saves only at the end and on SIGTERM."""
     keep: int = 0
     """Number of checkpoints to keep; older ones are deleted. 0 keeps all."""
+    keep_best: bool = False
+    """Whether to save a checkpoint at every evaluation with a new lowest loss, in addition to
+    ``checkpoint.every``, and to keep the one of the lowest loss beside the ``checkpoint.keep``
+    newest ones. The file ``best`` names it, so that ``RUN/best`` is an adapter to every command.
+    Needs ``data.eval`` and ``train.eval_every``."""
     resume: bool | str = False
     """true resumes from the newest checkpoint in ``checkpoint.dir`` if there is one; a path resumes
     from that checkpoint, or from the latest one of that run folder."""

@@ -45,6 +45,22 @@ class RunConfig:
         ``ValueError``."""
         if self.log.samples:
             check_generation(self.parallel.pp, self.parallel.cp, "log.samples")
+        following = {
+            "checkpoint.keep_best": self.checkpoint.keep_best,
+            "train.patience": self.train.patience,
+        }
+        for option, value in following.items():
+            # The text of YAML, which writes true where Python writes True.
+            set_to = f"{option}={str(value).lower()}"
+            require(
+                not value or self.data.eval is not None,
+                f"{set_to} needs evaluations: name data.eval, or the number of samples to hold out",
+            )
+            require(
+                not value or self.train.eval_every > 0,
+                f"{set_to} needs train.eval_every: without it a run is evaluated only before its"
+                " first and after its last step",
+            )
 
     def check_world(self, world_size: int) -> None:
         """Check all that depends on the number of ranks; raises ``ValueError``."""

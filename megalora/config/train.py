@@ -14,8 +14,8 @@ _ABOVE_ZERO = (
 )  # fmt: skip
 # Of these 0 means never, or none.
 _NOT_NEGATIVE = (
-    "warmup", "weight_decay", "clip_grad", "eval_every", "check_replicas_every", "z_loss",
-    "label_smoothing",
+    "warmup", "weight_decay", "clip_grad", "eval_every", "patience", "check_replicas_every",
+    "z_loss", "label_smoothing",
 )  # fmt: skip
 
 
@@ -112,6 +112,10 @@ class TrainConfig:
     eval_every: int = 0
     """Number of steps between evaluations. 0 evaluates only before the first and after the last
     step."""
+    patience: int = 0
+    """Number of evaluations in a row without a new lowest loss after which the run ends. The one
+    before the first step does not count. 0 never ends a run early. Needs ``data.eval`` and
+    ``train.eval_every``."""
     seed: int = 0
     """Seed for adapter initialisation and dropout."""
     timeout_minutes: float = 30

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from megalora.adapters.latest import latest_adapter
+from megalora.adapters.latest import is_pointer, latest_adapter
 from megalora.config.checkpoint import ADAPTER_NAME
 from megalora.paths import user_path
 from megalora.serve.adapter_files import content_hash
@@ -36,8 +36,10 @@ def named_folder(adapter: str) -> tuple[str, Path]:
     name, equals, folder = adapter.partition("=")
     whole = user_path(adapter)
     # A folder may be called lr=1e-4.
-    if not equals or whole.is_dir():
-        return whole.resolve().name, whole
+    if not equals or whole.is_dir() or is_pointer(whole):
+        # RUN/best is called like the run.
+        of = whole.parent if is_pointer(whole) else whole
+        return of.resolve().name, whole
     return name, user_path(folder)
 
 

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from megalora.adapters.latest import taken_note
 from megalora.adapters.named_base import shared_base
 from megalora.hf.folder import local_folder
 from megalora.hf.json_file import read_hf_config, read_json_object, stored_dtype
@@ -41,7 +42,8 @@ def serve(
     named = named_adapters(adapters)
     for adapter in adapters:
         name, given = named_folder(adapter)
-        say_latest(given, named[name], say)
+        if note := taken_note(given, named[name]):
+            say(note)
     # Read before vLLM starts, which takes a minute to find a mistake.
     if base is None:
         base = shared_base(named)
@@ -63,12 +65,6 @@ def serve(
             return UNPROVEN
         say(_ready(server, client, has_chat_template(folder, extra)))
         return server.wait()
-
-
-def say_latest(given: Path, taken: Path, say: Callable[[str], None]) -> None:
-    """Say which checkpoint was taken where a run folder was given."""
-    if taken != given:
-        say(f"{given}: its latest checkpoint is {taken.name}")
 
 
 def has_chat_template(base: Path, extra: Sequence[str]) -> bool:

@@ -8,14 +8,14 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from megalora.adapters.latest import CHECKPOINT_NAME
+from megalora.adapters.latest import CHECKPOINT_NAME, taken_note
 from megalora.hf.folder import local_folder
 from megalora.hf.json_file import read_hf_config, stored_dtype
 from megalora.serve.adapter_names import named_adapters, named_folder, versioned
 from megalora.serve.api import Served
 from megalora.serve.errors import ServerError
 from megalora.serve.proof import Proof, prove, read_probe, tokens_for
-from megalora.serve.run import UNPROVEN, say_latest
+from megalora.serve.run import UNPROVEN
 from megalora.serve.vllm import Client
 
 
@@ -39,7 +39,8 @@ def swap(
         raise ValueError(f"{url} is not the URL of a server; write it as http://HOST:PORT")
     name, given = named_folder(adapter)
     folder = named_adapters([adapter])[name]
-    say_latest(given, folder, say)
+    if note := taken_note(given, folder):
+        say(note)
     # A damaged probe must not be found when the new version is in service.
     read_probe(folder)
     # As a training labels what it pushes, so that the same contents have the same id.

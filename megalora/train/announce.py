@@ -5,17 +5,20 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megalora import host
+from megalora.adapters.best_loss import BestLoss
 from megalora.config import RunConfig
 from megalora.data.mixture import turns_by
 from megalora.lora.adapted_model import AdaptedModel
 from megalora.lora.coverage import trainable_summary
 from megalora.train import duration
 from megalora.train.batches import Batches
+from megalora.train.checkpoint.writer import checkpoint_name
 
 
 def opening(
     config: RunConfig, model: AdaptedModel, batches: Batches, resume_from: Path | None
 ) -> str:
+    """The first lines of a run: model, layout, adapters and data."""
     p = config.parallel
     world = dist.get_world_size()
     dp, edp = p.data_parallel_sizes(world)
@@ -44,11 +47,23 @@ def opening(
     return "\n".join(lines)
 
 
-def closing(step: int, num_steps: int, saved: Path | None) -> str:
-    how = "finished" if step >= num_steps else "stopped by a signal"
+def closing(
+    step: int, num_steps: int, saved: Path | None, best: BestLoss, config: RunConfig
+) -> str:
+    """The last line of a run, whatever has ended it."""
+    how = "stopped by a signal"
+    if step >= num_steps:
+        how = "finished"
+    elif best.is_out_of(config.train.patience):
+        how = (
+            f"ended early by train.patience={config.train.patience} ({best.since} evaluations"
+            f" without a new lowest loss; {best.words()})"
+        )
     memory = ""
     # 0 on a CPU, where nobody counts it.
     if peak := host.peak_memory_bytes():
         memory = f" (peak memory of a rank: {peak / 2**30:.1f} GiB)"
     result = f"the adapter is {saved}" if saved else "nothing was trained or saved"
+    if config.checkpoint.keep_best and best.loss is not None:
+        result += f", the one of the lowest eval loss {checkpoint_name(best.step)} (best)"
     return f"{how} at step {step}{memory}; {result}"

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from megalora.adapters.best_loss import BestLoss, Evaluations
 from megalora.adapters.training_state import SavedState
 from megalora.config import RunConfig
 from megalora.config.file import flat_options, save_config
@@ -30,7 +31,7 @@ from megalora.train.assemble import Inputs, Run, assemble
 from megalora.train.checkpoint.identity import Identity, Samples, identify
 from megalora.train.checkpoint.load import load_checkpoint
 from megalora.train.checkpoint.same_run import check_same_run, check_same_samples
-from megalora.train.checkpoint.save import save_checkpoint
+from megalora.train.checkpoint.save import restore_best, save_checkpoint
 from megalora.train.checkpoint.where import find_checkpoint
 from megalora.train.drift import DriftCheck
 from megalora.train.expert_tokens import ExpertTokens
@@ -115,7 +116,12 @@ class Progress:
     saved: Path | None
     """The newest checkpoint."""
     saved_step: int = -1
-    evaluated_step: int = -1
+    evaluations: Evaluations = field(default_factory=Evaluations)
+
+    @property
+    def best(self) -> BestLoss:
+        """The lowest evaluation loss so far."""
+        return self.evaluations.best
 
 
 def _fit(run: Run, probe: Probe, at: Start) -> Path | None:
@@ -128,8 +134,9 @@ def _fit(run: Run, probe: Probe, at: Start) -> Path | None:
     if at.state:
         notes += load_checkpoint(at.state, run.model, run.optimizer)
         step = at.state.step
-        # Saved and evaluated at this step by the process before: neither is done twice.
-        now = Progress(step, step, at.state.folder, saved_step=step, evaluated_step=step)
+        # What the process before has saved or evaluated is not done twice.
+        now = Progress(step, step, at.state.folder, step, at.state.evaluations)
+    notes += restore_best(config, now.best)
     check_agreement("number of finished steps", now.step)
     shape = run.model.shape
     experts = None
@@ -153,7 +160,7 @@ def _fit(run: Run, probe: Probe, at: Start) -> Path | None:
         saver = _Saver(run, probe, at, serve)
         answers = Answers(run, at.questions, at.tokenizer)
         _train_to_the_end(run, now, metrics, stop, saver, answers, trace)
-    metrics.say(closing(now.step, num_steps, now.saved))
+    metrics.say(closing(now.step, num_steps, now.saved, now.best, config))
     return now.saved
 
 
@@ -180,8 +187,8 @@ class _Saver:
         # The probe runs before the files are written, because they hold what it says.
         probed = self.probe.run(run.stepper)
         now.saved = save_checkpoint(
-            now.step, self.at.samples, self.at.identity, run.config, run.model, run.optimizer,
-            probed,
+            now.step, now.evaluations, self.at.samples, self.at.identity, run.config, run.model,
+            run.optimizer, probed,
         )  # fmt: skip
         now.saved_step = now.step
         self.serve(now.saved)
@@ -196,30 +203,29 @@ def _train_to_the_end(
     answers: Answers,
     trace: Trace,
 ) -> None:
-    """Check, save, evaluate and train, in this order, until the last step or a signal."""
+    """Evaluate, check, save and train, in this order, until the last step, a signal, or the end of
+    ``train.patience``."""
     config = run.config
     num_steps = run.batches.num_steps
     while True:
         # Collective: every rank leaves the loop at the same step.
         stopped = stop()
-        done = stopped or now.step >= num_steps
-        saving = (
-            now.step > 0
-            and now.step != now.saved_step
-            and (done or _due(now.step, config.checkpoint.every))
-        )
+        # Before the first step and after the last one too; a stopped run has no time for it.
+        due = now.step in (0, num_steps) or _due(now.step, config.train.eval_every)
+        is_best = False
+        # Before saving, so that a checkpoint knows of the evaluation at its step.
+        if due and now.step != now.evaluations.last_step and not stopped:
+            is_best = _evaluate(run, now, metrics, answers)
+        is_over = now.best.is_out_of(config.train.patience)
+        done = stopped or is_over or now.step >= num_steps
+        saving = is_best and config.checkpoint.keep_best
+        if now.step > 0 and now.step != now.saved_step:
+            saving |= done or _due(now.step, config.checkpoint.every)
         # Replicas that differ must not be saved.
         saver.check_replicas(now, saving)
         if saving:
             saver.save(now)
             metrics.restart_clock()
-        # Before the first step and after the last one too; a stopped run has no time for it.
-        due = now.step in (0, num_steps) or _due(now.step, config.train.eval_every)
-        if due and now.step != now.evaluated_step and not stopped:
-            if run.batches.eval:
-                metrics.evaluation(now.step, *run.stepper.evaluate(run.batches.of_eval()))
-            if shown := answers.now():
-                metrics.answers(now.step, shown)
         if done:
             break
         lr = learning_rate(config.train, now.step, num_steps)
@@ -257,6 +263,22 @@ def _open(run: Run, metrics: Metrics, now: Progress, shown: list[dict[str, Any]]
         metrics.say(check_layers(model.chunks, model.groups, folder, dtype))
     if check == "loss":
         metrics.say(_check_first_loss(run, now.step, now.saved))
+
+
+def _evaluate(run: Run, now: Progress, metrics: Metrics, answers: Answers) -> bool:
+    """Evaluate the model as it is; returns whether its loss is a new lowest one of the run, the
+    same on every rank."""
+    loss = None
+    if run.batches.eval:
+        mine, num_tokens = run.stepper.evaluate(run.batches.of_eval())
+        # Sums of two ranks may differ in their last bits, and all must decide alike.
+        loss = on_first_rank(lambda: mine, "the evaluation failed")
+        metrics.evaluation(now.step, loss, num_tokens)
+    if shown := answers.now():
+        metrics.answers(now.step, shown)
+    before = now.best.loss
+    now.evaluations = now.evaluations.followed_by(now.step, loss)
+    return now.best.loss != before
 
 
 def _train_step(

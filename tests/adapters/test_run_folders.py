@@ -28,7 +28,7 @@ def run(adapter: Path, tmp_path: Path) -> Path:
 def test_commands_take_the_latest_checkpoint_and_say_so(
     capsys: pytest.CaptureFixture[str], run: Path, tiny: Path, tmp_path: Path
 ) -> None:
-    note = f"note: {run} is a run folder: taking step_000003, its latest checkpoint\n"
+    note = f"{run} is a run folder: taking step_000003, its latest checkpoint\n"
     checkpoint = run / "step_000003"
     code, shown, err = outcome(capsys, "inspect", checkpoint)
     assert (code, err) == (0, "")

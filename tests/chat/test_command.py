@@ -49,7 +49,7 @@ def test_the_same_text_as_transformers_and_peft(
     of_adapter = of_transformers(tiny, folder)
     assert of_base != of_adapter
     assert capsys.readouterr().out == (
-        f"{tmp_path / 'run'}: its latest checkpoint is step_000007\n"
+        f"{tmp_path / 'run'} is a run folder: taking step_000007, its latest checkpoint\n"
         f"base: {of_base}\nadapter: {of_adapter}\n"
     )
 

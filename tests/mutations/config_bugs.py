@@ -95,8 +95,8 @@ CONFIG_BUGS: tuple[Bug, ...] = (
         0,
         "a run folder is taken for its latest checkpoint in silence",
         "megalora/cli/folders.py",
-        "if folder != path:",
-        "if False:",
+        "if note := taken_note(path, folder):",
+        "if note := None:",
         f"{RUNS_TEST} test_commands_take_the_latest_checkpoint_and_say_so",
     ),
     bug(

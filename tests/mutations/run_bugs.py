@@ -8,6 +8,9 @@ WRITER, WHERE, SAME, IDENTITY, LOAD = (
     f"{TRAIN}/checkpoint/{name}.py" for name in ("writer", "where", "same_run", "identity", "load")
 )
 LOCK = f"{TRAIN}/run_folder.py"
+SAVE = f"{TRAIN}/checkpoint/save.py"
+BEST = "megalora/adapters/best_loss.py"
+FOLLOWING = "tests/train/test_best.py"
 BASE = "megalora/hf/base_identity.py"
 DIGESTS = "megalora/digests.py"
 DATA = "megalora/data/digest.py"
@@ -58,8 +61,8 @@ RUN_BUGS: tuple[Bug, ...] = (
         0,
         "latest written in place",
         WRITER,
-        '    pointer = target.with_name(f".{LATEST}.tmp")\n',
-        "    pointer = target.with_name(LATEST)\n",
+        '    pointer = target.with_name(f".{name}.tmp")\n',
+        "    pointer = target.with_name(name)\n",
         f"{CRASH} every_crash_point_of_a_save",
     ),
     bug(
@@ -405,5 +408,86 @@ RUN_BUGS: tuple[Bug, ...] = (
         "require(num_ranks <= MAX_RANKS,",
         "require(True,",
         "tests/planner/test_layouts.py test_choices_that_are_none",
+    ),
+    # The lowest evaluation loss
+    bug(
+        0,
+        "an equal loss taken for a new lowest one",
+        BEST,
+        "loss < self.loss)",
+        "loss <= self.loss)",
+        f"{FOLLOWING} of_transformers",
+    ),
+    bug(
+        0,
+        "a NaN that is the lowest loss",
+        BEST,
+        "if math.isfinite(loss) and (self.loss is None or loss < self.loss):",
+        "if self.loss is None or not loss >= self.loss:",
+        f"{FOLLOWING} never_the_lowest",
+    ),
+    bug(
+        0,
+        "patience that ends one evaluation late",
+        BEST,
+        "return 0 < patience <= self.since",
+        "return 0 < patience < self.since",
+        f"{FOLLOWING} of_transformers",
+    ),
+    bug(
+        0,
+        "the base's loss followed",
+        BEST,
+        "if loss is None or step == 0:",
+        "if loss is None:",
+        f"{FOLLOWING} ends_early",
+    ),
+    bug(
+        0,
+        "the best checkpoint forgotten with the old ones",
+        SAVE,
+        "if not (kept_for_loss and folder.name == checkpoint_name(best.step)):",
+        "if True:",
+        f"{FOLLOWING} ends_early",
+    ),
+    bug(
+        0,
+        "no checkpoint of an evaluation between saves",
+        "megalora/train/loop.py",
+        "saving = is_best and config.checkpoint.keep_best",
+        "saving = False",
+        f"{FOLLOWING} ends_early",
+    ),
+    bug(
+        0,
+        "a resumed run that counts anew",
+        "megalora/train/loop.py",
+        "now = Progress(step, step, at.state.folder, step, at.state.evaluations)",
+        "now = Progress(step, step, at.state.folder, step, Evaluations(last_step=step))",
+        f"{FOLLOWING} counts_on",
+    ),
+    bug(
+        0,
+        "best left on later steps when a run goes back",
+        "megalora/train/loop.py",
+        "    notes += restore_best(config, now.best)\n",
+        "",
+        f"{FOLLOWING} goes_back",
+    ),
+    bug(
+        0,
+        "every rank decides by its own loss",
+        "megalora/train/loop.py",
+        'loss = on_first_rank(lambda: mine, "the evaluation failed")',
+        "loss = mine",
+        f"{FOLLOWING} ranks_whose_sums_differ",
+    ),
+    bug(
+        0,
+        "RUN/best read as RUN/latest",
+        "megalora/adapters/latest.py",
+        "pointer = folder if is_pointer(folder) else folder / LATEST",
+        "folder = folder.parent if is_pointer(folder) else folder\n    pointer = folder / LATEST",
+        f"{FOLLOWING} ends_early",
     ),
 )

@@ -68,7 +68,7 @@ def test_what_a_user_reads(program: Path, tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(Ready):
         serve([str(run)], None, say, port=0)
     model = versioned("sums", checkpoint)
-    assert said[0] == f"{run}: its latest checkpoint is step_000007"
+    assert said[0] == f"{run} is a run folder: taking step_000007, its latest checkpoint"
     assert said[1] == f"base: {tiny}, from adapter_config.json"
     assert said[2].startswith(f"starting vLLM for {tiny} (float32); its log is ")
     # Each phase once, with whole seconds; two texts begin the one of the compiler.

@@ -114,7 +114,7 @@ def test_a_run_folder_means_its_latest_checkpoint(
     (run / LATEST).write_text("step_000001\n")
     said: list[str] = []
     assert swap(vllm.url, str(run), said.append) == 0
-    assert said[0] == f"{run}: its latest checkpoint is step_000001"
+    assert said[0] == f"{run} is a run folder: taking step_000001, its latest checkpoint"
     # Named as the run is, and labelled as a training labels what it pushes.
     assert names(vllm) == [versioned("sums", versions[1], "step_000001")]
     (run / LATEST).write_text("step_000003\n")

@@ -11,28 +11,34 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megalora import host
+from megalora.adapters.best_loss import BestLoss, Evaluations
 from megalora.adapters.files import OPTIMIZER, PROBE, RNG, STATE, STATE_JSON, STATE_KEYS
-from megalora.adapters.latest import checkpoints
+from megalora.adapters.latest import BEST, checkpoints
 from megalora.adapters.write.form import write_adapter
-from megalora.config import RunConfig
+from megalora.config import CheckpointConfig, RunConfig
 from megalora.first_rank import on_first_rank
 from megalora.lora.adapted_model import AdaptedModel
 from megalora.lora.gather import gather_tensors
 from megalora.lora.section import settings
 from megalora.train.checkpoint.identity import Identity, Samples
-from megalora.train.checkpoint.writer import checkpoint_name, remove, write_atomically
+from megalora.train.checkpoint.writer import (
+    checkpoint_name,
+    point_best,
+    remove,
+    write_atomically,
+)
 from megalora.train.optim import optimizer_state
 
 
 def save_checkpoint(
-    step: int, samples: Samples, identity: Identity, config: RunConfig, model: AdaptedModel,
-    optimizer: Any,
-    probe: dict[str, Any],
+    step: int, evaluations: Evaluations, samples: Samples, identity: Identity, config: RunConfig,
+    model: AdaptedModel, optimizer: Any, probe: dict[str, Any],
 ) -> Path:  # fmt: skip
     """Write ``step_N`` into the run folder and point ``latest`` at it; collective. A failure leaves
     earlier ones whole.
 
     Args:
+        evaluations: what is known of the run's evaluations so far.
         samples: number and digest of the training samples.
         identity: data and base, which must be the same when the run is resumed.
         probe: log-probabilities of the adapter as it is, for servers (``probe.py``).
@@ -53,6 +59,7 @@ def save_checkpoint(
         summary = {
             "step": step, "num_samples": samples.count, "world_size": dist.get_world_size(),
             "saved_at": time.time(),
+            "evaluated_step": evaluations.last_step, "best": asdict(evaluations.best),
             "identity": identity.as_json(samples.digest), "config": asdict(config),
             "adapted": settings(model.adapted),
         }  # fmt: skip
@@ -64,8 +71,8 @@ def save_checkpoint(
         f"could not save {target.name}; earlier checkpoints are whole",
     )
     on_first_rank(
-        lambda: _forget_old(target, config.checkpoint.keep),
-        f"saved {target.name}, but could not remove older checkpoints",
+        lambda: tidy(target, evaluations.best, config.checkpoint),
+        f"saved {target.name}, but could not point at the best checkpoint or remove older ones",
     )
     return target
 
@@ -95,11 +102,34 @@ def _whole_optimizer_state(model: AdaptedModel, optimizer: Any) -> dict[str, Ten
     return state
 
 
-def _forget_old(newest: Path, keep: int) -> None:
-    """Remove all but the ``keep`` latest checkpoints up to ``newest``; 0 keeps all. Later ones are
-    left over from before the run went back, and stay until their steps are saved again."""
-    if keep:
+def tidy(newest: Path, best: BestLoss, options: CheckpointConfig) -> None:
+    """Let ``best`` name the checkpoint of the lowest loss, and remove those that are not kept: all
+    but the ``keep`` latest ones up to ``newest``, 0 keeping all, and the best.
+
+    Later ones are left over from before the run went back, and stay until their steps are saved
+    again.
+    """
+    # First: until it names another one, the one before is kept.
+    kept_for_loss = point_best(newest.parent, best, options.keep_best)
+    if options.keep:
         there = checkpoints(newest.parent)
         up_to_newest = there[: there.index(newest) + 1]
-        for folder in up_to_newest[:-keep]:
-            remove(folder)
+        for folder in up_to_newest[: -options.keep]:
+            if not (kept_for_loss and folder.name == checkpoint_name(best.step)):
+                remove(folder)
+
+
+def restore_best(config: RunConfig, best: BestLoss) -> list[str]:
+    """Let ``best`` name what it must where the run begins: after it has gone back, or was killed
+    before it could; returns lines for the user. Collective."""
+    folder = Path(config.checkpoint.dir)
+    keep = config.checkpoint.keep_best
+    names_one = on_first_rank(
+        lambda: point_best(folder, best, keep), f"{folder / BEST} cannot be written"
+    )
+    if not keep or names_one or best.loss is None:
+        return []
+    return [
+        f"checkpoint.keep_best: {best.words()}, whose checkpoint is not in {folder}; {BEST} comes"
+        " with the next lower one"
+    ]

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megalora.adapters.files import CONFIG, OPTIMIZER, RNG, WEIGHTS
-from megalora.adapters.latest import LATEST, checkpoints, latest_adapter, read_latest
+from megalora.adapters.latest import LATEST, checkpoints, latest_adapter, read_latest, taken_note
 from megalora.adapters.training_state import SavedState, read_state
 from megalora.config import RunConfig
 from megalora.first_rank import on_first_rank
@@ -57,8 +57,8 @@ def _find(config: RunConfig, run: Path, restarted: bool) -> Found:
     if resume:
         given = Path(str(resume))
         folder = latest_adapter(given)
-        if folder != given:
-            notes = [f"{given} is a run folder: taking {folder.name}, its latest checkpoint"]
+        if note := taken_note(given, folder):
+            notes = [note]
         state = read_whole(folder, f"checkpoint.resume={resume}")
     # Only the run that made these checkpoints may go on among them.
     if there and (state is None or state.folder.resolve().parent != run.resolve()):

@@ -8,6 +8,8 @@ A save changes the run folder in this order, and forces each step to disk before
 3. ``.step_N.tmp`` is renamed to ``step_N``.
 4. ``latest`` is replaced by a file that names ``step_N``.
 5. ``.step_N.old`` is removed.
+6. ``best`` is replaced where step N has the lowest evaluation loss (``checkpoint.keep_best``).
+7. Checkpoints that are not kept are renamed to ``.step_M.gone`` and removed.
 
 ``recover`` cleans up after a save that was killed; the run's lock must be held
 (``train/run_folder.py``).
@@ -18,7 +20,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from megalora.adapters.latest import LATEST, checkpoints, read_latest
+from megalora.adapters.best_loss import BestLoss
+from megalora.adapters.latest import BEST, LATEST, checkpoints, read_latest
 from megalora.atomic_folder import force_to_disk, force_tree_to_disk
 
 _LEFT_OVER = re.compile(r"\.(step_\d{6,18})\.(tmp|old|gone)")
@@ -31,11 +34,26 @@ def checkpoint_name(step: int) -> str:
 
 def point_latest_at(target: Path) -> None:
     """Let ``latest`` name this checkpoint of its run folder; a loss of power keeps it so."""
+    _point(LATEST, target)
+
+
+def point_best(run: Path, best: BestLoss, keep: bool) -> bool:
+    """Let ``best`` name the checkpoint of the lowest loss; remove it where that is not here, or
+    not kept. Returns whether it names one."""
+    target = run / checkpoint_name(best.step)
+    if keep and best.loss is not None and target.is_dir():
+        _point(BEST, target)
+        return True
+    (run / BEST).unlink(missing_ok=True)
+    return False
+
+
+def _point(name: str, target: Path) -> None:
     # A rename replaces the file at once: a reader finds the old name or the new one.
-    pointer = target.with_name(f".{LATEST}.tmp")
+    pointer = target.with_name(f".{name}.tmp")
     pointer.write_text(target.name + "\n")
     force_to_disk(pointer)
-    pointer.rename(target.with_name(LATEST))
+    pointer.rename(target.with_name(name))
     force_to_disk(target.parent)
 
 
@@ -84,7 +102,8 @@ def recover(run: Path) -> None:
             path.rename(run / match[1])
         elif match:
             shutil.rmtree(path)
-    (run / f".{LATEST}.tmp").unlink(missing_ok=True)
+    for name in (LATEST, BEST):
+        (run / f".{name}.tmp").unlink(missing_ok=True)
 
 
 def _make_run_folder(run: Path) -> None:
