@@ -154,7 +154,7 @@ def test_round_trip(tmp_path: Path) -> None:
                         max_length=77, seed=5),
         train=TrainConfig(epochs=1.5, lr=3e-05, schedule="linear", warmup=9, recompute="full",
                           seed=11),
-        parallel=ParallelConfig(tp=2, pp=3, vpp=4, ep=5, etp=6),
+        parallel=ParallelConfig(tp=2, pp=3, vpp=2, ep=5, etp=6, stage_layers=(1, 3, 2, 1, 4, 1)),
         lora=LoRAConfig(
             rank=3, alpha=7, dropout=0.1, target_modules=["gate_up_proj", "lm_head"], layers="3",
             exclude_modules=[r".*\.3\.mlp\..*"],
@@ -291,6 +291,25 @@ def test_round_trip(tmp_path: Path) -> None:
                 "parallel.vpp=2 interleaves the chunks of several pipeline stages, but"
                 " parallel.pp=1. Set parallel.vpp=1 or parallel.pp to 2 or more."
             ),
+        ),
+        (
+            "parallel={pp: 2, vpp: 2, stage_layers: [4, 3, 1]}",
+            (
+                "parallel.stage_layers=[4,3,1] has 3 numbers, and there are 4 parts of the model:"
+                " parallel.pp=2 * vpp=2. Give one number for each."
+            ),
+        ),
+        (
+            "parallel={pp: 2, stage_layers: [7, 0]}",
+            "parallel.stage_layers=[7,0]: every part needs at least 1 layer",
+        ),
+        (
+            "parallel.stage_layers=[4, two]",
+            "parallel.stage_layers[1] must be an integer, got 'two'",
+        ),
+        (
+            "parallel.stage_layers=4",
+            "parallel.stage_layers must be a list of integers or nothing, got 4",
         ),
         ("lora.rank=0", "lora: rank must be a rank of at least 1, got 0"),
         ("lora.expert_rank=-1", "lora: expert_rank must be a rank of at least 1, got -1"),

@@ -11,7 +11,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from megalora.bench.launch import Nodes, command, run_to_log
@@ -28,6 +28,7 @@ from megalora.bench.rows import (
 from megalora.config import ParallelConfig, RecomputeLayers, RunConfig
 from megalora.config.checks import require
 from megalora.config.file import load_config
+from megalora.config.parallel import as_list
 from megalora.config.recompute import recompute_from
 from megalora.model.fields import model_shape
 from megalora.planner.layouts import ParallelLayout
@@ -36,13 +37,15 @@ from megalora.versions import versions
 
 __all__ = ["BenchOptions", "Predicted", "Row", "layout_overrides", "parse_layout", "run_layouts"]
 SIZES = ("tp", "cp", "pp", "vpp", "ep", "etp")
-KEYS = (*SIZES, "micro", "recompute")
+STAGES = "stage_layers"
+KEYS = (*SIZES, STAGES, "micro", "recompute")
 RESULTS = "results.json"
 
 
 def parse_layout(text: str, num_ranks: int, config: RunConfig) -> ParallelLayout:
     """Read a layout such as ``tp=2,ep=4,micro=2,recompute=full``; what it does not name is taken
-    from ``config``.
+    from ``config``. ``pp=2,stage_layers=3+4`` has unequal stages; other stages than the config's
+    are equal unless it says so.
 
     Raises:
         ValueError: a key is unknown or given twice, a value is not valid, or ``num_ranks`` ranks do
@@ -57,6 +60,11 @@ def parse_layout(text: str, num_ranks: int, config: RunConfig) -> ParallelLayout
         named = _named_values(text)
         if "recompute" in named:
             recompute = recompute_from(named.pop("recompute"))
+        stage_layers = None
+        if STAGES in named:
+            stage_layers = _numbers_of(named.pop(STAGES))
+        elif not {"pp", "vpp"} & named.keys():
+            stage_layers = config.parallel.stage_layers
         for key, value in named.items():
             require(
                 value.isdigit() and int(value) > 0,
@@ -65,13 +73,23 @@ def parse_layout(text: str, num_ranks: int, config: RunConfig) -> ParallelLayout
             sizes[key] = int(value)
         micro = sizes.pop("micro")
         return ParallelLayout(
-            parallel=ParallelConfig(**sizes),
+            parallel=ParallelConfig(**sizes, stage_layers=stage_layers),
             num_ranks=num_ranks,
             micro_batch_size=micro,
             recompute=recompute,
         )
     except ValueError as error:
         raise ValueError(f"layout {text!r}: {error}") from None
+
+
+def _numbers_of(text: str) -> tuple[int, ...]:
+    """The layers of each stage in ``11+12+12+11``; raises ``ValueError`` for other text."""
+    numbers = text.split("+")
+    require(
+        all(number.isdigit() for number in numbers),
+        f"{STAGES} must be numbers of layers as in 11+12+12+11, got {text!r}",
+    )
+    return tuple(map(int, numbers))
 
 
 def _named_values(text: str) -> dict[str, str]:
@@ -96,9 +114,10 @@ def _named_values(text: str) -> dict[str, str]:
 
 def layout_overrides(layout: ParallelLayout) -> list[str]:
     """The layout as ``section.key=value``, every key named."""
-    overrides = []
-    for field in fields(layout.parallel):
-        overrides.append(f"parallel.{field.name}={getattr(layout.parallel, field.name)}")
+    p = layout.parallel
+    overrides = [f"parallel.{name}={getattr(p, name)}" for name in SIZES]
+    stages = "null" if p.stage_layers is None else as_list(p.stage_layers)
+    overrides.append(f"parallel.stage_layers={stages}")
     overrides.append(f"train.micro_batch_size={layout.micro_batch_size}")
     recompute = layout.recompute
     # In quotes, because YAML reads a bare ``off`` as false.

@@ -148,6 +148,10 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
         elif is_dataclass(option):
             if isinstance(value, dict):
                 return _build(option, value, where=f"{name}.")  # pyright: ignore[reportArgumentType]
+        # Of a config that is hashed, such as the parallel section; YAML has lists alone.
+        elif get_origin(option) is tuple:
+            if isinstance(value, list):
+                return tuple(_convert_items(value, get_args(option)[:1], name))
         # Exact types, because isinstance(True, int) holds. list[str] has the origin list.
         elif type(value) is (get_origin(option) or option):
             return _convert_items(value, get_args(option), name)

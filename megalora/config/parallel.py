@@ -1,6 +1,6 @@
 """The ``parallel`` section: how the model is divided over the ranks (one process per GPU)."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from megalora.config.checks import require
 
@@ -27,18 +27,74 @@ class ParallelConfig:
     cp: int = 1
     """Context-parallel size: the number of ranks that divide the tokens of a row. Keys and values
     are gathered in every layer."""
+    stage_layers: tuple[int, ...] | None = None
+    """Decoder layers of each pipeline stage, first to last, for stages that are not equal: as in
+    [23, 24, 24, 23], where embedding and head count as a layer each. With vpp above 1, a number for
+    each of the pp * vpp model chunks, in the order in which tokens pass them. null: equal parts,
+    which pp * vpp must divide the layers into."""
 
     def __post_init__(self) -> None:
-        for f in fields(self):
-            require(
-                getattr(self, f.name) >= 1,
-                f"parallel.{f.name} must be at least 1, got {getattr(self, f.name)}",
-            )
+        for name in ("tp", "pp", "vpp", "ep", "etp", "cp"):
+            size = getattr(self, name)
+            require(size >= 1, f"parallel.{name} must be at least 1, got {size}")
         require(
             self.vpp == 1 or self.pp > 1,
             f"parallel.vpp={self.vpp} interleaves the chunks of several pipeline stages, but"
             " parallel.pp=1. Set parallel.vpp=1 or parallel.pp to 2 or more.",
         )
+        if self.stage_layers is not None:
+            self._check_stage_layers(self.stage_layers)
+
+    def _check_stage_layers(self, sizes: tuple[int, ...]) -> None:
+        """Raise ``ValueError`` unless there is a number of layers for every chunk; how many layers
+        the model has is not known here."""
+        written = as_list(sizes)
+        require(
+            len(sizes) == self.num_chunks,
+            f"parallel.stage_layers={written} has {len(sizes)} numbers, and there are"
+            f" {self.num_chunks} parts of the model: parallel.pp={self.pp} * vpp={self.vpp}. Give"
+            " one number for each.",
+        )
+        require(
+            min(sizes) >= 1,
+            f"parallel.stage_layers={written}: every part needs at least 1 layer",
+        )
+
+    @property
+    def stages(self) -> str:
+        """``pp=4 vpp=1``, and the layers of stages that are not equal."""
+        found = f"pp={self.pp} vpp={self.vpp}"
+        if self.stage_layers is not None:
+            found += f" stage_layers={as_list(self.stage_layers)}"
+        return found
+
+    @property
+    def num_chunks(self) -> int:
+        """Parts that the layers are divided into: the model chunks of all pipeline stages."""
+        return self.pp * self.vpp
+
+    def chunk_layers(self, num_layers: int) -> list[range]:
+        """Numbers of the layers of every model chunk, in the order in which tokens pass them: chunk
+        v of stage s is entry ``v * pp + s``.
+
+        Args:
+            num_layers: layers of the model, which this layout can divide.
+        """
+        sizes = self.stage_layers or (num_layers // self.num_chunks,) * self.num_chunks
+        assert sum(sizes) == num_layers, f"{sizes} are not {num_layers} layers"
+        found = []
+        first = 0
+        for size in sizes:
+            found.append(range(first, first + size))
+            first += size
+        return found
+
+    def largest_stage(self, num_layers: int) -> int:
+        """Layers of the pipeline stage that has most of them, on all its chunks."""
+        of_stage = [0] * self.pp
+        for number, layers in enumerate(self.chunk_layers(num_layers)):
+            of_stage[number % self.pp] += len(layers)
+        return max(of_stage)
 
     @property
     def row_multiple(self) -> int:
@@ -92,3 +148,38 @@ def check_generation(pp: int, cp: int, what: str = "generation") -> None:
             f"{what} does not run with parallel.{name}={size}. Set parallel.{name}=1; tensor,"
             " expert and data parallelism work.",
         )
+
+
+def as_list(sizes: tuple[int, ...]) -> str:
+    """Layers of each part as YAML and an override have them, without spaces."""
+    return f"[{','.join(map(str, sizes))}]"
+
+
+def split_layers(num_layers: int, num_chunks: int) -> tuple[int, ...]:
+    """Layers of each of ``num_chunks`` parts, as equal as can be where embedding and head count as
+    a layer each: Megatron's ``account_for_embedding_in_pipeline_split`` and
+    ``account_for_loss_in_pipeline_split``, for numbers that do not divide too.
+
+    Raises:
+        ValueError: there are fewer layers than parts.
+    """
+    require(
+        1 <= num_chunks <= num_layers,
+        f"{num_layers} layers cannot be divided into {num_chunks} parts",
+    )
+    size, rest = divmod(num_layers + 2, num_chunks)
+    if size >= 2:
+        sizes = [size] * num_chunks
+        # The first parts take what is left over. The embedding is memory and hardly any work, while
+        # the head is more work than a layer in most models: its part comes last.
+        for number in range(rest):
+            sizes[number] += 1
+        # Both are in one part where there is one alone.
+        sizes[0] -= 1
+        sizes[-1] -= 1
+        return tuple(sizes)
+    # A part of one layer has no room for embedding or head: the parts between take a second layer.
+    sizes = [1] * num_chunks
+    for number in range(1, num_layers - num_chunks + 1):
+        sizes[number] += 1
+    return tuple(sizes)

@@ -140,7 +140,7 @@ def _values(hint: Any) -> Iterator[str]:
             for name, inner in get_type_hints(option).items():
                 parts.append(f"`{name}` ({' or '.join(_values(inner))})")
             yield f"a mapping of {', '.join(parts)}"
-        elif get_origin(option) is list:
+        elif get_origin(option) in (list, tuple):
             yield f"a list of: {' or '.join(_values(get_args(option)[0]))}"
         elif get_origin(option) is dict:
             yield f"a mapping to {' or '.join(_values(get_args(option)[1]))}"

@@ -67,7 +67,7 @@ def type_schema(hint: Any) -> dict[str, Any]:
     # Texts: no option has a number or true among its values by name.
     if get_origin(option) is Literal:
         return {"enum": list(get_args(option))}
-    if get_origin(option) is list:
+    if get_origin(option) in (list, tuple):
         return {"type": "array", "items": type_schema(get_args(option)[0])}
     if get_origin(option) is dict:
         return {"type": "object", "additionalProperties": type_schema(get_args(option)[1])}

@@ -33,8 +33,9 @@ def _one(option: Any) -> str:
         return f"one of {', '.join(get_args(option))}"
     if is_dataclass(option):
         return f"a mapping of {', '.join(f.name for f in fields(option))}"
-    if get_origin(option) is list:
-        return f"a list of {_several(*get_args(option))}"
+    # tuple[int, ...] is written as a list too.
+    if get_origin(option) in (list, tuple):
+        return f"a list of {_several(get_args(option)[0])}"
     if get_origin(option) is dict:
         _, value_type = get_args(option)
         return f"a mapping to {_several(value_type)}"

@@ -122,7 +122,10 @@ def _config_file(request: Request, adapter: Path | None) -> Path | None:
 
 def _config(request: Request, base: Path, file: Path | None) -> RunConfig:
     # Any layout gives the same loss: the run's own would only be in the way of other ranks.
-    one_rank = [f"parallel.{option.name}=1" for option in fields(ParallelConfig)]
+    one_rank = []
+    for option in fields(ParallelConfig):
+        default = "null" if option.default is None else option.default
+        one_rank.append(f"parallel.{option.name}={default}")
     overrides = [*one_rank, *request.overrides]
     if file is not None:
         config = load_config(file, overrides)

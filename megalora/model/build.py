@@ -171,6 +171,17 @@ def make_chunks(
     return chunks
 
 
+def pipeline_layout(p: ParallelConfig, num_layers: int) -> list[list[str]] | None:
+    """What every model chunk holds, in Megatron's words and its order, which is that of
+    ``chunk_layers``; None for equal stages."""
+    if p.stage_layers is None:
+        return None
+    chunks = [["decoder"] * len(layers) for layers in p.chunk_layers(num_layers)]
+    chunks[0].insert(0, "embedding")
+    chunks[-1].append("loss")
+    return chunks
+
+
 def configure(
     provider: Any,
     config: ModelConfig,
@@ -187,6 +198,7 @@ def configure(
         expert_model_parallel_size=p.ep,
         expert_tensor_parallel_size=p.etp,
         virtual_pipeline_model_parallel_size=p.vpp if p.vpp > 1 else None,
+        pipeline_model_parallel_layout=pipeline_layout(p, shape.num_layers),
         sequence_parallel=p.tp > 1, params_dtype=dtype, pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         transformer_layer_spec=partial(

@@ -4,6 +4,8 @@ checks need no weights; ``fields.model_shape`` reads the sizes from a ``config.j
 from dataclasses import dataclass
 
 from megalora.config import ParallelConfig, Recompute, RecomputeLayers, RunConfig
+from megalora.config.checks import require
+from megalora.config.parallel import as_list, split_layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,10 +97,7 @@ class ModelShape:
         """Raise ``ValueError`` when this model cannot be split as ``p`` says, or a rank has fewer
         layers than it is to recompute."""
         # (option, its value, what it divides, how many of these there are)
-        sizes = [
-            ("tp", p.tp, "vocabulary entries", self.vocab),
-            ("pp * vpp", p.pp * p.vpp, "layers", self.num_layers),
-        ]
+        sizes = [("tp", p.tp, "vocabulary entries", self.vocab)]
         if len(self.moe_layers) < self.num_layers:
             sizes.append(("tp", p.tp, "dense MLP features", self.intermediate))
         if self.moe_layers:
@@ -127,18 +126,39 @@ class ModelShape:
             )
         for name, size, what, total in sizes:
             if total % size:
-                # No group has more than 1,024 ranks.
-                divisors = [d for d in range(1, min(total, 1024) + 1) if total % d == 0]
-                raise ValueError(
-                    f"parallel.{name}={size} does not divide the model's {total} {what}; it can be"
-                    f" one of {', '.join(map(str, divisors))}"
-                )
-        of_rank = self.num_layers // p.pp
-        if isinstance(recompute, RecomputeLayers) and recompute.layers > of_rank:
-            raise ValueError(
+                raise ValueError(_does_not_divide(name, size, total, what))
+        self._check_stages(p)
+        if isinstance(recompute, RecomputeLayers):
+            # Of unequal stages a smaller one may recompute all of its layers.
+            of_rank = p.largest_stage(self.num_layers)
+            require(
+                recompute.layers <= of_rank,
                 f"train.recompute.layers={recompute.layers}: a rank has {of_rank} of the model's"
-                f" {self.num_layers} layers; train.recompute=full recomputes all of them"
+                f" {self.num_layers} layers; train.recompute=full recomputes all of them",
             )
+
+    def _check_stages(self, p: ParallelConfig) -> None:
+        """Raise ``ValueError`` unless the layers can be divided into pipeline stages so."""
+        if p.stage_layers is not None:
+            total = sum(p.stage_layers)
+            require(
+                total == self.num_layers,
+                f"parallel.stage_layers={as_list(p.stage_layers)} are {total} layers in all, and"
+                f" the model has {self.num_layers}",
+            )
+            return
+        parts = p.num_chunks
+        if self.num_layers % parts == 0:
+            return
+        uneven = ""
+        if parts <= self.num_layers:
+            uneven = ", or set parallel.stage_layers"
+            # A list to copy, as long as it keeps the message short.
+            if parts <= 16:
+                uneven += f"={as_list(split_layers(self.num_layers, parts))}"
+        raise ValueError(
+            f"{_does_not_divide('pp * vpp', parts, self.num_layers, 'layers')}{uneven}"
+        )
 
     def _possible_tp(self) -> list[int]:
         """Sizes of tensor parallelism that leave whole heads on each rank."""
@@ -149,3 +169,13 @@ class ModelShape:
             if self.num_heads % tp == 0 and fits_kv:
                 possible.append(tp)
         return possible
+
+
+def _does_not_divide(name: str, size: int, total: int, what: str) -> str:
+    """The message for a size that does not divide what it is to divide, with those that do."""
+    # No group has more than 1,024 ranks.
+    divisors = [d for d in range(1, min(total, 1024) + 1) if total % d == 0]
+    return (
+        f"parallel.{name}={size} does not divide the model's {total} {what}; it can be one of"
+        f" {', '.join(map(str, divisors))}"
+    )

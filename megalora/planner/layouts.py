@@ -7,7 +7,7 @@ is legal is decided by the checks a run itself makes: ``ParallelConfig``,
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Literal
 
@@ -144,7 +144,7 @@ class ParallelLayout:
     def __str__(self) -> str:
         p = self.parallel
         # Everything that training needs to know, in the config's own words.
-        grids = f"tp={p.tp} cp={p.cp} pp={p.pp} vpp={p.vpp} dp={self.dp}"
+        grids = f"tp={p.tp} cp={p.cp} {p.stages} dp={self.dp}"
         experts = f"ep={p.ep} etp={p.etp} edp={self.edp}"
         rows = f"micro={self.micro_batch_size}"
         if self.micro_batch_tokens is not None:
@@ -248,7 +248,7 @@ def candidates(shape: ModelShape, num_ranks: int, sequence_length: int) -> Itera
     possible = {"tp": [1], "ep": [1], "etp": [1]}
     for name in possible if shape.moe_layers else ("tp",):
         for size in sizes[1:]:  # a size of 1 is always possible
-            alone = ParallelConfig(**{name: size})
+            alone = replace(ParallelConfig(), **{name: size})
             if _why_not_model(shape, alone):
                 yield alone
             else:

@@ -17,13 +17,12 @@ from typing import Literal
 
 from megalora.config import LoRAConfig
 from megalora.model.shape import ModelShape
-from megalora.planner.activations import head_bytes
 from megalora.planner.hardware import Basis
 from megalora.planner.layouts import ParallelLayout, Workload
 from megalora.planner.pass_bytes import (
     activation_bytes,
     backward_bytes,
-    logits_bytes,
+    loss_bytes,
     pipeline_bytes,
     row_bytes,
 )
@@ -136,12 +135,7 @@ def memory_of_model(
     chunks, always, step = _state(model, layout, work, stage)
     kept = activation_bytes(model, layout, work, chunks)
     transfers = pipeline_bytes(model, layout, work, stage)
-    # The head is on the last chunk of the last stage.
-    loss = 0
-    logits = 0
-    if chunks[-1].has_head:
-        loss = head_bytes(model, layout, work)
-        logits = logits_bytes(model, layout, work, chunks[-1])
+    loss, logits = loss_bytes(model, layout, work, chunks)
     workspace, recomputed, moved = backward_bytes(model, layout, work, chunks)
     parts = (
         *always,

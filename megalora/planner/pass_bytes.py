@@ -62,9 +62,7 @@ def _place(
     layout: ParallelLayout, work: Workload, chunks: list[Chunk]
 ) -> tuple[ParallelConfig, int, int]:
     """(sizes, stage, microbatches), by which a schedule is known."""
-    # Chunk 0 of stage s is the s-th piece of the layers, and all pieces are of one size.
-    stage = chunks[0].layers.start // len(chunks[0].layers)
-    return layout.parallel, stage, layout.num_microbatches(work)
+    return layout.parallel, chunks[0].stage, layout.num_microbatches(work)
 
 
 def _most(found: list[ChunkBytes], held: tuple[Counts, ...]) -> int:
@@ -92,8 +90,9 @@ def row_bytes(
 def pipeline_bytes(model: PlannedModel, layout: ParallelLayout, work: Workload, stage: int) -> int:
     """Of size (T / t) H: the gradient sent for the microbatch before, which every stage but the
     first still holds; interleaved also inputs and gradients that came ahead of their turn, one on
-    the first stage, three on the others. Inputs of microbatches in flight count as activations;
-    outputs are freed once sent."""
+    the first stage, three on the others (at most: with chunks of unequal size the peak may come
+    while none is ahead). Inputs of microbatches in flight count as activations; outputs are freed
+    once sent."""
     batch = Microbatch.of(model, layout, work)
     number = 0 if stage == 0 else 1
     # Interleaved, messages come a round ahead of the pass that needs them.
@@ -131,6 +130,27 @@ def logits_bytes(model: PlannedModel, layout: ParallelLayout, work: Workload, ch
     rank = stacked_rank(head)
     backward = logits + batch.tokens * (s.hidden + rank) * e + vocab * rank * (STATISTIC + e)
     return max(forward, backward)
+
+
+def loss_bytes(
+    model: PlannedModel, layout: ParallelLayout, work: Workload, chunks: list[Chunk]
+) -> tuple[int, int]:
+    """(what the loss keeps, ``logits_bytes``) beside all that is kept at most; zeros on stages
+    without the head, which is on the last chunk of the last one."""
+    if not chunks[-1].has_head:
+        return 0, 0
+    loss = activations.head_bytes(model, layout, work)
+    logits = logits_bytes(model, layout, work, chunks[-1])
+    if len(chunks) == 1:
+        return loss, logits
+    # The head's chunk runs backward right after its forward. Where it has fewer layers than the
+    # others, more is held at other times.
+    found = of_chunks(model, layout, work, chunks)
+    place = _place(layout, work, chunks)
+    at_peak = _most(found, in_flight(*place))
+    freed = at_peak - _most(found, held_in_backward(*place)[-1])
+    _, loss_left, logits_left = _less((0, loss, logits), freed)
+    return loss_left, logits_left
 
 
 def backward_bytes(

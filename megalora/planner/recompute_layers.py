@@ -45,7 +45,7 @@ def _fewest(
     """
     found = None
     too_few = 0
-    enough = model.shape.num_layers // layout.parallel.pp
+    enough = layout.parallel.largest_stage(model.shape.num_layers)
     while enough - too_few > 1:
         layers = (too_few + enough) // 2
         tried = replace(layout, recompute=RecomputeLayers(layers=layers, rest=rest))

@@ -161,9 +161,7 @@ def rejected_line(rejected: Rejected) -> str:
     """One rejected layout and its reason, with a tab between them."""
     p = rejected.parallel
     micro = rejected.micro_batch_size
-    layout = (
-        f"tp={p.tp} cp={p.cp} pp={p.pp} vpp={p.vpp} ep={p.ep} etp={p.etp} micro={micro or 'any'}"
-    )
+    layout = f"tp={p.tp} cp={p.cp} {p.stages} ep={p.ep} etp={p.etp} micro={micro or 'any'}"
     # Recomputation decides about memory alone: layouts that are not possible name none.
     if rejected.layout:
         layout += f" recompute={rejected.layout.recompute}"

@@ -91,6 +91,7 @@ class PlannedModel:
 class Chunk:
     """One model chunk of a pipeline stage."""
 
+    stage: int
     layers: range
     has_embedding: bool
     has_head: bool
@@ -111,12 +112,13 @@ def chunks_of(shape: ModelShape, p: ParallelConfig, stage: int) -> list[Chunk]:
     """The ``vpp`` chunks of a stage: chunk v of stage s is the (v * pp + s)th piece of the
     layers."""
     assert 0 <= stage < p.pp, f"stage {stage} of {p.pp}"
-    size = shape.num_layers // (p.pp * p.vpp)
+    pieces = p.chunk_layers(shape.num_layers)
     found = []
-    for v in range(p.vpp):
-        piece = v * p.pp + stage
-        layers = range(piece * size, (piece + 1) * size)
-        found.append(Chunk(layers, piece == 0, piece == p.pp * p.vpp - 1, v * size))
+    before = 0
+    for piece in range(stage, len(pieces), p.pp):
+        layers = pieces[piece]
+        found.append(Chunk(stage, layers, piece == 0, piece == len(pieces) - 1, before))
+        before += len(layers)
     return found
 
 

@@ -28,6 +28,7 @@ def test_parse_layout(tiny, chats, tmp_path) -> None:
         "etp=2,micro=1,recompute=full",
         "pp=2,recompute=full1+selective",
         "pp=2,cp=2,recompute=full1+off",
+        "pp=2,stage_layers=1+3",
     ):
         layout = parse_layout(text, 8, config)
         read = load_config(tmp_path / "c.yaml", layout_overrides(layout))
@@ -36,11 +37,20 @@ def test_parse_layout(tiny, chats, tmp_path) -> None:
         assert read.train.recompute == layout.recompute
 
 
+def test_a_config_s_stages_are_kept_until_others_are_named(tiny, chats, tmp_path) -> None:
+    config = make_config(tiny, chats, tmp_path, {"pp": 2, "stage_layers": (1, 3)})
+    assert parse_layout("micro=4", 8, config).parallel == config.parallel
+    assert parse_layout("pp=4", 8, config).parallel == ParallelConfig(pp=4)
+    other = parse_layout("pp=2,stage_layers=3+1", 8, config).parallel
+    assert other == ParallelConfig(pp=2, stage_layers=(3, 1))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("tp=2,mirco=2", "layout 'tp=2,mirco=2': unknown key 'mirco'; did you mean micro?"),
-        ("dp=2", "unknown key 'dp'; known keys: tp, cp, pp, vpp, ep, etp, micro, recompute"),
+        ("dp=2", "unknown key 'dp'; known keys: tp, cp, pp, vpp, ep, etp, stage_layers, micro,"),
+        ("stage_layers=1-3", "stage_layers must be numbers of layers as in 11+12+12+11, got '1-3'"),
         ("tp", "'tp' is not of the form key=value"),
         ("tp=2,tp=4", "tp is given twice"),
         ("ep=two", "ep must be a number of at least 1, got 'two'"),

@@ -92,8 +92,10 @@ def test_resume_true_takes_the_newest_and_keep_forgets_the_oldest(tiny, chats, t
 
 @pytest.mark.slow
 def test_resume_in_another_layout_continues_the_same_run(tiny, chats, tmp_path):
-    config = make_config(tiny, chats, tmp_path / "whole", {}, steps=4)
-    run_ranks(train, 1, with_checkpoints(config, every=2))
+    # From stages of one and of three layers.
+    uneven = {"pp": 2, "stage_layers": (1, 3)}
+    config = make_config(tiny, chats, tmp_path / "whole", uneven, steps=4)
+    run_ranks(train, 2, with_checkpoints(config, every=2))
     other = make_config(tiny, chats, tmp_path / "rest", {"tp": 2, "ep": 2}, steps=4)
     other = replace(
         other,

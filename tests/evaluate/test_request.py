@@ -48,7 +48,7 @@ def test_the_run_s_config_with_a_layout_of_its_own(
     run.mkdir()
     adapter.rename(run / "step_000005")
     (run / "latest").write_text("step_000005\n")
-    trained = make_config(tiny, chats, run, {"tp": 2, "pp": 2, "vpp": 2})
+    trained = make_config(tiny, chats, run, {"tp": 2, "pp": 2, "stage_layers": (1, 3)})
     save_config(trained, run / "config.yaml")
     asked = Request(target=str(run), nproc=2, overrides=["parallel.ep=2"])
     plan = plan_of(asked)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megalora.config import ParallelConfig
+from megalora.config import ParallelConfig, RecomputeLayers
 from megalora.hf.json_file import read_hf_config
 from megalora.model.families import FAMILIES
 from megalora.model.fields import model_shape
@@ -153,7 +153,7 @@ def test_other_spellings() -> None:
             {"pp": 5},
             (
                 "parallel.pp * vpp=5 does not divide the model's 12 layers; it can be one of 1, 2,"
-                " 3, 4, 6, 12"
+                " 3, 4, 6, 12, or set parallel.stage_layers=[2,3,3,3,1]"
             ),
         ),
         # 4 stages in 2 parts each: 12 layers cannot be cut into 8.
@@ -161,8 +161,20 @@ def test_other_spellings() -> None:
             {"pp": 4, "vpp": 2},
             (
                 "parallel.pp * vpp=8 does not divide the model's 12 layers; it can be one of 1, 2,"
+                " 3, 4, 6, 12, or set parallel.stage_layers=[1,2,2,2,2,1,1,1]"
+            ),
+        ),
+        # More stages than layers: no list could help.
+        (
+            {"pp": 13},
+            (
+                "parallel.pp * vpp=13 does not divide the model's 12 layers; it can be one of 1, 2,"
                 " 3, 4, 6, 12"
             ),
+        ),
+        (
+            {"pp": 3, "stage_layers": (4, 5, 4)},
+            "parallel.stage_layers=[4,5,4] are 13 layers in all, and the model has 12",
         ),
         (
             {"ep": 4},
@@ -233,6 +245,13 @@ def test_layout_refused_for_another_model(
     with pytest.raises(ValueError) as caught:
         replace(SHAPE, **sizes).check_layout(ParallelConfig(**layout))
     assert str(caught.value) == message
+
+
+def test_the_largest_of_unequal_stages_bounds_what_a_rank_recomputes() -> None:
+    p = ParallelConfig(pp=2, vpp=2, stage_layers=(1, 4, 2, 5))
+    SHAPE.check_layout(p, RecomputeLayers(layers=9))
+    with pytest.raises(ValueError, match="layers=10: a rank has 9 of the model's 12 layers"):
+        SHAPE.check_layout(p, RecomputeLayers(layers=10))
 
 
 def test_layout_accepted() -> None:

@@ -22,6 +22,7 @@ from tests.mutations.report_bugs import REPORT_BUGS
 from tests.mutations.row_bugs import ROW_BUGS
 from tests.mutations.run_bugs import RUN_BUGS
 from tests.mutations.serve_bugs import SERVE_BUGS
+from tests.mutations.stage_bugs import STAGE_BUGS
 from tests.mutations.tokens_bugs import TOKENS_BUGS
 from tests.mutations.tune_bugs import TUNE_BUGS
 from tests.mutations.wait_bugs import WAIT_BUGS
@@ -52,4 +53,5 @@ EVERY_BUG = (
     + REPORT_BUGS
     + CONFIG_BUGS
     + SERVE_BUGS
+    + STAGE_BUGS
 )

@@ -31,6 +31,8 @@ TOO_LONG = ("left_out", "truncate_right", "truncate_left", "split")
 """What becomes of samples that are too long; of none, where it is left_out."""
 CUT_AT = 45
 """Tokens that are left of the longer half of the samples: all of them have 33 to 56."""
+STAGES = ("equal", "uneven")
+"""Pipeline stages with as many layers each, or the last with most of them."""
 HEAD = ("lean", "whole")
 """Logits of some target tokens at a time, or those of every token at once, as Megatron has them."""
 
@@ -57,12 +59,21 @@ class Case:
     adapter: str = "all"
     recompute: str = "off"
     micro: int = 1
+    stages: str = "equal"
     too_long: str = "left_out"
     head: str = "lean"
 
     @property
-    def parallel(self) -> dict[str, int]:
+    def sizes(self) -> dict[str, int]:
         return {name: getattr(self, name) for name in ("tp", "pp", "vpp", "ep", "etp", "cp")}
+
+    @property
+    def parallel(self) -> dict[str, Any]:
+        """The ``parallel`` section of the config."""
+        if self.stages == "equal":
+            return dict(self.sizes)
+        layers = uneven(shape_of(self.model).num_layers, self.pp * self.vpp)
+        return {**self.sizes, "stage_layers": layers}
 
     @property
     def batch(self) -> int:
@@ -94,7 +105,7 @@ class Case:
     @property
     def layout(self) -> str:
         # A size of 1 splits nothing and goes without saying.
-        parts = [f"{name}{size}" for name, size in self.parallel.items() if size > 1]
+        parts = [f"{name}{size}" for name, size in self.sizes.items() if size > 1]
         return f"{self.world}:{'-'.join(parts) or 'dp'}"
 
     @property
@@ -104,11 +115,31 @@ class Case:
         # What most cases do not have goes without saying.
         if self.too_long != "left_out":
             name += f", {self.too_long}"
+        if self.stages == "uneven":
+            name += ", uneven stages"
         return name + (", whole logits" if self.head == "whole" else "")
 
     def pairs(self) -> frozenset[Any]:
         """Every pair of (factor, value) in this case."""
         return frozenset(combinations(asdict(self).items(), 2))
+
+
+@cache
+def uneven(num_layers: int, num_chunks: int) -> tuple[int, ...]:
+    """Layers of each model chunk, the first with fewest and the last with most: not as the product
+    would divide them."""
+    size, rest = divmod(num_layers, num_chunks)
+    sizes = [size] * (num_chunks - rest) + [size + 1] * rest
+    if sizes[0] > 1:
+        sizes[0] -= 1
+        sizes[-1] += 1
+    return tuple(sizes)
+
+
+@cache
+def can_be_uneven(pp: int, vpp: int, model: str) -> bool:
+    """Whether the model's layers can be divided over the stages otherwise than equally."""
+    return pp > 1 and len(set(uneven(shape_of(model).num_layers, pp * vpp))) > 1
 
 
 def accepted(case: Case) -> bool:
@@ -156,8 +187,9 @@ def full_grid() -> tuple[Case, ...]:
     """Every layout at least once, and every possible pair of values of two factors at least once.
 
     Greedy: of the cases with the most new pairs, the one whose values were used least. How samples
-    are cut and which head there is goes with every layout, so that the cases are chosen without
-    these two first: eight times as many candidates would take minutes.
+    are cut and which head there is goes with every layout, and so do stages with every pipeline, so
+    that the cases are chosen without these three first: with sixteen times as many candidates it
+    would take minutes.
     """
     chosen = chosen_without_samples()
     missing = set[Any]()
@@ -182,13 +214,18 @@ def full_grid() -> tuple[Case, ...]:
 
 
 def of_samples(case: Case) -> list[Case]:
-    """The case with every way of cutting samples and every head."""
-    return [replace(case, too_long=how, head=head) for how, head in product(TOO_LONG, HEAD)]
+    """The case with every way of cutting samples, every head, and all stages it may have."""
+    stages = STAGES if can_be_uneven(case.pp, case.vpp, case.model) else ("equal",)
+    found = []
+    for how, head, size in product(TOO_LONG, HEAD, stages):
+        found.append(replace(case, too_long=how, head=head, stages=size))
+    return found
 
 
 @cache
 def chosen_without_samples() -> tuple[Case, ...]:
-    """The grid's cases before ``full_grid`` decides how samples are cut and which head there is."""
+    """The grid's cases before ``full_grid`` decides how samples are cut, which head there is and
+    how stages are divided."""
     of_layout = {layout: variants(layout) for layout in layouts()}
     pairs = {}
     # A case's number of new pairs only falls: what it was bounds what it is, and most need no look.
@@ -268,10 +305,29 @@ QUICK = (
     Case(2, cp=2, adapter="ranks", micro=PACKED, too_long="split"),
     Case(2, pp=2, model="tied", adapter="router", micro=3, too_long="truncate_right", head="whole"),
     Case(4, tp=2, cp=2, micro=PACKED, too_long="truncate_left", head="whole"),
+    # Stages that are not equal: 2 and 5 layers; 1, 2, 2 and 2 in turns; 1 and 3.
+    Case(4, pp=2, ep=2, model="7 layers", adapter="router", micro=3, stages="uneven"),
+    Case(
+        2,
+        pp=2,
+        vpp=2,
+        model="7 layers",
+        adapter="ranks",
+        micro=3,
+        stages="uneven",
+        recompute="full1+selective",
+    ),
+    Case(4, pp=2, tp=2, model="tied", adapter="router", micro=3, stages="uneven"),
     *QUICK_OF_FAMILIES,
 )
 """For ``make test-all``: the layouts README names, every value of every factor at least once, and
 every registered family."""
+
+THREE_STAGES = Case(
+    3, pp=3, model="7 layers", adapter="some", micro=PACKED, recompute="full1+selective",
+    stages="uneven",
+)  # fmt: skip
+"""Stages of 1, 2 and 4 layers: a middle one too, which the sizes of the grid never have."""
 
 LAYOUTS_OF_FAMILIES = (
     Case(1, adapter="all", micro=3),

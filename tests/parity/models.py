@@ -32,6 +32,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     # ``make_model`` rewrites its routers.
     "idle": {},
     "dense": {"arch": "qwen3"},
+    # No number of stages but 7 divides them.
+    "7 layers": {"num_hidden_layers": 7, "mlp_only_layers": [1, 4]},
 }
 """Qwen's families under names of their own, and variants of them."""
 NAMED_OTHERWISE = {arch_of(options) for options in VARIANTS.values()}

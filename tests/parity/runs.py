@@ -22,7 +22,7 @@ def make_config(
     base: Path,
     chats: Path,
     out: Path,
-    parallel: dict[str, int],
+    parallel: dict[str, Any],
     recompute: str = "off",
     *,
     lora: LoRAConfig | None = None,

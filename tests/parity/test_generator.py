@@ -1,6 +1,6 @@
 """No layout that the config accepts is left out of the grid, and no pair of values."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import combinations, product
 
 import pytest
@@ -57,10 +57,14 @@ def test_every_possible_pair_of_values_is_tested() -> None:
     def pairs(case: Case) -> set:
         return set(combinations(asdict(case).items(), 2))
 
+    num_layers = {model: shape_of(model).num_layers for model in MODELS}
     possible = set()
     for layout in layouts():
         for case in variants(layout):
             possible |= pairs(case)
+            # Stages that are not equal go with every pipeline whose parts have several layers.
+            if case.pp > 1 and num_layers[case.model] > case.pp * case.vpp:
+                possible |= pairs(replace(case, stages="uneven"))
     # Cutting samples and the head go with everything.
     ways = list(
         product(("left_out", "truncate_right", "truncate_left", "split"), ("lean", "whole"))
@@ -82,7 +86,7 @@ def test_a_quick_case_for_every_value() -> None:
     values_of = {
         **SIZES, "model": tuple(MODELS), "adapter": tuple(ADAPTERS),
         "recompute": ("off", "selective", "full", "full1+selective"), "micro": (1, 3, PACKED),
-        "head": ("lean", "whole"),
+        "head": ("lean", "whole"), "stages": ("equal", "uneven"),
         "too_long": ("left_out", "truncate_right", "truncate_left", "split"),
     }  # fmt: skip
     for factor, values in values_of.items():

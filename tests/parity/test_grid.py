@@ -16,7 +16,7 @@ from tests.parity.case import (
     read_run,
     run_case,
 )
-from tests.parity.grid import FAST, MORE_OF_FAMILIES, QUICK, SHORT, Case
+from tests.parity.grid import FAST, MORE_OF_FAMILIES, QUICK, SHORT, THREE_STAGES, Case
 from tests.parity.models import MODELS, make_model, shape_of
 
 type Reference = Callable[[Case], tuple[Path, Expected]]
@@ -57,6 +57,13 @@ def test_layout_trains_the_adapter_that_transformers_trains(
 @pytest.mark.parametrize("case", MORE_OF_FAMILIES, ids=lambda case: case.name)
 def test_a_family_trains_alike_in_more_layouts(case: Case, reference: Reference, chats, tmp_path):
     test_layout_trains_the_adapter_that_transformers_trains(case, reference, chats, tmp_path)
+
+
+@pytest.mark.slow
+def test_three_unequal_stages_train_alike(reference: Reference, chats, tmp_path):
+    test_layout_trains_the_adapter_that_transformers_trains(
+        THREE_STAGES, reference, chats, tmp_path
+    )
 
 
 @pytest.mark.parametrize("model", MODELS)

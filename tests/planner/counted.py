@@ -47,6 +47,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "moe": _SIZES | _EXPERTS,
     "vocab": _SIZES | _EXPERTS | {"vocab_size": 8192, "num_hidden_layers": 2},
     "many": _SIZES | _EXPERTS | {"num_experts": 40},
+    "seven": _SIZES | _EXPERTS | {"num_hidden_layers": 7},
     "dense": _SIZES | {"arch": "qwen3", "intermediate_size": 420},
     "shared": _SIZES | _EXPERTS
     | {"arch": "qwen2_moe", "intermediate_size": 420, "shared_expert_intermediate_size": 140,
@@ -73,7 +74,7 @@ class Case:
     """A layout of one of ``MODELS``."""
 
     world: int
-    parallel: dict[str, int]
+    parallel: dict[str, Any]
     micro: int = 1
     recompute: str = "off"
     model: str = "moe"

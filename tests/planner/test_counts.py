@@ -86,10 +86,20 @@ def test_active_parameters_are_what_a_token_meets(name: str) -> None:
 
 
 # One stage; embedding and head on different stages; chunks that the stages take in turn.
-@pytest.mark.parametrize(("pp", "vpp"), [(1, 1), (2, 1), (2, 3), (6, 2)])
-def test_stages_add_up_to_the_model(pp: int, vpp: int) -> None:
+@pytest.mark.parametrize(
+    ("pp", "vpp", "sizes"),
+    [
+        (1, 1, None),
+        (2, 1, None),
+        (2, 3, None),
+        (6, 2, None),
+        (3, 1, (9, 20, 19)),
+        (2, 2, (3, 7, 30, 8)),
+    ],
+)
+def test_stages_add_up_to_the_model(pp: int, vpp: int, sizes: tuple[int, ...] | None) -> None:
     shape = load_shape(MODELS / "qwen3_30b_a3b.yaml")
-    p = ParallelConfig(pp=pp, vpp=vpp)
+    p = ParallelConfig(pp=pp, vpp=vpp, stage_layers=sizes)
     model = PlannedModel.of(
         shape, LoRAConfig(target_modules=["q_proj", "down_proj", "lm_head", "gate"])
     )

@@ -46,6 +46,9 @@ CASES = [
     # 16 ranks share a key/value head.
     ("qwen3_235b_a22b", 64, (33,), {"tp": 64, "etp": 8, "ep": 8}, ODD),
     ("qwen3_235b_a22b", 188, (100,), {"pp": 47, "tp": 4, "vpp": 2, "ep": 2, "etp": 2}, SOME),
+    # 94 layers, of which embedding and head make 96.
+    ("qwen3_235b_a22b", 64, (5, 63), {"pp": 4, "ep": 16, "stage_layers": (23, 24, 24, 23)}, ALL),
+    ("qwen3_30b_a3b", 8, (1, 6), {"pp": 2, "vpp": 2, "ep": 4, "stage_layers": (3, 7, 30, 8)}, ODD),
     # A single layer in every chunk and half an expert on every rank; thousands of ranks.
     ("qwen3_235b_a22b", 512, (511,), {"pp": 2, "vpp": 47, "ep": 128, "etp": 2}, ALL),
     ("qwen3_235b_a22b", 4096, (777,), {"tp": 8, "pp": 2, "ep": 32}, ALL),
@@ -75,11 +78,14 @@ def assert_agrees(
     assert found.adapter_bytes == said["adapters"]
     # The model is cut into pp * vpp pieces, which the stages take in turn.
     num_pieces = parallel.pp * parallel.vpp
-    layers_per_piece = shape.num_layers // num_pieces
+    piece_sizes = parallel.stage_layers or [shape.num_layers // num_pieces] * num_pieces
+    piece_of: list[int] = []
+    for piece, size in enumerate(piece_sizes):
+        piece_of += [piece] * size
     pieces = range(stage, num_pieces, parallel.pp)
 
     def is_here(layer: int) -> bool:
-        return layer // layers_per_piece in pieces
+        return piece_of[layer] in pieces
 
     num_routers = 0
     for layer in shape.moe_layers:
@@ -115,6 +121,7 @@ SMALL = [
     ("everything", 4, {"tp": 2, "pp": 2, "ep": 2}),
     ("tiny", 4, {"pp": 2, "vpp": 2, "etp": 2}),
     ("tiny_dense", 4, {"tp": 2, "pp": 2}),
+    ("tiny", 3, {"pp": 3, "stage_layers": (1, 2, 1)}),
 ]
 
 
@@ -156,7 +163,7 @@ def test_every_family(family: str, sizes: dict) -> None:
         assert_agrees(found, hf, lora, parallel, 4, rank)
 
 
-@pytest.mark.parametrize("sizes", [{}, {"pp": 2}])
+@pytest.mark.parametrize("sizes", [{}, {"pp": 2}, {"pp": 2, "stage_layers": (3, 1)}])
 def test_tied_embeddings(sizes: dict, tiny_dense: Path) -> None:
     """One tensor where both are on one rank, a copy where the head is on another."""
     hf = read_hf_config(tiny_dense) | {"tie_word_embeddings": True}

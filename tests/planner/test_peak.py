@@ -32,6 +32,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
         # All that a pipeline adds: several microbatches in flight, of two chunks.
         pytest.param(Case(4, {"tp": 2, "pp": 2, "vpp": 2}), marks=pytest.mark.slow),
+        # Stages of one and of three layers: the second has more layers and fewer microbatches. Then
+        # chunks of different sizes on one stage, the one with the head the smallest.
+        pytest.param(
+            Case(2, {"pp": 2, "stage_layers": (1, 3)}, recompute="selective"),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            Case(2, {"pp": 2, "vpp": 2, "stage_layers": (1, 2, 3, 1)}, model="seven"),
+            marks=pytest.mark.slow,
+        ),
         # Nothing of a recomputed layer may outlive its backward.
         pytest.param(Case(2, {"ep": 2}, recompute="full"), marks=pytest.mark.slow),
     ],

@@ -58,10 +58,17 @@ def test_a_model_with_everything_is_equal_in_every_layout(world, parallel, every
     assert float(lines[0].split(" to ")[1].split()[0]) < records.TOLERANCE / 10
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_interleaved_stages_are_equal(dtype, tiny):
-    # The second stage has layers 1 and 3, and the head.
-    line = run_ranks(said_in, 2, tiny, {"pp": 2, "vpp": 2}, dtype)[1]
+@pytest.mark.parametrize(
+    ("dtype", "stages"),
+    [
+        # The second stage has layers 1 and 3, and the head; or layers 1, 2 and 3.
+        ("float32", {"vpp": 2}),
+        ("bfloat16", {"vpp": 2}),
+        ("float32", {"stage_layers": (1, 3)}),
+    ],
+)
+def test_interleaved_and_unequal_stages_are_equal(dtype, stages, tiny):
+    line = run_ranks(said_in, 2, tiny, {"pp": 2, **stages}, dtype)[1]
     assert line.startswith("base: layer 3 (MoE), embedding and head equal transformers' to "), line
 
 
