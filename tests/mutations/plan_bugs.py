@@ -83,5 +83,8 @@ PLAN_BUGS: tuple[Bug, ...] = (
         '    if part.startswith("recompute "):\n        return RECOMPUTATION\n',
         '    part = part.removeprefix("recompute ")\n',
         "tests/planner/test_figure.py seven_groups"),
+    bug(0, "a column for the file's rows beside the others'", "megalora/planner/layout_table.py",
+        'for name in ("micro", "row", "recompute"):', 'for name in ("micro", "recompute"):',
+        f"{ANSWERS} column_of_the_others"),
 )
 # fmt: on

@@ -91,6 +91,16 @@ def test_the_layout_in_the_file_is_a_row() -> None:
     assert wider.memory["adapters"] == 4 * expected.memory["adapters"]
 
 
+def test_rows_of_tokens_stand_in_the_column_of_the_others() -> None:
+    """The file fills rows by tokens, and no lengths are known: others have samples in a row."""
+    question = question_of("train.micro_batch_tokens=1026")
+    text = layout_table(nothing_fits(question), 1, own_layout(question, 1, 16))
+    head, row = text.splitlines()
+    assert "row" not in cells(head)
+    # The label has no name: a row has one cell more than the head.
+    assert cells(row)[cells(head).index("micro") + 1] == "row 1026"
+
+
 def test_a_layout_of_the_file_that_is_the_choice() -> None:
     question = question_of()
     best = plan_of(question, 2).best()
