@@ -26,7 +26,7 @@ SIDE_BY_SIDE := -n 2 --dist worksteal
 # What addopts in pyproject.toml leaves out, because -m on the command line replaces it.
 HERE := not vllm and not cluster and not compiled
 
-.PHONY: help setup quickstart gsm8k test test-all test-serve test-cluster compiled gpu parity mutations check configs docs format lock wheels vllm vllm-lock clean
+.PHONY: help setup quickstart gsm8k example-smollm2 test test-all test-serve test-cluster compiled gpu parity mutations check configs docs format lock wheels vllm vllm-lock clean
 
 help:  ## This list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -55,6 +55,9 @@ gsm8k: $(READY)  ## GSM8K on a tiny model at TP 2 x EP 2 (four ranks), then the 
 	@$(BIN)/megalora tiny runs/gsm8k/base
 	@CUDA_VISIBLE_DEVICES= $(BIN)/megalora train configs/gsm8k_tiny.yaml --nproc 4 $(GSM8K_FILES)
 	@$(BIN)/python -m benchmarks.peft_eval_loss configs/gsm8k_tiny.yaml runs/gsm8k/run/$$(cat runs/gsm8k/run/latest) $(GSM8K_FILES)
+
+example-smollm2: $(READY) | $(filter .tools/%,$(UV))  ## SmolLM2-135M as four experts learns GSM8K on two ranks: a real model in 20 min on two cores
+	@PATH="$(CURDIR)/$(BIN):$$PATH" UV="$(UV)" bash recipes/smollm2/run.sh $(GSM8K_FILES)
 
 test: $(READY)  ## The fast tests, in two processes: 8 min at most on two cores
 	@$(BIN)/pytest -q $(SIDE_BY_SIDE) -m "not slow and $(HERE)" tests

@@ -18,13 +18,15 @@ for _folder in PRODUCT:
     for _path in sorted((ROOT / _folder).rglob("*.py")):
         FILES[_path.relative_to(ROOT).as_posix()] = _path
 
-OURS = ("megalora_kernels", "megalora", "benchmarks", "docs", "launch", "tests")
+OURS = ("megalora_kernels", "megalora", "recipes", "benchmarks", "docs", "launch", "tests")
 MAY_IMPORT = {
     "kernels": {"megalora_kernels"},
     "megalora": {"megalora_kernels", "megalora"},
     "launch": {"megalora"},
+    # Whole examples, which stand above the library.
+    "recipes": {"megalora", "recipes"},
     # What a benchmark computes is tested.
-    "tests": {"megalora_kernels", "megalora", "tests", "benchmarks", "docs"},
+    "tests": {"megalora_kernels", "megalora", "recipes", "tests", "benchmarks", "docs"},
     # A benchmark measures only what agrees with the oracle of the tests.
     "benchmarks": {"megalora_kernels", "megalora", "benchmarks", "tests"},
     # Scripts that write pages show what the other folders say.

@@ -24,6 +24,7 @@ PAGES = [
     docs.ROOT / "CONTRIBUTING.md",
     docs.ROOT / "kernels/README.md",
     docs.ROOT / "benchmarks/README.md",
+    docs.ROOT / "recipes/smollm2/README.md",
     *sorted((docs.ROOT / "docs").glob("*.md")),
 ]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)

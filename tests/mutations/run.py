@@ -37,13 +37,14 @@ COPIED = (
     "configs",
     "docs",
     "launch",
+    "recipes",
     "pyproject.toml",
     "README.md",
     "CONTRIBUTING.md",
     "Makefile",
     ".ci",
 )
-OURS = ("megalora", "megalora_kernels", "tests", "benchmarks", "docs")
+OURS = ("megalora", "megalora_kernels", "recipes", "tests", "benchmarks", "docs")
 
 
 class Failures:

@@ -1,0 +1,1 @@
+"""Whole examples over the library, one folder each, that run as they are."""

@@ -1,0 +1,1 @@
+"""A real language model on a laptop: SmolLM2-135M, upcycled to four experts, learns GSM8K."""
