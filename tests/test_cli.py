@@ -109,7 +109,9 @@ def test_tiny(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert (model.config.model_type, model.dtype) == ("qwen3", torch.bfloat16)
 
 
-def test_export(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export(
+    adapter: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     # A checkpoint has this folder beside the adapter; an export leaves it out.
     out = tmp_path / "exported"
     (adapter / "training_state").mkdir()
@@ -119,6 +121,8 @@ def test_export(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
         f"wrote {out}; README.md in it says what it is and how to load it\n"
         "adapts q_proj in layers 2-3; k_proj in layers 2-3; v_proj in layers 2-3; o_proj in layers"
         " 2-3; gate_proj in layers 2-3; up_proj in layers 2-3; down_proj in layers 2-3\n"
+        f"note: the card names the base {tiny}, a folder of this machine; --base OWNER/NAME names"
+        " it for others\n"
     )
     assert sorted(path.name for path in out.iterdir()) == sorted(["README.md", CONFIG, WEIGHTS])
     # The head of a model card, as the hub reads it.
