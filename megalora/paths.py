@@ -1,5 +1,6 @@
 """Expand paths as users write them, and check that files and folders can be written."""
 
+import argparse
 import os
 from pathlib import Path
 
@@ -25,9 +26,16 @@ def expand(text: str, option: str) -> str:
     return expanded
 
 
+class NotAPath(argparse.ArgumentTypeError, ValueError):
+    """A path on the command line that means nothing; argparse shows what is wrong with it."""
+
+
 def user_path(text: str) -> Path:
-    """A path on the command line."""
-    return Path(expand(text, "the path"))
+    """A path on the command line; raises ``NotAPath`` where ``expand`` raises ``ValueError``."""
+    try:
+        return Path(expand(text, "the path"))
+    except ValueError as error:
+        raise NotAPath(str(error)) from None
 
 
 def check_file_to_write(file: Path) -> None:

@@ -80,6 +80,17 @@ WRONG: list[tuple[list[str], str]] = [
     (["data", "run.yaml", "--remove-unused", "-1"], "--remove-unused must be 0 days or more"),
     (["plan", "run.yaml", "--gpus", "1", "--out", "a.jsonl/x.yaml"], "a.jsonl/x.yaml cannot be"),
     (["options", "trian"], "there is no section or option trian; did you mean train?"),
+    (["options", "train", "lora"], "megalora options: unknown argument 'lora'"),
+    (["plan", "run.yaml", "--gpus", "0"], "a run needs at least 1 rank, got 0"),
+    (["plan", "run.yaml", "--gpus", "8,x"], "argument --gpus: "),
+    (["plan", "run.yaml", "--gpus", "8", "--gpu", "h1000"], "--gpu h1000 is neither h100, h200"),
+    (["plan", "run.yaml", "--gpus", "8", "--lora-rank", "0"], "--lora-rank 0: a rank is at least"),
+    (["plan", "run.yaml", "--gpus", "8", "--gpus-per-node", "0"], "a node has at least 1 GPU"),
+    (["plan", "run.yaml", "--gpus", "8", "--top", "0"], "--top 0: show at least 1 layout"),
+    (["tiny", ""], "the path is empty; name a file or a folder"),
+    (["tiny", "new", "--arch", "gpt2"], "argument --arch: invalid choice: 'gpt2' (choose from"),
+    (["tiny", "new", "--seed", "x"], "argument --seed: invalid int value: 'x'"),
+    (["trian", "run.yaml"], "argument command: invalid choice: 'trian' (choose from"),
     (["tiny", "."], ". is not empty and was not written by make_tiny"),
     (["tiny", "a.jsonl"], "a.jsonl is a file; name a folder."),
     (["tiny", "tiny", "--seed", "1"], "tiny holds a tiny model made from other arguments ("),
@@ -108,11 +119,34 @@ WRONG: list[tuple[list[str], str]] = [
     (["verify", "none", *BASE], "none is not a folder; name one with adapter_config.json"),
     (["verify", "adapter", "--base", "a.jsonl"], "--base=a.jsonl"),
     (["chat", "./none"], "ADAPTER=./none: no such folder"),
+    (["chat", ""], "ADAPTER is empty; name a file or a folder"),
+    (["chat", "stale"], "stale/latest names step_000009, which is not there"),
+    (["chat", "adapter"], "adapter does not name its base model; give --base"),
+    (["chat", "adapter", *BASE, "--temperature", "-1"], "temperature must be 0 or above, got -1.0"),
+    (["chat", "adapter", *BASE, "--top-p", "2"], "top_p must be above 0 and at most 1, got 2.0"),
+    (["chat", "adapter", *BASE, "--max-new-tokens", "0"], "max_new_tokens must be at least 1"),
+    (["chat", "x", "--url", "nowhere"], "--url=nowhere is not the URL of a server"),
+    (["chat", "adapter", "--dtype", "int4"], "argument --dtype: invalid choice: 'int4'"),
+    (["eval", "stale", *BASE], "stale/latest names step_000009, which is not there"),
+    (["eval", "adapter", *BASE, "--data", "a.jsonl", "--nproc", "0"], "--nproc must be at least 1"),
+    (["eval", "adapter", *BASE, "--data", "a.jsonl", "--limit", "0"], "--limit must be at least 1"),
+    (["eval", "adapter", *BASE, "--data", "a.jsonl", "--rule", "regex:("], "not a regular expres"),
+    (["eval", "adapter", *BASE, "--data", "a.jsonl", "--out", "a.jsonl/x"], "cannot be written: "),
     (["chat", "ia3", *BASE], "ia3/adapter_config.json: peft_type is 'IA3'"),
     (["eval", "./none", "--data", "a.jsonl"], "ADAPTER=./none: no such folder"),
     (["eval", "adapter", *BASE, "--data", "a.jsonl", "--rule", "best"], "--rule best: not a rule"),
     (["report", "none"], "none is not a folder; name a run folder"),
     (["report", "empty"], "empty is not a run folder: it has no metrics.jsonl"),
+    (["report", "a.jsonl"], "a.jsonl is not a folder; name a run folder, such as runs/default"),
+    (["report", *"abcde"], "a page shows 4 runs at most, in colours that everybody can tell apart"),
+    (["serve", "=adapter"], "adapter name '': must be letters, digits, '.', '_' and '-'"),
+    (["serve", "x=adapter", "x=ia3", *BASE], "two adapters are called 'x': adapter and ia3; write"),
+    (["serve", "stale"], "stale/latest names step_000009, which is not there"),
+    (["serve", "adapter"], "adapter does not name its base model; give --base"),
+    (["serve", "adapter", *BASE, "--max-lora-rank", "8"], "vLLM's own arguments come after --"),
+    (["swap", "http://127.0.0.1:1", "none"], "none is not a folder; name one with adapter_config"),
+    (["swap", "http://127.0.0.1:1", "ia3"], "peft_type is 'IA3'; megalora reads LORA only"),
+    (["swap", "http://127.0.0.1:1", "adapter"], "http://127.0.0.1:1 does not answer ("),
     (["serve", "empty"], f"empty {NOT_AN_ADAPTER}"),
     (["swap", "server", "adapter"], "server is not the URL of a server"),
 ]  # fmt: skip
@@ -165,8 +199,10 @@ def test_every_mistake_is_one_line_before_torch(folder: Path) -> None:
     faults = []
     for (arguments, message), answer in zip(WRONG, json.loads(done.stdout), strict=True):
         code, out, err = answer
-        # A path may stand before the message, and further lines of advice behind it.
-        if (code, out) != (2, "") or not err.startswith("megalora: ") or message not in err:
+        # A path may stand before the message, and further lines of advice behind it, indented.
+        first, *advice = err.splitlines()
+        is_one = first.startswith("megalora") and all(line.startswith("  ") for line in advice)
+        if (code, out) != (2, "") or not is_one or message not in first:
             faults.append((arguments, answer))
     assert not faults
     # None of them has made anything.

@@ -1,9 +1,10 @@
 """Add commands whose ``--help`` has a description, an example, and every default."""
 
 import argparse
-from typing import Any
+from typing import Any, NoReturn
 
 from megalora.paths import user_path
+from megalora.user_error import MISTAKE
 
 _NOT_SHOWN = (None, False, "", [], argparse.SUPPRESS)
 """Defaults that mean nothing is given."""
@@ -19,6 +20,14 @@ class _HelpFormatter(argparse.HelpFormatter):
         if is_shown and "default" not in text:
             text += " (default: %(default)s)"
         return text
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Says in one line what is wrong with the arguments; argparse's own would print the usage of
+    all options before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(MISTAKE, f"{self.prog}: error: {message}; see {self.prog} --help\n")
 
 
 def add_command(

@@ -10,7 +10,7 @@ from typing import Any
 from megalora.cli.adapter import add_adapter_commands
 from megalora.cli.bench import add_bench_command
 from megalora.cli.chat import add_chat_command
-from megalora.cli.command_parser import add_command, add_config_arguments
+from megalora.cli.command_parser import OneLineParser, add_command, add_config_arguments
 from megalora.cli.data import add_data_command
 from megalora.cli.evaluate import add_eval_command
 from megalora.cli.options import add_options_command
@@ -59,7 +59,8 @@ def _run(arguments: list[str]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    # Parsers of commands are of the same class.
+    parser = OneLineParser(
         prog="megalora",
         description="LoRA for mixture-of-experts models on Megatron-Core.",
         epilog="megalora COMMAND --help explains a command; example: megalora train run.yaml"

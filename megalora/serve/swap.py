@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from megalora.adapters.files import read_config
 from megalora.adapters.latest import CHECKPOINT_NAME, taken_note
 from megalora.hf.folder import local_folder
 from megalora.hf.json_file import read_hf_config, stored_dtype
@@ -41,6 +42,8 @@ def swap(
     folder = named_adapters([adapter])[name]
     if note := taken_note(given, folder):
         say(note)
+    # The server is asked after what is here is known to be an adapter.
+    read_config(folder)
     # A damaged probe must not be found when the new version is in service.
     read_probe(folder)
     # As a training labels what it pushes, so that the same contents have the same id.

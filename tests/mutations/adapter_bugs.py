@@ -99,4 +99,11 @@ ADAPTER_BUGS: tuple[Bug, ...] = (
     bug(0, "what was meant to be private pushed to a public repository",
         "megalora/adapters/push.py", "if private and not found.private:", "if False:",
         "tests/adapters/test_push.py push_uploads"),
+    bug(0, "a server asked before the new version is looked at", "megalora/serve/swap.py",
+        "    read_config(folder)\n", "", "tests/test_early_refusals.py before_torch"),
+    bug(0, "a wrong argument shown below the usage of all options",
+        "megalora/cli/command_parser.py", "self.exit(MISTAKE, ",
+        "self.print_usage(sys.stderr)\n        self.exit(MISTAKE, ",
+        "tests/test_early_refusals.py before_torch",
+        ("import argparse\n", "import argparse\nimport sys\n")),
 )
