@@ -75,7 +75,7 @@ def broken(tmp_path: Path, tiny: Path) -> Callable[..., Path]:
         ),
         (
             ["parallel.sp=true"],
-            "unknown config key parallel.sp; known keys: tp, pp, vpp, ep, etp, cp",
+            "unknown config key parallel.sp; known keys: tp, pp, vpp, ep, etp, cp, stage_layers",
         ),
         (
             ["lora.target_modules=[q_proj,experts]"],
@@ -141,7 +141,10 @@ def test_config(refused_rank: Said, tmp_path: Path, overrides: list[str], messag
         ),
         (
             {"pp": 3},
-            "parallel.pp * vpp=3 does not divide the model's 4 layers; it can be one of 1, 2, 4",
+            (
+                "parallel.pp * vpp=3 does not divide the model's 4 layers; it can be one of 1, 2,"
+                " 4, or set parallel.stage_layers=[1,2,1]"
+            ),
         ),
     ],
 )
