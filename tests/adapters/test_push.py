@@ -107,7 +107,7 @@ def test_push_uploads_an_export_and_nothing_else(tiny: Path, tmp_path: Path) -> 
     said = err.splitlines()[0]
     assert (code, said) == (
         0,
-        "note: run is a run folder: taking step_000007, its latest checkpoint",
+        "run is a run folder: taking step_000007, its latest checkpoint",
     )
     assert out.startswith("pushed run/step_000007 to ") and 'from_pretrained(base, "me/new")' in out
     new = hub.repos["me/new"]["main"]
