@@ -56,7 +56,7 @@ gsm8k: $(READY)  ## GSM8K on a tiny model at TP 2 x EP 2 (four ranks), then the 
 	@CUDA_VISIBLE_DEVICES= $(BIN)/megalora train configs/gsm8k_tiny.yaml --nproc 4 $(GSM8K_FILES)
 	@$(BIN)/python -m benchmarks.peft_eval_loss configs/gsm8k_tiny.yaml runs/gsm8k/run/$$(cat runs/gsm8k/run/latest) $(GSM8K_FILES)
 
-example-smollm2: $(READY) | $(filter .tools/%,$(UV))  ## SmolLM2-135M as four experts learns GSM8K on two ranks: a real model in 20 min on two cores
+example-smollm2: $(READY) | $(filter .tools/%,$(UV))  ## SmolLM2-135M as four experts learns GSM8K on two ranks: a real model, half an hour of processor time
 	@PATH="$(CURDIR)/$(BIN):$$PATH" UV="$(UV)" bash recipes/smollm2/run.sh $(GSM8K_FILES)
 
 test: $(READY)  ## The fast tests, in two processes: 8 min at most on two cores
