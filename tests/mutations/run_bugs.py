@@ -480,7 +480,7 @@ RUN_BUGS: tuple[Bug, ...] = (
         "megalora/train/loop.py",
         'loss = on_first_rank(lambda: mine, "the evaluation failed")',
         "loss = mine",
-        f"{FOLLOWING} ranks_whose_sums_differ",
+        f"{FOLLOWING} first_one_s_loss",
     ),
     bug(
         0,

@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,11 @@ import pytest
 import torch.distributed as dist
 from transformers import EarlyStoppingCallback, TrainerControl, TrainerState, TrainingArguments
 
-from megalora.adapters.best_loss import BestLoss
+from megalora.adapters.best_loss import BestLoss, Evaluations
 from megalora.adapters.latest import latest_adapter
 from megalora.adapters.training_state import read_state
 from megalora.config import CheckpointConfig, RunConfig
-from megalora.train.loop import train
+from megalora.train.loop import Progress, _evaluate, train
 from megalora.train.step import Stepper
 from tests.distributed.ranks import run_ranks
 from tests.jsonl import read_jsonl
@@ -197,6 +198,28 @@ def test_best_goes_back_with_the_run(
     )  # fmt: skip
     run_ranks(with_losses, 1, plain, {0: 1.0})
     assert not (run / "best").exists()
+
+
+def followed(losses: list[list[float]]) -> Evaluations:
+    """A rank function: what a rank makes of evaluations of which it has losses of its own."""
+    mine = iter(losses[dist.get_rank()])
+    run: Any = SimpleNamespace(
+        batches=SimpleNamespace(eval=True, of_eval=list),
+        stepper=SimpleNamespace(evaluate=lambda batches: (next(mine), 1)),
+    )
+    metrics: Any = SimpleNamespace(evaluation=lambda *given: None)
+    answers: Any = SimpleNamespace(now=list)
+    now = Progress(start=0, step=0, saved=None)
+    for now.step in range(1, len(losses[0]) + 1):
+        _evaluate(run, now, metrics, answers)
+    return now.evaluations
+
+
+@pytest.mark.slow
+def test_all_ranks_go_by_the_first_one_s_loss() -> None:
+    """The second one's falls in its last bits, where the first one's does not."""
+    losses = [[3.0, 2.0, 2.0, 2.0], [3.0, 2.0, 2.0 - 1e-15, 2.0 - 2e-15]]
+    assert run_ranks(followed, 2, losses) == [Evaluations(BestLoss(2.0, 2, 2), 4)] * 2
 
 
 @pytest.mark.slow
