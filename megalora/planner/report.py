@@ -13,7 +13,7 @@ from megalora.planner.layouts import Rejected
 from megalora.planner.memory import GIB, gib_by_name
 from megalora.planner.own_layout import OwnLayout
 from megalora.planner.prices import BEHIND_WAITS
-from megalora.planner.search import FULL, LESS, Plan, Planned
+from megalora.planner.search import FULL, Plan, Planned
 
 
 def packing_line(plan: Plan, found: Planned) -> str | None:
@@ -124,29 +124,11 @@ def rivals_line(plan: Plan, top: int) -> str | None:
     rows = "row 1" if shown == 1 else f"rows 1 to {shown}"
     if len(rivals) > shown:
         rows += f" and {len(rivals) - shown} more"
+    _, reasons = plan.choose(rivals)
     return (
         f"{rows} cannot be told apart on assumed rates: each may be the fastest. Row 1 is chosen"
-        f" for {_why_preferred(plan.layouts()[0], rivals, plan)}; megalora bench measures them"
+        f" for {', then '.join(reasons)}; megalora bench measures them"
     )
-
-
-def _why_preferred(choice: Planned, rivals: Sequence[Planned], plan: Plan) -> str:
-    """What the choice has before its rivals, in the order in which they were compared."""
-    p = choice.layout.parallel
-    reasons = []
-    alike = [r for r in rivals if r.layout.parallel.pp == p.pp]
-    if len(alike) < len(rivals):
-        reasons.append("fewest pipeline stages")
-    same = [r for r in alike if r.layout.parallel.vpp == p.vpp]
-    if len(same) < len(alike):
-        reasons.append("fewest chunks of a stage")
-    least = min(plan.share(r) for r in same)
-    lean = [r for r in same if plan.share(r) <= least + LESS]
-    if len(lean) < len(same):
-        reasons.append("least memory")
-    if len(lean) > 1:
-        reasons.append("least time at the middle of the rates")
-    return ", then ".join(reasons)
 
 
 def rejections(plan: Plan) -> str:

@@ -3,7 +3,7 @@ and time of each and the reasons against the others."""
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -101,7 +101,7 @@ class Plan:
         rivals = self.rivals()
         if not rivals:
             return []
-        choice = self._preferred(rivals)
+        choice, _ = self.choose(rivals)
         rest = [found for found in rivals if found is not choice]
         # Layouts are compared by identity: nothing else says so cheaply which are rivals.
         known = {id(found) for found in rivals}
@@ -133,20 +133,28 @@ class Plan:
                 rivals.append(found)
         return rivals
 
-    def _preferred(self, rivals: list[Planned]) -> Planned:
-        """Of layouts that may each be the fastest: fewest stages, then fewest chunks of them, then
-        least memory, then the fastest, without ETP where that is within ``CLOSE``."""
-
-        def pieces(found: Planned) -> tuple[int, int]:
-            return found.layout.parallel.pp, found.layout.parallel.vpp
-
-        fewest = min(map(pieces, rivals))
-        short = [found for found in rivals if pieces(found) == fewest]
-        least = min(self.share(found) for found in short)
-        lean = [found for found in short if self.share(found) <= least + LESS]
-        # Fastest first. ETP gathers unequal numbers of rows: without a gain there is no reason.
-        close = [f for f in lean if f.time.seconds <= (1 + CLOSE) * lean[0].time.seconds]
-        return min(close, key=lambda found: found.layout.parallel.etp)
+    def choose(self, rivals: list[Planned]) -> tuple[Planned, list[str]]:
+        """Of layouts that may each be the fastest, fastest first, the one to take: fewest stages,
+        then fewest chunks of them, then least memory, then the fastest, without ETP where that is
+        within ``CLOSE``. And those of these rules that left any out, in words."""
+        rules: tuple[tuple[str, Callable[[Planned], float], float], ...] = (
+            ("fewest pipeline stages", lambda found: found.layout.parallel.pp, 0),
+            ("fewest chunks of a stage", lambda found: found.layout.parallel.vpp, 0),
+            ("least memory", self.share, LESS),
+        )
+        reasons: list[str] = []
+        left = rivals
+        for reason, measure, slack in rules:
+            least = min(map(measure, left))
+            kept = [found for found in left if measure(found) <= least + slack]
+            if len(kept) < len(left):
+                reasons.append(reason)
+            left = kept
+        if len(left) > 1:
+            reasons.append("least time at the middle of the rates")
+        # ETP gathers unequal numbers of rows: without a gain there is no reason.
+        close = [f for f in left if f.time.seconds <= (1 + CLOSE) * left[0].time.seconds]
+        return min(close, key=lambda found: found.layout.parallel.etp), reasons
 
     def share(self, found: Planned) -> float:
         """Share of the device's memory that the fullest rank needs."""

@@ -74,7 +74,7 @@ PLAN_BUGS: tuple[Bug, ...] = (
         "            if True:\n                rivals",
         f"{SCENARIOS_TEST} less_memory"),
     bug(0, "least memory before fewest stages", SEARCH,
-        "short = [found for found in rivals if pieces(found) == fewest]", "short = rivals",
+        "for reason, measure, slack in rules:", "for reason, measure, slack in rules[2:]:",
         f"{SCENARIOS_TEST} of_the_rule"),
     bug(0, "what is behind waits all hidden", "megalora/planner/prices.py",
         "over.exposed * host + (1 - over.exposed) * slower", "slower",
