@@ -9,7 +9,6 @@ as in training.
 
 import argparse
 import json
-import warnings
 from pathlib import Path
 
 import torch
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megalora.adapters.write.engines import PEFT_WARNINGS
+from megalora.adapters.write.engines import hide_peft_warnings
 from megalora.config.file import load_config
 from megalora.data.splits import load_split
 
@@ -40,9 +39,7 @@ def mean_loss(model: torch.nn.Module, samples: list) -> float:
 
 def eval_losses(base: str, adapter: Path, samples: list) -> tuple[float, float]:
     """Losses of the base model and with the adapter, in float32."""
-    # PEFT calls patterns unused that it does use (docs/adapters.md).
-    for harmless in PEFT_WARNINGS:
-        warnings.filterwarnings("ignore", message=harmless)
+    hide_peft_warnings()
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     before = mean_loss(model, samples)
     return before, mean_loss(PeftModel.from_pretrained(model, str(adapter)).eval(), samples)

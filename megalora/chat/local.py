@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from megalora import host
 from megalora.adapters.read.adapter import read_adapter
 from megalora.adapters.read.weights import find_weight_files
-from megalora.adapters.write.engines import PEFT_WARNINGS, check_honoured
+from megalora.adapters.write.engines import check_honoured, hide_peft_warnings
 from megalora.chat.session import Message
 from megalora.data.conversation import Conversation
 from megalora.data.template import ChatTemplate
@@ -130,7 +130,5 @@ def _with_adapter(model: Any, adapter: Path) -> Any:
     from peft import PeftModel
 
     with warnings.catch_warnings():
-        # It calls patterns unused that it does use (docs/adapters.md).
-        for harmless in PEFT_WARNINGS:
-            warnings.filterwarnings("ignore", message=harmless)
+        hide_peft_warnings()
         return PeftModel.from_pretrained(model, str(adapter))

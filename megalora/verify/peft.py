@@ -1,7 +1,6 @@
 """Compare an adapter folder in stock PEFT with megalora's own model, by logits and layer by
 layer."""
 
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ host.install()  # before anything imports Megatron
 
 from megalora.adapters.read.adapter import Adapter, read_adapter  # noqa: E402
 from megalora.adapters.read.weights import find_weight_files  # noqa: E402
-from megalora.adapters.write.engines import PEFT_WARNINGS, check_honoured  # noqa: E402
+from megalora.adapters.write.engines import check_honoured, hide_peft_warnings  # noqa: E402
 from megalora.config import LoRAConfig, ModelConfig, ParallelConfig  # noqa: E402
 from megalora.hf.folder import local_folder  # noqa: E402
 from megalora.lora.adapted_model import build_adapted, load_adapter  # noqa: E402
@@ -179,9 +178,7 @@ def _peft_logits(
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    # It calls patterns unused that it does use (docs/adapters.md).
-    for harmless in PEFT_WARNINGS:
-        warnings.filterwarnings("ignore", message=harmless)
+    hide_peft_warnings()
     base: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model: Any = PeftModel.from_pretrained(base.to(host.device()), str(adapter)).eval()
     tokens = tokens.to(host.device())

@@ -7,6 +7,7 @@ vLLM 0.32       per expert               loads, has no effect      honoured   ru
 SGLang 0.5.23   uniform, shared outer    fails at first request    honoured   its source; not run
 """
 
+import warnings
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,6 +28,15 @@ PEFT_WARNINGS = (
 )
 """Beginnings of all that PEFT 0.21 warns of when it loads what megalora writes; docs/adapters.md
 says why each is harmless."""
+
+
+def hide_peft_warnings() -> None:
+    """Ignore these warnings of PEFT and no others, until ``warnings.catch_warnings`` ends or for as
+    long as the process runs."""
+    for harmless in PEFT_WARNINGS:
+        warnings.filterwarnings("ignore", message=harmless)
+
+
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM's ``--max-lora-rank`` may be."""
 
