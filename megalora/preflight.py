@@ -12,6 +12,7 @@ from megalora.adapters.latest import latest_adapter
 from megalora.config import RunConfig
 from megalora.config.file import load_config
 from megalora.data.sources import locate
+from megalora.hf.folder import is_written_as_path
 from megalora.lora.select import plan
 from megalora.paths import check_folder_to_write
 from megalora.train.trackers import check_installed
@@ -76,6 +77,5 @@ def _check_model(name: str) -> None:
             raise ValueError(f"model.path={path}: there is no config.json in this folder")
     elif path.exists():
         raise ValueError(f"model.path={path} is a file; name the folder of a Hugging Face model")
-    # A name on the hub is NAME or OWNER/NAME.
-    elif name.startswith((".", "/")) or len(path.parts) > 2:
+    elif is_written_as_path(name):
         raise ValueError(f"model.path={name}: no such folder")

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from megalora.adapters.files import CONFIG, read_config
-from megalora.hf.folder import local_folder
+from megalora.hf.folder import is_written_as_path, local_folder
 
 
 def named_base(adapter: Path) -> str:
@@ -25,8 +25,8 @@ def named_base(adapter: Path) -> str:
 
 def is_on_this_machine(name: str) -> bool:
     """Whether a base's name is the path of a folder rather than a name on the hub."""
-    # A name on the hub is NAME or OWNER/NAME; a folder of that name is read in its place.
-    return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).is_dir()
+    # A folder that is called as a name on the hub is read in its place.
+    return name.startswith("~") or is_written_as_path(name) or Path(name).is_dir()
 
 
 def shared_base(adapters: dict[str, Path]) -> str:

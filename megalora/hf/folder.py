@@ -35,8 +35,7 @@ def local_folder(path: str, option: str = "model.path", *, weights: bool = True)
     path = expand(path, option)
     if Path(path).is_dir():
         return Path(path)
-    # A name on the hub is NAME or OWNER/NAME.
-    if path.startswith((".", "/")) or path.count("/") > 1:
+    if is_written_as_path(path):
         raise ValueError(f"{option}={path}: no such folder")
     import httpx
     from huggingface_hub import snapshot_download
@@ -54,6 +53,11 @@ def local_folder(path: str, option: str = "model.path", *, weights: bool = True)
         raise ValueError(
             f"{option}={path}: there is no such folder, and the hub does not give it ({reason})"
         ) from None
+
+
+def is_written_as_path(name: str) -> bool:
+    """Whether a base is named by a path: a name on the hub is NAME or OWNER/NAME."""
+    return name.startswith((".", "/")) or name.count("/") > 1
 
 
 def weight_shards(folder: Path) -> list[str]:

@@ -126,9 +126,9 @@ CONFIG_BUGS: tuple[Bug, ...] = (
     bug(
         0,
         "./NAME counts as a model on the hub",
-        "megalora/preflight.py",
-        'elif name.startswith((".", "/")) or len(path.parts) > 2:',
-        "elif path.is_absolute() or len(path.parts) > 2:",
+        "megalora/hf/folder.py",
+        'return name.startswith((".", "/")) or',
+        'return name.startswith("/") or',
         f"{EARLY_TEST} test_every_mistake_is_one_line_before_torch",
     ),
 )
