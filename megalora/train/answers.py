@@ -48,7 +48,10 @@ class Answers:
         self.questions = questions
         self.tokenizer = tokenizer
         self.options = Sampling(max_new_tokens=run.config.log.sample_tokens)
-        self.stop = stop_tokens(local_folder(run.config.model.path))
+        self.stop: frozenset[int] = frozenset()
+        # Most runs ask nothing: their start waits for no file and no hub.
+        if questions:
+            self.stop = stop_tokens(local_folder(run.config.model.path))
 
     def now(self) -> list[ShownAnswer]:
         """Answers by the model as it is, on every rank; empty without questions. Collective."""
