@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megalora.serve.server import free_port
 from megalora.serve.vllm_python import vllm_python
 from megalora.versions import versions
 
@@ -84,7 +84,7 @@ def run(
         RuntimeError: a command failed; the message has what was printed last.
     """
     sections = list(sections)
-    port = _free_port()
+    port = str(free_port("127.0.0.1"))
     for name, text in files.items():
         (folder / name).write_text(text.replace(PORT, port))
     # Whatever was started in the background ends with the shell.
@@ -182,12 +182,6 @@ def record(sections: list[Section], load: float) -> dict:
         "first_served_answer_s": round(when(served, r'"chatcmpl-') - served.began, 1),
         "rows": rows,
     }
-
-
-def _free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 def main() -> None:
