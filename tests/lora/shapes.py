@@ -3,6 +3,8 @@
 from dataclasses import replace
 from typing import Any
 
+import pytest
+
 from megalora.config import LoRAConfig
 from megalora.lora.select import resolve
 from megalora.lora.spec import Adapted
@@ -34,3 +36,10 @@ def adapt(shape: ModelShape = MOE_SHAPE, **options: Any) -> list[Adapted]:
 def places(adapted: list[Adapted]) -> list[tuple[int | None, str]]:
     """(layer, name) of each; None for a linear outside the layers."""
     return [(a.layer, a.name) for a in adapted]
+
+
+def refusal(shape: ModelShape = MOE_SHAPE, **options: Any) -> str:
+    """What a ``lora`` section with these options is refused with."""
+    with pytest.raises(ValueError) as caught:
+        adapt(shape, **options)
+    return str(caught.value)
