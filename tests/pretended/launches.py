@@ -14,7 +14,6 @@ apart.
 import argparse
 import contextlib
 import itertools
-import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -27,7 +26,7 @@ from torch.autograd import Variable
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.pretended.device import install, pretended_gpu
-from tests.pretended.recorder import Recorder, on_gpu
+from tests.pretended.recorder import Recorder, on_gpu, print_and_end
 from tests.pretended.run import all_there
 from tests.pretended.scenarios import MOE, Scenario
 
@@ -239,8 +238,7 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     found = count_all()
     if options.json:
-        json.dump(found, sys.stdout, indent=1)
-        return
+        print_and_end(found)
     print(f"{'':44}{'kernels':>8}{'host':>8}{'collectives':>12}")
     for name, cell in found.items():
         collectives = sum(cell["collectives"].values())

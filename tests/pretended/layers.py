@@ -8,7 +8,6 @@ saves what it would save on a GPU. NAME is a case of ``layer_cases.py``. Prints 
 the last layer.
 """
 
-import json
 import sys
 from collections import Counter
 from typing import Any
@@ -21,7 +20,7 @@ from torch.autograd import Variable
 from tests.pretended.device import install, pretended_gpu
 from tests.pretended.flops import AsOnCuda, Work
 from tests.pretended.layer_cases import MICRO_BATCH, Case, cases_of, config_of
-from tests.pretended.recorder import Recorder
+from tests.pretended.recorder import Recorder, print_and_end
 from tests.pretended.run import all_there
 from tests.pretended.scenarios import Scenario
 
@@ -170,7 +169,7 @@ def main(names: list[str]) -> None:
         for case in cases_of(family):
             cases[case.name] = case
     found = {name: count(cases[name], recorder) for name in names}
-    json.dump(found, sys.stdout, indent=1)
+    print_and_end(found)
 
 
 if __name__ == "__main__":

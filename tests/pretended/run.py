@@ -6,7 +6,6 @@ Without names all scenarios run. The mistakes of ``of_mistakes`` run always: the
 device notices what it is for.
 """
 
-import json
 import sys
 import time
 import traceback
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 
 from tests.pretended.device import install, note_compiled, pretended_gpu
-from tests.pretended.recorder import Recorder
+from tests.pretended.recorder import Recorder, print_and_end
 from tests.pretended.scenarios import SCENARIOS
 
 
@@ -103,7 +102,7 @@ def main(wanted: list[str]) -> None:
     host.install()
     seen = of_scenarios(recorder, wanted)
     seen["mistakes"] = of_mistakes(recorder)
-    json.dump(seen, sys.stdout, indent=1)
+    print_and_end(seen)
 
 
 if __name__ == "__main__":
