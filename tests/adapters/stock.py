@@ -18,9 +18,9 @@ from tests.adapters.adapters import Trained, load_base, logits, merged_by_hand
 from tests.adapters.folders import refused
 from tests.named_tensors import cast
 
-ATOL = 1e-5
-"""Logits reach 3; their float32 rounding over four layers 5e-6. An adapter of these tests moves
-them by 0.5 or more."""
+ATOL = 3e-5
+"""Logits reach 3; their float32 rounding over four layers is 1e-5, by which kernels the machine has
+a little more or less. An adapter of these tests moves them by 0.1 or more."""
 _loaded = cache(load_base)
 
 
@@ -42,7 +42,11 @@ def untrained_adapter(base: Path, **options: Any) -> Any:
     """Stock PEFT's model as training starts with it."""
     # alpha is not r, so that a scale of 1 in place of alpha / r is seen.
     config = LoraConfig(**{"r": 4, "lora_alpha": 12, "task_type": "CAUSAL_LM", **options})
-    return get_peft_model(base_model(base), config).eval()
+    model = base_model(base)
+    # PEFT draws A from the global generator: without a seed every run would compare other numbers.
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return get_peft_model(model, config).eval()
 
 
 def randomized(model: Any, seed: int) -> Any:

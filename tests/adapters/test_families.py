@@ -52,7 +52,7 @@ def test_what_was_trained_is_what_others_compute(arch: str, layout: Layout, tmp_
         return
     trained = train(base, tmp_path / "adapter", layout=layout, **options_of(base))
     expected = logits(merged_by_hand(trained))
-    # Logits that are compared below may differ by ATOL, 1e-5.
+    # Logits that are compared below may differ by ATOL, 3e-5.
     moved = (expected - logits(load_base(base))).abs().max()
     assert moved > 0.5
 
