@@ -17,6 +17,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
+from megalora.serve.vllm import Client
 from tests.serve.vllm_handlers import (
     ModelMissing,
     Models,
@@ -25,6 +28,7 @@ from tests.serve.vllm_handlers import (
     Serving,
     result,
 )
+from tests.waiting import PATIENCE_S
 
 BASE = "the-base"
 LONGEST = 200
@@ -249,3 +253,11 @@ def fake_vllm(base_path: str = "") -> Iterator[FakeVLLM]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+@pytest.fixture
+def client(vllm: FakeVLLM) -> Iterator[Client]:
+    """A client of this server, where a test file imports it; otherwise ``client`` is of vLLM
+    itself."""
+    with Client(vllm.url, timeout=PATIENCE_S) as client:
+        yield client

@@ -4,7 +4,6 @@ requests that a swap overtakes."""
 import os
 import shutil
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
@@ -22,17 +21,13 @@ from megalora.serve.store import Store
 from megalora.serve.vllm import Client
 from tests.adapters.folders import edit_config
 from tests.serve.adapters import make_adapter
-from tests.serve.fake_vllm import BASE, FakeVLLM, answer_of, names
+from tests.serve.fake_vllm import BASE, FakeVLLM, answer_of, client, names
 from tests.waiting import PATIENCE_S, wait_until
+
+__all__ = ["client"]  # a fixture
 
 # The made-up server's log-probability of a token is minus its number.
 PROMPT = [5, 3, 2]
-
-
-@pytest.fixture
-def client(vllm: FakeVLLM) -> Iterator[Client]:
-    with Client(vllm.url, timeout=PATIENCE_S) as client:
-        yield client
 
 
 def test_a_version_is_named_after_its_contents(

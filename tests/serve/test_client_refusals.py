@@ -1,7 +1,6 @@
 """Refuse adapters and names before the server hears of them, and give everything that a server
 refuses its type."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,16 +26,11 @@ from megalora.serve.vllm import Client
 from tests.adapters.folders import edit_tensors
 from tests.named_tensors import cast
 from tests.serve.adapters import make_adapter
-from tests.serve.fake_vllm import BASE, FakeVLLM, names
-from tests.waiting import PATIENCE_S
+from tests.serve.fake_vllm import BASE, FakeVLLM, client, names
+
+__all__ = ["client"]  # a fixture
 
 PROMPT = [5, 3, 2]
-
-
-@pytest.fixture
-def client(vllm: FakeVLLM) -> Iterator[Client]:
-    with Client(vllm.url, timeout=PATIENCE_S) as client:
-        yield client
 
 
 def test_an_adapter_is_checked_before_the_server_hears_of_it(
