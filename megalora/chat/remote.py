@@ -8,41 +8,40 @@ from typing import Any
 import httpx
 
 from megalora.chat.session import Message
-from megalora.serve.api import Api
 from megalora.serve.errors import ServerError, ServerUnreachable, refusal
+from megalora.serve.vllm import Client
 
 _FIELDS = {"max_new_tokens": "max_tokens"}
 """Names that differ from those of ``Sampling``."""
 
 
 class RemoteEngine:
-    """A model of a server, and the base that the server lists beside it."""
+    """A model of a server, and the base that the server lists beside it.
+
+    Every question goes to the version that the name means then: one that is swapped in answers the
+    next question. A whole id, NAME@VERSION, stays with its version.
+    """
 
     def __init__(self, url: str, name: str, *, timeout_s: float = 300.0) -> None:
         """
         Args:
             url: such as ``http://127.0.0.1:8000``; OpenAI's ``/v1`` at its end is taken off.
-            name: of an adapter or of the base, as the server lists it.
+            name: of an adapter or of the base, as the server lists it, or a whole id.
             timeout_s: longest wait for a piece of an answer.
 
         Raises:
             ServerUnreachable, ServerError: no server answers there, or none of this kind.
-            ValueError: it serves nothing of this name.
+            AdapterNotFound: it serves nothing of this name.
         """
         self.url = url.rstrip("/").removesuffix("/v1")
+        self.name = name
         key = os.environ.get("VLLM_API_KEY") or os.environ.get("OPENAI_API_KEY")
-        api = Api(self.url, timeout=timeout_s, api_key=key)
-        models = api.models()
-        api.close()
-        # In the order of loading: the last one of a name is its newest version.
-        found = [served for served in models if name in (served.name, served.id)]
-        if not found:
-            ids = ", ".join(served.id for served in models)
-            raise ValueError(f"{self.url} serves no {name!r}; it serves {ids or 'nothing'}")
-        bases = [served.id for served in models if served.is_base]
-        self.model = found[-1].id
+        self._client = Client(self.url, timeout=timeout_s, api_key=key)
+        # Raises for a name that is not served.
+        model = self._client.resolve(name)
+        bases = [served.id for served in self._client.list() if served.is_base]
         self.base = bases[0] if bases else None
-        self.has_adapter = not found[-1].is_base
+        self.has_adapter = model not in bases
         # Connecting is quick or hopeless; a piece of an answer may wait behind other requests.
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._http = httpx.Client(timeout=httpx.Timeout(timeout_s, connect=10.0), headers=headers)
@@ -61,9 +60,7 @@ class RemoteEngine:
         # As with draws of our own: the next answer has others.
         if "seed" in fields:
             fields["seed"] += number
-        model = self.model
-        if by_base and self.has_adapter:
-            model = self.base
+        model = self.base if by_base and self.has_adapter else self._model_now()
         body = {"model": model, "messages": list(messages), "stream": True, **fields}
         doing = f"asking {model}"
         try:
@@ -77,6 +74,14 @@ class RemoteEngine:
                 yield from pieces(response.iter_lines())
         except httpx.HTTPError as error:
             raise ServerUnreachable(f"{doing}: {self.url} does not answer ({error})") from error
+
+    def _model_now(self) -> str:
+        """What a request gives as its model: the name itself where the server takes it, and looks
+        it up when it begins to answer; else the id of the newest version."""
+        if self.name in self._client.names():
+            return self.name
+        # A server without our plug-in knows whole ids alone.
+        return self._client.resolve(self.name)
 
 
 def pieces(lines: Iterator[str]) -> Iterator[str]:

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 
 from megalora.chat.remote import RemoteEngine, pieces
-from megalora.serve.errors import RequestRefused, ServerError, ServerUnreachable
+from megalora.serve.errors import AdapterNotFound, RequestRefused, ServerError, ServerUnreachable
 
 MODELS = [
     ("the-base", None), ("sums@1a", "the-base"), ("other@2b", "the-base"), ("sums@3c", "the-base"),
 ]  # fmt: skip
+NAMES = [("sums", "sums@3c"), ("other", "other@2b")]
+"""What our plug-in lists beside them."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -23,7 +25,7 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
-        cards = [{"id": name, "parent": parent, "root": ""} for name, parent in MODELS]
+        cards = [{"id": name, "parent": parent, "root": ""} for name, parent in self.server.models]
         self._send(200, json.dumps({"data": cards}))
 
     def do_POST(self) -> None:
@@ -44,6 +46,7 @@ def server() -> Iterator[Any]:
     made: Any = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     made.daemon_threads = True
     made.asked = []
+    made.models = [*MODELS[:1], *NAMES, *MODELS[1:]]
     made.answer = (200, events("Hi", " there"))
     made.url = f"http://127.0.0.1:{made.server_address[1]}"
     # Looked at often: at the end it is asked to stop, and waited for.
@@ -70,7 +73,7 @@ def answer(engine: RemoteEngine, by_base: bool = False, number: int = 0, **optio
     return "".join(engine.stream(messages, options, by_base=by_base, number=number))
 
 
-def test_the_newest_version_and_the_base_are_asked(server: Any, monkeypatch: Any) -> None:
+def test_the_name_and_the_base_are_asked(server: Any, monkeypatch: Any) -> None:
     monkeypatch.setenv("VLLM_API_KEY", "k")
     engine = RemoteEngine(f"{server.url}/v1/", "sums")
     assert engine.has_adapter
@@ -81,10 +84,40 @@ def test_the_newest_version_and_the_base_are_asked(server: Any, monkeypatch: Any
     assert (path, key) == ("/v1/chat/completions", "Bearer k")
     # What was not set is left to the server; each answer has a seed of its own.
     assert first == {
-        "model": "sums@3c", "messages": [{"role": "user", "content": "Hello"}], "stream": True,
+        "model": "sums", "messages": [{"role": "user", "content": "Hello"}], "stream": True,
         "temperature": 0.5, "max_tokens": 9, "seed": 6,
     }  # fmt: skip
     assert second["model"] == "the-base"
+
+
+def asked_models(server: Any) -> list[str]:
+    return [body["model"] for _, body, _ in server.asked]
+
+
+def test_a_version_of_its_own_stays(server: Any) -> None:
+    """NAME is left to the server, which knows what it means when it answers; an id is not."""
+    pinned = RemoteEngine(server.url, "sums@1a")
+    named = RemoteEngine(server.url, "sums")
+    answer(pinned)
+    answer(named)
+    # A swap.
+    server.models = [("the-base", None), ("sums", "sums@4d"), *MODELS[1:], ("sums@4d", "the-base")]
+    answer(pinned)
+    answer(named)
+    assert asked_models(server) == ["sums@1a", "sums", "sums@1a", "sums"]
+
+
+def test_the_newest_version_where_the_server_knows_no_names(server: Any) -> None:
+    server.models = MODELS
+    engine = RemoteEngine(server.url, "sums")
+    answer(engine)
+    # A swap: the old version is gone.
+    server.models = [*MODELS[:1], MODELS[2], ("sums@4d", "the-base")]
+    answer(engine)
+    assert asked_models(server) == ["sums@3c", "sums@4d"]
+    server.models = MODELS[:1]
+    with pytest.raises(AdapterNotFound, match="serves no 'sums'; it serves the-base"):
+        answer(engine)
 
 
 def test_a_base_alone_and_names_that_are_not_served(server: Any) -> None:
@@ -97,7 +130,7 @@ def test_a_base_alone_and_names_that_are_not_served(server: Any) -> None:
 
 def test_a_refusal_says_what_the_server_said(server: Any) -> None:
     server.answer = (400, json.dumps({"error": {"message": "too many tokens", "type": "x"}}))
-    with pytest.raises(RequestRefused, match="asking sums@3c: HTTP 400: too many tokens"):
+    with pytest.raises(RequestRefused, match="asking sums: HTTP 400: too many tokens"):
         answer(RemoteEngine(server.url, "sums"))
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
+from megalora.chat.remote import RemoteEngine
 from megalora.serve.run import request_to_try
 from megalora.serve.server import Server
 from megalora.serve.vllm import Client
@@ -152,3 +153,25 @@ def test_the_printed_command_works_as_typed(
         )
         answer = json.loads(done.stdout)
         assert (answer["model"], answer["object"]) == (model, kind)
+
+
+def asked(engine: RemoteEngine) -> str:
+    """The whole answer to one question."""
+    options = {"temperature": 0.0, "max_new_tokens": 12}
+    return "".join(engine.stream(QUESTION, options, by_base=False, number=0))
+
+
+def test_the_next_question_of_a_chat_gets_the_new_version(
+    client: Client, server: Server, versions: list[Path]
+) -> None:
+    first = client.load("math", versions[0])
+    named = RemoteEngine(server.url, "math")
+    pinned = RemoteEngine(server.url, first)
+    before = asked(named)
+    assert before == asked(pinned)
+    # Beside the old one, which the whole id keeps asking.
+    client.load("math", versions[1])
+    after = asked(named)
+    assert asked(pinned) == before != after
+    client.unload(first)
+    assert asked(named) == after
