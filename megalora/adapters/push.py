@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING
 
 from megalora.adapters.files import CARD, CONFIG, PROBE, STATE, WEIGHTS, read_config
 from megalora.adapters.named_base import is_on_this_machine
+from megalora.wording import first_few
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 UPLOADED = (CONFIG, WEIGHTS, CARD, PROBE)
 """All that is uploaded, as far as an export has it: never the training state."""
+NAMED = 8
+"""Number of files of one kind that are named when they are left out."""
 
 
 def check_push(source: Path, repo: str, base: str | None) -> str:
@@ -57,6 +60,28 @@ def is_export(source: Path) -> bool:
     return (source / CARD).is_file() and not (source / STATE).exists()
 
 
+def left_out(source: Path) -> str:
+    """A line that names what lies in an adapter's folder and is not uploaded, each with the reason;
+    empty where all of it is."""
+    from megalora.adapters.read.weights import find_weight_files
+
+    # Uploaded in another form where they are not an export's: joined, in one file.
+    weights = {file.name for file in find_weight_files(source)[0]}
+    reasons: dict[str, list[str]] = {}
+    for path in sorted(source.iterdir()):
+        name = f"{path.name}/" if path.is_dir() else path.name
+        is_index = path.name.startswith("adapter_model") and path.name.endswith(".index.json")
+        if path.name == STATE:
+            reasons.setdefault("training state, only for resuming", []).append(name)
+        elif path.name == CARD and not is_export(source):
+            # A checkpoint is exported, with a card that says what was trained.
+            reasons.setdefault("a card is written in its place", []).append(name)
+        elif path.name not in {*UPLOADED, *weights} and not is_index:
+            reasons.setdefault("no part of an adapter", []).append(name)
+    parts = [f"{first_few(names, NAMED)} ({reason})" for reason, names in reasons.items()]
+    return f"left out: {'; '.join(parts)}" if parts else ""
+
+
 def push(
     source: Path, repo: str, base: str, *, private: bool = False, revision: str | None = None,
     message: str | None = None,
@@ -84,10 +109,11 @@ def push(
             _prepare_repository(api, repo, private, revision)
             commit = _commit(api, folder, repo, revision, message or f"Upload {source.name}")
     at = f', revision="{revision}"' if revision else ""
-    return (
-        f"pushed {source} to {commit.commit_url}\n"
-        f'  load it: PeftModel.from_pretrained(base, "{repo}"{at})'
-    )
+    lines = [f"pushed {source} to {commit.commit_url}"]
+    if without := left_out(source):
+        lines.append(f"  {without}")
+    lines.append(f'  load it: PeftModel.from_pretrained(base, "{repo}"{at})')
+    return "\n".join(lines)
 
 
 def _checked_export(source: Path, out: Path, base: str) -> Path:

@@ -8,11 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
+import torch
+from safetensors.torch import load_file, save_file
 
 import megalora
 from megalora.adapters.export import export
 from megalora.adapters.files import CARD, CONFIG, PROBE, STATE_JSON, WEIGHTS
+from megalora.adapters.push import left_out
 from tests.adapters.adapters import train
 from tests.adapters.fake_hub import FakeHub, fake_hub
 
@@ -68,6 +70,30 @@ def make_run(tiny: Path, folder: Path) -> Path:
     return checkpoint
 
 
+def test_what_is_left_out_is_named_with_the_reason(tmp_path: Path) -> None:
+    for name in (CONFIG, CARD, PROBE):
+        (tmp_path / name).write_text("{}")
+    first = tmp_path / "adapter_model-00001-of-00002.safetensors"
+    for path in (first, tmp_path / "adapter_model-00002-of-00002.safetensors"):
+        save_file({"x": torch.zeros(1)}, path)
+    (tmp_path / "adapter_model.safetensors.index.json").write_text("{}")
+    assert left_out(tmp_path) == ""
+    # Its card is an export's; a checkpoint's, which is exported, is written anew.
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "a.txt").write_text("")
+    assert left_out(tmp_path) == "left out: a.txt, logs/ (no part of an adapter)"
+    (tmp_path / "training_state").mkdir()
+    assert left_out(tmp_path) == (
+        "left out: README.md (a card is written in its place); a.txt, logs/ (no part of an"
+        " adapter); training_state/ (training state, only for resuming)"
+    )
+    for number in range(9):
+        (tmp_path / f"b{number}.txt").write_text("")
+    assert "a.txt, b0.txt, b1.txt, b2.txt, b3.txt, b4.txt, b5.txt, b6.txt, ... (no" in left_out(
+        tmp_path
+    )
+
+
 @pytest.mark.slow
 def test_push_uploads_an_export_and_nothing_else(tiny: Path, tmp_path: Path) -> None:
     checkpoint = make_run(tiny, tmp_path)
@@ -110,6 +136,8 @@ def test_push_uploads_an_export_and_nothing_else(tiny: Path, tmp_path: Path) -> 
         "run is a run folder: taking step_000007, its latest checkpoint",
     )
     assert out.startswith("pushed run/step_000007 to ") and 'from_pretrained(base, "me/new")' in out
+    # Nothing else lies in a checkpoint.
+    assert "\n  left out: training_state/ (training state, only for resuming)\n" in out
     new = hub.repos["me/new"]["main"]
     assert hub.private["me/new"]
     assert {*new} == {".gitattributes", CONFIG, WEIGHTS, CARD, PROBE}
@@ -124,6 +152,7 @@ def test_push_uploads_an_export_and_nothing_else(tiny: Path, tmp_path: Path) -> 
     # An export goes as it is, and its weights take the place of those that were there.
     assert answers[1][0] == 0
     assert 'from_pretrained(base, "me/old", revision="v2")' in answers[1][1]
+    assert "\n  left out: notes.txt (no part of an adapter)\n" in answers[1][1]
     assert {*hub.repos["me/old"]["v2"]} == {"LICENSE", CONFIG, WEIGHTS, CARD, PROBE}
     assert hub.repos["me/old"]["v2"][CARD] == b"# Mine\n"
     assert hub.repos["me/old"]["v2"][WEIGHTS] == (tmp_path / "exported" / WEIGHTS).read_bytes()
