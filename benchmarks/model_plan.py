@@ -21,10 +21,11 @@ from megalora.model.fields import model_shape
 from megalora.planner.gpus import GPUS, read_machine
 from megalora.planner.hardware import Machine
 from megalora.planner.known_gpus import known_gpu
-from megalora.planner.layouts import ParallelLayout, Workload
+from megalora.planner.layouts import ParallelLayout
 from megalora.planner.memory import CONTEXT
 from megalora.planner.search import evaluate
 from megalora.planner.weights import PlannedModel
+from megalora.planner.workload import Workload
 
 
 def machine_of(device_name: str) -> Machine:

@@ -34,6 +34,7 @@ from tests.parity.case import (
     deviations,
     exceeded,
     expected_of_clear_routing,
+    limits_of,
     load_expected,
     read_run,
     run_case,
@@ -86,7 +87,7 @@ class Laboratory:
                 "data_seed": answer.seed,
                 "router_margin": answer.margin,
                 "losses": found.trained.losses,
-                "exceeded": exceeded(row),
+                "exceeded": exceeded(row, limits_of(case)),
             }
 
         family = arch_of(MODELS[case.model])

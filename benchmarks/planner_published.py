@@ -17,10 +17,11 @@ from typing import Any
 from megalora.config import LoRAConfig, ParallelConfig
 from megalora.planner.cost import step_time
 from megalora.planner.gpus import GPUS
-from megalora.planner.layouts import ParallelLayout, Recompute, Workload, check
+from megalora.planner.layouts import ParallelLayout, Recompute, check
 from megalora.planner.memory import fullest_stage
 from megalora.planner.models import load_shape
 from megalora.planner.weights import PlannedModel
+from megalora.planner.workload import Workload
 
 MODEL = Path("configs/models/qwen3_30b_a3b.yaml")
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]

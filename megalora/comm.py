@@ -7,6 +7,10 @@ Forward and backward are each other's transpose:
     scatter_seq   reduce-scatter on dim 0    all-gather on dim 0
     sum_over      all-reduce                 all-reduce
 
+But for one, for a sum from which every rank computes the same loss, which counts once:
+
+    sum_alike     all-reduce                 the gradient as it is
+
 A group of one changes nothing. Tensors are ``[S, ...]``: sequence first, as everywhere in Megatron.
 """
 
@@ -63,6 +67,7 @@ def _collective(forward_op: Callable[..., Tensor], backward_op: Callable[..., Te
 gather_seq = _collective(all_gather, _reduce_scatter)
 scatter_seq = _collective(_reduce_scatter, all_gather)
 sum_over = _collective(_all_reduce, _all_reduce)
+sum_alike = _collective(_all_reduce, lambda gradient, group: gradient)
 
 
 def gather_dim(x: Tensor, dim: int, group: dist.ProcessGroup, num_shards: int) -> Tensor:

@@ -13,6 +13,7 @@ from megalora.config import (
     LogConfig,
     LoRAConfig,
     ModelConfig,
+    ObjectiveConfig,
     ParallelConfig,
     RecomputeLayers,
     RunConfig,
@@ -154,6 +155,7 @@ def test_round_trip(tmp_path: Path) -> None:
                         max_length=77, seed=5),
         train=TrainConfig(epochs=1.5, lr=3e-05, schedule="linear", warmup=9, recompute="full",
                           seed=11),
+        objective=ObjectiveConfig(name="dpo", loss="robust", beta=2, label_smoothing=0.25),
         parallel=ParallelConfig(tp=2, pp=3, vpp=2, ep=5, etp=6, stage_layers=(1, 3, 2, 1, 4, 1)),
         lora=LoRAConfig(
             rank=3, alpha=7, dropout=0.1, target_modules=["gate_up_proj", "lm_head"], layers="3",

@@ -54,7 +54,7 @@ def test_every_option_is_listed_and_explained(capsys: pytest.CaptureFixture[str]
         (["train.warm_up"], "there is no section or option train.warm_up; did you mean train.warm"),
         # The key alone, in all sections that have it.
         (["seed"], "there is no section or option seed; did you mean data.seed or train.seed?"),
-        (["qqq"], "there is no section or option qqq; sections: model, data, train, parallel,"),
+        (["qqq"], "there is no section or option qqq; sections: model, data, train, objective,"),
         (["lora", "--schema"], "--schema is of the whole config; leave lora out"),
     ],
 )  # fmt: skip

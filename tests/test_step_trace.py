@@ -22,8 +22,9 @@ from benchmarks.train_arms import Setup, Training
 from benchmarks.train_case import QWEN3_30B_A3B, TINY_MODEL
 from megalora.config import LoRAConfig, ParallelConfig
 from megalora.model.fields import model_shape
-from megalora.planner.layouts import ParallelLayout, Workload
+from megalora.planner.layouts import ParallelLayout
 from megalora.planner.memory import CONTEXT, memory_of
+from megalora.planner.workload import Workload
 
 CPU = torch.device("cpu")
 # Threads of the host and a stream of the device, as a trace numbers them.

@@ -20,12 +20,13 @@ from megalora.config import LoRAConfig, ParallelConfig
 from megalora.planner.crossings import crossings_of
 from megalora.planner.gpus import GPUS
 from megalora.planner.layout_table import short_name
-from megalora.planner.layouts import ParallelLayout, Recompute, Workload
+from megalora.planner.layouts import ParallelLayout, Recompute
 from megalora.planner.memory import GIB
 from megalora.planner.models import load_shape
 from megalora.planner.report import range_words
 from megalora.planner.search import Planned, evaluate, search, why_too_big
 from megalora.planner.weights import PlannedModel
+from megalora.planner.workload import Workload
 
 PAGE = Path(__file__).parents[1] / "planner.md"
 H100 = GPUS["h100"]

@@ -17,12 +17,13 @@ from megalora.paths import prepare_file
 from megalora.planner.crossings import crossings_of
 from megalora.planner.gpus import find_machine
 from megalora.planner.hardware import Machine
-from megalora.planner.layouts import ParallelLayout, Workload
+from megalora.planner.layouts import ParallelLayout
 from megalora.planner.memory import CONTEXT
 from megalora.planner.models import find_architecture
 from megalora.planner.prices import BEHIND_WAITS
 from megalora.planner.search import evaluate, search
 from megalora.planner.weights import PlannedModel
+from megalora.planner.workload import Workload
 
 MEASURED_AS = {"pipeline transfers": "bubble", "host": "other", BEHIND_WAITS: "other"}
 """Parts in which the clocks of ``timers.py`` count what the planner keeps apart. The host's time is
@@ -69,6 +70,11 @@ def bench_command(
     # Before hours of measuring: the results can be written.
     prepare_file(asked.out / "results.json")
     config = load_config(path, overrides)
+    require(
+        not config.objective.pairs,
+        f"bench measures the step of supervised fine-tuning; objective.name={config.objective.name}"
+        " is planned, and not measured yet. Measure with objective.name=sft",
+    )
     machine = find_machine(asked.gpu)
     imbalance = 1.0 if options.routing == "balanced" else asked.imbalance
     if asked.top is None:

@@ -10,6 +10,7 @@ from megalora.config.data import DataConfig, LeftOut, LeftOutOfText, Source, Too
 from megalora.config.log import LogConfig
 from megalora.config.lora import LoRAConfig
 from megalora.config.model import ModelConfig
+from megalora.config.objective import ObjectiveConfig
 from megalora.config.parallel import ParallelConfig
 from megalora.config.recompute import LEVELS, Level, Recompute, RecomputeLayers
 from megalora.config.run import RunConfig
@@ -25,6 +26,7 @@ __all__ = [
     "LoRAConfig",
     "LogConfig",
     "ModelConfig",
+    "ObjectiveConfig",
     "ParallelConfig",
     "Recompute",
     "RecomputeLayers",

@@ -8,6 +8,7 @@ from megalora.config.data import DataConfig
 from megalora.config.log import LogConfig
 from megalora.config.lora import LoRAConfig
 from megalora.config.model import ModelConfig
+from megalora.config.objective import ObjectiveConfig
 from megalora.config.parallel import ParallelConfig, check_generation
 from megalora.config.train import TrainConfig
 
@@ -17,6 +18,7 @@ class RunConfig:
     model: ModelConfig
     data: DataConfig
     train: TrainConfig
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -25,11 +27,15 @@ class RunConfig:
     def __post_init__(self) -> None:
         # Here and not in a section: it takes two of them to see it.
         capacity = self.train.micro_batch_tokens
-        # The last token of a sample is only a label.
+        # The last token of a sequence is only a label. The two of a pair share a row.
         needed = self.data.max_length - 1
+        sample = "a sample"
+        if self.objective.pairs:
+            needed *= 2
+            sample = "a pair of sequences"
         require(
             capacity is None or capacity >= needed,
-            f"train.micro_batch_tokens={capacity} has no room for a sample of"
+            f"train.micro_batch_tokens={capacity} has no room for {sample} of"
             f" data.max_length={self.data.max_length} tokens. Lower data.max_length, or set"
             f" train.micro_batch_tokens to at least {needed}.",
         )
@@ -38,6 +44,24 @@ class RunConfig:
             "train.epochs has no meaning where data.train has weights: each source is repeated at a"
             " rate of its own. Set train.steps, or leave the weights out to train on every sample"
             " once an epoch.",
+        )
+
+        if self.objective.pairs:
+            self._check_pairs()
+
+    def _check_pairs(self) -> None:
+        """Options of supervised fine-tuning that mean nothing where pairs are compared."""
+        name = self.objective.name
+        for option in ("z_loss", "label_smoothing"):
+            require(
+                not getattr(self.train, option),
+                f"train.{option} is a term of supervised fine-tuning: leave it out with"
+                f" objective.name={name}",
+            )
+        require(
+            self.data.too_long == "left_out",
+            f"data.too_long={self.data.too_long} would cut one answer of a pair and not the other;"
+            f" with objective.name={name} it must be left_out",
         )
 
     def check_training(self) -> None:

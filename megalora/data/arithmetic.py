@@ -1,6 +1,6 @@
 """Write a small chat data set of sums, so that a run can be tried without a download.
 
-``python -m megalora.data.arithmetic OUT --num 2000 --seed 0``
+``python -m megalora.data.arithmetic OUT --num 2000 --seed 0 [--pairs]``
 """
 
 import argparse
@@ -15,13 +15,15 @@ _NUM_OPERANDS = 100
 _NUM_QUESTIONS = len(_OPERATORS) * _NUM_OPERANDS**2
 
 
-def write_arithmetic(path: str | Path, num_samples: int, seed: int) -> None:
+def write_arithmetic(path: str | Path, num_samples: int, seed: int, *, pairs: bool = False) -> None:
     """Write a JSONL file of different questions on two numbers below 100, and their answers.
 
     Args:
         path: the file; its folder is created.
         num_samples: 1 to 30,000, which are all questions there are.
         seed: the same seed gives the same file.
+        pairs: write two answers to each question, a bare equation that is preferred (``chosen``)
+            and the same number in a sentence (``rejected``).
     Raises:
         ValueError: num_samples is out of range.
     """
@@ -38,11 +40,17 @@ def write_arithmetic(path: str | Path, num_samples: int, seed: int) -> None:
         kind, left = divmod(rest, _NUM_OPERANDS)
         operator, compute = list(_OPERATORS.items())[kind]
         question = f"{left} {operator} {right}"
-        messages = [
-            {"role": "user", "content": f"What is {question}?"},
-            {"role": "assistant", "content": f"{question} = {compute(left, right)}"},
-        ]
-        lines.append(json.dumps({"messages": messages}) + "\n")
+        result = compute(left, right)
+        asked = {"role": "user", "content": f"What is {question}?"}
+        equation = [asked, {"role": "assistant", "content": f"{question} = {result}"}]
+        row = {"messages": equation}
+        if pairs:
+            sentence = f"Let me see. I would say that it is {result}."
+            row = {
+                "chosen": equation,
+                "rejected": [asked, {"role": "assistant", "content": sentence}],
+            }
+        lines.append(json.dumps(row) + "\n")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text("".join(lines), encoding="utf-8")
 
@@ -54,9 +62,12 @@ def main() -> None:
         "--num", type=int, default=2000, help="number of questions (default %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0, help="(default %(default)s)")
+    parser.add_argument(
+        "--pairs", action="store_true", help="two answers to each question, one preferred"
+    )
     args = parser.parse_args()
     try:
-        write_arithmetic(args.out, args.num, args.seed)
+        write_arithmetic(args.out, args.num, args.seed, pairs=args.pairs)
     except ValueError as error:
         parser.error(str(error))
 

@@ -1,5 +1,6 @@
 """Lay whole samples out in one flat row of tokens: a microbatch without padding between them."""
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -31,6 +32,23 @@ class Batch:
     filler: int = 0
     """Number of tokens of filler."""
 
+    @property
+    def num_sequences(self) -> int:
+        """Documents that are not filler."""
+        return bisect_right(self.ends, len(self.tokens) - self.filler) - 1
+
+    @property
+    def targets(self) -> list[int]:
+        """Number of target tokens of each sequence."""
+        before = np.concatenate([[0], np.cumsum(self.loss_mask.numpy() > 0)])
+        return np.diff(before[list(self.ends[: self.num_sequences + 1])]).tolist()
+
+    @property
+    def sequence_numbers(self) -> torch.Tensor:
+        """[T] int64: the sequence of each token; in filler, the number of the document."""
+        lengths = np.diff(self.ends)
+        return torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths))
+
     @classmethod
     def of_equal(
         cls, tokens_BS: torch.Tensor, labels_BS: torch.Tensor, loss_mask_BS: torch.Tensor
@@ -56,27 +74,30 @@ def filler_of(samples: Sequence[Encoded]) -> np.ndarray:
 
 
 def flat_row(samples: Sequence[Encoded], *, filler: np.ndarray, multiple_of: int = 1) -> Batch:
-    """Shift samples and put them one after another: n tokens give n - 1 predictions.
+    """Shift sequences and put them one after another: n tokens give n - 1 predictions. The two of
+    a pair stand side by side, the chosen one first.
 
     Args:
         samples: in the order of the row; without any the row is filler.
         filler: input tokens of filler, repeated as often as needed.
         multiple_of: T is rounded up to it with filler outside of the loss.
     """
-    ends = [0]
+    sequences: list[tuple[np.ndarray, np.ndarray]] = []
     for sample in samples:
-        ends.append(ends[-1] + len(sample.input_ids) - 1)
+        sequences += sample.sequences
+    ends = [0]
+    for ids, _ in sequences:
+        ends.append(ends[-1] + len(ids) - 1)
     # At least one token, or a row without samples would have none.
     length = -(-max(1, ends[-1]) // multiple_of) * multiple_of
     tokens = torch.empty(length, dtype=torch.int64)
     labels = torch.zeros(length, dtype=torch.int64)
     loss_mask = torch.zeros(length, dtype=torch.float32)
-    for sample, start, end in zip(samples, ends, ends[1:], strict=False):
-        ids = torch.from_numpy(sample.input_ids)
+    for (ids, mask), start, end in zip(sequences, ends, ends[1:], strict=False):
         # The label of a token is the one behind it, and the mask is that of the label.
-        tokens[start:end] = ids[:-1]
-        labels[start:end] = ids[1:]
-        loss_mask[start:end] = torch.from_numpy(sample.loss_mask[1:])
+        tokens[start:end] = torch.from_numpy(ids[:-1])
+        labels[start:end] = torch.from_numpy(ids[1:])
+        loss_mask[start:end] = torch.from_numpy(mask[1:])
     num_filler = length - ends[-1]
     tokens[ends[-1] :] = torch.from_numpy(np.resize(filler, num_filler))
     while ends[-1] < length:

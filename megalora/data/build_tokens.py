@@ -25,6 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from megalora.data.chunk import Chunk
 from megalora.data.columns import resolve_columns, used_columns
 from megalora.data.encode_rows import EncodedChunk, RowEncoder
+from megalora.data.pairs import resolve_pair
 from megalora.data.rows import Rows, open_rows
 from megalora.data.tokens import SAMPLES, TOKENS, Header
 from megalora.wording import first_few
@@ -55,6 +56,8 @@ class Recipe:
     """Processes; None for as many as there are cores and rows for."""
     every_refusal: bool = False
     """Try all rows and name all that are refused, instead of the first alone."""
+    pairs: bool = False
+    """Whether a row holds a preferred and a rejected answer."""
 
 
 def build_store(recipe: Recipe, folder: Path, made_of: dict[str, Any]) -> None:
@@ -69,7 +72,8 @@ def build_store(recipe: Recipe, folder: Path, made_of: dict[str, Any]) -> None:
     # The first row decides for all, so that no row is read otherwise than the one before.
     first = next(next(rows.chunks()).rows())
     try:
-        columns = resolve_columns(recipe.format, first.keys())
+        resolve = resolve_pair if recipe.pairs else resolve_columns
+        columns = resolve(recipe.format, first.keys())
         encoder = RowEncoder(recipe.tokenizer, columns, recipe.allow_left_out, recipe.every_refusal)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error

@@ -45,11 +45,22 @@ class Encoded:
     num_unmarked: int = 0
     """Number of answers that the template's own marks ({% generation %}) leave out, at least in
     part."""
+    second: int = 0
+    """Of a pair, which is one sample of two sequences: the first token of the rejected one, before
+    which the chosen one ends. 0 where the sample is one sequence."""
 
     @property
     def num_target_tokens(self) -> int:
         """Tokens in the loss. The first is never one: nothing stands before it to predict it."""
         return int(self.loss_mask[1:].sum())
+
+    @property
+    def sequences(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(ids, loss mask) of each sequence: one, or the two of a pair."""
+        if not self.second:
+            return [(self.input_ids, self.loss_mask)]
+        cut = [self.second]
+        return list(zip(np.split(self.input_ids, cut), np.split(self.loss_mask, cut), strict=True))
 
 
 def encode(

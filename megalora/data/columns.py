@@ -51,20 +51,41 @@ def resolve_columns(format: str | Mapping[str, str], columns: Collection[str]) -
         for form in _FORMS:
             if all(column in columns for column in form.values()):
                 return dict(form)
+        hint = ""
+        if "chosen" in columns and "rejected" in columns:
+            hint = ", or learn from both answers with objective.name=dpo"
         raise ValueError(
             "data.format=auto looks for a column 'messages' or 'conversations', or 'prompt' and "
             f"'completion', or 'instruction' and 'output'; there are {present}.\n"
-            f"  Say which column is which: {_MAPPING_HINT}"
+            f"  Say which column is which: {_MAPPING_HINT}{hint}"
         )
+    return mapped(format, columns, ({"messages"}, {"prompt", "completion"}), _MAPPING_HINT)
+
+
+def mapped(
+    format: Mapping[str, str],
+    columns: Collection[str],
+    allowed: Collection[Collection[str]],
+    hint: str,
+) -> dict[str, str]:
+    """A mapping of the user's, as a plain dict.
+
+    Args:
+        allowed: sets of main keys, of which the mapping must have one.
+        hint: the mappings that there are, for messages.
+    Raises:
+        ValueError: the mapping has other keys, or it names a column that does not exist.
+    """
     mapping = dict(format)
     main = mapping.keys() - {"input", *_BESIDE}
-    # Alpaca's input is appended to the prompt, which messages do not have.
-    with_input = "input" in mapping and "messages" in mapping
-    if main not in ({"messages"}, {"prompt", "completion"}) or with_input:
+    # Alpaca's input is appended to the prompt, which whole conversations do not have.
+    with_input = "input" in mapping and "prompt" not in mapping
+    if main not in allowed or with_input:
         raise ValueError(
-            f"data.format={mapping} maps other keys than it can; use {_MAPPING_HINT}, and beside "
+            f"data.format={mapping} maps other keys than it can; use {hint}, and beside "
             f"them {', '.join(_BESIDE)} (and input, with prompt)"
         )
+    present = ", ".join(columns)
     # A column may be missing from a single row, but not from the first one, whose these are.
     for key, column in mapping.items():
         if column not in columns:
@@ -153,10 +174,10 @@ def _main_messages(
         names: the mapping from keys to columns.
     """
     if "messages" in names:
-        return _messages(held("messages"), "messages", names["messages"]), 0
-    prompt = _messages(held("prompt"), "prompt", names["prompt"])
+        return messages_of(held("messages"), "messages", names["messages"]), 0
+    prompt = messages_of(held("prompt"), "prompt", names["prompt"])
     prompt = _with_input(prompt, held("input"), names)
-    completion = _messages(held("completion"), "completion", names["completion"])
+    completion = messages_of(held("completion"), "completion", names["completion"])
     _refuse_repeated_prompt(prompt, completion, names)
     return [*prompt, *completion], len(prompt)
 
@@ -203,8 +224,13 @@ def _json(value: Any, column: str) -> Any:
         raise ValueError(f"column {column!r} holds text that is not JSON ({error})") from error
 
 
-def _messages(value: Any, key: str, column: str) -> list[Message]:
-    """The messages of a column: a list, or for ``prompt`` and ``completion`` also a text."""
+def messages_of(value: Any, key: str, column: str) -> list[Message]:
+    """The messages of a column: a list, or for ``prompt`` and ``completion`` also a text. Nobody
+    has checked them yet.
+
+    Raises:
+        ValueError: it holds something else.
+    """
     if key == "messages" and isinstance(value, str) and value.lstrip().startswith("["):
         value = _json(value, column)
     if isinstance(value, list):
@@ -223,15 +249,19 @@ def _refuse_repeated_prompt(
 
     Preference data sets have such columns, often called ``chosen``.
     """
-    if not prompt or len(completion) <= len(prompt):
-        return
-    begin = completion[: len(prompt)]
-    if all(map(_say_the_same, begin, prompt)):
+    if begins_with(completion, prompt):
         column = names["completion"]
         raise ValueError(
             f"column {column!r} begins with the messages of {names['prompt']!r}, which would be"
             f" said twice; use data.format={{messages: {column}}}"
         )
+
+
+def begins_with(completion: list[Message], prompt: list[Message]) -> bool:
+    """Whether a completion says the prompt once more and goes on behind it."""
+    begin = completion[: len(prompt)]
+    is_longer = len(completion) > len(prompt) > 0
+    return is_longer and all(map(_say_the_same, begin, prompt))
 
 
 def _say_the_same(one: Any, other: Any) -> bool:

@@ -7,13 +7,14 @@ loss mask can neither get apart nor need a second file, and any part of a sample
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from megalora.data.chat import Encoded, encode_conversation
 from megalora.data.chunk import Chunk
 from megalora.data.columns import to_conversation
+from megalora.data.pairs import is_of_pairs, joined_pair, to_pair
 from megalora.data.template import ChatTemplate
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ SAMPLE = np.dtype(
         ("stops", "?"),
         ("open", "<i4"),
         ("unmarked", "<i4"),
+        ("second", "<i4"),
         ("digest", f"V{DIGEST_BYTES}"),
     ]
 )
@@ -103,9 +105,7 @@ class RowEncoder:
         for number, row in enumerate(chunk.rows(), chunk.first):
             columns |= dict.fromkeys(row)
             try:
-                conversation = to_conversation(row, self.columns, self.allow_left_out)
-                sample = encode_conversation(conversation, self.template, self.allow_left_out)
-                encoded.append(sample)
+                encoded.append(self._sample(row))
             except ValueError as error:
                 refused[number] = str(error)
             # A template, or json, calls itself for each level.
@@ -115,6 +115,16 @@ class RowEncoder:
                 break
         num_rows = number + 1 - chunk.first
         return _joined(encoded, num_rows, columns, refused)
+
+    def _sample(self, row: Mapping[str, Any]) -> Encoded:
+        """Raises ``ValueError`` for a row that is refused."""
+        if not is_of_pairs(self.columns):
+            conversation = to_conversation(row, self.columns, self.allow_left_out)
+            return encode_conversation(conversation, self.template, self.allow_left_out)
+        sides: list[Encoded] = []
+        for conversation in to_pair(row, self.columns, self.allow_left_out):
+            sides.append(encode_conversation(conversation, self.template, self.allow_left_out))
+        return joined_pair(*sides)
 
 
 def _joined(
@@ -135,6 +145,7 @@ def _joined(
             sample.stops,
             sample.num_open,
             sample.num_unmarked,
+            sample.second,
             digest_of(tokens),
         )
     return EncodedChunk(np.concatenate(packed), samples, list(kinds), num_rows, columns, refused)

@@ -12,6 +12,7 @@ from megalora.config import DataConfig
 from megalora.config.data import Source
 from megalora.data.columns import resolve_columns, to_conversation
 from megalora.data.conversation import Conversation, prepare
+from megalora.data.pairs import resolve_pair, to_pair
 from megalora.data.rows import open_rows
 from megalora.data.samples import StoredSamples, sample_numbers
 from megalora.data.splits import Split
@@ -51,11 +52,15 @@ def read_questions(
         for number, row in _read(source.path, rows):
             # Looked up in the first row, as in training: two forms in one file would be a mistake.
             if columns is None:
-                columns = resolve_columns(source.format or data.format, row)
+                resolve = resolve_pair if split.pairs else resolve_columns
+                columns = resolve(source.format or data.format, row)
             if number not in rows:
                 continue
             try:
-                conversation = to_conversation(row, columns, data.allow_left_out)
+                if split.pairs:
+                    conversation, _ = to_pair(row, columns, data.allow_left_out)
+                else:
+                    conversation = to_conversation(row, columns, data.allow_left_out)
                 # As training prepares it.
                 conversation = prepare(conversation, lambda: template.joiner)
                 questions.append(_question(number, conversation, template))

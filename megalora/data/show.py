@@ -20,6 +20,8 @@ _NUM_BARS = 10
 _BAR_WIDTH = 40
 _LONGEST_SHOWN = 600
 """Characters of one run of text; what is longer loses its middle."""
+REJECTED = "\n(rejected:)\n"
+"""Stands between the two sequences of a pair."""
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
@@ -32,7 +34,8 @@ def show_data(config: RunConfig, console: Console) -> None:
     from megalora.hf.folder import local_folder
 
     tokenizer = load_tokenizer(local_folder(config.model.path, weights=False))
-    train, held_out = load_data(config.data, tokenizer, every_refusal=True)
+    pairs = config.objective.pairs
+    train, held_out = load_data(config.data, tokenizer, pairs=pairs, every_refusal=True)
     for name, split in (("train", train), ("eval", held_out)):
         if split is None:
             continue
@@ -49,7 +52,8 @@ def _show_split(name: str, split: Split, tokenizer: Any, console: Console) -> No
     for line in split.left_out():
         console.print(Text(f"note: {line}", "yellow"), soft_wrap=True)
     if len(split.lengths):
-        console.print(Text("\ntokens per sample, those that are left out included"))
+        what = "the longer sequence of each pair" if split.pairs else "each sample"
+        console.print(Text(f"\ntokens of {what}, those that are left out included"))
         for line in histogram(split.lengths.tolist(), split.max_length, split.fit.fate):
             console.print(Text(line), soft_wrap=True)
     if name == "train":
@@ -106,12 +110,15 @@ def sample_text(sample: Encoded, tokenizer: Any, *, colour: bool) -> Text:
 def parts_of(sample: Encoded, tokenizer: Any) -> list[tuple[str, bool]]:
     """A sample's text, printable, in runs of tokens that are all in the loss or all out of it."""
     parts: list[tuple[str, bool]] = []
-    start = 0
-    for in_loss, group in groupby(sample.loss_mask.tolist()):
-        length = len(list(group))
-        text = _printable(tokenizer.decode(sample.input_ids[start : start + length].tolist()))
-        start += length
-        parts.append((text, bool(in_loss)))
+    for ids, mask in sample.sequences:
+        if parts:
+            parts.append((REJECTED, False))
+        start = 0
+        for in_loss, group in groupby(mask.tolist()):
+            length = len(list(group))
+            text = _printable(tokenizer.decode(ids[start : start + length].tolist()))
+            start += length
+            parts.append((text, bool(in_loss)))
     return parts
 
 

@@ -37,11 +37,13 @@ class Split:
     fit: Fit = NOTHING_LEFT_OUT
     """What became of samples that are too long or have nothing to learn."""
     lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
-    """Tokens in each sample of the source, those left out included."""
+    """Tokens in the longest sequence of each sample of the source, those left out included."""
     columns: dict[str, str] = field(default_factory=dict)
     """Column that each part of the conversation is read from."""
     unused_columns: tuple[str, ...] = ()
     """Columns of the source that nothing is read from."""
+    pairs: bool = False
+    """Whether each sample is a pair of sequences."""
     parts: tuple["Split", ...] = ()
     """Where ``data.train`` is a list: the samples of each source, which stand one source behind the
     other in ``samples``."""
@@ -56,6 +58,12 @@ class Split:
         """[samples] int64: tokens of each of ``samples`` that are in the loss."""
         return targets_of(self.samples)
 
+    @cached_property
+    def row_lengths(self) -> np.ndarray:
+        """[samples] int64: tokens that each of ``samples`` takes in a row. The last token of a
+        sequence is only a label."""
+        return self.sample_lengths - (2 if self.pairs else 1)
+
     @property
     def num_tokens(self) -> int:
         return int(self.sample_lengths.sum())
@@ -66,7 +74,7 @@ class Split:
 
     def summary(self) -> str:
         """One line for the log: how much data there is, and what was left out."""
-        line = f"{self.source}: {len(self.samples):,} samples, "
+        line = f"{self.source}: {len(self.samples):,} {'pairs' if self.pairs else 'samples'}, "
         line += f"{_short(self.num_tokens)} tokens ({_short(self.num_target_tokens)} in the loss)"
         if self.parts:
             return "\n  ".join([line, *(part.summary() for part in self.parts)])
@@ -114,7 +122,11 @@ def _short(count: int) -> str:
 
 
 def load_data(
-    data: DataConfig, tokenizer: "PreTrainedTokenizerBase", *, every_refusal: bool = False
+    data: DataConfig,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    pairs: bool = False,
+    every_refusal: bool = False,
 ) -> tuple[Split, Split | None]:
     """The training samples and, where asked for, the evaluation samples; see ``load_split``."""
 
@@ -128,6 +140,7 @@ def load_data(
             allow_left_out=data.allow_left_out,
             cache=data.cache,
             workers=data.workers,
+            pairs=pairs,
             every_refusal=every_refusal,
         )
 
@@ -150,6 +163,7 @@ def combined(parts: Sequence[Split]) -> Split:
         parts[0].max_length,
         concatenate([part.samples for part in parts]),
         lengths=np.concatenate([part.lengths for part in parts]),
+        pairs=parts[0].pairs,
         parts=tuple(parts),
     )
 
@@ -164,6 +178,7 @@ def load_split(
     allow_left_out: Collection[str] = (),
     cache: str | None = None,
     workers: int | None = None,
+    pairs: bool = False,
     every_refusal: bool = False,
 ) -> Split:
     """The samples of a source, tokenised once and kept (``token_cache.py``).
@@ -172,18 +187,19 @@ def load_split(
         source: see ``locate``.
         tokenizer: a fast tokenizer with a chat template.
         format: see ``resolve_columns``; its columns are looked up in the first row.
-        max_length: in tokens, of the whole conversation.
+        max_length: in tokens, of the whole conversation; of each of a pair's two.
         too_long: what becomes of longer samples.
         allow_left_out: see ``DataConfig``.
         cache: folder for token stores; see ``cache_folder``.
         workers: processes that tokenise where there is no store yet; None for what pays.
+        pairs: whether a row holds a preferred and a rejected answer.
         every_refusal: try all rows and name all that are refused, instead of the first alone.
     Raises:
         ValueError: a row that cannot be read or tokenised, or of which something would be left out
             (with its number), or no sample is left.
     """
     # The limit is no part of the recipe: samples are stored whole.
-    recipe = Recipe(source, tokenizer, format, allow_left_out, workers, every_refusal)
+    recipe = Recipe(source, tokenizer, format, allow_left_out, workers, every_refusal, pairs)
     store = stored_tokens(recipe, cache_folder(cache))
     samples, found = fit(store, max_length, too_long)
     split = Split(
@@ -191,7 +207,8 @@ def load_split(
         max_length,
         samples,
         fit=found,
-        lengths=store.lengths,
+        lengths=store.longest,
+        pairs=pairs,
         columns=store.header.columns,
         unused_columns=tuple(store.header.unused_columns),
     )
@@ -243,7 +260,7 @@ def split_off_eval(split: Split, eval: float, seed: int) -> tuple[Split, Split]:
     eval_samples = select(split.samples, np.flatnonzero(held_out))
     # What was left out of the source is said once, of the training samples.
     name = f"{split.source} (held out)"
-    held = Split(name, split.max_length, eval_samples)
+    held = Split(name, split.max_length, eval_samples, pairs=split.pairs)
     return _without(split, held_out), held
 
 

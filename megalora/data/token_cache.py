@@ -35,11 +35,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _FIX = "; choose a folder on a local disk with data.cache"
-LAYOUT = 2
+LAYOUT = 3
 """Version of the files of a store."""
 CODE = (
     "arrow_rows", "build_tokens", "chat", "chunk", "columns", "conversation", "encode_rows",
-    "json_rows", "marks", "messages", "reach", "rows", "sharegpt", "spans", "template", "turns",
+    "json_rows", "marks", "messages", "pairs", "reach", "rows", "sharegpt", "spans",
+    "template", "turns",
 )  # fmt: skip
 """Our files on which samples depend. Their text is part of a store's name: a version number that
 somebody forgets to raise would hand yesterday's samples to today's code."""
@@ -162,6 +163,7 @@ def what_it_is_made_of(recipe: Recipe, cache: Path) -> dict[str, Any]:
         "suffix": file.suffix if file else "",
         "tokenizer": _tokenizer_digest(recipe.tokenizer),
         "format": format if isinstance(format, str) else dict(format),
+        "pairs": recipe.pairs,
         "allow_left_out": sorted(recipe.allow_left_out),
         "code": _code_digest(CODE),
         "libraries": {name: version(name) for name in LIBRARIES},

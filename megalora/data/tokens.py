@@ -91,6 +91,10 @@ class TokenStore:
             raise DamagedStore(f"{path} was changed after it was written")
         self.lengths: np.ndarray = self.records["length"].astype(np.int64)
         """[num_samples] tokens in each sample."""
+        # The second sequence of a pair ends with the sample; a sample of one begins at 0 with it.
+        second = self.records["second"].astype(np.int64)
+        self.longest: np.ndarray = np.maximum(second, self.lengths - second)
+        """[num_samples] tokens in the longest sequence of each sample."""
         # The first token of each sample is where the one before it ends.
         self.starts: np.ndarray = np.cumsum(self.lengths) - self.lengths
         """[num_samples] place of each sample's first token in the file."""
@@ -122,6 +126,7 @@ class TokenStore:
             stops=bool(record["stops"]),
             num_open=int(record["open"]),
             num_unmarked=int(record["unmarked"]),
+            second=int(record["second"]),
         )
 
 

@@ -29,7 +29,7 @@ class Fit:
     how: TooLong
     max_length: int
     longest: int = 0
-    """Tokens in the longest sample, whether or not it was left out."""
+    """Tokens in the longest sequence, whether or not it was left out."""
     num_too_long: int = 0
     """Number of samples with more than ``max_length`` tokens."""
     num_no_target: int = 0
@@ -89,14 +89,15 @@ def fit(store: TokenStore, max_length: int, how: TooLong) -> tuple[StoredSamples
         max_length: in tokens, at least 2.
     """
     whole = StoredSamples.whole(store)
-    is_long = store.lengths > max_length
+    # Each sequence of a pair has the limit for itself.
+    is_long = store.longest > max_length
     # All its messages are context, or flagged out of the loss.
     no_target = whole.pieces["targets"] == 0
     if how == "left_out":
         no_target &= ~is_long
     kept = np.flatnonzero(~is_long & ~no_target)
     counts = {
-        "longest": int(store.lengths.max()),
+        "longest": int(store.longest.max()),
         "num_too_long": int(is_long.sum()),
         "num_no_target": int(no_target.sum()),
     }

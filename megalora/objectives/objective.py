@@ -4,18 +4,57 @@ A loss is a plain sum of terms that are divided already. What divides them is co
 of the whole global batch before any pass, so that two units in one loss (tokens and pairs), any
 microbatch size and any layout agree. A mean per microbatch or per rank would weigh tokens by how
 samples happen to be spread.
+
+Legend: N target tokens of a microbatch on this rank, Q sequences in it.
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
+from megalora.comm import sum_alike
 from megalora.model.vocab_logits import Reader
 
-Columns = Mapping[str, Tensor]
-"""Name -> what there is for each token of a microbatch, in the order of the tokens."""
+
+@dataclass(frozen=True, eq=False)
+class Sequences:
+    """The sequences of a microbatch, in the order of the row. Filler is none of them."""
+
+    numbers: Tensor
+    """[N] int64: the sequence that each target token belongs to."""
+    targets: Tensor
+    """[Q] int64: target tokens of each sequence, those on other context-parallel ranks included."""
+    cp: ProcessGroup
+    """Ranks that share the row."""
+    references: Mapping[str, Tensor] = field(default_factory=dict)
+    """Name of a ``Reference`` -> [Q], its log-probabilities of each sequence's target tokens,
+    added up; without gradients."""
+
+    def sums(self, values_N: Tensor) -> Tensor:
+        """[Q] float64: sums over each sequence, over all ranks that share the row. Whatever is
+        computed from them is alike on these ranks and counts once."""
+        # Losses live on differences of such sums: of a thousand tokens, float32 has four digits
+        # behind the point.
+        own = torch.zeros(len(self.targets), dtype=torch.float64, device=values_N.device)
+        return sum_alike(own.index_add(0, self.numbers, values_N.double()), self.cp)
+
+    def once(self, value: Tensor) -> Tensor:
+        """``value``, which all ranks that share the row have computed, on the first of them, and
+        zero on the others: what is reported is added up over ranks."""
+        return value if self.cp.rank() == 0 else torch.zeros_like(value)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A pass without gradients and without dropout that comes before a step's own: the sums over
+    sequences that it finds stand in ``Sequences.references``. Its model is the base, with the
+    adapters switched off."""
+
+    name: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,8 +73,13 @@ class Objective(Protocol):
     """A loss over log-probabilities of given tokens."""
 
     @property
-    def columns(self) -> tuple[str, ...]:
-        """Columns that ``loss`` reads."""
+    def references(self) -> tuple[Reference, ...]:
+        """The passes that come first."""
+        ...
+
+    @property
+    def by_sequence(self) -> bool:
+        """Whether ``loss`` needs to know which sequence a token belongs to."""
         ...
 
     @property
@@ -49,23 +93,35 @@ class Objective(Protocol):
         ...
 
     @property
-    def evaluated(self) -> str:
-        """The one of ``metrics`` that an evaluation reports as its loss."""
+    def evaluated(self) -> tuple[str, ...]:
+        """Those of ``metrics`` that an evaluation reports, what it takes for its loss first."""
         ...
 
-    def divisors(self, microbatches: Iterable[Columns]) -> dict[str, int]:
-        """Unit -> its number in these microbatches, on the host. The step adds up what each rank
-        counts in its own share of the global batch."""
+    @property
+    def unit(self) -> str:
+        """What the count beside an evaluation's loss counts, in the plural."""
+        ...
+
+    def divisors(self, rows: Iterable[Sequence[int]]) -> dict[str, int]:
+        """Unit -> its number in these rows, on the host. The step adds up what each rank counts in
+        its own share of the global batch.
+
+        Args:
+            rows: number of target tokens of each sequence of each row.
+        """
         ...
 
     def loss(
-        self, outputs: Mapping[str, Any], columns: Columns, divisors: Mapping[str, Tensor]
+        self,
+        outputs: Mapping[str, Any],
+        sequences: Sequences | None,
+        divisors: Mapping[str, Tensor],
     ) -> Loss:
-        """The loss of N tokens of a microbatch.
+        """The loss of a microbatch's N target tokens.
 
         Args:
             outputs: what ``want`` names, ``[N]`` each.
-            columns: what ``columns`` names, ``[N]`` each.
+            sequences: given where ``by_sequence`` says so.
             divisors: unit -> its number in the global batch, scalars, at least 1.
         """
         ...

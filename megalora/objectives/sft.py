@@ -8,15 +8,14 @@ et al. 2016, section 7). The third is PaLM's z-loss (Chowdhery et al. 2022, sect
 the normaliser near 1. The sum is divided by the number of target tokens of the global batch.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from megalora.model.vocab_logits import Reader, logprob, logsumexp, mean_logit
-from megalora.objectives.objective import Columns, Loss
+from megalora.objectives.objective import Loss, Sequences
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,9 @@ class SFT:
     z_loss: float = 0.0
     label_smoothing: float = 0.0
 
-    columns = ("loss_mask",)
+    references = ()
+    by_sequence = False
+    unit = "target tokens"
 
     @property
     def want(self) -> dict[str, Reader]:
@@ -46,36 +47,35 @@ class SFT:
         return ("loss", "cross_entropy") if self.label_smoothing else ("loss",)
 
     @property
-    def evaluated(self) -> str:
+    def evaluated(self) -> tuple[str, ...]:
         """The cross entropy: evaluations are compared with each other and with other stacks, so no
         option changes them."""
-        return "cross_entropy" if "cross_entropy" in self.metrics else "loss"
+        return ("cross_entropy",) if "cross_entropy" in self.metrics else ("loss",)
 
-    def divisors(self, microbatches: Iterable[Columns]) -> dict[str, int]:
+    def divisors(self, rows: Iterable[Sequence[int]]) -> dict[str, int]:
         """Target tokens."""
-        count = 0
-        for columns in microbatches:
-            count += int(np.count_nonzero(columns["loss_mask"].numpy()))
-        return {"tokens": count}
+        return {"tokens": sum(map(sum, rows))}
 
     def loss(
-        self, outputs: Mapping[str, Any], columns: Columns, divisors: Mapping[str, Tensor]
+        self,
+        outputs: Mapping[str, Any],
+        sequences: Sequences | None,
+        divisors: Mapping[str, Tensor],
     ) -> Loss:
-        """As the protocol says; tokens outside of the loss may be among the N."""
-        # Sums in float32: a bfloat16 sum of thousands of losses would round at every addition.
-        mask_N = (columns["loss_mask"] > 0).to(outputs["logprob"].dtype)
-        count = mask_N.sum()
+        """As the protocol says."""
         cross_entropy_N = -outputs["logprob"]
+        # Sums in float32: a bfloat16 sum of thousands of losses would round at every addition.
+        count = cross_entropy_N.new_full((), len(cross_entropy_N))
         terms_N = cross_entropy_N
-        sums = {"cross_entropy": (cross_entropy_N.detach() * mask_N).sum()}
+        sums = {"cross_entropy": cross_entropy_N.detach().sum()}
         if self.label_smoothing:
             smooth_N = outputs["logsumexp"] - outputs["mean_logit"]
             terms_N = terms_N + self.label_smoothing * (smooth_N - cross_entropy_N)
         if self.z_loss:
             z_N = self.z_loss * outputs["logsumexp"].square()
             terms_N = terms_N + z_N
-            sums["z_loss"] = (z_N.detach() * mask_N).sum()
-        total = (terms_N * mask_N).sum()
+            sums["z_loss"] = z_N.detach().sum()
+        total = terms_N.sum()
         sums["loss"] = total.detach()
         metrics: dict[str, tuple[Tensor, Tensor]] = {}
         for name, value in sums.items():

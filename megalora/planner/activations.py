@@ -15,13 +15,11 @@ float32 on the CPU. Dropout is not counted; ``PlannedModel`` refuses it.
 from dataclasses import dataclass
 
 from megalora.config import Level
-from megalora.planner.layouts import ParallelLayout, Workload
+from megalora.planner.layouts import ParallelLayout
 from megalora.planner.microbatch import STATISTIC, Microbatch
 from megalora.planner.mlp_activations import INDEX, PlannedMLP, low_rank, mlp_bytes
 from megalora.planner.weights import Chunk, PlannedModel, attention_widths
-
-LOSS_MASK = 4
-"""Bytes of a token's float32 entry of the loss mask."""
+from megalora.planner.workload import Workload
 
 
 @dataclass(frozen=True)
@@ -188,16 +186,16 @@ def head_bytes(model: PlannedModel, layout: ParallelLayout, work: Workload) -> i
     """Kept by final norm, output layer and loss for one microbatch, of which every token is taken
     for a target.
 
-    Norm (T / t) (H e + 4), unless the head alone is adapted; per token an int64 target, the int64
-    place of its row and a float32 mask; of a frozen head the gradient that forward makes, T H e. Of
-    one with an adapter x before and after tokens are selected, h, B and three float32 results.
+    Norm (T / t) (H e + 4), unless the head alone is adapted; per token an int64 target and the
+    int64 place of its row; of a frozen head the gradient that forward makes, T H e. Of one with an
+    adapter x before and after tokens are selected, h, B and three float32 results.
     """
     batch = Microbatch.of(model, layout, work)
     s = model.shape
     e = batch.element_bytes
     vocab = s.vocab // layout.parallel.tp
     head = model.modules_of(None).get("output_layer", [])
-    total = batch.tokens * (s.hidden * e + 2 * INDEX + LOSS_MASK)
+    total = batch.tokens * (s.hidden * e + 2 * INDEX)
     if head_input_needs_gradient(model, layout):
         total += batch.own_tokens * (s.hidden * e + STATISTIC)
     if head:

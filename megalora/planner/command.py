@@ -94,9 +94,8 @@ def _say_question(question: Question, gpus: str, say: Callable[[str], None]) -> 
     config = question.config
     work = question.work
     say(
-        f"{config.model.path} on {gpus} {question.machine.name}, {work.global_batch_size} samples"
-        f" of {work.sequence_length:,} tokens a step, {work.dtype}, LoRA rank {config.lora.rank} on"
-        f" {config.lora.target_modules}"
+        f"{config.model.path} on {gpus} {question.machine.name}, {work.in_words},"
+        f" {work.dtype}, LoRA rank {config.lora.rank} on {config.lora.target_modules}"
     )
     rates = f"rates {question.machine.note}"
     # A dense model routes nothing.

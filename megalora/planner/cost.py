@@ -11,7 +11,7 @@ from collections import Counter
 from megalora.config import Level, ParallelConfig
 from megalora.planner.hardware import Basis, Machine, weakest
 from megalora.planner.layer_cost import LayerCosts
-from megalora.planner.layouts import ParallelLayout, Workload
+from megalora.planner.layouts import ParallelLayout
 from megalora.planner.ledger import Ledger, StepTime
 from megalora.planner.state_bytes import GRADIENT, buffers
 from megalora.planner.weights import (
@@ -23,6 +23,7 @@ from megalora.planner.weights import (
     first_of_their_like,
     shared_elements,
 )
+from megalora.planner.workload import Workload
 
 ADAM_BYTES = 90
 """Bytes moved for an element of an optimizer's share: gradient, its norm and clipping, both
@@ -31,6 +32,11 @@ not measured."""
 NORMS_AND_RESIDUALS = 10
 """Times that hidden states are read or written by a layer's two norms and two residual sums,
 forward and backward each: a norm 2, a sum 3."""
+
+
+REFERENCE = "reference"
+"""The part of a step that is the forward passes with adapters switched off, their bubble
+included."""
 
 
 def waits_before_all_to_all(p: ParallelConfig) -> bool:
@@ -58,10 +64,14 @@ def step_time(
     through_all = 0.0
     bases: set[Basis] = set()
     passes: dict[int, Ledger] = {}
+    forwards: list[float] = []
     for stage, times in first_of_their_like(model, p):
         passes[stage] = costs.microbatch(chunks_of(model.shape, p, stage))
         through_all += times * passes[stage].total
         bases.update(passes[stage].bases.values())
+        if work.references:
+            forward = costs.forward_only(chunks_of(model.shape, p, stage))
+            forwards += [forward.total] * times
     stage = max(passes, key=lambda stage: passes[stage].total)
     longest = passes[stage]
 
@@ -69,6 +79,11 @@ def step_time(
     step.take(longest, layout.num_microbatches(work))
     bubble = (through_all - longest.total) / p.vpp
     step.add("bubble", bubble, weakest(list(bases)))
+    if forwards:
+        # As many microbatches through the same stages.
+        slowest = max(forwards)
+        once = layout.num_microbatches(work) * slowest + (sum(forwards) - slowest) / p.vpp
+        step.add(REFERENCE, work.references * once, weakest(list(bases)))
     costs.after_backward(step, chunks_of(model.shape, p, stage))
     step.add("host", machine.overhead.step_s, machine.overhead.basis)
     return StepTime(stage, step.parts())
@@ -88,6 +103,22 @@ class StageCosts(LayerCosts):
         super().__init__(model, layout, work, machine)
         self.known: dict[LayerKind, Ledger] = {}
         """Seconds of a layer of each kind."""
+        self.forwards: dict[LayerKind, Ledger] = {}
+        """The same of its forward alone, without what is kept for a backward."""
+
+    def forward_only(self, chunks: list[Chunk]) -> Ledger:
+        """A microbatch through a stage's chunks without gradients; ``microbatch`` comes first. B is
+        zero and multiplied all the same."""
+        found = Ledger()
+        for chunk in chunks:
+            for kind, times in self._alike(chunk).items():
+                found.take(self.forwards[kind], times)
+            if chunk.has_embedding:
+                self.embedding(found)
+            if chunk.has_head:
+                found.take(self.head_without_gradient())
+            self.borders(found, chunk)
+        return found
 
     def microbatch(self, chunks: list[Chunk]) -> Ledger:
         """Forward and backward of one microbatch through a stage's chunks."""
@@ -97,23 +128,30 @@ class StageCosts(LayerCosts):
                 if kind not in self.known:
                     self.known[kind] = self.layer(*kind)
                 found.take(self.known[kind], times)
-            hidden = self.batch.own_tokens * self.shape.hidden * self.e
             if chunk.has_embedding:
-                # Rows are read from the table and written, T H e each. Every rank has part of the
-                # vocabulary: the sum over TP leaves each with its part of the sequence.
-                self.traffic(found, "other", 2 * self.batch.tokens * self.shape.hidden * self.e)
-                self.collective(
-                    found, "tensor parallel other", "reduce_scatter", "tp", hidden * self.p.tp
-                )
+                self.embedding(found)
             if chunk.has_head:
                 for ledger in self.head():
                     found.take(ledger)
-            if self.p.pp > 1:
-                # Across each border an exchange: one microbatch's hidden states for another's
-                # gradients. The first and the last chunk have one border, the others two.
-                borders = 2 - chunk.has_embedding - chunk.has_head
-                self.collective(found, "pipeline transfers", "send", "pp", hidden, times=borders)
+            self.borders(found, chunk)
         return found
+
+    def embedding(self, to: Ledger) -> None:
+        """Rows are read from the table and written, T H e each. Every rank has part of the
+        vocabulary: the sum over TP leaves each with its part of the sequence."""
+        hidden = self.shape.hidden * self.e
+        self.traffic(to, "other", 2 * self.batch.tokens * hidden)
+        gathered = self.batch.own_tokens * hidden * self.p.tp
+        self.collective(to, "tensor parallel other", "reduce_scatter", "tp", gathered)
+
+    def borders(self, to: Ledger, chunk: Chunk) -> None:
+        """Across each border of a chunk an exchange: one microbatch's hidden states for another's
+        gradients. The first and the last chunk have one border, the others two."""
+        if self.p.pp == 1:
+            return
+        hidden = self.batch.own_tokens * self.shape.hidden * self.e
+        borders = 2 - chunk.has_embedding - chunk.has_head
+        self.collective(to, "pipeline transfers", "send", "pp", hidden, times=borders)
 
     def _alike(self, chunk: Chunk) -> dict[LayerKind, int]:
         """Layers of the chunk by kind."""
@@ -152,6 +190,7 @@ class StageCosts(LayerCosts):
         whole = Ledger()
         whole.take(forward)
         self.host(whole, over.layer_forward_s, forward.total, waits)
+        self.forwards[layer, below, level] = Ledger(dict(whole.seconds), dict(whole.bases))
         if below:
             return whole
         whole.take(backward)

@@ -7,10 +7,11 @@ from pathlib import Path
 from megalora.config.checks import require
 from megalora.config.file import load_config
 from megalora.model.fields import model_shape
-from megalora.planner.layouts import ParallelLayout, Workload, check
+from megalora.planner.layouts import ParallelLayout, check
 from megalora.planner.memory import memory_of
 from megalora.planner.models import find_architecture
 from megalora.planner.weights import chunks_of, router_buffer_bytes
+from megalora.planner.workload import Workload
 
 
 def dry_run_command(

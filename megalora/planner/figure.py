@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from megalora.planner.cost import REFERENCE
 from megalora.planner.layout_table import short_name, speed_text
 from megalora.planner.memory import CONTEXT, GIB, ROOM, gib_by_name
 from megalora.planner.search import FULL, Plan, Planned
@@ -32,12 +33,12 @@ MEMORY: Groups = {
     "one layer's backward": (VERMILION, ("workspace", "recomputed", "all-to-all")),
     "context": (PURPLE, (CONTEXT,)),
 }
-RECOMPUTATION = "recomputation"
+RECOMPUTATION = "recomputation, reference"
 TIME: Groups = {
     "attention": (BLUE, ("attention",)),
     "experts, MLP": (ORANGE, ("experts", "mlp")),
     "head, norms, optimizer": (GREEN, ("head", "other", "optimizer")),
-    RECOMPUTATION: (SKY, ()),
+    RECOMPUTATION: (SKY, (REFERENCE,)),
     "dispatch, communication": (
         VERMILION,
         ("dispatch", "pipeline transfers", "reduction", "context parallel attention"),
@@ -69,10 +70,9 @@ def _group_of(part: str, groups: Groups) -> str:
 
 def title_of(plan: Plan, model: str, num_gpus: int) -> str:
     """What was planned: model, GPUs, batch, length and rank."""
-    work = plan.work
     return (
-        f"{model} on {num_gpus} x {plan.machine.name}: {work.global_batch_size} samples of"
-        f" {work.sequence_length:,} tokens a step, LoRA rank {plan.lora_rank}"
+        f"{model} on {num_gpus} x {plan.machine.name}: {plan.work.in_words}, LoRA rank"
+        f" {plan.lora_rank}"
     )
 
 

@@ -2,11 +2,11 @@
 
 from dataclasses import replace
 
-from megalora.planner.layouts import Workload
 from megalora.planner.question import Question
 from megalora.planner.report import range_words
 from megalora.planner.search import FULL, Plan, Planned, evaluate
 from megalora.planner.weights import PlannedModel
+from megalora.planner.workload import Workload
 
 LARGE_BUBBLE = 0.1
 """Share of a step from which on the bubble is worth a line."""

@@ -238,6 +238,15 @@ class LayerCosts(Prices):
             self.dense(again, unused, modules)
         return again
 
+    def head_without_gradient(self) -> Ledger:
+        """Log-probabilities of every token."""
+        vocab = self.shape.vocab // self.p.tp
+        adapted = self.model.by_layer.get(None, {}).get("output_layer", [])
+        forward = Ledger()
+        self.traffic(forward, "head", LOSS_PASSES * self.batch.tokens * vocab * STATISTIC)
+        self._linear(forward, Ledger(), "head", adapted, vocab, column=True, live=False)
+        return forward
+
     def head(self) -> tuple[Ledger, Ledger]:
         """Output layer and log-probabilities, forward and backward, of which every token is taken
         for a target.

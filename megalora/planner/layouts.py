@@ -9,7 +9,6 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
-from typing import Literal
 
 from megalora.config import (
     LEVELS,
@@ -23,8 +22,8 @@ from megalora.config import (
 )
 from megalora.config.checks import require
 from megalora.model.shape import ModelShape
-from megalora.planner.crossings import NO_TABLE, Crossings
 from megalora.planner.packing import Packing, RowUse
+from megalora.planner.workload import Workload
 
 MAX_RANKS = 2**20
 """Beyond any machine; with more, the rates that a plan rests on mean nothing."""
@@ -33,56 +32,6 @@ MAX_RANKS = 2**20
 LEAST_CP_TOKENS = 4096
 """A rank's tokens of a sample from which on context parallelism is worth trying: a part is two
 chunks, and what is shorter gives attention too few queries for the keys that it gathers."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Workload:
-    """The training of a model, whatever the layout."""
-
-    sequence_length: int
-    """Tokens per sample: the longest, which decides whether memory suffices."""
-    global_batch_size: int
-    """Samples per optimizer step."""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Dtype of weights, adapters and activations."""
-    imbalance: float = 1.0
-    """Rows of the fullest expert-parallel rank over the mean. Assumed: only routing knows."""
-    ranks_per_token: float | None = None
-    """Expert-parallel ranks that have experts of a token, on average. None: as many as if a token
-    chose among all experts alike."""
-    packing: Packing | None = None
-    """Lengths of the samples, which are then packed; None: all are of full length."""
-    crossings: Crossings = NO_TABLE
-    """From how many rows per expert the GPU runs experts on torch's grouped GEMM, with adapters
-    beside the weights."""
-
-    def __post_init__(self) -> None:
-        require(
-            self.sequence_length >= 2,
-            f"a sample needs at least 2 tokens, got {self.sequence_length}",
-        )
-        require(
-            self.global_batch_size >= 1,
-            f"a step needs at least 1 sample, got {self.global_batch_size}",
-        )
-        require(
-            self.imbalance >= 1,
-            f"imbalance is the fullest over the mean, so at least 1, got {self.imbalance}",
-        )
-
-    @classmethod
-    def of(cls, config: RunConfig, imbalance: float = 1.0) -> "Workload":
-        """The workload of a run's config."""
-        return cls(
-            sequence_length=config.data.max_length,
-            global_batch_size=config.train.global_batch_size,
-            dtype=config.model.dtype,
-            imbalance=imbalance,
-        )
-
-    @property
-    def element_bytes(self) -> int:
-        return 2 if self.dtype == "bfloat16" else 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,14 +74,14 @@ class ParallelLayout:
 
     def capacity(self, work: Workload) -> int:
         """Tokens that a row has room for, on all ranks that share it out."""
-        return self.micro_batch_tokens or self.micro_batch_size * work.sequence_length
+        return self.micro_batch_tokens or self.micro_batch_size * work.sample_tokens
 
     def use(self, work: Workload) -> RowUse:
         """How samples fill the rows of a step, on each data-parallel rank."""
         if work.packing is None and self.micro_batch_tokens is None:
-            row = self.micro_batch_size * work.sequence_length
+            row = self.micro_batch_size * work.sample_tokens
             return RowUse(work.global_batch_size // (self.micro_batch_size * self.dp), row, 1.0)
-        full = (work.sequence_length,) * work.global_batch_size
+        full = (work.sample_tokens,) * work.global_batch_size
         packing = work.packing or Packing(full, "full length")
         per_row = self.micro_batch_size if self.micro_batch_tokens is None else None
         return packing.use(self.capacity(work), self.dp, self.parallel, per_row)
@@ -205,7 +154,7 @@ def enumerate_layouts(
                 continue
             rows = {"micro_batch_size": micro}
             if work.packing is not None:
-                rows = {"micro_batch_tokens": micro * work.sequence_length}
+                rows = {"micro_batch_tokens": micro * work.sample_tokens}
             for level in recompute:
                 layout = ParallelLayout(parallel=p, num_ranks=num_ranks, recompute=level, **rows)
                 found.legal.append(layout)

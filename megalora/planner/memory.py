@@ -18,7 +18,7 @@ from typing import Literal
 from megalora.config import LoRAConfig
 from megalora.model.shape import ModelShape
 from megalora.planner.hardware import Basis
-from megalora.planner.layouts import ParallelLayout, Workload
+from megalora.planner.layouts import ParallelLayout
 from megalora.planner.pass_bytes import (
     activation_bytes,
     backward_bytes,
@@ -43,6 +43,7 @@ from megalora.planner.weights import (
     chunks_of,
     first_of_their_like,
 )
+from megalora.planner.workload import Workload
 
 When = Literal["always", "pass", "loss", "layer", "step"]
 """``pass``: during forward and backward, and there either at the ``loss`` or while a ``layer`` runs

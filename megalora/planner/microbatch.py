@@ -3,8 +3,9 @@
 import math
 from dataclasses import dataclass
 
-from megalora.planner.layouts import ParallelLayout, Workload
+from megalora.planner.layouts import ParallelLayout
 from megalora.planner.weights import PlannedModel
+from megalora.planner.workload import Workload
 
 STATISTIC = 4
 """Bytes of a float32: a norm's rms, a log-sum-exp, a probability."""

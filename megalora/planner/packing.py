@@ -1,6 +1,6 @@
 """Say how the samples of a step fill rows, by their lengths."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ class Packing:
     """Tokens of each as the model's input."""
     source: str
     """Where the lengths are from, for messages."""
+    sequences: int = 1
+    """Sequences of each, taken for equal."""
     num_samples: int | None = None
     """Samples of the whole data set; None where only a mean length is known."""
     known: dict[tuple[int, ...], RowUse] = field(default_factory=dict, repr=False)
@@ -44,7 +46,7 @@ class Packing:
     def attended(self) -> float:
         """Length of the document that a token is in, a mean over tokens: attention costs as much as
         over documents of this length."""
-        return sum(n * n for n in self.lengths) / sum(self.lengths)
+        return sum(n * n for n in self.lengths) / sum(self.lengths) / self.sequences
 
     def use(
         self, capacity: int, dp: int, parallel: ParallelConfig, per_row: int | None = None
@@ -76,7 +78,7 @@ class Packing:
 
     def times(self, number: int) -> "Packing":
         """The samples of ``number`` such steps in one."""
-        return Packing(self.lengths * number, self.source, self.num_samples)
+        return replace(self, lengths=self.lengths * number, known={})
 
 
 def packing_of(config: RunConfig, mean_length: float | None) -> Packing | None:
@@ -87,27 +89,29 @@ def packing_of(config: RunConfig, mean_length: float | None) -> Packing | None:
         ValueError: no sample can be that long on average.
     """
     batch = config.train.global_batch_size
-    longest = config.data.max_length
+    sequences = 2 if config.objective.pairs else 1
+    longest = sequences * config.data.max_length
     if mean_length is not None:
         require(
             2 <= mean_length <= longest,
-            f"--mean-length {mean_length:g}: must lie between 2 and data.max_length={longest}",
+            f"--mean-length {mean_length:g}: must lie between 2 and"
+            f" {'twice ' * (sequences - 1)}data.max_length={config.data.max_length}",
         )
-        return Packing((round(mean_length),) * batch, "--mean-length")
+        return Packing((round(mean_length),) * batch, "--mean-length", sequences)
     if not _is_here(config):
         return None
     # Late: a plan without data needs no tokenizer, whose import takes seconds.
     from megalora.data.splits import load_data
     from megalora.data.tokenizer import load_tokenizer
 
-    split, _ = load_data(config.data, load_tokenizer(Path(config.model.path)))
-    ordered = sorted(split.sample_lengths.tolist())
+    tokenizer = load_tokenizer(Path(config.model.path))
+    split, _ = load_data(config.data, tokenizer, pairs=config.objective.pairs)
+    ordered = sorted(split.row_lengths.tolist())
     lengths = []
     for i in range(batch):
-        # From the middle of each of as many equal parts of the data: a step like all steps. The
-        # last token of a sample is only a label.
-        lengths.append(max(1, ordered[(2 * i + 1) * len(ordered) // (2 * batch)] - 1))
-    return Packing(tuple(lengths), split.source, len(ordered))
+        # From the middle of each of as many equal parts of the data: a step like all steps.
+        lengths.append(max(1, ordered[(2 * i + 1) * len(ordered) // (2 * batch)]))
+    return Packing(tuple(lengths), split.source, sequences, len(ordered))
 
 
 def _is_here(config: RunConfig) -> bool:

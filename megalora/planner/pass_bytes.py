@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from megalora.config import Level, ParallelConfig
 from megalora.model.head_chunk import CHUNK_BYTES, chunk_tokens
 from megalora.planner import activations
-from megalora.planner.layouts import ParallelLayout, Workload
+from megalora.planner.layouts import ParallelLayout
 from megalora.planner.microbatch import INT, STATISTIC, Microbatch
 from megalora.planner.mlp_activations import INDEX
 from megalora.planner.schedule import Counts, held_in_backward, in_flight
 from megalora.planner.state_bytes import has_room
 from megalora.planner.weights import Chunk, PlannedModel, attention_widths, stacked_rank
+from megalora.planner.workload import Workload
 
 
 @dataclass(frozen=True)

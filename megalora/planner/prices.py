@@ -4,11 +4,12 @@ Rates are the machine's (``hardware.py``); what work there is, ``layer_cost.py``
 """
 
 from megalora.planner.hardware import Kind, Machine, weakest
-from megalora.planner.layouts import ParallelLayout, Workload
+from megalora.planner.layouts import ParallelLayout
 from megalora.planner.ledger import Ledger
 from megalora.planner.microbatch import Microbatch
 from megalora.planner.state_bytes import has_room
 from megalora.planner.weights import PlannedModel
+from megalora.planner.workload import Workload
 
 BEHIND_WAITS = "host behind waits"
 """The part of a step in which the host issues work to a device that has none left."""

@@ -12,9 +12,9 @@ from megalora.model.shape import ModelShape
 from megalora.planner.crossings import crossings_of
 from megalora.planner.gpus import find_machine, with_ranks_per_node
 from megalora.planner.hardware import Machine
-from megalora.planner.layouts import Workload
 from megalora.planner.models import find_architecture
 from megalora.planner.packing import packing_of
+from megalora.planner.workload import Workload
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,10 @@ from dataclasses import replace
 from typing import Literal
 
 from megalora.config import RecomputeLayers
-from megalora.planner.layouts import ParallelLayout, Workload
+from megalora.planner.layouts import ParallelLayout
 from megalora.planner.memory import MemoryPlan, fullest_stage
 from megalora.planner.weights import PlannedModel
+from megalora.planner.workload import Workload
 
 
 def between_levels(

@@ -12,12 +12,13 @@ from megalora.config.checks import require
 from megalora.model.shape import ModelShape
 from megalora.planner.cost import step_time
 from megalora.planner.hardware import Machine
-from megalora.planner.layouts import ParallelLayout, Rejected, Workload, enumerate_layouts
+from megalora.planner.layouts import ParallelLayout, Rejected, enumerate_layouts
 from megalora.planner.ledger import StepTime
 from megalora.planner.memory import GIB, MemoryPlan, fullest_stage
 from megalora.planner.recompute_layers import between_levels
 from megalora.planner.scenarios import scenarios
 from megalora.planner.weights import PlannedModel
+from megalora.planner.workload import Workload
 
 FULL = 0.9
 """Share of a device's memory above which a plan comes with a warning: fragments, uneven routing and
@@ -72,7 +73,7 @@ class Planned:
         Args:
             seconds: of a step, in place of those at the rates' middle.
         """
-        length = work.packing.mean if work.packing else work.sequence_length
+        length = work.packing.mean if work.packing else work.sample_tokens
         tokens = work.global_batch_size * length
         return tokens / (seconds or self.time.seconds) / self.layout.num_ranks
 

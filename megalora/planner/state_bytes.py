@@ -8,7 +8,7 @@ import math
 
 from megalora.model.formats.augmented import Augmented
 from megalora.model.formats.plain import PLAIN
-from megalora.planner.layouts import ParallelLayout, Workload
+from megalora.planner.layouts import ParallelLayout
 from megalora.planner.weights import (
     AdapterCount,
     Chunk,
@@ -16,6 +16,7 @@ from megalora.planner.weights import (
     shared_elements,
     stacked_rank,
 )
+from megalora.planner.workload import Workload
 
 GRADIENT = 4
 """Bytes of a float32 gradient."""

@@ -32,7 +32,7 @@ def training_length(question: Question) -> TrainingLength:
         return TrainingLength(
             steps, f"train.epochs={train.epochs:g} of {samples:,} samples: {steps:,} steps"
         )
-    length = work.packing.mean if work.packing else work.sequence_length
+    length = work.packing.mean if work.packing else work.sample_tokens
     return TrainingLength(
         BILLION / (work.global_batch_size * length),
         "a billion tokens (--samples N says how many samples the data has)",

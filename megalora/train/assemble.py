@@ -28,7 +28,8 @@ from megalora.model.attention import activate
 from megalora.model.build import MakeBase, build_model
 from megalora.model.recompute import apply_recompute
 from megalora.model.shape import ModelShape
-from megalora.objectives.sft import SFT
+from megalora.objectives.choose import objective_of, sft_of
+from megalora.objectives.objective import Objective
 from megalora.parallel import Groups, parallel_groups
 from megalora.train.batches import Batches
 from megalora.train.optim import build_optimizer, clip_and_step, set_learning_rate, wrap_chunks
@@ -53,7 +54,8 @@ class Inputs:
         folder = local_folder(config.model.path)
         shape, adapted = plan(config.lora, config.parallel, folder, config.train.recompute)
         tokenizer = load_tokenizer(folder)
-        return cls(shape, adapted, tokenizer, *load_data(config.data, tokenizer))
+        splits = load_data(config.data, tokenizer, pairs=config.objective.pairs)
+        return cls(shape, adapted, tokenizer, *splits)
 
 
 @dataclass
@@ -89,7 +91,7 @@ class Run:
             count_experts: fill ``expert_tokens``; needs a model with experts.
 
         Returns:
-            The loss per target token, and the gradient's L2 norm before clipping. They may be NaN.
+            The mean loss, and the gradient's L2 norm before clipping. They may be NaN.
         """
         set_learning_rate(self.optimizer, lr, self.config.train.lr)
         batches = self.batches.of_step(number)
@@ -146,8 +148,11 @@ def assemble(
         if prepare is not None:
             prepare(model)
         check = GradientCheck(model.adapted, model.shards)
+        objective = objective_of(config)
         dtype = getattr(torch, config.model.dtype)
-        stepper, optimizer = make_stepper(config.train, dtype, model.chunks, groups, check)
+        stepper, optimizer = make_stepper(
+            config.train, dtype, model.chunks, groups, check, objective
+        )
         batches = Batches(config, groups, inputs.train, inputs.eval)
         yield Run(config, groups, model, optimizer, stepper, batches)
 
@@ -185,14 +190,15 @@ def make_stepper(
     chunks: Sequence[nn.Module],
     groups: Groups,
     check: GradientCheck | None = None,
+    objective: Objective | None = None,
 ) -> tuple[Stepper, Any]:
     """Give trainable parameters gradient buffers and an optimizer; returns (stepper, optimizer).
 
     Args:
         dtype: dtype of the parameters.
         check: looks at the gradients of the first steps; None for no such check.
+        objective: None for supervised fine-tuning as ``config`` says.
     """
     wrapped = wrap_chunks(list(chunks))
     optimizer = build_optimizer(config, dtype, wrapped)
-    objective = SFT(z_loss=config.z_loss, label_smoothing=config.label_smoothing)
-    return Stepper(wrapped, groups, objective, check), optimizer
+    return Stepper(wrapped, groups, objective or sft_of(config), check), optimizer

@@ -137,5 +137,5 @@ class Batches:
 
 
 def _row_lengths(split: Split, numbers: np.ndarray) -> list[int]:
-    """Tokens that each sample takes in a row: its last one is only a label."""
-    return (split.sample_lengths[numbers] - 1).tolist()
+    """Tokens that each sample takes in a row."""
+    return split.row_lengths[numbers].tolist()

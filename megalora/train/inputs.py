@@ -39,6 +39,25 @@ class DeviceBatch:
     labels of every place."""
     filler: int = 0
     """How many of the tokens that this rank routes to experts are filler; they are the last."""
+    number: int = 0
+    """Its place among the microbatches of this rank."""
+    sequences: Tensor | None = None
+    """[N] int64: the sequence that each of ``labels`` belongs to; None unless it was asked for."""
+    targets: Tensor | None = None
+    """[Q] int64: target tokens of each sequence of the whole row; likewise."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a pass wants to know of a row, beside its target tokens."""
+
+    every_token: bool = False
+    """The labels of all places, in the loss or not."""
+    sequences: bool = False
+    """Which sequence a target token belongs to."""
+
+
+TARGETS = Asked()
 
 
 @dataclass(frozen=True)
@@ -83,32 +102,27 @@ class Part:
         return min(slice_, max(0, of_part - (self.tp_size - 1 - self.tp_rank) * slice_))
 
 
-def to_device(batches: list[Batch], part: Part, *, every_token: bool = False) -> list[DeviceBatch]:
+def to_device(batches: list[Batch], part: Part, asked: Asked = TARGETS) -> list[DeviceBatch]:
     """This rank's part of every row, in one copy to the device.
 
     The host picks the target tokens, so that it knows their number and need not ask the device.
     All numbers fit into int32.
-
-    Args:
-        every_token: send the labels of all places, in the loss or not.
     """
     chunks = [local_chunks(batch.ends, part.cp_rank, part.cp_size) for batch in batches]
     pieces: list[Tensor] = []
     for batch, of_batch in zip(batches, chunks, strict=True):
-        pieces += _host_pieces(batch, of_batch, part, every_token)
+        pieces += _host_pieces(batch, of_batch, part, asked)
     # One copy of many kilobytes; a copy for each piece would cost a launch for each.
     sizes = [len(piece) for piece in pieces]
     flat = host.to_device(torch.cat(pieces).int())
     parts = iter(flat.split(sizes))
     found: list[DeviceBatch] = []
-    for batch, of_batch in zip(batches, chunks, strict=True):
-        found.append(_unpack(of_batch, parts, part, every_token, part.filler(batch)))
+    for number, (batch, of_batch) in enumerate(zip(batches, chunks, strict=True)):
+        found.append(_unpack(of_batch, parts, part, asked, part.filler(batch), number))
     return found
 
 
-def _host_pieces(
-    batch: Batch, chunks: tuple[Chunk, ...], part: Part, every_token: bool
-) -> list[Tensor]:
+def _host_pieces(batch: Batch, chunks: tuple[Chunk, ...], part: Part, asked: Asked) -> list[Tensor]:
     """What travels of one row, in the order in which ``_unpack`` takes it."""
 
     def own(row: Tensor) -> Tensor:
@@ -120,12 +134,15 @@ def _host_pieces(
         pieces.append(own(batch.tokens))
     if part.last:
         labels = own(batch.labels)
-        if not every_token:
-            # numpy: torch's nonzero cannot be traced without data.
-            places = torch.from_numpy(np.flatnonzero(own(batch.loss_mask).numpy()))
+        # numpy: torch's nonzero cannot be traced without data.
+        places = torch.from_numpy(np.flatnonzero(own(batch.loss_mask).numpy()))
+        if not asked.every_token:
             labels = labels[places]
             pieces.append(places)
         pieces.append(labels)
+        if asked.sequences:
+            pieces.append(own(batch.sequence_numbers)[places])
+            pieces.append(torch.tensor(batch.targets))
     for chunk in chunks:
         pieces.append(torch.tensor(chunk.query_ends))
         pieces.append(torch.tensor(chunk.key_ends))
@@ -136,17 +153,22 @@ def _unpack(
     chunks: tuple[Chunk, ...],
     parts: Iterator[Tensor],
     part: Part,
-    every_token: bool,
+    asked: Asked,
     filler: int,
+    number: int,
 ) -> DeviceBatch:
     """The next row of those that ``to_device`` sent, on the device."""
     positions = next(parts).long()
-    tokens = labels = places = None
+    tokens = labels = places = sequences = targets = None
     if part.first:
         tokens = next(parts).long()
     if part.last:
-        if not every_token:
+        if not asked.every_token:
             places = next(parts).long()
         labels = next(parts).long()
+        if asked.sequences:
+            sequences = next(parts).long()
+            targets = next(parts).long()
     bounds = tuple((next(parts), next(parts)) for _ in chunks)
-    return DeviceBatch(Documents(chunks, positions, bounds), tokens, labels, places, filler)
+    documents = Documents(chunks, positions, bounds)
+    return DeviceBatch(documents, tokens, labels, places, filler, number, sequences, targets)

@@ -90,7 +90,7 @@ def train(config: RunConfig, job: str | None = None) -> Path | None:
         if found.state:
             notes += check_same_run(found.state, config, identity, adapted)
         tokenizer = load_tokenizer(folder)
-        splits = load_data(config.data, tokenizer)
+        splits = load_data(config.data, tokenizer, pairs=config.objective.pairs)
         samples = Samples.of(splits[0].samples)
         check_agreement("training samples", samples)
         # Raises where the warm-up is longer than the run.
@@ -270,10 +270,12 @@ def _evaluate(run: Run, now: Progress, metrics: Metrics, answers: Answers) -> bo
     same on every rank."""
     loss = None
     if run.batches.eval:
-        mine, num_tokens = run.stepper.evaluate(run.batches.of_eval())
+        found, count = run.stepper.evaluate_all(run.batches.of_eval())
         # Sums of two ranks may differ in their last bits, and all must decide alike.
-        loss = on_first_rank(lambda: mine, "the evaluation failed")
-        metrics.evaluation(now.step, loss, num_tokens)
+        values = on_first_rank(lambda: found, "the evaluation failed")
+        objective = run.stepper.objective
+        loss = values.pop(objective.evaluated[0])
+        metrics.evaluation(now.step, loss, f"{count:,} {objective.unit}", values)
     if shown := answers.now():
         metrics.answers(now.step, shown)
     before = now.best.loss
@@ -299,7 +301,8 @@ def _check_first_loss(run: Run, step: int, adapter: Path | None) -> str:
     batch = run.batches.first(step)
     # As many copies as the schedule wants: their mean is that of one.
     copies = config.parallel.round_multiple
-    ours, _ = run.stepper.evaluate([batch] * copies, own=True)
+    losses = run.stepper.token_losses([batch] * copies).cpu()
+    ours = losses[batch.loss_mask > 0].double().mean().item()
     folder = local_folder(config.model.path)
     dtype = config.model.dtype
     return compare_losses(

@@ -156,10 +156,22 @@ class Metrics:
             pace = (now - first_done) / (step - first_step)
         return pace * (self.num_steps - step)
 
-    def evaluation(self, step: int, loss: float, num_tokens: int) -> None:
-        """Report an evaluation; ``loss`` is the mean over its target tokens."""
-        self.say(f"eval loss {loss:.4f} at step {step} ({num_tokens:,} target tokens)")
-        self._write(step, {"eval_loss": loss})
+    def evaluation(
+        self, step: int, loss: float, over: str, others: Mapping[str, float] | None = None
+    ) -> None:
+        """Report an evaluation.
+
+        Args:
+            over: what ``loss`` is a mean over, with its number.
+            others: what the objective reports beside the loss.
+        """
+        shown = ""
+        values = {"eval_loss": loss}
+        for name, value in (others or {}).items():
+            shown += f"  {name.replace('_', ' ')} {value:.3f}"
+            values[f"eval_{name}"] = value
+        self.say(f"eval loss {loss:.4f}{shown} at step {step} ({over})")
+        self._write(step, values)
         self.restart_clock()
 
     def answers(self, step: int, answers: Sequence[ShownAnswer]) -> None:

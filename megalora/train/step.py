@@ -17,13 +17,19 @@ from megalora.comm import all_gather
 from megalora.data.batch import Batch
 from megalora.lora.coverage import GradientCheck
 from megalora.lora.shards import sum_partial_gradients
+from megalora.lora.switched_off import adapters_off
 from megalora.model.documents import unzigzag
 from megalora.model.expert_load import ExpertLoad
 from megalora.model.head import Outputs, Wanted, project
 from megalora.model.vocab_logits import Reader, logprob
-from megalora.objectives.objective import Objective
+from megalora.objectives.objective import Objective, Sequences
 from megalora.parallel import Groups, megatron_groups
-from megalora.train.inputs import DeviceBatch, Part, to_device
+from megalora.train.inputs import Asked, DeviceBatch, Part, to_device
+
+Report = Callable[[Outputs, DeviceBatch], tuple[Tensor, Tensor, Tensor]]
+"""Makes of what the head has read of a microbatch (loss, 1, what to report)."""
+References = Mapping[str, list[Tensor]]
+"""Name of a reference -> its ``[Q]`` of each microbatch; empty lists before the last stage."""
 
 
 class Stepper:
@@ -63,21 +69,35 @@ class Stepper:
 
         They are float64 on the device: nothing here waits for it.
         """
+        references = self._references(batches)
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
         self.chunks[0].config.grad_scale_func = optimizer.scale_loss
-        return self._sum(self._run(batches, forward_only=False))
+        return self._sum(self._run(batches, references, forward_only=False))
+
+    def evaluate(self, batches: list[Batch], *, own: bool = False) -> tuple[float, int]:
+        """(mean loss, number of the objective's units) over all data-parallel ranks' batches, or
+        with ``own`` over this rank's alone; forward only."""
+        values, count = self.evaluate_all(batches, own=own)
+        return values[self.objective.evaluated[0]], count
 
     @torch.no_grad()
-    def evaluate(self, batches: list[Batch], *, own: bool = False) -> tuple[float, int]:
-        """(mean loss, number of target tokens) over all data-parallel ranks' batches, or with
-        ``own`` over this rank's alone; forward only."""
+    def evaluate_all(
+        self, batches: list[Batch], *, own: bool = False
+    ) -> tuple[dict[str, float], int]:
+        """The same for each of the metrics that the objective evaluates, its loss first."""
+        references = self._references(batches)
         for chunk in self.chunks:
             chunk.eval()
-        sums = self._sum(self._run(batches, forward_only=True), own)
-        return _mean(sums[self.objective.metrics.index(self.objective.evaluated)])
+        sums = self._sum(self._run(batches, references, forward_only=True), own)
+        values: dict[str, float] = {}
+        counts: list[int] = []
+        for name in self.objective.evaluated:
+            values[name], count = _mean(sums[self.objective.metrics.index(name)])
+            counts.append(count)
+        return values, counts[0]
 
     @torch.no_grad()
     def token_losses(self, batches: list[Batch]) -> Tensor:
@@ -89,11 +109,11 @@ class Stepper:
             chunk.eval()
         cp = self.groups.cp
 
-        def report(outputs: Outputs) -> tuple[Tensor, Tensor, Tensor]:
+        def report(outputs: Outputs, batch: DeviceBatch) -> tuple[Tensor, Tensor, Tensor]:
             return outputs["logprob"].sum(), _one(), -outputs["logprob"]
 
         every = self._schedule(
-            batches, {"logprob": logprob}, report, forward_only=True, every_token=True
+            batches, {"logprob": logprob}, report, Asked(every_token=True), forward_only=True
         )
         losses = torch.zeros(len(batches[0].tokens) // cp.size(), device=host.device())
         # Only the last stage has any; the sum over stages hands them to all.
@@ -109,27 +129,62 @@ class Stepper:
         dist.all_reduce(sums, group=self.groups.cp if own else self.groups.dp_cp)
         return sums
 
-    def _run(self, batches: list[Batch], forward_only: bool) -> Tensor:
+    def _run(self, batches: list[Batch], references: References, forward_only: bool) -> Tensor:
         """(sum, count) of each metric on the last pipeline stage, ``[M, 2]``; zeros elsewhere."""
         objective = self.objective
         divisors = self._divisors(batches)
 
-        def report(outputs: Outputs) -> tuple[Tensor, Tensor, Tensor]:
-            # The head was asked about target tokens alone.
-            columns = {"loss_mask": torch.ones_like(outputs["logprob"])}
-            loss = objective.loss(outputs, columns, divisors)
+        def report(outputs: Outputs, batch: DeviceBatch) -> tuple[Tensor, Tensor, Tensor]:
+            loss = objective.loss(outputs, self._sequences(batch, references), divisors)
             rows = [torch.stack(loss.metrics[name]) for name in objective.metrics]
             return loss.sum, _one(), torch.stack(rows)
 
         total = torch.zeros(len(objective.metrics), 2, dtype=torch.float64, device=host.device())
-        for sums in self._schedule(batches, objective.want, report, forward_only):
+        asked = Asked(sequences=objective.by_sequence)
+        for sums in self._schedule(batches, objective.want, report, asked, forward_only):
             total += sums
         return total
+
+    @torch.no_grad()
+    def _references(self, batches: list[Batch]) -> References:
+        """What each of the objective's references finds in these microbatches."""
+        found: dict[str, list[Tensor]] = {}
+        counting = self.load.active
+        # Experts are counted in the step's own pass.
+        self.load.active = False
+        for reference in self.objective.references:
+            for chunk in self.chunks:
+                chunk.eval()
+            with adapters_off(self.chunks):
+                found[reference.name] = self._schedule(
+                    batches, {"logprob": logprob}, self._sum_of_sequences, Asked(sequences=True),
+                    forward_only=True,
+                )  # fmt: skip
+        self.load.active = counting
+        return found
+
+    def _sum_of_sequences(
+        self, outputs: Outputs, batch: DeviceBatch
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Reports log-probabilities, added up over each sequence."""
+        sequences = self._sequences(batch, {})
+        assert sequences is not None, "sequences were asked for"
+        sums = sequences.sums(outputs["logprob"])
+        return sums.sum(), _one(), sums
+
+    def _sequences(self, batch: DeviceBatch, references: References) -> Sequences | None:
+        """The sequences of a microbatch with what references have found; None where they were not
+        asked for."""
+        if batch.sequences is None or batch.targets is None:
+            return None
+        # Microbatches report in their order, also in turns of several model chunks.
+        columns = {name: rows[batch.number] for name, rows in references.items()}
+        return Sequences(batch.sequences, batch.targets, self.groups.cp, columns)
 
     def _divisors(self, batches: list[Batch]) -> dict[str, Tensor]:
         """Unit -> its number in the global batch, at least 1, before any pass. Every rank has whole
         rows, so ranks of other pipeline stages and parts of rows count the same."""
-        counts = self.objective.divisors([{"loss_mask": batch.loss_mask} for batch in batches])
+        counts = self.objective.divisors([batch.targets for batch in batches])
         divisors: dict[str, Tensor] = {}
         for unit, count in counts.items():
             # Filled on the device: nothing to copy, nothing to wait for.
@@ -142,17 +197,16 @@ class Stepper:
         self,
         batches: list[Batch],
         want: Mapping[str, Reader],
-        report: Callable[[Outputs], tuple[Tensor, Tensor, Tensor]],
+        report: Report,
+        asked: Asked,
         forward_only: bool,
-        every_token: bool = False,
     ) -> list[Tensor]:
         """What ``report`` says of each microbatch, on the last pipeline stage.
 
         Args:
             want: what the head reads, of target tokens or of every token.
-            report: (loss, 1, what to report) of what the head has read.
         """
-        inputs = to_device(batches, Part.of(self.groups), every_token=every_token)
+        inputs = to_device(batches, Part.of(self.groups), asked)
         # Every chunk reads each microbatch once. Megatron wants lists for several chunks alone.
         iterators = [iter(inputs) for _ in self.chunks]
         several = len(self.chunks) > 1
@@ -249,7 +303,7 @@ def _forward_step(
     inputs: Iterator[DeviceBatch],
     model: nn.Module,
     want: Mapping[str, Reader],
-    report: Callable[[Outputs], tuple[Tensor, Tensor, Tensor]],
+    report: Report,
     load: ExpertLoad,
 ) -> tuple[Any, Any]:
     """One microbatch: (what the head has read, what makes a report of it), as Megatron's schedules
@@ -265,7 +319,7 @@ def _forward_step(
             _with_batch(batch.tokens), None, None, packed_seq_params=batch.documents,
             output_processor=project, output_processor_context=wanted,
         )  # fmt: skip
-    return outputs, report
+    return outputs, lambda read: report(read, batch)
 
 
 def _with_batch(row: Tensor | None) -> Tensor | None:

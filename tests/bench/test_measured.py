@@ -13,9 +13,10 @@ from megalora.config import LoRAConfig
 from megalora.hf.json_file import read_hf_config
 from megalora.lora.select import resolve
 from megalora.model.fields import model_shape
-from megalora.planner.layouts import ParallelLayout, Workload
+from megalora.planner.layouts import ParallelLayout
 from megalora.planner.memory import fullest_stage
 from megalora.planner.weights import PlannedModel
+from megalora.planner.workload import Workload
 from megalora.tiny import make_tiny
 from tests.distributed.ranks import run_ranks
 from tests.parity.everything import LORA

@@ -18,6 +18,7 @@ from tests.mutations.layer_bugs import LAYER_BUGS
 from tests.mutations.long_bugs import LONG_BUGS
 from tests.mutations.plan_bugs import PLAN_BUGS
 from tests.mutations.planner_bugs import PLANNER_BUGS
+from tests.mutations.preference_bugs import PREFERENCE_BUGS
 from tests.mutations.recipe_bugs import RECIPE_BUGS
 from tests.mutations.report_bugs import REPORT_BUGS
 from tests.mutations.row_bugs import ROW_BUGS
@@ -56,4 +57,5 @@ EVERY_BUG = (
     + SERVE_BUGS
     + STAGE_BUGS
     + RECIPE_BUGS
+    + PREFERENCE_BUGS
 )

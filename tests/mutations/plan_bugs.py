@@ -39,7 +39,7 @@ PLAN_BUGS: tuple[Bug, ...] = (
     bug(0, "packed documents planned as if they saw each other", "megalora/planner/microbatch.py",
         "sequence = work.packing.attended", "sequence = row", f"{PACKING_TEST} by_document"),
     bug(0, "filler counted among tokens per second", "megalora/planner/search.py",
-        "work.packing.mean if work.packing else work.sequence_length",
+        "work.packing.mean if work.packing else work.sample_tokens",
         "work.sequence_length", f"{PACKING_TEST} config_that_packs"),
     bug(0, "the file's layout checked without its batch", "megalora/planner/own_layout.py",
         "        config.check_world(num_ranks)\n", "", f"{ANSWERS} not_legal"),

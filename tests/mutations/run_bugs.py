@@ -325,12 +325,18 @@ RUN_BUGS: tuple[Bug, ...] = (
         """        if prepare is not None:
             prepare(model)
         check = GradientCheck(model.adapted, model.shards)
+        objective = objective_of(config)
         dtype = getattr(torch, config.model.dtype)
-        stepper, optimizer = make_stepper(config.train, dtype, model.chunks, groups, check)
+        stepper, optimizer = make_stepper(
+            config.train, dtype, model.chunks, groups, check, objective
+        )
 """,
         """        check = GradientCheck(model.adapted, model.shards)
+        objective = objective_of(config)
         dtype = getattr(torch, config.model.dtype)
-        stepper, optimizer = make_stepper(config.train, dtype, model.chunks, groups, check)
+        stepper, optimizer = make_stepper(
+            config.train, dtype, model.chunks, groups, check, objective
+        )
         if prepare is not None:
             prepare(model)
 """,
@@ -340,8 +346,8 @@ RUN_BUGS: tuple[Bug, ...] = (
         0,
         "gradients of a run not looked at",
         f"{TRAIN}/assemble.py",
-        "make_stepper(config.train, dtype, model.chunks, groups, check)",
-        "make_stepper(config.train, dtype, model.chunks, groups)",
+        "make_stepper(config.train, dtype, model.chunks, groups, check, objective)",
+        "make_stepper(config.train, dtype, model.chunks, groups, None, objective)",
         "tests/train/test_assemble.py test_a_projection",
     ),
     bug(
@@ -478,8 +484,8 @@ RUN_BUGS: tuple[Bug, ...] = (
         0,
         "every rank decides by its own loss",
         "megalora/train/loop.py",
-        'loss = on_first_rank(lambda: mine, "the evaluation failed")',
-        "loss = mine",
+        'values = on_first_rank(lambda: found, "the evaluation failed")',
+        "values = dict(found)",
         f"{FOLLOWING} first_one_s_loss",
     ),
     bug(

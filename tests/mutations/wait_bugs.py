@@ -29,14 +29,6 @@ WAIT_BUGS: tuple[Bug, ...] = (
     # A tensor on the wrong device
     bug(
         0,
-        "a loss mask left on the host",
-        STEP,
-        'torch.ones_like(outputs["logprob"])',
-        'torch.ones(len(outputs["logprob"]))',
-        ONE_GPU,
-    ),
-    bug(
-        0,
         "slots made on the host",
         ROUTE,
         "slots_TK = torch.empty(num_tokens, top_k, **new)",

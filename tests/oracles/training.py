@@ -126,6 +126,35 @@ class Oracle:
         # Rounded once, after the sum: the closest that this dtype has to the exact weight.
         return {name: weight.to(self.dtype) for name, weight in merged.items()}
 
+    def sequence_logprobs(self, sample: Any, weights: dict[str, Tensor]) -> list[Tensor]:
+        """Log-probabilities of the target tokens of each of a sample's sequences."""
+        # A pair is two sequences, one behind the other.
+        cut = sample.second or len(sample.input_ids)
+        found = []
+        for part in (slice(cut), slice(cut, None)):
+            ids = torch.tensor(sample.input_ids[part]).long()
+            mask = torch.tensor(sample.loss_mask[part])
+            if not len(ids):
+                continue
+            output = functional_call(self.model, weights, (ids[None, :-1],), tie_weights=False)
+            logprobs = output.logits[0].double().log_softmax(-1)
+            # Position i predicts token i + 1, and counts where that token is a target.
+            own = logprobs.gather(1, ids[1:, None])[:, 0]
+            found.append(own[mask[1:]])
+        return found
+
+    def dpo_loss(self, samples: list, beta: float) -> Tensor:
+        """DPO's loss, a mean over pairs; the reference is the base (Rafailov et al. 2023)."""
+        merged = self.merged()
+        total = torch.zeros((), dtype=torch.float64)
+        for sample in samples:
+            chosen, rejected = [part.sum() for part in self.sequence_logprobs(sample, merged)]
+            with torch.no_grad():
+                reference = [part.sum() for part in self.sequence_logprobs(sample, {})]
+            delta = (chosen - reference[0]) - (rejected - reference[1])
+            total = total - F.logsigmoid(beta * delta)
+        return total / len(samples)
+
     def loss(self, samples: list) -> Tensor:
         """Mean over the target tokens of all samples."""
         merged = self.merged()
@@ -150,8 +179,14 @@ class Oracle:
         clip: float,
         eps: float = 1e-8,
         lr_b: float | None = None,
+        dpo_beta: float | None = None,
     ) -> "Trained":
-        """AdamW without decay at a constant rate; ``lr_b``: that of B factors where it differs."""
+        """AdamW without decay at a constant rate.
+
+        Args:
+            lr_b: rate of B factors where it differs.
+            dpo_beta: of DPO, where samples are pairs.
+        """
         of_a = [t for name, t in self.factors.items() if ".lora_A." in name]
         of_b = [t for name, t in self.factors.items() if ".lora_B." in name]
         assert len(of_a) + len(of_b) == len(self.factors)
@@ -163,7 +198,7 @@ class Oracle:
         # One batch is one step: a global batch has no microbatches here.
         for batch in batches:
             optimizer.zero_grad()
-            loss = self.loss(batch)
+            loss = self.dpo_loss(batch, dpo_beta) if dpo_beta else self.loss(batch)
             loss.backward()
             of_step = {}
             for name, t in self.factors.items():

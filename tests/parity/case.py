@@ -29,7 +29,7 @@ from tests.oracles.training import Oracle, Trained
 from tests.parity.built import random_factors
 from tests.parity.compare import distance, of_largest
 from tests.parity.gradients import reduced_gradients
-from tests.parity.grid import EVAL, Case
+from tests.parity.grid import EVAL, OBJECTIVES, Case
 from tests.parity.models import adapter
 from tests.parity.plain_head import with_whole_logits
 from tests.parity.runs import make_config, records
@@ -55,6 +55,10 @@ second moments are squares, so twice that. Adapters are absolute, in parameters 
 1e-4: Adam divides by the root of the second moment, which turns the relative error of a small
 gradient into the same relative error of a whole step.
 """
+
+LIMITS_OF_PAIRS = {**LIMITS, "eval loss": 1e-5, "loss": 1e-5}
+"""DPO's loss is one of differences of four sums of some twenty log-probabilities of about 7: they
+err by 2e-6 in float32, and so does the loss, which is no mean over as many."""
 
 MARGIN = 5e-6
 """A router's choice that hangs on less than this, in logits, is not asked for: ten times what
@@ -86,8 +90,8 @@ def run_config(
     seed: int = 0,
 ) -> RunConfig:
     return make_config(
-        base, chats, out, case.parallel, case.recompute, dtype=dtype, eval=EVAL, data_seed=seed,
-        data=case.data, lr=LR, steps=steps,
+        base, case.source(chats), out, case.parallel, case.recompute, dtype=dtype, eval=EVAL,
+        data_seed=seed, data=case.data, objective=OBJECTIVES[case.objective], lr=LR, steps=steps,
         lora=adapter(case.adapter, model_shape(read_hf_config(base))),
         global_batch_size=case.batch, **case.rows,
     )  # fmt: skip
@@ -163,9 +167,14 @@ def expected(
     ``lr_b``: the learning rate of B factors, where it is another than ``LR``."""
     config = run_config(case, steps, base, chats, Path("unused"), dtype, seed)
     tokenizer = AutoTokenizer.from_pretrained(base)
-    split = load_split(str(chats), tokenizer, format="auto", **case.data)
-    whole = load_split(str(chats), tokenizer, format="auto", max_length=256)
-    compare_samples(split.samples, cut_by_hand(whole.samples, case))
+    beta = config.objective.beta
+    source = str(case.source(chats))
+    pairs = beta is not None
+    split = load_split(source, tokenizer, format="auto", pairs=pairs, **case.data)
+    whole = load_split(source, tokenizer, format="auto", pairs=pairs, max_length=256)
+    # Pairs are not cut.
+    if not pairs:
+        compare_samples(split.samples, cut_by_hand(whole.samples, case))
     train_split, eval_split = split_off_eval(split, EVAL, seed)
     adapted, factors = start_factors(config.lora, base, dtype)
     # alpha / r, or alpha / sqrt(r) with rslora: written out here, so that ours is not trusted.
@@ -177,12 +186,13 @@ def expected(
     oracle = Oracle(base, factors, scales, arithmetic)
     # A run evaluates before its first step, with the adapter it starts from.
     with torch.no_grad():
-        eval_loss = oracle.loss(eval_split.samples).item()
+        held_out = list(eval_split.samples)
+        eval_loss = (oracle.dpo_loss(held_out, beta) if beta else oracle.loss(held_out)).item()
     batches = []
     for step in range(steps):
         indices = global_batch_indices(step, case.batch, len(train_split.samples), seed)
         batches.append([train_split.samples[i] for i in indices])
-    trained = oracle.train(batches, LR, clip=1.0, eps=EPS, lr_b=lr_b)
+    trained = oracle.train(batches, LR, clip=1.0, eps=EPS, lr_b=lr_b, dpo_beta=beta)
     return Expected(eval_loss, trained, seed, oracle.margin)
 
 
@@ -306,6 +316,11 @@ def deviations(found: Expected, of: Expected) -> dict[str, float]:
         "exp_avg": of_largest(ours.exp_avg, theirs.exp_avg),
         "exp_avg_sq": of_largest(ours.exp_avg_sq, theirs.exp_avg_sq),
     }
+
+
+def limits_of(case: Case) -> dict[str, float]:
+    """The limits of a case's objective."""
+    return LIMITS_OF_PAIRS if case.objective == "dpo" else LIMITS
 
 
 def exceeded(row: Mapping[str, Any], limits: Mapping[str, float] = LIMITS) -> list[str]:

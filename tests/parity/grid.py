@@ -6,9 +6,18 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from itertools import combinations, product
+from pathlib import Path
 from typing import Any
 
-from megalora.config import DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from megalora.config import (
+    DataConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainConfig,
+)
+from tests.paired import pairs_of
 from tests.parity.models import ADAPTERS, MODELS, VARIANTS, shape_of
 
 # Up to 8 ranks, which fork on a machine of two cores; sizes beyond these need more ranks.
@@ -36,6 +45,9 @@ STAGES = ("equal", "uneven")
 HEAD = ("lean", "whole")
 """Logits of some target tokens at a time, or those of every token at once, as Megatron has them."""
 
+OBJECTIVES = {"sft": ObjectiveConfig(), "dpo": ObjectiveConfig(name="dpo", beta=0.5)}
+"""A loss of tokens, and one of pairs of sequences that share a row."""
+
 STEPS = 5
 """Optimizer steps of a case in ``make parity``."""
 SHORT = 2
@@ -62,6 +74,7 @@ class Case:
     stages: str = "equal"
     too_long: str = "left_out"
     head: str = "lean"
+    objective: str = "sft"
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -95,12 +108,18 @@ class Case:
         """The limit of a sample and what becomes of longer ones, in the words of the config's
         ``data`` section."""
         limit = ROW_TOKENS + 1 if self.too_long == "left_out" else CUT_AT
+        if self.objective == "dpo":
+            limit = ROW_TOKENS // 2 + 1
         return {"max_length": limit, "too_long": self.too_long}
 
+    def source(self, chats: Path) -> Path:
+        """The file to train on: the chats, or the pairs beside them."""
+        return pairs_of(chats) if self.objective == "dpo" else chats
+
     @property
-    def question(self) -> tuple[str, str, int, str]:
-        """What the oracle has to know: model, adapter, batch, and how samples are cut."""
-        return self.model, self.adapter, self.batch, self.too_long
+    def question(self) -> tuple[str, str, int, str, str]:
+        """What the oracle has to know: model, adapter, batch, how samples are cut, and the loss."""
+        return self.model, self.adapter, self.batch, self.too_long, self.objective
 
     @property
     def layout(self) -> str:
@@ -117,6 +136,8 @@ class Case:
             name += f", {self.too_long}"
         if self.stages == "uneven":
             name += ", uneven stages"
+        if self.objective != "sft":
+            name += f", {self.objective}"
         return name + (", whole logits" if self.head == "whole" else "")
 
     def pairs(self) -> frozenset[Any]:
@@ -147,7 +168,7 @@ def accepted(case: Case) -> bool:
     try:
         config = RunConfig(
             model=ModelConfig(path="-"), data=DataConfig(train="-", **case.data),
-            parallel=ParallelConfig(**case.parallel),
+            parallel=ParallelConfig(**case.parallel), objective=OBJECTIVES[case.objective],
             train=TrainConfig(steps=1, global_batch_size=case.batch, **case.rows),
         )  # fmt: skip
         config.check_world(case.world)
@@ -188,8 +209,8 @@ def full_grid() -> tuple[Case, ...]:
 
     Greedy: of the cases with the most new pairs, the one whose values were used least. How samples
     are cut and which head there is goes with every layout, and so do stages with every pipeline, so
-    that the cases are chosen without these three first: with sixteen times as many candidates it
-    would take minutes.
+    that the cases are chosen without these first: with twenty times as many candidates it would
+    take minutes.
     """
     chosen = chosen_without_samples()
     missing = set[Any]()
@@ -214,11 +235,15 @@ def full_grid() -> tuple[Case, ...]:
 
 
 def of_samples(case: Case) -> list[Case]:
-    """The case with every way of cutting samples, every head, and all stages it may have."""
+    """The case with every way of cutting samples, every head, every objective, and all stages it
+    may have."""
     stages = STAGES if can_be_uneven(case.pp, case.vpp, case.model) else ("equal",)
     found = []
     for how, head, size in product(TOO_LONG, HEAD, stages):
         found.append(replace(case, too_long=how, head=head, stages=size))
+        # Pairs are whole.
+        if how == "left_out":
+            found.append(replace(found[-1], objective="dpo"))
     return found
 
 
@@ -272,6 +297,7 @@ FAST = (
     Case(2, pp=2, model="mixed", recompute="selective", micro=3),
     Case(2, ep=2, model="idle", adapter="rslora"),
     Case(2, cp=2, ep=2, micro=PACKED),
+    Case(2, tp=2, ep=2, adapter="ranks", micro=3, objective="dpo"),
 )
 """For ``make test``: each way of splitting a model once, but for ETP, which needs four ranks."""
 
@@ -318,6 +344,12 @@ QUICK = (
         recompute="full1+selective",
     ),
     Case(4, pp=2, tp=2, model="tied", adapter="router", micro=3, stages="uneven"),
+    # Pairs, whose two sequences may lie on different context-parallel ranks.
+    Case(2, adapter="router", micro=3, objective="dpo"),
+    Case(2, cp=2, ep=2, micro=PACKED, objective="dpo"),
+    Case(4, pp=2, vpp=2, etp=2, recompute="full", objective="dpo"),
+    Case(8, tp=2, pp=2, ep=2, model="shared", micro=PACKED, recompute="selective", objective="dpo"),
+    Case(4, tp=2, cp=2, model="tied", adapter="router", micro=3, head="whole", objective="dpo"),
     *QUICK_OF_FAMILIES,
 )
 """For ``make test-all``: the layouts README names, every value of every factor at least once, and

@@ -11,6 +11,7 @@ from megalora.config import (
     LogConfig,
     LoRAConfig,
     ModelConfig,
+    ObjectiveConfig,
     ParallelConfig,
     RunConfig,
     TrainConfig,
@@ -30,6 +31,7 @@ def make_config(
     eval: int = 21,
     data_seed: int = 0,
     data: Mapping[str, Any] | None = None,
+    objective: ObjectiveConfig | None = None,
     **train: Any,
 ) -> RunConfig:
     """Five steps at a constant rate unless ``train`` says otherwise; no logs but
@@ -57,6 +59,7 @@ def make_config(
             **{"train": str(chats), "eval": eval, "max_length": 256, "seed": data_seed}
             | dict(data or {})
         ),
+        objective=objective or ObjectiveConfig(),
         train=TrainConfig(**{**options, "recompute": recompute_from(recompute), **train}),
         checkpoint=CheckpointConfig(dir=str(out)),
         log=LogConfig(tensorboard=False, progress=False),

@@ -25,10 +25,11 @@ from megalora.config import LoRAConfig, RunConfig
 from megalora.config.recompute import recompute_from
 from megalora.hf.json_file import read_hf_config
 from megalora.model.fields import model_shape
-from megalora.planner.layouts import ParallelLayout, Workload
+from megalora.planner.layouts import ParallelLayout
 from megalora.planner.memory import CONTEXT, ROOM, MemoryPlan, memory_of_model
 from megalora.planner.microbatch import Microbatch
 from megalora.planner.weights import Chunk, PlannedModel, attention_widths, chunks_of
+from megalora.planner.workload import Workload
 from megalora.tiny import make_tiny
 from tests.distributed.ranks import run_ranks
 from tests.parity.runs import make_config

@@ -6,9 +6,10 @@ from pathlib import Path
 from megalora.config import LoRAConfig, ParallelConfig
 from megalora.planner.cost import step_time
 from megalora.planner.hardware import Constant, Estimate, Kind, Machine, Overhead
-from megalora.planner.layouts import ParallelLayout, Workload
+from megalora.planner.layouts import ParallelLayout
 from megalora.planner.models import load_shape
 from megalora.planner.weights import PlannedModel
+from megalora.planner.workload import Workload
 
 MODELS = Path(__file__).parents[2] / "configs" / "models"
 NOTHING = 1e300

@@ -18,10 +18,11 @@ from megalora.hf.json_file import read_hf_config
 from megalora.model.dispatcher import AllToAllDispatcher
 from megalora.model.fields import model_shape
 from megalora.planner.activations import angles_bytes, chunk_bytes, head_bytes
-from megalora.planner.layouts import ParallelLayout, Workload
+from megalora.planner.layouts import ParallelLayout
 from megalora.planner.microbatch import Microbatch
 from megalora.planner.schedule import in_flight
 from megalora.planner.weights import PlannedModel, chunks_of
+from megalora.planner.workload import Workload
 from megalora.tiny import make_tiny
 from tests.distributed.ranks import run_ranks
 from tests.parity.built import built

@@ -9,12 +9,13 @@ import pytest
 from megalora.config.file import load_config
 from megalora.model.fields import model_shape
 from megalora.planner.gpus import find_machine
-from megalora.planner.layouts import ParallelLayout, Workload, check
+from megalora.planner.layouts import ParallelLayout, check
 from megalora.planner.models import find_architecture
 from megalora.planner.question import PlanOptions
 from megalora.planner.report import config_text
 from megalora.planner.search import FULL, Plan, evaluate
 from megalora.planner.weights import PlannedModel
+from megalora.planner.workload import Workload
 
 # Files are named MODEL_RANKSxGPU_LENGTHk.yaml.
 FOLDER = Path(__file__).parents[2] / "configs" / "sft"

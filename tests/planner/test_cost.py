@@ -7,12 +7,13 @@ import pytest
 
 from benchmarks.train_case import QWEN3_30B_A3B, flops_per_token
 from megalora.config import LoRAConfig, ParallelConfig
-from megalora.planner.cost import step_time
+from megalora.planner.cost import REFERENCE, step_time
 from megalora.planner.gpus import GPUS
 from megalora.planner.hardware import Constant, Overhead
-from megalora.planner.layouts import ParallelLayout, Workload
+from megalora.planner.layouts import ParallelLayout
 from megalora.planner.models import load_shape
 from megalora.planner.weights import PlannedModel
+from megalora.planner.workload import Workload
 from tests.planner.priced import ARITHMETIC, ATTENTION, FREE, MODELS, model, seconds
 
 
@@ -28,6 +29,39 @@ def test_flops_are_those_of_the_lora_formula() -> None:
     # each B meets all 48 columns.
     assert found == pytest.approx(base + adapters, rel=0.01)
     assert found > base + 0.9 * adapters
+
+
+def test_a_reference_is_forward_once_more() -> None:
+    """With the head, whose logits have no gradient; each stage does its own part."""
+    lora = replace(ATTENTION, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "lm_head"])
+    for adapters, pp in ((ATTENTION, 1), (lora, 1)):
+        layout = ParallelLayout(parallel=ParallelConfig(pp=pp), num_ranks=pp)
+        work = Workload(sequence_length=4096, global_batch_size=4, sequences=2)
+        alone = step_time(model(adapters), layout, work, ARITHMETIC)
+        with_it = step_time(model(adapters), layout, replace(work, references=1), ARITHMETIC)
+        assert alone[REFERENCE] == 0
+        assert with_it.seconds - alone.seconds == pytest.approx(with_it[REFERENCE], rel=1e-9)
+        # Recomputation does every layer's forward again, by a count of its own.
+        full = replace(layout, recompute="full")
+        layers = step_time(model(adapters), full, work, ARITHMETIC).seconds - alone.seconds
+        head = 4 * 2 * 4096 * 2 * 2048 * 151_936 / 1e12
+        # A and B of rank 16 over 2,048 features and the vocabulary.
+        if adapters is lora:
+            head += 4 * 2 * 4096 * 2 * 16 * (2048 + 151_936) / 1e12
+        # Of two stages the last has the head, too: four microbatches and the bubble's one.
+        assert with_it[REFERENCE] == pytest.approx(layers + head, rel=1e-6)
+
+
+def test_a_pair_is_two_sequences() -> None:
+    """As many documents in a row, and attention within each of them alone."""
+    layout = ParallelLayout(parallel=ParallelConfig(), num_ranks=1)
+    pairs = Workload(sequence_length=4096, global_batch_size=4, sequences=2)
+    single = Workload(sequence_length=4096, global_batch_size=8)
+    two = replace(layout, micro_batch_size=2)
+    found = step_time(model(ATTENTION), layout, pairs, ARITHMETIC)
+    assert found == step_time(model(ATTENTION), two, single, ARITHMETIC)
+    assert layout.capacity(pairs) == two.capacity(single) == 2 * 4096
+    assert layout.num_microbatches(pairs) == two.num_microbatches(single) == 4
 
 
 def test_expert_adapters_ride_on_the_base() -> None:

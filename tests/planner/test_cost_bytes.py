@@ -10,8 +10,9 @@ from megalora.config import LoRAConfig, ParallelConfig
 from megalora.model.shape import ModelShape
 from megalora.planner.cost import step_time
 from megalora.planner.hardware import Estimate, Kind
-from megalora.planner.layouts import ParallelLayout, Workload
+from megalora.planner.layouts import ParallelLayout
 from megalora.planner.weights import PlannedModel
+from megalora.planner.workload import Workload
 from tests.planner.priced import ATTENTION, FREE, Count, seconds
 
 

@@ -21,9 +21,10 @@ from megalora.model.formats.augmented import Augmented
 from megalora.planner.activations import angles_bytes, head_bytes, layer_bytes
 from megalora.planner.cost import StageCosts
 from megalora.planner.hardware import Constant, Estimate, Kind, Machine, Overhead
-from megalora.planner.layouts import ParallelLayout, Workload
+from megalora.planner.layouts import ParallelLayout
 from megalora.planner.ledger import Ledger
 from megalora.planner.weights import PlannedModel, chunks_of
+from megalora.planner.workload import Workload
 from tests.pretended.layer_cases import (
     EVERYTHING,
     HEAD_KIND,

@@ -12,9 +12,10 @@ from megalora.lora.select import resolve
 from megalora.model.families import FAMILIES, layer_projections
 from megalora.model.fields import model_shape
 from megalora.planner.dryrun import RankCount, dry_run
-from megalora.planner.layouts import ParallelLayout, Workload
+from megalora.planner.layouts import ParallelLayout
 from megalora.planner.memory import memory_of
 from megalora.planner.models import read_architecture
+from megalora.planner.workload import Workload
 from tests.parity.models import SIZES
 
 MODELS = Path(__file__).parents[2] / "configs" / "models"

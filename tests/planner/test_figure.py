@@ -7,13 +7,14 @@ import matplotlib
 import pytest
 
 from megalora.config import LoRAConfig, ParallelConfig
-from megalora.planner.figure import MEMORY, TIME, draw, grouped, title_of
+from megalora.planner.figure import MEMORY, RECOMPUTATION, TIME, draw, grouped, title_of
 from megalora.planner.layout_table import short_name, speed_text
-from megalora.planner.layouts import ParallelLayout, Workload
+from megalora.planner.layouts import ParallelLayout
 from megalora.planner.memory import GIB, gib_by_name
 from megalora.planner.models import load_shape
 from megalora.planner.search import Plan, evaluate
 from megalora.planner.weights import PlannedModel
+from megalora.planner.workload import Workload
 from tests.planner.test_scenarios import H100, MODELS
 
 OKABE_ITO = {
@@ -57,7 +58,7 @@ def test_every_part_is_in_one_of_seven_groups(plan: Plan) -> None:
     (again,) = (found for found in plan.fitting if found.layout.recompute == "full")
     parts = again.time.by_part()
     expected = sum(seconds for part, seconds in parts.items() if part.startswith("recompute "))
-    assert grouped(parts, TIME)["recomputation"] == pytest.approx(expected)
+    assert grouped(parts, TIME)[RECOMPUTATION] == pytest.approx(expected)
     with pytest.raises(AssertionError, match="no group has the part 'new'"):
         grouped({"new": 1.0}, TIME)
 

@@ -12,8 +12,9 @@ from megalora.config import ParallelConfig
 from megalora.hf.json_file import read_hf_config
 from megalora.model.fields import model_shape
 from megalora.model.shape import ModelShape
-from megalora.planner.layouts import LEVELS, ParallelLayout, Workload, check, enumerate_layouts
+from megalora.planner.layouts import LEVELS, ParallelLayout, check, enumerate_layouts
 from megalora.planner.models import load_shape
+from megalora.planner.workload import Workload
 
 ROOT = Path(__file__).parents[2]
 WORK = Workload(sequence_length=4096, global_batch_size=64)

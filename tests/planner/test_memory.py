@@ -18,12 +18,13 @@ from megalora.config import (
 from megalora.hf.json_file import read_hf_config
 from megalora.model.fields import model_shape
 from megalora.planner import activations
-from megalora.planner.layouts import ParallelLayout, Workload, enumerate_layouts
+from megalora.planner.layouts import ParallelLayout, enumerate_layouts
 from megalora.planner.memory import MemoryPlan, fullest_stage, memory_of, memory_of_model
 from megalora.planner.microbatch import Microbatch, ranks_per_token
 from megalora.planner.mlp_activations import PlannedMLP, experts_bytes
 from megalora.planner.models import load_shape
 from megalora.planner.weights import PlannedModel, adapter_parameters, chunks_of
+from megalora.planner.workload import Workload
 from megalora.train.optim import clip_and_step
 from tests.distributed.ranks import run_ranks
 from tests.parity.built import built

@@ -13,12 +13,13 @@ from megalora.planner import report
 from megalora.planner.cost import step_time
 from megalora.planner.gpus import GPUS
 from megalora.planner.hardware import Constant
-from megalora.planner.layouts import ParallelLayout, Workload
+from megalora.planner.layouts import ParallelLayout
 from megalora.planner.memory import memory_of_model
 from megalora.planner.packing import Packing, packing_of
 from megalora.planner.question import PlanOptions, Question
 from megalora.planner.search import search
 from megalora.planner.weights import PlannedModel
+from megalora.planner.workload import Workload
 from tests.parity.runs import make_config
 from tests.planner.priced import FREE
 

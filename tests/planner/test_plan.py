@@ -7,16 +7,18 @@ from pathlib import Path
 import pytest
 
 from megalora.config import LEVELS, LoRAConfig, ParallelConfig
+from megalora.config.file import load_config
 from megalora.model.fields import model_shape
 from megalora.planner import report
 from megalora.planner.cost import step_time
 from megalora.planner.gpus import GPUS
 from megalora.planner.layout_table import layout_table
-from megalora.planner.layouts import ParallelLayout, Workload, enumerate_layouts
+from megalora.planner.layouts import ParallelLayout, enumerate_layouts
 from megalora.planner.memory import fullest_stage
 from megalora.planner.models import active_parameters, find_architecture, load_shape
 from megalora.planner.search import CLOSE, FULL, Plan, Planned, search, search_ranks
 from megalora.planner.weights import PlannedModel
+from megalora.planner.workload import Workload
 
 ROOT = Path(__file__).parents[2]
 WORK = Workload(sequence_length=4096, global_batch_size=32)
@@ -49,6 +51,27 @@ def test_every_legal_layout_is_ranked_or_rejected_once(plan: Plan) -> None:
             layouts.append(rejected.layout)
     assert len(layouts) == len(found.legal)
     assert set(layouts) == set(found.legal)
+
+
+def test_a_config_of_pairs_is_planned_with_its_reference() -> None:
+    """DPO: two sequences a sample, and a forward pass more; SimPO has none."""
+    config = load_config(
+        ROOT / "configs/sft/template.yaml", ["data.train=x.jsonl", "objective.name=dpo"]
+    )
+    work = Workload.of(config)
+    assert (work.sequences, work.references) == (2, 1)
+    assert f"pairs of sequences of {work.sequence_length:,} tokens a step" in work.in_words
+    simpo = load_config(
+        ROOT / "configs/sft/template.yaml", ["data.train=x.jsonl", "objective.name=simpo"]
+    )
+    assert Workload.of(simpo) == replace(work, references=0)
+    model = PlannedModel.of(SHAPE, config.lora)
+    layout = ParallelLayout(parallel=ParallelConfig(ep=8), num_ranks=8)
+    found = step_time(model, layout, work, GPUS["h100"])
+    without = step_time(model, layout, replace(work, references=0), GPUS["h100"])
+    # A third of forward and backward, as the base is frozen and nothing is recomputed.
+    assert 0.2 < found["reference"] / without.seconds < 0.5
+    assert found.seconds == pytest.approx(without.seconds + found["reference"])
 
 
 def test_the_ranking_is_by_time_and_nothing_in_it_is_too_big(plan: Plan) -> None:

@@ -13,10 +13,10 @@ import pytest
 from megalora.cli.main import main
 from megalora.config.file import load_config
 from megalora.planner import report
-from megalora.planner.layouts import Workload
 from megalora.planner.models import load_shape
 from megalora.planner.question import PlanOptions, Question
 from megalora.planner.search import search
+from megalora.planner.workload import Workload
 from megalora.tiny import make_tiny
 
 ROOT = Path(__file__).parents[2]

@@ -16,10 +16,11 @@ from megalora.model.fields import model_shape
 from megalora.model.recompute import Recomputed, apply_recompute
 from megalora.planner.cost import step_time
 from megalora.planner.gpus import GPUS
-from megalora.planner.layouts import ParallelLayout, Workload
+from megalora.planner.layouts import ParallelLayout
 from megalora.planner.memory import fullest_stage, memory_of_model
 from megalora.planner.search import FULL, search
 from megalora.planner.weights import PlannedModel, chunks_of
+from megalora.planner.workload import Workload
 from tests.planner.counted import CATEGORIES, Case, compare
 
 WORK = Workload(sequence_length=16384, global_batch_size=8)

@@ -19,12 +19,13 @@ from megalora.config import (
 from megalora.lora.experts import expert_formats
 from megalora.lora.select import resolve
 from megalora.planner.crossings import Crossings
-from megalora.planner.layouts import ParallelLayout, Workload
+from megalora.planner.layouts import ParallelLayout
 from megalora.planner.memory import memory_of_model
 from megalora.planner.microbatch import Microbatch
 from megalora.planner.models import load_shape
 from megalora.planner.state_bytes import has_room
 from megalora.planner.weights import PlannedModel
+from megalora.planner.workload import Workload
 
 MODELS = Path(__file__).parents[2] / "configs" / "models"
 

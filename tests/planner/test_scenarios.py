@@ -15,7 +15,7 @@ from megalora.planner.cost import step_time
 from megalora.planner.gpus import GPUS, read_machine
 from megalora.planner.hardware import Constant, Links, Machine, Overhead, Roofline
 from megalora.planner.layout_table import layout_table, seconds_text, speed_text
-from megalora.planner.layouts import ParallelLayout, Workload
+from megalora.planner.layouts import ParallelLayout
 from megalora.planner.models import load_shape
 from megalora.planner.own_layout import OwnLayout
 from megalora.planner.prices import BEHIND_WAITS
@@ -23,6 +23,7 @@ from megalora.planner.report import own_line, rivals_line
 from megalora.planner.scenarios import COMPUTE, EXPOSED, HOST, LINKS, scenarios
 from megalora.planner.search import CLOSE, FULL, LESS, Plan, Planned, evaluate, search
 from megalora.planner.weights import PlannedModel
+from megalora.planner.workload import Workload
 
 MODELS = Path(__file__).parents[2] / "configs" / "models"
 SHAPE = load_shape(MODELS / "qwen3_30b_a3b.yaml")

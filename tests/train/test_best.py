@@ -17,6 +17,7 @@ from megalora.adapters.best_loss import BestLoss, Evaluations
 from megalora.adapters.latest import latest_adapter
 from megalora.adapters.training_state import read_state
 from megalora.config import CheckpointConfig, RunConfig
+from megalora.objectives.sft import SFT
 from megalora.train.loop import Progress, _evaluate, train
 from megalora.train.step import Stepper
 from tests.distributed.ranks import run_ranks
@@ -86,20 +87,21 @@ def with_losses(config: RunConfig, losses: dict[int, float], spread: float = 0.0
     Args:
         spread: added once on the second rank, twice on the third, ...
     """
-    own = Stepper.evaluate
+    own = Stepper.evaluate_all
     asked: list[int] = []
 
-    def evaluate(self: Stepper, batches: Any, **options: Any) -> tuple[float, int]:
+    def evaluate(self: Stepper, batches: Any, **options: Any) -> tuple[dict[str, float], int]:
         # The model is evaluated all the same, as collectives must match.
         _, count = own(self, batches, **options)
         asked.append(len(asked))
-        return losses[asked[-1]] + spread * dist.get_rank(), count
+        loss = losses[asked[-1]] + spread * dist.get_rank()
+        return {self.objective.evaluated[0]: loss}, count
 
-    Stepper.evaluate = evaluate  # type: ignore[method-assign]
+    Stepper.evaluate_all = evaluate  # type: ignore[method-assign]
     try:
         return train(config)
     finally:
-        Stepper.evaluate = own  # type: ignore[method-assign]
+        Stepper.evaluate_all = own  # type: ignore[method-assign]
 
 
 def following(
@@ -203,10 +205,10 @@ def test_best_goes_back_with_the_run(
 def followed(losses: list[list[float]]) -> Evaluations:
     """A rank function: what a rank makes of evaluations of which it has losses of its own."""
     mine = iter(losses[dist.get_rank()])
-    run: Any = SimpleNamespace(
-        batches=SimpleNamespace(eval=True, of_eval=list),
-        stepper=SimpleNamespace(evaluate=lambda batches: (next(mine), 1)),
+    stepper = SimpleNamespace(
+        objective=SFT(), evaluate_all=lambda batches: ({"loss": next(mine)}, 1)
     )
+    run: Any = SimpleNamespace(batches=SimpleNamespace(eval=True, of_eval=list), stepper=stepper)
     metrics: Any = SimpleNamespace(evaluation=lambda *given: None)
     answers: Any = SimpleNamespace(now=list)
     now = Progress(start=0, step=0, saved=None)

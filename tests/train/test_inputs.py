@@ -1,5 +1,6 @@
 """Check batches on their way to the device, and lengths that stages know without asking."""
 
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 from megalora.config import RunConfig
 from megalora.data.batch import FILLER, Batch, flat_row
 from megalora.model.documents import zigzag
-from megalora.train.inputs import Part, to_device
+from megalora.train.inputs import Asked, Part, to_device
 from tests.distributed.ranks import run_ranks
 from tests.parity.built import built
 from tests.parity.gradients import reduced_gradients
@@ -37,7 +38,7 @@ def test_what_arrives_is_what_was_sent(first: bool, last: bool) -> None:
     arrived = to_device(batches, Part(first, last))
     assert len(arrived) == len(batches)
     # Of all labels, as the probe wants them.
-    in_full = to_device(batches, Part(first, last), every_token=True)
+    in_full = to_device(batches, Part(first, last), Asked(every_token=True))
     for sent, found, full in zip(batches, arrived, in_full, strict=True):
         assert full.positions is None
         places = sent.loss_mask.nonzero().flatten()
@@ -60,6 +61,33 @@ def test_what_arrives_is_what_was_sent(first: bool, last: bool) -> None:
         ((query_ends, key_ends),) = found.documents.bounds
         assert query_ends.tolist() == key_ends.tolist() == list(sent.ends)
         assert query_ends.dtype == torch.int32
+
+
+@pytest.mark.parametrize("cp_size", [1, 2])
+def test_sequences_of_target_tokens(cp_size: int) -> None:
+    """Every part of a row knows whose its target tokens are, and how many the whole row has."""
+    lengths = (7, 6, 3)
+    row = batch((*lengths, 4), 0)
+    # The last document is filler.
+    row.loss_mask[-4:] = 0
+    row = replace(row, filler=4)
+    whole = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))
+    numbers = whole[row.loss_mask[:-4] > 0]
+    expected = torch.bincount(numbers, minlength=3)
+    found = torch.zeros(3, dtype=torch.int64)
+    for rank in range(cp_size):
+        part = Part(False, True, cp_rank=rank, cp_size=cp_size)
+        (arrived,) = to_device([row], part, Asked(sequences=True))
+        assert arrived.sequences is not None and arrived.targets is not None
+        assert arrived.positions is not None
+        assert torch.equal(arrived.targets, expected)
+        own = zigzag(torch.arange(len(row.tokens)), rank, cp_size)[arrived.positions]
+        assert torch.equal(arrived.sequences, whole[own])
+        found += torch.bincount(arrived.sequences, minlength=3)
+    assert torch.equal(found, expected)
+    # Nothing of it is sent where nobody asks.
+    (plain,) = to_device([row], Part(True, True))
+    assert plain.sequences is None and plain.targets is None
 
 
 def test_ranks_of_context_parallelism_get_the_parts_of_a_row() -> None:

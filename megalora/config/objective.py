@@ -1,0 +1,85 @@
+"""The ``objective`` section: what training minimises."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megalora.config.checks import require
+
+_OPTIONS = {
+    "sft": (),
+    "dpo": ("loss", "beta", "label_smoothing", "sft_weight"),
+    "simpo": ("beta", "label_smoothing", "sft_weight", "margin"),
+    "orpo": ("beta", "sft_weight"),
+}
+"""Options that an objective reads; another one that is set would do nothing."""
+_SMOOTHED = ("sigmoid", "robust")
+"""Losses of DPO that have label smoothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    name: Literal["sft", "dpo", "simpo", "orpo"] = "sft"
+    """``sft``: cross entropy of the assistant's tokens. The others learn from pairs of a preferred
+    and a rejected answer, of which ``train.global_batch_size`` counts pairs: ``dpo`` compares with
+    the base, whose log-probabilities a pass with the adapters switched off finds in every step;
+    ``simpo`` and ``orpo`` need no reference."""
+    loss: Literal["sigmoid", "robust", "hinge", "ipo"] = "sigmoid"
+    """Of ``dpo``: ``sigmoid`` (DPO, and conservative DPO with ``objective.label_smoothing``),
+    ``robust`` (unbiased where that share of the labels is wrong), ``hinge`` (SLiC) or ``ipo`` (per
+    token)."""
+    beta: float | None = None
+    """How closely the model stays to the reference: higher is closer. Of ``orpo``, the weight of
+    the odds ratio. null is 0.1, and 2 for ``simpo``."""
+    label_smoothing: float = 0.0
+    """Share of pairs that are taken to be labelled the wrong way round, below 0.5. For ``simpo``
+    and the losses sigmoid and robust."""
+    sft_weight: float | None = None
+    """Weight of the cross entropy of the chosen answers, per target token, beside the preference.
+    null is 0, and 1 for ``orpo``."""
+    margin: float | None = None
+    """Of ``simpo``: by how much the chosen answer is to lead, in ``objective.beta`` times mean
+    log-probabilities. null is 0.5."""
+
+    def __post_init__(self) -> None:
+        read = _OPTIONS[self.name]
+        defaults = {
+            "loss": "sigmoid", "beta": None, "label_smoothing": 0, "sft_weight": None,
+            "margin": None,
+        }  # fmt: skip
+        for option, default in defaults.items():
+            value = getattr(self, option)
+            require(
+                option in read or value == default,
+                f"objective.{option}={value} does nothing for objective.name={self.name}, which"
+                f" reads {', '.join(read) or 'no option of this section'}",
+            )
+        require(
+            self.beta is None or 0 < self.beta < float("inf"),
+            f"objective.beta must be above 0, got {self.beta}",
+        )
+        for option in ("sft_weight", "margin"):
+            value = getattr(self, option)
+            require(
+                value is None or 0 <= value < float("inf"),
+                f"objective.{option} must not be negative, got {value}",
+            )
+        require(
+            0 <= self.label_smoothing < 0.5,
+            f"objective.label_smoothing must be in [0, 0.5), got {self.label_smoothing}: at a half"
+            " a label says nothing",
+        )
+        require(
+            not self.label_smoothing or self.name != "dpo" or self.loss in _SMOOTHED,
+            f"objective.label_smoothing does nothing for objective.loss={self.loss}; only"
+            f" {' and '.join(_SMOOTHED)} have it",
+        )
+
+    @property
+    def pairs(self) -> bool:
+        """Whether a sample is a pair of answers."""
+        return self.name != "sft"
+
+    @property
+    def num_references(self) -> int:
+        """Passes with the adapters switched off, in every step."""
+        return int(self.name == "dpo")

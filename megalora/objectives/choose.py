@@ -1,0 +1,28 @@
+"""Make the objective that a config names."""
+
+from megalora.config import RunConfig, TrainConfig
+from megalora.objectives.objective import Objective
+from megalora.objectives.preference import Preference
+from megalora.objectives.sft import SFT
+
+
+def objective_of(config: RunConfig) -> Objective:
+    """What ``objective`` describes, with null replaced by what its docstrings say."""
+    options = config.objective
+    if options.name == "sft":
+        return sft_of(config.train)
+    beta = 2.0 if options.name == "simpo" else 0.1
+    sft_weight = 1.0 if options.name == "orpo" else 0.0
+    margin = 0.5 if options.name == "simpo" else 0.0
+    return Preference(
+        kind=options.loss if options.name == "dpo" else options.name,
+        beta=beta if options.beta is None else options.beta,
+        label_smoothing=options.label_smoothing,
+        sft_weight=sft_weight if options.sft_weight is None else options.sft_weight,
+        margin=margin if options.margin is None else options.margin,
+    )
+
+
+def sft_of(train: TrainConfig) -> SFT:
+    """Supervised fine-tuning with the terms that ``train`` adds."""
+    return SFT(z_loss=train.z_loss, label_smoothing=train.label_smoothing)

@@ -1,0 +1,78 @@
+"""Say what a step trains on, whatever the layout."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megalora.config import RunConfig
+from megalora.config.checks import require
+from megalora.planner.crossings import NO_TABLE, Crossings
+from megalora.planner.packing import Packing
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """The training of a model, whatever the layout."""
+
+    sequence_length: int
+    """Tokens per sequence: the longest, which decides whether memory suffices."""
+    global_batch_size: int
+    """Samples per optimizer step."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Dtype of weights, adapters and activations."""
+    imbalance: float = 1.0
+    """Rows of the fullest expert-parallel rank over the mean. Assumed: only routing knows."""
+    ranks_per_token: float | None = None
+    """Expert-parallel ranks that have experts of a token, on average. None: as many as if a token
+    chose among all experts alike."""
+    sequences: int = 1
+    """Sequences of a sample: 2 where it is a pair of answers."""
+    references: int = 0
+    """Passes without gradients in a step, before its own."""
+    packing: Packing | None = None
+    """Lengths of the samples, which are then packed; None: all are of full length."""
+    crossings: Crossings = NO_TABLE
+    """From how many rows per expert the GPU runs experts on torch's grouped GEMM, with adapters
+    beside the weights."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.sequence_length >= 2,
+            f"a sample needs at least 2 tokens, got {self.sequence_length}",
+        )
+        require(
+            self.global_batch_size >= 1,
+            f"a step needs at least 1 sample, got {self.global_batch_size}",
+        )
+        require(
+            self.imbalance >= 1,
+            f"imbalance is the fullest over the mean, so at least 1, got {self.imbalance}",
+        )
+
+    @classmethod
+    def of(cls, config: RunConfig, imbalance: float = 1.0) -> "Workload":
+        """The workload of a run's config."""
+        return cls(
+            sequence_length=config.data.max_length,
+            global_batch_size=config.train.global_batch_size,
+            dtype=config.model.dtype,
+            imbalance=imbalance,
+            sequences=2 if config.objective.pairs else 1,
+            references=config.objective.num_references,
+        )
+
+    @property
+    def sample_tokens(self) -> int:
+        """Tokens of the longest sample."""
+        return self.sequences * self.sequence_length
+
+    @property
+    def in_words(self) -> str:
+        """What a step trains on."""
+        batch = f"{self.global_batch_size:,}"
+        if self.sequences > 1:
+            return f"{batch} pairs of sequences of {self.sequence_length:,} tokens a step"
+        return f"{batch} samples of {self.sequence_length:,} tokens a step"
+
+    @property
+    def element_bytes(self) -> int:
+        return 2 if self.dtype == "bfloat16" else 4

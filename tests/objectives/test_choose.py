@@ -1,0 +1,66 @@
+"""What a config's objective section becomes, and what it refuses."""
+
+import pytest
+
+from megalora.config import DataConfig, ModelConfig, ObjectiveConfig, RunConfig, TrainConfig
+from megalora.objectives.choose import objective_of
+from megalora.objectives.preference import Preference
+from megalora.objectives.sft import SFT
+
+
+def config(train: dict | None = None, data: dict | None = None, **objective) -> RunConfig:
+    return RunConfig(
+        model=ModelConfig(path="-"),
+        data=DataConfig(**{"train": "-", **(data or {})}),
+        train=TrainConfig(**{"steps": 1, **(train or {})}),
+        objective=ObjectiveConfig(**objective),
+    )
+
+
+def test_defaults_are_those_of_the_papers_and_of_trl() -> None:
+    assert objective_of(config(train={"z_loss": 1e-4})) == SFT(z_loss=1e-4)
+    assert objective_of(config(name="dpo")) == Preference("sigmoid", beta=0.1)
+    assert objective_of(config(name="simpo")) == Preference("simpo", beta=2.0, margin=0.5)
+    assert objective_of(config(name="orpo")) == Preference("orpo", beta=0.1, sft_weight=1.0)
+
+
+def test_options_reach_the_objective() -> None:
+    found = objective_of(
+        config(name="dpo", loss="robust", beta=0.3, label_smoothing=0.1, sft_weight=0.2)
+    )
+    assert found == Preference("robust", beta=0.3, label_smoothing=0.1, sft_weight=0.2)
+    assert objective_of(config(name="simpo", margin=0.0)) == Preference("simpo", beta=2.0)
+    # Without a reference there is no pass for it.
+    assert [bool(objective_of(config(name=n)).references) for n in ("dpo", "simpo", "orpo")] == [
+        True, False, False,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"beta": 0.1}, "objective.beta=0.1 does nothing for objective.name=sft"),
+        ({"name": "dpo", "margin": 0.5}, "margin=0.5 does nothing for objective.name=dpo"),
+        ({"name": "orpo", "label_smoothing": 0.1}, "does nothing for objective.name=orpo"),
+        ({"name": "simpo", "loss": "ipo"}, "loss=ipo does nothing for objective.name=simpo"),
+        ({"name": "dpo", "loss": "ipo", "label_smoothing": 0.1}, "nothing for objective.loss=ipo"),
+        ({"name": "dpo", "beta": 0.0}, "objective.beta must be above 0, got 0.0"),
+        ({"name": "dpo", "beta": float("nan")}, "objective.beta must be above 0, got nan"),
+        ({"name": "dpo", "sft_weight": -1.0}, "sft_weight must not be negative, got -1.0"),
+        ({"name": "dpo", "label_smoothing": 0.5}, "must be in .0, 0.5., got 0.5: at a half"),
+        ({"name": "dpo", "train": {"z_loss": 0.1}}, "train.z_loss is a term of sup"),
+        ({"name": "orpo", "train": {"label_smoothing": 0.1}}, "train.label_smoothing is a term"),
+        ({"name": "dpo", "data": {"too_long": "split"}}, "too_long=split would cut one answer"),
+        (
+            {"name": "dpo", "data": {"max_length": 100}, "train": {"micro_batch_tokens": 197}},
+            "micro_batch_tokens=197 has no room for a pair of sequences .* at least 198",
+        ),
+    ],
+)
+def test_what_means_nothing_is_refused(options, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config(**options)
+
+
+def test_a_pair_of_the_longest_sequences_fits_its_row() -> None:
+    config(name="dpo", data={"max_length": 100}, train={"micro_batch_tokens": 198})

@@ -1,0 +1,23 @@
+"""Make pairs of a preferred and a rejected answer out of chats."""
+
+from pathlib import Path
+
+from tests.jsonl import read_jsonl, write_jsonl
+
+
+def write_pairs(chats: Path) -> None:
+    """A second answer to each chat, of another length, in the file that ``pairs_of`` names."""
+    rows = []
+    for i, row in enumerate(read_jsonl(chats)):
+        *prompt, answer = row["messages"]
+        words = answer["content"].split()
+        # Backwards, with one to three words more or less.
+        other = " ".join([*words[:0:-1], *["perhaps"] * (i % 5)]) or "none"
+        rejected = {"role": "assistant", "content": other}
+        rows.append({"chosen": [*prompt, answer], "rejected": [*prompt, rejected]})
+    write_jsonl(pairs_of(chats), rows)
+
+
+def pairs_of(chats: Path) -> Path:
+    """Where ``write_chats`` puts pairs of answers to the same questions."""
+    return chats.with_name(f"{chats.stem}_pairs.jsonl")
