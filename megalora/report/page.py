@@ -13,7 +13,12 @@ from megalora.report.records import RunRecords, flat, read_run
 from megalora.report.tables import html_table, run_table
 
 CHARTS = (
-    ("Loss (nats per target token)", "loss"),
+    ("Loss (nats per target token, or per pair)", "loss"),
+    ("Pairs whose chosen answer has the higher reward (share)", "accuracy"),
+    ("Reward of the chosen less that of the rejected answer", "margin"),
+    ("Reward of chosen answers", "chosen_reward"),
+    ("Reward of rejected answers", "rejected_reward"),
+    ("Cross entropy of chosen answers (nats per target token)", "chosen_cross_entropy"),
     ("Learning rate", "lr"),
     ("Gradient norm before clipping", "grad_norm"),
     ("Tokens per second", "tokens_per_second"),
@@ -131,10 +136,11 @@ def _curves(runs: Sequence[RunRecords], names: Sequence[str]) -> str:
         for number, (run, name) in enumerate(zip(runs, names, strict=True)):
             if quantity in run.series:
                 curves.append(Curve(number, f"{name}: {quantity}", run.series[quantity]))
-            # Evaluations are seen beside the training loss.
-            if quantity == "loss" and "eval_loss" in run.series:
-                evaluations = run.series["eval_loss"]
-                curves.append(Curve(number, f"{name}: eval_loss", evaluations, dots=True))
+            # Evaluations are seen beside what they evaluate.
+            evaluated = f"eval_{quantity}"
+            if evaluated in run.series:
+                evaluations = run.series[evaluated]
+                curves.append(Curve(number, f"{name}: {evaluated}", evaluations, dots=True))
         if curves:
             charts.append(chart(title, curves))
     note = '<p class="muted">Dots are evaluations; a band spans the values of merged steps.</p>'

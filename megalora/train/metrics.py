@@ -237,7 +237,7 @@ def plot_losses(folder: Path) -> None:
         if with_key:
             steps = [row["step"] for row in with_key]
             axes.plot(steps, [row[key] for row in with_key], style, label=label)
-    axes.set(xlabel="step", ylabel="loss (nats per target token)", title=str(folder))
+    axes.set(xlabel="step", ylabel="loss (nats per target token, or per pair)", title=str(folder))
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()

@@ -1,6 +1,7 @@
 """Export adapters for one engine: what it reads, what it would drop unnoticed, and the card."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from megalora.adapters.export import export
 from megalora.adapters.files import CARD, CONFIG, PROBE, STATE_JSON, WEIGHTS, read_config
+from megalora.config import ObjectiveConfig
 from tests.adapters.adapters import ATTENTION, EXPERTS, train
 from tests.adapters.folders import factors_of
 from tests.adapters.stock import loaded_by_peft
@@ -204,6 +206,7 @@ def test_the_card_says_what_it_is_and_how_to_load_it(
     for part in (
         f"base_model: {bases['moe']}\nlibrary_name: peft",
         "- Training data: `chats.jsonl`, 1,234 samples",
+        "- Objective: supervised fine-tuning",
         "- Steps: 7 of 8 samples, learning rate 0.0001 (cosine)",
         "| `mlp.experts.up_proj` | 2 | 16 | 0-1, 3 | 8 |",
         "| `self_attn.q_proj` | 2 | 16 | 0-1, 3 |  |",
@@ -215,6 +218,35 @@ def test_the_card_says_what_it_is_and_how_to_load_it(
     # The training state stays behind: it is of no use to who loads the adapter.
     written = {path.name for path in (tmp_path / "mine").iterdir()}
     assert written == {CARD, CONFIG, WEIGHTS, PROBE}
+
+
+@pytest.mark.parametrize(
+    ("objective", "said"),
+    [
+        (
+            ObjectiveConfig(name="dpo", loss="robust", beta=0.2, label_smoothing=0.1),
+            "dpo, loss robust, beta 0.2, label_smoothing 0.1; the reference is the base",
+        ),
+        (ObjectiveConfig(name="simpo", margin=0.4), "simpo, margin 0.4"),
+    ],
+)
+def test_the_card_of_preferences(
+    bases: dict[str, Path], tmp_path: Path, objective: ObjectiveConfig, said: str
+) -> None:
+    trained = train(bases["dense"], tmp_path / "step_000007", target_modules=["q_proj"])
+    (trained.folder / STATE_JSON).parent.mkdir()
+    config = {
+        "data": {"train": "pairs.jsonl"}, "model": {"dtype": "float32"},
+        "objective": asdict(objective),
+        "train": {"global_batch_size": 8, "lr": 1e-4, "schedule": "cosine"},
+    }  # fmt: skip
+    (trained.folder / STATE_JSON).write_text(
+        json.dumps({"step": 7, "num_samples": 50, "config": config})
+    )
+    export(trained.folder, tmp_path / "mine")
+    text = (tmp_path / "mine" / CARD).read_text()
+    assert "- Training data: `pairs.jsonl`, 50 pairs\n" in text
+    assert f"- Objective: {said}\n- Steps: 7 of 8 pairs, " in text
 
 
 def test_logits_of_every_export_are_the_same(bases: dict[str, Path], tmp_path: Path) -> None:

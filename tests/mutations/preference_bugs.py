@@ -171,6 +171,23 @@ PREFERENCE_BUGS: tuple[Bug, ...] = (
         "return self.sequence_length",
         "tests/planner/test_cost.py two_sequences",
     ),
+    # what is said of it
+    bug(
+        0,
+        "evaluations of the loss alone in a report",
+        "megalora/report/page.py",
+        'evaluated = f"eval_{quantity}"',
+        'evaluated = "eval_loss" if quantity == "loss" else ""',
+        "tests/report/test_page.py every_quantity",
+    ),
+    bug(
+        0,
+        "a card that calls pairs samples",
+        "megalora/adapters/write/card.py",
+        'samples = "samples" if objective["name"] == "sft" else "pairs"',
+        'samples = "samples"',
+        "tests/adapters/test_export.py card_of_preferences",
+    ),
     # data
     bug(
         0,

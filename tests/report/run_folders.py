@@ -19,7 +19,9 @@ HOSTILE = "</script><script>alert(1)</script><b>&\"'<img src=http://evil.example
 
 def rows(num_steps: int = 6, shift: float = 0.0) -> list[dict[str, Any]]:
     """Records of steps and two evaluations; every quantity has its own values."""
-    found: list[dict[str, Any]] = [{"step": 0, "eval_loss": 5 + shift}]
+    found: list[dict[str, Any]] = [
+        {"step": 0, "eval_loss": 5 + shift, "eval_accuracy": 0.5, "eval_margin": 0.0}
+    ]
     for step in range(1, num_steps + 1):
         found.append(
             {
@@ -27,9 +29,13 @@ def rows(num_steps: int = 6, shift: float = 0.0) -> list[dict[str, Any]]:
                 "grad_norm": 0.3 + step % 3, "tokens_per_second": 1000.0 + 10 * step,
                 "memory_gib": 2 + 0.1 * step, "slots_used": 0.9 + 0.01 * step,
                 "expert_entropy": 0.8 + 0.02 * step, "starved_experts": 0.25 / step,
+                "accuracy": 0.5 + 0.05 * step, "margin": 0.3 * step - 0.2,
+                "chosen_reward": 0.1 * step, "rejected_reward": 0.2 - 0.2 * step,
+                "chosen_cross_entropy": 3 - 0.1 * step,
             }
         )  # fmt: skip
-    return [*found, {"step": num_steps, "eval_loss": 2 + shift}]
+    last = {"step": num_steps, "eval_loss": 2 + shift, "eval_accuracy": 0.9, "eval_margin": 1.7}
+    return [*found, last]
 
 
 def counts(step: int) -> np.ndarray:

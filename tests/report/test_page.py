@@ -45,8 +45,8 @@ def test_every_quantity_is_there_with_its_values(run: Path) -> None:
     for title, key in CHARTS:
         curves = found[title]
         wanted = {f"mine: {key}": values_of(key)}
-        if key == "loss":
-            wanted["mine: eval_loss"] = values_of("eval_loss")
+        if evaluated := values_of(f"eval_{key}"):
+            wanted[f"mine: eval_{key}"] = evaluated
         assert curves.keys() == wanted.keys()
         for label, points in wanted.items():
             spread = max(v for _, v in points) - min(v for _, v in points)
@@ -59,7 +59,7 @@ def test_every_quantity_is_there_with_its_values(run: Path) -> None:
 def test_runs_lie_over_each_other(run: Path, tmp_path: Path) -> None:
     other = make_run(tmp_path / "other", shift=1.0)
     root = shown(run, other)
-    loss = charts(root)["Loss (nats per target token)"]
+    loss = charts(root)["Loss (nats per target token, or per pair)"]
     np.testing.assert_allclose(loss["mine: loss"], values_of("loss"), atol=0.02)
     np.testing.assert_allclose(loss["other: loss"], values_of("loss", 1.0), atol=0.02)
     figure = root.all("figure", "chart")[0]
@@ -246,7 +246,7 @@ def test_a_dense_run_without_evaluations(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
     root = shown(folder)
-    assert charts(root).keys() == {"Loss (nats per target token)"}
+    assert charts(root).keys() == {"Loss (nats per target token, or per pair)"}
     titles = [heading.text for heading in root.all("h2")]
     assert titles == ["Summary", "Curves", "What is missing"]
     # A run that was killed before its first step.
@@ -264,7 +264,7 @@ def test_steps_done_twice_and_values_that_are_none(run: Path, tmp_path: Path) ->
     text += "\n".join([*lines, '{"step": 4, "loss": NaN}', "not JSON", '{"step": 5, "lo'])
     (folder / "metrics.jsonl").write_text(text)
     root = shown(folder)
-    curve = charts(root)["Loss (nats per target token)"]["resumed: loss"]
+    curve = charts(root)["Loss (nats per target token, or per pair)"]["resumed: loss"]
     # As it was the last time; other values stay what they were.
     wanted = [(step, 7.0 if step == 2 else value) for step, value in values_of("loss")]
     np.testing.assert_allclose(curve, wanted, atol=0.02)

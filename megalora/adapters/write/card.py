@@ -63,16 +63,33 @@ def _what(facts: Facts) -> str:
         config = run["config"]
         step = run["step"]
         train = config["train"]
+        # Checkpoints of earlier versions have no such section.
+        objective = config.get("objective", {"name": "sft"})
+        samples = "samples" if objective["name"] == "sft" else "pairs"
         lines += [
             "",
-            f"- Training data: `{config['data']['train']}`, {run['num_samples']:,} samples",
+            f"- Training data: `{config['data']['train']}`, {run['num_samples']:,} {samples}",
+            f"- Objective: {_objective(objective)}",
             (
-                f"- Steps: {step:,} of {train['global_batch_size']} samples, learning rate"
+                f"- Steps: {step:,} of {train['global_batch_size']} {samples}, learning rate"
                 f" {train['lr']:g} ({train['schedule']})"
             ),
             f"- Base weights and adapter in {config['model']['dtype']}",
         ]
     return "\n".join(lines)
+
+
+def _objective(options: dict[str, Any]) -> str:
+    """What was minimised, with what the config has set of it."""
+    if options["name"] == "sft":
+        return "supervised fine-tuning"
+    # The loss is one of several of DPO, and says nothing of the others.
+    shown = [f"loss {options['loss']}"] if options["name"] == "dpo" else []
+    for name in ("beta", "label_smoothing", "sft_weight", "margin"):
+        if options[name]:
+            shown.append(f"{name} {options[name]:g}")
+    reference = "; the reference is the base" if options["name"] == "dpo" else ""
+    return f"{options['name']}{''.join(f', {part}' for part in shown)}{reference}"
 
 
 def _table(facts: Facts) -> str:
