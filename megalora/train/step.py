@@ -69,13 +69,12 @@ class Stepper:
 
         They are float64 on the device: nothing here waits for it.
         """
-        references = self._references(batches)
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
         self.chunks[0].config.grad_scale_func = optimizer.scale_loss
-        return self._sum(self._run(batches, references, forward_only=False))
+        return self._sum(self._run(batches, forward_only=False))
 
     def evaluate(self, batches: list[Batch], *, own: bool = False) -> tuple[float, int]:
         """(mean loss, number of the objective's units) over all data-parallel ranks' batches, or
@@ -88,10 +87,9 @@ class Stepper:
         self, batches: list[Batch], *, own: bool = False
     ) -> tuple[dict[str, float], int]:
         """The same for each of the metrics that the objective evaluates, its loss first."""
-        references = self._references(batches)
         for chunk in self.chunks:
             chunk.eval()
-        sums = self._sum(self._run(batches, references, forward_only=True), own)
+        sums = self._sum(self._run(batches, forward_only=True), own)
         values: dict[str, float] = {}
         counts: list[int] = []
         for name in self.objective.evaluated:
@@ -112,9 +110,8 @@ class Stepper:
         def report(outputs: Outputs, batch: DeviceBatch) -> tuple[Tensor, Tensor, Tensor]:
             return outputs["logprob"].sum(), _one(), -outputs["logprob"]
 
-        every = self._schedule(
-            batches, {"logprob": logprob}, report, Asked(every_token=True), forward_only=True
-        )
+        inputs = to_device(batches, Part.of(self.groups), Asked(every_token=True))
+        every = self._schedule(batches, inputs, {"logprob": logprob}, report, forward_only=True)
         losses = torch.zeros(len(batches[0].tokens) // cp.size(), device=host.device())
         # Only the last stage has any; the sum over stages hands them to all.
         if every:
@@ -129,10 +126,14 @@ class Stepper:
         dist.all_reduce(sums, group=self.groups.cp if own else self.groups.dp_cp)
         return sums
 
-    def _run(self, batches: list[Batch], references: References, forward_only: bool) -> Tensor:
+    def _run(self, batches: list[Batch], forward_only: bool) -> Tensor:
         """(sum, count) of each metric on the last pipeline stage, ``[M, 2]``; zeros elsewhere."""
         objective = self.objective
         divisors = self._divisors(batches)
+        asked = Asked(sequences=objective.by_sequence)
+        # Once for all passes over these microbatches.
+        inputs = to_device(batches, Part.of(self.groups), asked)
+        references = self._references(batches, inputs)
 
         def report(outputs: Outputs, batch: DeviceBatch) -> tuple[Tensor, Tensor, Tensor]:
             loss = objective.loss(outputs, self._sequences(batch, references), divisors)
@@ -140,27 +141,31 @@ class Stepper:
             return loss.sum, _one(), torch.stack(rows)
 
         total = torch.zeros(len(objective.metrics), 2, dtype=torch.float64, device=host.device())
-        asked = Asked(sequences=objective.by_sequence)
-        for sums in self._schedule(batches, objective.want, report, asked, forward_only):
+        for sums in self._schedule(batches, inputs, objective.want, report, forward_only):
             total += sums
         return total
 
     @torch.no_grad()
-    def _references(self, batches: list[Batch]) -> References:
+    def _references(self, batches: list[Batch], inputs: list[DeviceBatch]) -> References:
         """What each of the objective's references finds in these microbatches."""
         found: dict[str, list[Tensor]] = {}
+        if not self.objective.references:
+            return found
+        training = self.chunks[0].training
         counting = self.load.active
         # Experts are counted in the step's own pass.
         self.load.active = False
+        for chunk in self.chunks:
+            chunk.eval()
         for reference in self.objective.references:
-            for chunk in self.chunks:
-                chunk.eval()
             with adapters_off(self.chunks):
                 found[reference.name] = self._schedule(
-                    batches, {"logprob": logprob}, self._sum_of_sequences, Asked(sequences=True),
+                    batches, inputs, {"logprob": logprob}, self._sum_of_sequences,
                     forward_only=True,
                 )  # fmt: skip
         self.load.active = counting
+        for chunk in self.chunks:
+            chunk.train(training)
         return found
 
     def _sum_of_sequences(
@@ -196,17 +201,17 @@ class Stepper:
     def _schedule(
         self,
         batches: list[Batch],
+        inputs: list[DeviceBatch],
         want: Mapping[str, Reader],
         report: Report,
-        asked: Asked,
         forward_only: bool,
     ) -> list[Tensor]:
         """What ``report`` says of each microbatch, on the last pipeline stage.
 
         Args:
-            want: what the head reads, of target tokens or of every token.
+            inputs: what of ``batches`` this rank reads, on its device.
+            want: what the head reads of the tokens that ``inputs`` has labels of.
         """
-        inputs = to_device(batches, Part.of(self.groups), asked)
         # Every chunk reads each microbatch once. Megatron wants lists for several chunks alone.
         iterators = [iter(inputs) for _ in self.chunks]
         several = len(self.chunks) > 1

@@ -134,8 +134,8 @@ PREFERENCE_BUGS: tuple[Bug, ...] = (
         0,
         "dropout in the reference",
         STEP,
-        "                chunk.eval()\n            with adapters_off",
-        "                chunk.train()\n            with adapters_off",
+        "            chunk.eval()\n        for reference",
+        "            chunk.train()\n        for reference",
         "tests/train/test_preference.py dropout",
     ),
     bug(

@@ -7,6 +7,7 @@ from megalora.config import (
     DataConfig,
     LoRAConfig,
     ModelConfig,
+    ObjectiveConfig,
     ParallelConfig,
     RunConfig,
     TrainConfig,
@@ -44,8 +45,17 @@ class Scenario:
     row_tokens: int | None = None
     """Rows are packed up to this many tokens, and samples have several lengths; None for rows of
     two samples."""
+    pairs: bool = False
+    """Samples are pairs of sequences, of which DPO learns."""
     whole_run: bool = False
     """Not a step alone, but what comes before and between steps as well."""
+
+    @property
+    def max_length(self) -> int:
+        """Of a sequence: what just fits into a packed row."""
+        if self.row_tokens is None:
+            return MAX_LENGTH
+        return self.row_tokens // (2 if self.pairs else 1) + 1
 
     def config(self) -> RunConfig:
         parallel = ParallelConfig(**self.parallel)
@@ -63,10 +73,8 @@ class Scenario:
             model=ModelConfig(path="pretended", dtype=self.dtype),  # type: ignore[arg-type]
             parallel=parallel,
             lora=LoRAConfig(rank=4, alpha=8.0, dropout=self.dropout, target_modules=TARGETS),
-            # A sample must fit into a packed row; no other scenario has one as long as this.
-            data=DataConfig(
-                train="pretended", eval=8, max_length=(self.row_tokens or MAX_LENGTH - 1) + 1
-            ),
+            data=DataConfig(train="pretended", eval=8, max_length=self.max_length),
+            objective=ObjectiveConfig(name="dpo" if self.pairs else "sft"),
             train=TrainConfig(steps=3, **train),
         )
 
@@ -133,4 +141,6 @@ SCENARIOS = (
     ),
     # The interleaved schedule has rows of one length: filler is a document there.
     Scenario("pp2_vpp2_cp2_packed", FOUR_LAYERS, {"pp": 2, "vpp": 2, "cp": 2}, 4, 0, row_tokens=90),
+    # The reference's pass, with the adapters switched off, comes before the step's own.
+    Scenario("pairs_cp2_ep2_packed", MOE, {"cp": 2, "ep": 2}, 2, 1, row_tokens=180, pairs=True),
 )

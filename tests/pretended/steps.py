@@ -50,8 +50,14 @@ def _samples(scenario: Scenario, count: int) -> Split:
             # Of four lengths, so that documents end inside of chunks and rows need filler.
             length -= 5 * (number % 4)
         # Every token is a target, and all are alike: no value is ever computed with.
-        samples.append(Encoded(np.ones(length, dtype=np.int32), np.ones(length, dtype=bool)))
-    return Split("pretended", 4096, samples)
+        ids = np.ones(length, dtype=np.int32)
+        mask = np.ones(length, dtype=bool)
+        second = 0
+        if scenario.pairs:
+            ids, mask = np.tile(ids, 2), np.tile(mask, 2)
+            second = length
+        samples.append(Encoded(ids, mask, second=second))
+    return Split("pretended", 4096, samples, pairs=scenario.pairs)
 
 
 @contextlib.contextmanager

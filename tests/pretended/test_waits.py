@@ -105,6 +105,8 @@ STEPS: dict[str, dict[str, int]] = {
     "tp2_cp2_ep2_packed_full": METRICS | splits(2),
     "pp2_cp2_packed_selective": METRICS,
     "pp2_vpp2_cp2_packed": METRICS,
+    # Forward twice: of the reference, and of the step.
+    "pairs_cp2_ep2_packed": METRICS | splits(2),
 }
 # Six adapted modules each: qkv, proj, router, the experts' gate_up and down, head. With expert
 # parallelism Megatron keeps one buffer for dense parameters and one for the experts'.

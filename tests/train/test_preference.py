@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from megalora.config import LoRAConfig, ObjectiveConfig, RunConfig
+from megalora.train.inputs import Asked, Part, to_device
 from megalora.train.loop import train
 from tests.distributed.ranks import run_ranks
 from tests.jsonl import read_jsonl
@@ -47,8 +48,14 @@ def test_tokens_of_experts_are_those_of_the_step(tiny: Path, chats: Path, tmp_pa
 def references(config: RunConfig, weights: Path) -> list[torch.Tensor]:
     """The reference's sums of a step, found twice; a rank function."""
     with built(config, weights) as run:
-        row = run.batches.of_step(0)
-        return [torch.cat(run.stepper._references(row)["base"]) for _ in range(2)]
+        rows = run.batches.of_step(0)
+        inputs = to_device(rows, Part.of(run.groups), Asked(sequences=True))
+        # As in a step: the reference comes while the model is trained.
+        for chunk in run.stepper.chunks:
+            chunk.train()
+        found = [torch.cat(run.stepper._references(rows, inputs)["base"]) for _ in range(2)]
+        assert all(chunk.training for chunk in run.stepper.chunks)
+        return found
 
 
 def test_no_dropout_in_the_reference(tiny: Path, chats: Path, tmp_path: Path) -> None:
