@@ -153,7 +153,7 @@ class Stepper:
             return found
         training = self.chunks[0].training
         counting = self.load.active
-        # Experts are counted in the step's own pass.
+        # Experts are counted in the step's own pass, and dropout is drawn for it alone.
         self.load.active = False
         for chunk in self.chunks:
             chunk.eval()

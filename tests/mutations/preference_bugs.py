@@ -132,14 +132,6 @@ PREFERENCE_BUGS: tuple[Bug, ...] = (
     ),
     bug(
         0,
-        "dropout in the reference",
-        STEP,
-        "            chunk.eval()\n        for reference",
-        "            chunk.train()\n        for reference",
-        "tests/train/test_preference.py dropout",
-    ),
-    bug(
-        0,
         "adapters that stay switched off",
         OFF,
         "parameter.data = values",
