@@ -132,6 +132,12 @@ WRONG: list[tuple[list[str], str]] = [
     (["eval", "adapter", *BASE, "--data", "a.jsonl", "--limit", "0"], "--limit must be at least 1"),
     (["eval", "adapter", *BASE, "--data", "a.jsonl", "--rule", "regex:("], "not a regular expres"),
     (["eval", "adapter", *BASE, "--data", "a.jsonl", "--out", "a.jsonl/x"], "cannot be written: "),
+    (["eval", "x", "--url", "nowhere", "--generate"], "--url=nowhere is not the URL of a server"),
+    (["eval", "x", "--url", "http://127.0.0.1:1"], "--url: a server gives answers and no loss; a"),
+    (
+        ["eval", "x", "--url", "http://127.0.0.1:1", "--generate", "--data", "a.jsonl"],
+        "http://127.0.0.1:1 does not answer (",
+    ),
     (["chat", "ia3", *BASE], "ia3/adapter_config.json: peft_type is 'IA3'"),
     (["eval", "./none", "--data", "a.jsonl"], "ADAPTER=./none: no such folder"),
     (["eval", "adapter", *BASE, "--data", "a.jsonl", "--rule", "best"], "--rule best: not a rule"),

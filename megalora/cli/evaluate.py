@@ -14,10 +14,14 @@ def add_eval_command(commands: Any) -> None:
         "eval",
         help="loss, perplexity and answers of an adapter beside its base",
         example="megalora eval runs/sft --data test.jsonl --generate --rule last-number",
-        more="Both are evaluated on the same samples, under any layout.",
+        more="Both are evaluated on the same samples, under any layout. A running server can give"
+        " the answers.",
     )
     command.add_argument(
-        "adapter", metavar="ADAPTER", help="an adapter or run folder, or a base model alone"
+        "adapter",
+        metavar="ADAPTER",
+        help="an adapter or run folder, or a base model alone; with --url also a name that the"
+        " server has",
     )
     command.add_argument(
         "--data", metavar="FILE", help="samples; default: those that the run evaluated on"
@@ -29,6 +33,9 @@ def add_eval_command(commands: Any) -> None:
         "--config",
         metavar="FILE.yaml",
         help="how data is read, and the dtype; default: config.yaml of the adapter's run",
+    )
+    command.add_argument(
+        "--url", help="have this server answer, such as http://127.0.0.1:8000; needs --generate"
     )
     command.add_argument("--nproc", type=int, default=1, help="number of ranks, one per GPU")
     command.add_argument(
@@ -67,7 +74,14 @@ def _eval(options: Any, rest: list[str]) -> None:
         limit=options.limit,
         sampling=given_sampling(options),
         out=options.out and expand(options.out, "--out"),
+        url=options.url,
     )
+    if request.url is not None:
+        # Late: httpx and transformers' tokenizers take a moment.
+        from megalora.evaluate.served import evaluate_served
+
+        evaluate_served(request, print)
+        return
     # Here, so that a mistake is shown before ranks start and once, not by each of them.
     # Ranks get what was found: they must not look for the latest checkpoint again, which may be
     # another one by then.

@@ -1,18 +1,17 @@
 """Evaluate an adapter and its base on the ranks of a world: one model, with its factors and then
 with zeros."""
 
-import math
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from megalora.adapters.read.adapter import read_adapter
-from megalora.data.questions import Question, read_questions
+from megalora.data.questions import Question
 from megalora.data.splits import Split, load_data
 from megalora.data.tokenizer import load_tokenizer
 from megalora.evaluate.request import Plan
-from megalora.evaluate.rules import rule_of
+from megalora.evaluate.verdict import Judged, Verdict, judge_answers, questions_of
 from megalora.generate.generate import generate
 from megalora.generate.options import stop_tokens
 from megalora.lora.adapted_model import AdaptedModel, load_adapter
@@ -22,38 +21,6 @@ from megalora.parallel import Groups, parallel_groups
 from megalora.train.assemble import build_for_training
 from megalora.train.batches import Batches
 from megalora.train.step import Stepper
-
-
-@dataclass(frozen=True)
-class Judged:
-    """What one of the two, adapter or base, does."""
-
-    loss: float
-    """Mean cross entropy over target tokens, in nats."""
-    num_tokens: int
-    answers: list[str] = field(default_factory=list)
-    right: list[bool] = field(default_factory=list)
-    """For each answer."""
-
-    @property
-    def perplexity(self) -> float:
-        # A loss of 710 and more has none that a float holds.
-        return math.exp(self.loss) if self.loss < 700 else math.inf
-
-    @property
-    def accuracy(self) -> float:
-        return sum(self.right) / len(self.right)
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """An evaluation's result, the same on every rank."""
-
-    data: str
-    """One line about the samples."""
-    questions: list[Question]
-    judged: dict[str, Judged]
-    """By who was judged: ``base``, and ``adapter`` where there is one."""
 
 
 def judge(plan: Plan) -> Verdict:
@@ -70,7 +37,7 @@ def judge(plan: Plan) -> Verdict:
     # Cheap to find wrong, so before any weights.
     questions: list[Question] = []
     if plan.request.generate:
-        questions = _questions(plan, split, tokenizer)
+        questions = questions_of(plan, split, tokenizer)
     with parallel_groups(config.parallel, config.train.seed) as groups:
         model = _build(plan, groups)
         judged: dict[str, Judged] = {}
@@ -84,19 +51,6 @@ def judge(plan: Plan) -> Verdict:
         # Nothing may refer to the groups when they end.
         del model
     return Verdict(split.summary(), questions, judged)
-
-
-def _questions(plan: Plan, split: Split, tokenizer: Any) -> list[Question]:
-    """The questions of the rows that the loss is of; raises ``ValueError`` for a row without an
-    answer to compare with."""
-    questions = read_questions(plan.config.data, split, tokenizer, plan.request.limit)
-    for question in questions:
-        if not question.expected.strip():
-            raise ValueError(
-                f"{split.source}, row {question.row}: the last answer is no text, so that no rule"
-                " can compare with it"
-            )
-    return questions
 
 
 def _build(plan: Plan, groups: Groups) -> AdaptedModel:
@@ -126,14 +80,7 @@ def _judge_one(
     prompts = [question.tokens for question in questions]
     found = generate(model, prompts, plan.sampling, stop=stop_tokens(plan.base))
     # Every rank judges all answers: that costs nothing, and none waits for another.
-    rule = rule_of(plan.request.rule)
-    answers: list[str] = []
-    right: list[bool] = []
-    for question, answer in zip(questions, found, strict=True):
-        text = tokenizer.decode(answer.tokens, skip_special_tokens=True)
-        answers.append(text)
-        try:
-            right.append(rule(text, question.expected))
-        except ValueError as error:
-            raise ValueError(f"{split.source}, row {question.row}: {error}") from error
-    return Judged(loss, num_tokens, answers, right)
+    tokens = [answer.tokens for answer in found]
+    answers, right = judge_answers(plan, split, questions, tokens, tokenizer)
+    num_cut = sum(not answer.ended for answer in found)
+    return Judged(loss, num_tokens, answers, right, num_cut)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from megalora.evaluate.request import Plan
 
 if TYPE_CHECKING:
-    from megalora.evaluate.judge import Verdict
+    from megalora.evaluate.verdict import Judged, Verdict
 
 EXAMPLES = 10
 _WIDTHS = (28, 18, 24, 24)
@@ -19,25 +19,54 @@ def text_of(plan: Plan, verdict: "Verdict") -> str:
     lines = [verdict.data]
     if verdict.questions:
         lines.append(_asked(plan, verdict))
-    lines.append(f"{'':<8}{'loss':>10}{'perplexity':>12}{'target tokens':>15}")
     # The base first, as what the adapter is held against.
     # "base" sorts behind "adapter".
     names = sorted(verdict.judged, reverse=True)
+    if not verdict.asked:
+        lines.append(f"{'':<8}{'loss':>10}{'perplexity':>12}{'target tokens':>15}")
     for name in names:
-        one = verdict.judged[name]
-        line = f"{name:<8}{one.loss:>10.4f}{one.perplexity:>12.4g}{one.num_tokens:>15,}"
-        if one.right:
-            line += f"   {sum(one.right):,} of {len(one.right):,} right ({one.accuracy:.1%})"
-        lines.append(line)
+        lines.append(_line(name, verdict.judged[name]))
+    if verdict.asked:
+        lines.append("no loss: a server gives answers alone; without --url it is computed here")
+    if cut := _cut(plan, verdict, names):
+        lines.append(cut)
     if verdict.questions:
         lines += ["", *_examples(verdict, names, plan.request.rule)]
     return "\n".join(lines)
 
 
 def _asked(plan: Plan, verdict: "Verdict") -> str:
-    """Which rows are answered: those of the samples above, and no others."""
+    """Which rows are answered: those of the samples above, and no others; and by whom."""
     first = "the first " if plan.request.limit else "all "
-    return f"answers: to the last question of {first}{len(verdict.questions):,} rows of these"
+    rows = f"answers: to the last question of {first}{len(verdict.questions):,} rows of these"
+    if not verdict.asked:
+        return rows
+    # The base stands first, as below.
+    ids = " and ".join(verdict.asked[name] for name in sorted(verdict.asked, reverse=True))
+    return f"{rows}, by {ids} at {plan.request.url}"
+
+
+def _line(name: str, one: "Judged") -> str:
+    """A row of the table: the loss where there is one, and answers where there are any."""
+    line = f"{name:<8}"
+    if one.loss is not None:
+        line += f"{one.loss:>10.4f}{one.perplexity:>12.4g}{one.num_tokens:>15,}"
+    if one.right:
+        line += f"   {sum(one.right):,} of {len(one.right):,} right ({one.accuracy:.1%})"
+    return line
+
+
+def _cut(plan: Plan, verdict: "Verdict", names: list[str]) -> str:
+    """A line about answers that are not whole; empty where all are."""
+    cut = []
+    for name in names:
+        one = verdict.judged[name]
+        if one.num_cut:
+            cut.append(f"{one.num_cut:,} of {len(one.answers):,} by the {name}")
+    if not cut:
+        return ""
+    limit = plan.sampling.max_new_tokens
+    return f"cut at {limit:,} tokens (--max-new-tokens): {', '.join(cut)}"
 
 
 def _examples(verdict: "Verdict", names: list[str], rule: str) -> list[str]:
@@ -47,7 +76,9 @@ def _examples(verdict: "Verdict", names: list[str], rule: str) -> list[str]:
         cells = [question.asked, question.expected]
         for name in names:
             one = verdict.judged[name]
-            cells.append(f"{'+' if one.right[number] else '-'} {one.answers[number]}")
+            # Fitted here: what is too long is cut at its beginning, where the mark stands.
+            answer = _fit(one.answers[number], _WIDTHS[-1] - 2)
+            cells.append(f"{'+' if one.right[number] else '-'} {answer}")
         rows.append(cells)
     lines = []
     for row in rows:
@@ -75,18 +106,26 @@ def record_of(plan: Plan, verdict: "Verdict") -> dict[str, Any]:
         "config": str(plan.config_file) if plan.config_file else None,
         "data": verdict.data,
         "source": request.data,
+        "url": request.url,
+        "served": verdict.asked or None,
         "dtype": plan.config.model.dtype,
         "rule": request.rule if verdict.questions else None,
         "sampling": request.sampling,
     }
     for name, one in verdict.judged.items():
-        found[name] = {
-            "loss": one.loss,
-            "perplexity": one.perplexity,
-            "target_tokens": one.num_tokens,
-        }
+        found[name] = {}
+        if one.loss is not None:
+            found[name] |= {
+                "loss": one.loss,
+                "perplexity": one.perplexity,
+                "target_tokens": one.num_tokens,
+            }
         if one.right:
-            found[name] |= {"right": sum(one.right), "accuracy": one.accuracy}
+            found[name] |= {
+                "right": sum(one.right),
+                "accuracy": one.accuracy,
+                "cut": one.num_cut,
+            }
     rows: list[dict[str, Any]] = []
     for number, question in enumerate(verdict.questions):
         row: dict[str, Any] = {"row": question.row, "expected": question.expected}

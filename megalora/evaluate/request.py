@@ -46,6 +46,9 @@ class Request:
     """Number of rows to generate answers to, the first ones; None for all."""
     sampling: dict[str, Any] = field(default_factory=dict)
     out: str | None = None
+    url: str | None = None
+    """A server that answers; ``target`` is then a name that it has, or a folder whose contents it
+    serves."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -84,8 +87,8 @@ class Plan:
         return Sampling(**self.request.sampling)
 
 
-def plan_of(request: Request) -> Plan:
-    """Find and check all that needs no torch; raises ``ValueError`` for the first mistake."""
+def check_options(request: Request) -> None:
+    """Raise ``ValueError`` for what is wrong whatever is evaluated."""
     require(request.nproc >= 1, f"--nproc must be at least 1, got {request.nproc}")
     require(
         request.limit is None or request.limit >= 1,
@@ -97,9 +100,14 @@ def plan_of(request: Request) -> Plan:
     # Not after an hour of generating.
     if request.out is not None:
         check_file_to_write(Path(request.out))
+
+
+def plan_of(request: Request) -> Plan:
+    """Find and check all that needs no torch; raises ``ValueError`` for the first mistake."""
+    check_options(request)
     base, adapter = find_models(request.target, request.base)
-    file = _config_file(request, adapter)
-    config = _config(request, base, file)
+    file = config_file(request, adapter)
+    config = config_of(request, base, file)
     config.parallel.data_parallel_sizes(request.nproc)
     # Sizes and tensors from headers; raises where the layout does not fit.
     open_folder(base).shape.check_layout(config.parallel)
@@ -108,7 +116,7 @@ def plan_of(request: Request) -> Plan:
     return Plan(request, base, adapter, config, file)
 
 
-def _config_file(request: Request, adapter: Path | None) -> Path | None:
+def config_file(request: Request, adapter: Path | None) -> Path | None:
     """The training config that says how data is read."""
     if request.config is not None:
         return Path(request.config)
@@ -120,7 +128,8 @@ def _config_file(request: Request, adapter: Path | None) -> Path | None:
     return beside if beside.is_file() else None
 
 
-def _config(request: Request, base: Path, file: Path | None) -> RunConfig:
+def config_of(request: Request, base: Path, file: Path | None) -> RunConfig:
+    """The config with what the command line says: data, base and layout."""
     # Any layout gives the same loss: the run's own would only be in the way of other ranks.
     one_rank = []
     for option in fields(ParallelConfig):

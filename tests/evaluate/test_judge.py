@@ -19,9 +19,10 @@ from megalora.config import LoRAConfig
 from megalora.config.file import save_config
 from megalora.data.questions import Question
 from megalora.data.splits import load_split
-from megalora.evaluate.judge import Judged, Verdict, judge
+from megalora.evaluate.judge import judge
 from megalora.evaluate.report import record_of, text_of
 from megalora.evaluate.request import Request, plan_of
+from megalora.evaluate.verdict import Judged, Verdict
 from tests.distributed.ranks import run_ranks
 from tests.jsonl import read_jsonl
 from tests.parity.built import built, random_factors
@@ -176,8 +177,8 @@ def verdict_of(rights: int) -> Verdict:
         "rows.jsonl: 12 samples",
         questions,
         {
-            "adapter": Judged(0.5, 100, answers, right),
-            "base": Judged(2.0, 100, ["?"] * 12, [False] * 12),
+            "adapter": Judged(0.5, 100, answers, right, num_cut=2),
+            "base": Judged(2.0, 100, [f"? {'x ' * 40}end"] + ["?"] * 11, [False] * 12),
         },
     )
 
@@ -194,6 +195,8 @@ def test_the_table_has_ten_examples_and_the_base_first(tiny: Path, chats: Path) 
     assert lines[3].split(maxsplit=4) == [
         "adapter", "0.5000", "1.649", "100", "3 of 12 right (25.0%)",
     ]  # fmt: skip
+    # The base's answers are all whole.
+    assert lines.pop(4) == "cut at 256 tokens (--max-new-tokens): 2 of 12 by the adapter"
     assert lines[5] == "the first 10 by last-number, + right, - wrong:"
     assert [cell.strip() for cell in lines[6].split("|")] == [
         "question", "expected", "base", "adapter",
@@ -201,11 +204,13 @@ def test_the_table_has_ten_examples_and_the_base_first(tiny: Path, chats: Path) 
     assert [cell.strip() for cell in lines[9].split("|")] == [
         "What is 3?", "= 3", "- ?", "+ so = 3",
     ]  # fmt: skip
+    # A long answer is cut at its beginning, and keeps its mark.
+    assert lines[7].split("|")[2].startswith(" - ...") and "x end | + so = 1" in lines[7]
     assert len(lines) == 17
     record = record_of(plan, verdict)
     assert record["adapter"] == {
         "loss": 0.5, "perplexity": pytest.approx(1.6487, abs=1e-4), "target_tokens": 100,
-        "right": 3, "accuracy": 0.25,
+        "right": 3, "accuracy": 0.25, "cut": 2,
     }  # fmt: skip
     assert len(record["answers"]) == 12
     # Without generation neither a table nor a rule.

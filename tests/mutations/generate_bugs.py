@@ -16,8 +16,8 @@ OF_SESSIONS = "tests/chat/test_session.py"
 OF_CHAT = "tests/chat/test_command.py"
 OF_SERVERS = "tests/chat/test_remote.py"
 
-RULES, REQUEST, JUDGE, REPORT = (
-    f"megalora/evaluate/{name}.py" for name in ("rules", "request", "judge", "report")
+RULES, REQUEST, JUDGE, REPORT, SERVED = (
+    f"megalora/evaluate/{name}.py" for name in ("rules", "request", "judge", "report", "served")
 )
 QUESTIONS = "megalora/data/questions.py"
 ANSWERS = "megalora/train/answers.py"
@@ -26,6 +26,7 @@ OF_ANSWERS = "tests/train/test_answers.py"
 OF_RULES = "tests/evaluate/test_rules.py"
 OF_REQUESTS = "tests/evaluate/test_request.py"
 OF_JUDGING = "tests/evaluate/test_judge.py"
+OF_SERVED = "tests/evaluate/test_served.py"
 
 # fmt: off
 GENERATE_BUGS: tuple[Bug, ...] = (
@@ -111,6 +112,28 @@ GENERATE_BUGS: tuple[Bug, ...] = (
         "found[-1]", f"{OF_RULES} test_rules"),
     bug(0, "the base's marks beside the adapter's answers", REPORT, "one.right[number] else",
         "verdict.judged['base'].right[number] else", f"{OF_JUDGING} ten_examples"),
+    # eval by a server
+    bug(0, "answers of several versions in one evaluation", SERVED,
+        '{"adapter": target.id}', '{"adapter": target.name}', f"{OF_SERVED} one_version"),
+    bug(0, "a served adapter found by the folder's name", SERVED,
+        'if served.version and served.version.rpartition(".")[2] == contents:',
+        "if served.name == adapter.name:", f"{OF_SERVED} by_its_contents"),
+    bug(0, "the server's own penalty for repetition", SERVED,
+        '        "repetition_penalty": 1.0,\n', "", f"{OF_SERVED} base_beside"),
+    bug(0, "the server's own stop tokens", SERVED,
+        '        "stop_token_ids": sorted(stop),\n        "ignore_eos": True,\n', "",
+        f"{OF_SERVED} base_beside"),
+    bug(0, "one seed for all answers of a server", SERVED,
+        "plan.sampling.seed + number", "plan.sampling.seed", f"{OF_SERVED} base_beside"),
+    bug(0, "a server asked one question at a time", SERVED,
+        "ThreadPoolExecutor(AT_ONCE)", "ThreadPoolExecutor(1)", f"{OF_SERVED} under_way"),
+    bug(0, "answers that were cut not counted", SERVED,
+        'completion.finish_reason == "length"', "False", f"{OF_SERVED} base_beside"),
+    bug(0, "cut answers taken for whole ones in the report", REPORT,
+        "if one.num_cut:", "if False:", f"{OF_JUDGING} ten_examples"),
+    bug(0, "a long answer that loses its mark", REPORT,
+        "_fit(one.answers[number], _WIDTHS[-1] - 2)", "one.answers[number]",
+        f"{OF_JUDGING} ten_examples"),
     # Answers while training
     bug(0, "rows asked that the loss leaves out", QUESTIONS,
         "chosen = samples.pieces[places[:limit]]",

@@ -61,6 +61,10 @@ class FakeVLLM(ThreadingHTTPServer):
         """Close so many connections instead of answering."""
         self.calls: list[tuple[str, str]] = []
         """("load" or "unload", name) of every call, refused ones too."""
+        self.asked: list[dict[str, Any]] = []
+        """Bodies of all requests for completions, refused ones too."""
+        self.finish_reason = "length"
+        """Why every answer ends."""
 
     def before_binding(self) -> None:
         """Called when a request has been accepted, and before it is tied to an adapter."""
@@ -156,6 +160,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self._send(200, f"Success: LoRA adapter '{name}' removed successfully.")
 
     def _complete(self, body: dict[str, Any]) -> None:
+        self.server.asked.append(body)
         prompt = body["prompt"]
         bound = self._bound(body.get("model"))
         if bound is None:
@@ -173,7 +178,8 @@ class _Handler(BaseHTTPRequestHandler):
         shift = 0.0 if name == BASE else 0.25
         choices = []
         for index, prompt in enumerate(prompts):
-            choices.append({"index": index} | _choice(prompt, tokens, shift, body))
+            choice = _choice(prompt, tokens, shift, body)
+            choices.append(choice | {"index": index, "finish_reason": self.server.finish_reason})
         # The order is vLLM's to choose; clients go by the index.
         self._send(200, {"model": name, "choices": choices[::-1]})
 
@@ -224,7 +230,7 @@ def _choice(
     for token in prompt[1:]:
         of_prompt.append({str(token): {"logprob": -float(token) - shift}})
     return {
-        "text": "", "finish_reason": "length", "token_ids": tokens,
+        "text": "", "token_ids": tokens,
         "logprobs": {"token_logprobs": [-0.5] * len(tokens), "top_logprobs": [top]},
         "prompt_logprobs": of_prompt,
     }  # fmt: skip
