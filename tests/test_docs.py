@@ -206,11 +206,20 @@ def test_numbers_are_of_the_records(tmp_path, monkeypatch) -> None:
 
 def test_the_quickstart_s_record_keeps_lines_and_losses() -> None:
     # What a terminal shows: steps, a progress bar, blank lines. Evaluations have rows of their own.
-    log = "1/4  a tiny base\nLoading ━━━ 100%\n\neval loss 6.7 at step 0\n"
+    log = "1/2  a tiny base\nLoading ━━━ 100%\n\neval loss 6.7 at step 0\n2/2  answers\n"
     metrics = '{"step": 0, "eval_loss": 6.7}\n{"step": 1, "loss": 6.5, "lr": 0.1}\n'
     found = record(log, metrics)
-    assert found["lines"] == ["1/4  a tiny base", "eval loss 6.7 at step 0"]
+    assert found["lines"] == ["1/2  a tiny base", "eval loss 6.7 at step 0", "2/2  answers"]
     assert (found["train"], found["eval"]) == ([[1, 6.5]], [[0, 6.7]])
+    # A run that failed before its end is not one to show.
+    with pytest.raises(
+        ValueError, match=r"the log has steps \[1\] of 2; record a run that came to"
+    ):
+        record(log.replace("2/2  answers", ""), metrics)
+    # The script's own headings are read as such.
+    script = (docs.ROOT / "launch/quickstart.sh").read_text()
+    lines = re.findall(r'^echo "(.+)"$', script, re.MULTILINE)
+    assert len(record("\n".join(lines), metrics)["lines"]) == len(lines) >= 5
 
 
 def test_generated_files_are_current() -> None:

@@ -8,15 +8,30 @@ Reads the log and runs/quickstart/run/metrics.jsonl; writes benchmarks/results/q
 
 import argparse
 import json
+import re
 from pathlib import Path
 
 from docs.scripts.figures import RECORD
+from megalora.versions import versions
 
 METRICS = Path("runs/quickstart/run/metrics.jsonl")
+STEP = re.compile(r"^(\d+)/(\d+)  ", re.MULTILINE)
+"""The heading of a step that launch/quickstart.sh prints, such as ``1/5  a tiny random ...``."""
 
 
 def record(log: str, metrics: str) -> dict:
-    """Printed lines, progress bars left out, and (step, loss) of training and evaluation."""
+    """Printed lines, progress bars left out, and (step, loss) of training and evaluation.
+
+    Raises:
+        ValueError: the log is not of a whole run, from the first step to the last.
+    """
+    found = STEP.findall(log)
+    numbers = [int(number) for number, _ in found]
+    last = int(found[0][1]) if found else 0
+    if not last or numbers != list(range(1, last + 1)):
+        raise ValueError(
+            f"the log has steps {numbers} of {last}; record a run that came to its end"
+        )
     lines = []
     for line in log.splitlines():
         # Progress bars are drawn with this character.
@@ -34,6 +49,7 @@ def record(log: str, metrics: str) -> dict:
     return {
         "benchmark": "quickstart",
         "device": "CPU (x86_64)",
+        "versions": versions(),
         "lines": lines,
         "train": train,
         "eval": evaluation,
@@ -44,7 +60,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("log", type=Path, help="what make quickstart printed")
     log = parser.parse_args().log
-    found = record(log.read_text(), METRICS.read_text())
+    try:
+        found = record(log.read_text(), METRICS.read_text())
+    except ValueError as error:
+        raise SystemExit(f"{log}: {error}") from None
     RECORD.write_text(json.dumps(found, indent=1) + "\n")
     print(f"wrote {RECORD}")
 
