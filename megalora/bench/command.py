@@ -115,8 +115,10 @@ def workload(config: RunConfig, imbalance: float, machine: Machine) -> Workload:
     """What a benchmark trains: samples of exactly ``data.max_length`` tokens."""
     # The last token of a sample is only predicted.
     length = max(config.data.max_length - 1, 2)
-    crossings = crossings_of(machine.name)
-    return replace(Workload.of(config, imbalance), sequence_length=length, crossings=crossings)
+    return replace(
+        Workload.of(config, imbalance), sequence_length=length,
+        crossings=crossings_of(machine.name), on_cpu=machine.is_cpu,
+    )  # fmt: skip
 
 
 def predicted(

@@ -4,7 +4,8 @@ The base is frozen, so a linear without adapter keeps nothing of its input: what
 norms, attention, router, activations and adapters alone. ``tests/planner/test_activations.py``
 counts them in a training step on the CPU. Assumed of a GPU: norms and attention are single kernels
 (torch's fused RMSNorm and flash attention), which keep the same but for a norm's input, widened to
-float32 on the CPU. Dropout is not counted; ``PlannedModel`` refuses it.
+float32 on the CPU. With dropout each A reads a copy of its input, which is kept in place of the
+input, and a mask (``Microbatch.dropped``); the two are counted where the adapter is.
 
     T  tokens of a microbatch, S B     t, n  TP, ETP size     e  bytes per element
     r, R  rank, sum of stacked ranks   q, g  query, key/value heads / t     d  head dim
@@ -102,7 +103,8 @@ def kept(
     """The same by parts, without and with selective recomputation.
 
     Norm: its input (T / t) H e and rms, where that needs a gradient. Adapter of a linear: its
-        input, unless someone else keeps it, h and the block matrix of its B's.
+        input, unless someone else keeps it, or its dropped-out copy, which nobody else does; h and
+        the block matrix of its B's.
     """
     s = model.shape
     e = batch.element_bytes
@@ -116,15 +118,21 @@ def kept(
 
     rest = norm if live else 0
     if qkv:
-        rest += hidden + low_rank(qkv, batch.tokens, width + 2 * kv, e)
+        rest += low_rank(qkv, batch.tokens, width + 2 * kv, e)
+        rest += batch.dropped(own * s.hidden, live) if model.has_dropout else hidden
     attention = 0
-    if live or qkv:
-        attention = _core_attention(model, layout, batch, selective, result_is_read=bool(o))
-    elif o:
+    # With dropout o's adapter keeps a copy of the result instead of the result.
+    reads_result = bool(o) and not model.has_dropout
+    result_is_live = live or bool(qkv)
+    if result_is_live:
+        attention = _core_attention(model, layout, batch, selective, reads_result)
+    elif reads_result:
         # No gradient passes core attention: its result is kept as the input of o's adapter.
         attention = batch.tokens * width * e
     if o:
         rest += low_rank(o, own, s.hidden, e)
+        if model.has_dropout:
+            rest += batch.dropped(batch.tokens * width, result_is_live)
 
     # An adapter of attention makes the residual stream need a gradient from here on.
     live = live or bool(qkv or o)
@@ -188,7 +196,8 @@ def head_bytes(model: PlannedModel, layout: ParallelLayout, work: Workload) -> i
 
     Norm (T / t) (H e + 4), unless the head alone is adapted; per token an int64 target and the
     int64 place of its row; of a frozen head the gradient that forward makes, T H e. Of one with an
-    adapter x before and after tokens are selected, h, B and three float32 results.
+    adapter x before (or its dropped-out copy) and after tokens are selected, h, B and three float32
+    results.
     """
     batch = Microbatch.of(model, layout, work)
     s = model.shape
@@ -196,10 +205,12 @@ def head_bytes(model: PlannedModel, layout: ParallelLayout, work: Workload) -> i
     vocab = s.vocab // layout.parallel.tp
     head = model.modules_of(None).get("output_layer", [])
     total = batch.tokens * (s.hidden * e + 2 * INDEX)
-    if head_input_needs_gradient(model, layout):
+    live = head_input_needs_gradient(model, layout)
+    if live:
         total += batch.own_tokens * (s.hidden * e + STATISTIC)
     if head:
-        total += batch.own_tokens * s.hidden * e + low_rank(head, batch.tokens, vocab, e)
+        total += batch.dropped(batch.own_tokens * s.hidden, live and model.has_dropout)
+        total += low_rank(head, batch.tokens, vocab, e)
         total += batch.tokens * 3 * STATISTIC
     return total
 

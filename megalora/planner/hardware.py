@@ -289,6 +289,11 @@ class Machine:
     note: str = ""
     """Where the numbers come from, for the user."""
 
+    @property
+    def is_cpu(self) -> bool:
+        """Whether its ranks compute on the CPU: a calibration is named after what it measured."""
+        return "cpu" in self.name.lower()
+
     def nodes_of(self, ranks: int, stride: int) -> int:
         """How many nodes a group spans whose ``ranks`` members are ``stride`` ranks apart."""
         # Members in one node: every stride-th of its ranks, at least this one.

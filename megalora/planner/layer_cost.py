@@ -35,6 +35,10 @@ GATED_BACKWARD = 10
 """The same of its backward."""
 
 
+EXPERTS = {"mlp.experts.gate_up", "mlp.experts.down"}
+"""Megatron modules of routed experts."""
+
+
 class LayerCosts(Prices):
     """Seconds of the parts of a layer. Each method adds to the ledgers it is given."""
 
@@ -47,6 +51,19 @@ class LayerCosts(Prices):
         for ledger, of_a, of_b in zip(ledgers, (1, 1 + live), (1, 2), strict=True):
             self.gemm(ledger, part, rows[0], rank, sizes[0], of_a)
             self.gemm(ledger, part, rows[1], sizes[1], rank, of_b)
+        if rank:
+            self._dropout(ledgers, part, rows[0] * sizes[0], live)
+
+    def _dropout(
+        self, ledgers: Iterable[Ledger], part: str, elements: float, live: bool = True
+    ) -> None:
+        """The copy that an A reads, and the way back: read, written, and the mask beside it. The
+        gradient's sum with that of the base is made without dropout, too."""
+        if not self.model.has_dropout:
+            return
+        for ledger, needed in zip(ledgers, (True, live), strict=True):
+            if needed:
+                self.traffic(ledger, part, elements * (2 * self.e + self.batch.mask_bytes))
 
     def _linear(
         self, forward: Ledger, backward: Ledger, part: str, adapted: list[Adapted], inner: float, *,
@@ -182,9 +199,11 @@ class LayerCosts(Prices):
         # Gradients of the inputs: of down's [rows, I / n], of gate_up's [rows, H].
         self.grouped(backward, "experts", inner, h, self._columns(small))
         self.grouped(backward, "experts", h, 2 * inner, self._columns(big))
-        # dS of down and of gate_up, dA and dB of both; each B of gate and up meets its own half.
+        # dS of down and of gate_up, dA and dB of both; each B of gate and up meets its own half, or
+        # with dropout, as parts of one matrix, the zeros of the other as well.
+        halves = 2 if self.model.has_dropout else 1
         self.hidden_gemm(backward, self.batch.rows, small, 2 * h + inner)
-        self.hidden_gemm(backward, self.batch.rows, big, 2 * inner + h)
+        self.hidden_gemm(backward, self.batch.rows, big, 2 * halves * inner + h)
         # Permute and combine; SwiGLU's backward reads gate, up and the gradient and writes two.
         self.traffic(backward, "experts", rows * (2 * h + 5 * inner + big + small))
         # Once more over the rows for dS, dA and dB of the adapters that are there.
@@ -194,6 +213,24 @@ class LayerCosts(Prices):
         if small:
             once_more += h
         self.traffic(backward, "experts", rows * once_more)
+        self._experts_dropout((forward, backward), big, small, h, inner)
+
+    def _experts_dropout(
+        self, ledgers: tuple[Ledger, Ledger], big: int, small: int, h: int, inner: int
+    ) -> None:
+        """What dropout adds to experts, which are not one node with it: copies of the permuted rows
+        and of SwiGLU's result, which A reads apart from the base; in backward the gradients of
+        both, written and summed with the base's."""
+        if not self.model.has_dropout:
+            return
+        forward, backward = ledgers
+        for rank, width in ((big, h), (small, inner)):
+            if rank:
+                elements = self.batch.rows * width
+                self._dropout(ledgers, "experts", elements)
+                self.traffic(forward, "experts", elements * self.e)
+                # A's product is written; the sum reads two and writes one.
+                self.traffic(backward, "experts", 4 * elements * self.e)
 
     def _gate_up(self, to: Ledger, modules: dict[str, list[Adapted]]) -> None:
         """[gate | up] and S: beside the weight B is one matrix, whose columns all rows meet; alone,
@@ -201,8 +238,10 @@ class LayerCosts(Prices):
         h = self.shape.hidden
         inner = self.shape.expert_intermediate // self.p.etp
         rank = stacked_rank(modules.get("mlp.experts.gate_up", []))
-        # Each of 2 I / n outputs is gate's or up's: alone, it meets half of the stacked ranks.
-        columns = self._columns(rank) if self.has_room else rank / 2
+        # Each of 2 I / n outputs is gate's or up's: alone, it meets half of the stacked ranks, but
+        # not where both B's are one matrix.
+        is_one = self.has_room or self.model.has_dropout
+        columns = self._columns(rank) if is_one else rank / 2
         self.grouped(to, "experts", 2 * inner, h, columns)
         self.hidden_gemm(to, self.batch.rows, rank, h)
 
@@ -230,8 +269,12 @@ class LayerCosts(Prices):
         self._core_attention(again, "attention")
         if is_moe:
             inner = s.expert_intermediate // self.p.etp
-            self._gate_up(again, modules)
-            self.traffic(again, "experts", 3 * inner * self.batch.rows * self.e)
+            if self.model.has_dropout and (modules.keys() & EXPERTS):
+                # Without a node of their own experts cannot drop [gate | up] alone.
+                self._experts(again, unused, modules)
+            else:
+                self._gate_up(again, modules)
+                self.traffic(again, "experts", 3 * inner * self.batch.rows * self.e)
             if s.shared_intermediate:
                 self._shared_expert(again, unused, modules)
         else:

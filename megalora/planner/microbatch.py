@@ -39,6 +39,14 @@ class Microbatch:
     """N: rows that this rank's experts gather theirs from."""
     element_bytes: int
     """e: bytes of a weight or an activation."""
+    mask_bytes: int
+    """Bytes of an element of a dropout mask: torch's fused kernel keeps booleans, its form for the
+    CPU a factor in the activations' dtype."""
+
+    def dropped(self, elements: int, live: bool) -> int:
+        """Bytes that dropout before an A keeps: the dropped-out copy, for the gradient of A, and
+        the mask, where the input needs a gradient (``live``)."""
+        return elements * (self.element_bytes + live * self.mask_bytes)
 
     @classmethod
     def of(
@@ -72,7 +80,7 @@ class Microbatch:
             received = min(math.ceil(sent * p.etp * work.imbalance), own * p.etp * p.ep)
         return cls(
             samples, sequence, row, tokens, own, rows, sent, received,
-            work.element_bytes,
+            work.element_bytes, work.element_bytes if work.on_cpu else 1,
         )  # fmt: skip
 
 

@@ -33,6 +33,20 @@ class PlannedMLP:
         return self.modules.get(module, [])
 
     @property
+    def has_dropout(self) -> bool:
+        """Whether adapters read dropped-out copies of their inputs."""
+        return self.model.has_dropout
+
+    @property
+    def adapts_experts(self) -> bool:
+        """Whether routed experts have an adapter."""
+        return bool(self.adapted("mlp.experts.gate_up") or self.adapted("mlp.experts.down"))
+
+    def a_reads_input(self, adapted: list[Adapted]) -> bool:
+        """Whether an adapter keeps its input itself; with dropout it keeps a copy."""
+        return bool(adapted) and not self.has_dropout
+
+    @property
     def norm_output_bytes(self) -> int:
         """(T / t) H e: the input of router, experts and dense MLP."""
         return self.batch.own_tokens * self.model.shape.hidden * self.batch.element_bytes
@@ -67,20 +81,26 @@ def _moe(mlp: PlannedMLP) -> int:
     live_router = mlp.live or bool(router)
     if live_router:
         total += _routing(mlp, moved)
-    total += experts_bytes(mlp, live_router)
+    # Experts without an adapter are one node in any case.
+    if mlp.has_dropout and mlp.adapts_experts:
+        total += experts_bytes_with_dropout(mlp, live_router)
+    else:
+        total += experts_bytes(mlp, live_router)
 
     # The norm's output is kept once, for whichever of the three reads it in backward. Recomputing
     # gate_up needs the experts' input wherever backward passes SwiGLU; behind an all-to-all the
     # experts keep the rows that it delivered instead.
-    down = mlp.adapted("mlp.experts.down")
-    passes_swiglu = live_router or bool(down)
-    experts_keep_x = bool(mlp.adapted("mlp.experts.gate_up")) or (mlp.selective and passes_swiglu)
+    gate_up = mlp.adapted("mlp.experts.gate_up")
+    experts_are_live = live_router or mlp.adapts_experts
+    experts_keep_x = mlp.a_reads_input(gate_up) or (mlp.selective and experts_are_live)
     has_shared = bool(s.shared_intermediate)
     shared_is_live = mlp.live or any(name.startswith("mlp.shared_experts") for name in mlp.modules)
     fc1 = mlp.adapted("mlp.shared_experts.linear_fc1")
-    shared_keeps_x = has_shared and (bool(fc1) or (mlp.selective and shared_is_live))
-    if router or (experts_keep_x and not moved) or shared_keeps_x:
+    shared_keeps_x = has_shared and (mlp.a_reads_input(fc1) or (mlp.selective and shared_is_live))
+    if mlp.a_reads_input(router) or (experts_keep_x and not moved) or shared_keeps_x:
         total += mlp.norm_output_bytes
+    if router and mlp.has_dropout:
+        total += mlp.batch.dropped(own * s.hidden, mlp.live)
     if has_shared and shared_is_live:
         total += _shared_expert(mlp)
     return total
@@ -152,13 +172,49 @@ def experts_bytes(mlp: PlannedMLP, live: bool) -> int:
     return total
 
 
+def experts_bytes_with_dropout(mlp: PlannedMLP, live: bool) -> int:
+    """The same where adapters read dropped-out inputs: not one node, but two grouped linears around
+    SwiGLU (``megalora_kernels.dropout``).
+
+    Copies of the permuted rows M H and of SwiGLU's result M I / n with their masks, S of both, the
+    B's of all experts as one scaled matrix each E / ep (2 I / n R + H r) e; [gate | up] and
+    probabilities for SwiGLU; indexes as before. Recomputed: the input and the probabilities alone.
+    """
+    s = mlp.model.shape
+    p = mlp.layout.parallel
+    batch = mlp.batch
+    e = batch.element_bytes
+    gate_up = mlp.adapted("mlp.experts.gate_up")
+    down = mlp.adapted("mlp.experts.down")
+    local_experts = s.num_experts // p.ep
+    features = s.expert_intermediate // p.etp
+    moved = p.ep * p.etp > 1
+    total = batch.rows * INT + (batch.received * min(s.top_k, local_experts) + local_experts) * INT
+    if moved:
+        total += 2 * batch.own_tokens * min(s.top_k, p.ep) * INT
+    if mlp.selective:
+        total += batch.rows * mlp.score_bytes
+        # Without an all-to-all the input is the norm's output, which is counted once for all.
+        return total + moved * batch.received * s.hidden * e
+    passes_swiglu = live or bool(gate_up)
+    if gate_up:
+        total += batch.dropped(batch.rows * s.hidden, mlp.live)
+        total += low_rank(gate_up, batch.rows, local_experts * 2 * features, e)
+    if passes_swiglu:
+        total += batch.rows * (2 * features * e + mlp.score_bytes)
+    if down:
+        total += batch.dropped(batch.rows * features, passes_swiglu)
+        total += low_rank(down, batch.rows, local_experts * s.hidden, e)
+    return total
+
+
 def _dense(mlp: PlannedMLP) -> int:
     """The MLP of a layer without experts, and its input where backward reads it."""
     fc1 = mlp.adapted("mlp.linear_fc1")
     fc2 = mlp.adapted("mlp.linear_fc2")
     total = _gated_mlp(mlp, "mlp", mlp.model.shape.intermediate)
     # fc1's A needs the input for its gradient; recomputing starts from it.
-    if fc1 or (mlp.selective and (mlp.live or fc2)):
+    if mlp.a_reads_input(fc1) or (mlp.selective and (mlp.live or fc1 or fc2)):
         total += mlp.norm_output_bytes
     return total
 
@@ -166,7 +222,8 @@ def _dense(mlp: PlannedMLP) -> int:
 def _gated_mlp(mlp: PlannedMLP, name: str, intermediate: int) -> int:
     """fc1, silu(gate) * up, fc2, input left out: fc1's output T 2 I / t e, both factors T 2 I / t e
     (Megatron's glu makes new ones), the product T I / t e where fc2 is adapted, and what the
-    adapters keep. Nothing when recomputed."""
+    adapters keep. Nothing when recomputed. With dropout a copy of the product, and one of fc1's
+    input (T / t) H, with their masks."""
     if mlp.selective:
         return 0
     fc1 = mlp.adapted(f"{name}.linear_fc1")
@@ -177,8 +234,11 @@ def _gated_mlp(mlp: PlannedMLP, name: str, intermediate: int) -> int:
     # fc1 computes all tokens on this rank's features, fc2's adapter its own tokens in full width.
     total = low_rank(fc1, batch.tokens, 2 * features, e)
     total += low_rank(fc2, batch.own_tokens, mlp.model.shape.hidden, e)
+    if fc1 and mlp.has_dropout:
+        total += batch.dropped(batch.own_tokens * mlp.model.shape.hidden, mlp.live)
+    product_is_live = mlp.live or bool(fc1)
     if fc2:
-        total += batch.tokens * features * e
-    if mlp.live or fc1:
+        total += batch.dropped(batch.tokens * features, mlp.has_dropout and product_is_live)
+    if product_is_live:
         total += batch.tokens * 4 * features * e
     return total

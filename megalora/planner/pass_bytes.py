@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from megalora.config import Level, ParallelConfig
 from megalora.model.head_chunk import CHUNK_BYTES, chunk_tokens
 from megalora.planner import activations
+from megalora.planner.dropout_backward import experts_backward_with_dropout, experts_have_dropout
 from megalora.planner.layouts import ParallelLayout
 from megalora.planner.microbatch import INT, STATISTIC, Microbatch
 from megalora.planner.mlp_activations import INDEX
@@ -238,7 +239,9 @@ def _layer_backward(
     held = whole
     if level == "selective":
         held = activations.kept(model, layout, batch, layer, True, selective=True)
-    if s.is_moe(layer):
+    if experts_have_dropout(model, layer):
+        mlp, again, moved = experts_backward_with_dropout(model, layout, batch, layer, level)
+    elif s.is_moe(layer):
         mlp, again, moved = _experts_backward(model, layout, work, layer)
     else:
         mlp = _dense_backward(model, layout, batch, layer)
@@ -297,11 +300,18 @@ def _dense_backward(
     model: PlannedModel, layout: ParallelLayout, batch: Microbatch, layer: int
 ) -> int:
     """Gradients of the product, of its two factors T 3 I / t, and of the layer's output (T / t) H;
-    by then the product itself is gone, which was kept if fc2 has an adapter."""
+    by then the product itself is gone, which was kept if fc2 has an adapter.
+
+    With dropout its copy and the mask are gone; but while forward runs, for the last layer or
+    again, the product itself is there beside them, with the norm's output, the result and the
+    gradient T I / t + 3 (T / t) H.
+    """
     s = model.shape
-    features = s.intermediate // layout.parallel.tp
-    gradients = 3
-    if model.modules_of(layer).get("mlp.linear_fc2"):
-        gradients -= 1
-    elements = batch.tokens * gradients * features + batch.own_tokens * s.hidden
-    return elements * batch.element_bytes
+    e = batch.element_bytes
+    product = batch.tokens * (s.intermediate // layout.parallel.tp)
+    own = batch.own_tokens * s.hidden
+    backward = (3 * product + own) * e
+    if not model.modules_of(layer).get("mlp.linear_fc2"):
+        return backward
+    backward -= batch.dropped(product, model.has_dropout)
+    return max(backward, (product + 3 * own) * e) if model.has_dropout else backward

@@ -81,6 +81,11 @@ class Question:
         machine = find_machine(options.gpu)
         if options.gpus_per_node is not None:
             machine = with_ranks_per_node(machine, options.gpus_per_node)
+        return cls.on(machine, config, options)
+
+    @classmethod
+    def on(cls, machine: Machine, config: RunConfig, options: PlanOptions) -> "Question":
+        """The same for a machine that is known already."""
         # First of what the config names: of a model that megalora does not compute, not even the
         # tokenizer may be readable.
         shape = model_shape(find_architecture(config.model.path))
@@ -88,6 +93,7 @@ class Question:
         work = replace(
             Workload.of(config, options.imbalance),
             crossings=crossings_of(machine.name),
+            on_cpu=machine.is_cpu,
             packing=packing_of(config, options.mean_length),
         )
         return cls(config, shape, work, machine, options.samples)

@@ -10,7 +10,6 @@ from functools import cached_property
 from typing import Any
 
 from megalora.config import Level, LoRAConfig, ParallelConfig, Recompute, RecomputeLayers
-from megalora.config.checks import require
 from megalora.lora.select import resolve
 from megalora.lora.spec import Adapted
 from megalora.model.shape import ModelShape
@@ -31,18 +30,14 @@ class PlannedModel:
 
     shape: ModelShape
     adapted: tuple[Adapted, ...]
+    has_dropout: bool = False
+    """Whether every A reads a dropped-out copy of its input; how much is dropped changes
+    nothing."""
 
     @classmethod
     def of(cls, shape: ModelShape, lora: LoRAConfig) -> "PlannedModel":
-        """Raises ``ValueError`` for targets that match nothing, and for dropout, whose masks and
-        copies nobody counts."""
-        require(
-            lora.dropout == 0,
-            f"lora.dropout={lora.dropout}: what dropout keeps for backward is not counted. Plan"
-            " with lora.dropout=0; training with it takes more memory, most of it in experts,"
-            " whose rows are then permuted and kept.",
-        )
-        return cls(shape, tuple(resolve(lora, shape)))
+        """Raises ``ValueError`` for targets that match nothing."""
+        return cls(shape, tuple(resolve(lora, shape)), has_dropout=lora.dropout > 0)
 
     @cached_property
     def by_layer(self) -> dict[int | None, dict[str, list[Adapted]]]:

@@ -33,6 +33,8 @@ class Workload:
     crossings: Crossings = NO_TABLE
     """From how many rows per expert the GPU runs experts on torch's grouped GEMM, with adapters
     beside the weights."""
+    on_cpu: bool = False
+    """Whether ranks compute on the CPU, where a dropout mask is as wide as an activation."""
 
     def __post_init__(self) -> None:
         require(

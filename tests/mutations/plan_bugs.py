@@ -86,5 +86,17 @@ PLAN_BUGS: tuple[Bug, ...] = (
     bug(0, "a column for the file's rows beside the others'", "megalora/planner/layout_table.py",
         'for name in ("micro", "row", "recompute"):', 'for name in ("micro", "recompute"):',
         f"{ANSWERS} column_of_the_others"),
+    bug(0, "dropout's masks forgotten", "megalora/planner/microbatch.py",
+        "elements * (self.element_bytes + live * self.mask_bytes)", "elements * self.element_bytes",
+        "tests/planner/test_memory.py copy_and_a_mask"),
+    bug(0, "experts with dropout planned as one node", "megalora/planner/mlp_activations.py",
+        "if mlp.has_dropout and mlp.adapts_experts:", "if False:",
+        "tests/planner/test_memory.py copy_and_a_mask"),
+    bug(0, "a mask of booleans planned for the CPU", "megalora/planner/microbatch.py",
+        "work.element_bytes if work.on_cpu else 1", "1", f"{KEPT_TEST} with_dropout"),
+    bug(0, "dropout's copies made for nothing", "megalora/planner/layer_cost.py",
+        "for ledger, needed in zip(ledgers, (True, live), strict=True):",
+        "for ledger, needed in zip(ledgers, (False, live), strict=True):",
+        f"{COST_TEST} dropout_pays"),
 )
 # fmt: on

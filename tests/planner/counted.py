@@ -25,6 +25,7 @@ from megalora.config import LoRAConfig, RunConfig
 from megalora.config.recompute import recompute_from
 from megalora.hf.json_file import read_hf_config
 from megalora.model.fields import model_shape
+from megalora.planner.dropout_backward import experts_have_dropout
 from megalora.planner.layouts import ParallelLayout
 from megalora.planner.memory import CONTEXT, ROOM, MemoryPlan, memory_of_model
 from megalora.planner.microbatch import Microbatch
@@ -80,12 +81,14 @@ class Case:
     recompute: str = "off"
     model: str = "moe"
     dtype: Any = "float32"
+    dropout: float = 0.0
 
     @property
     def name(self) -> str:
         """The case in a test's id."""
         sizes = " ".join(f"{name}{n}" for name, n in self.parallel.items()) or "alone"
-        return f"{self.world} {sizes} micro{self.micro} {self.recompute} {self.model} {self.dtype}"
+        name = f"{self.world} {sizes} micro{self.micro} {self.recompute} {self.model} {self.dtype}"
+        return f"{name} dropout" if self.dropout else name
 
     def config(self, folder: Path, chats: Path) -> RunConfig:
         """The run, on a model that is made in ``folder``."""
@@ -95,8 +98,8 @@ class Case:
             "global_batch_size": MICROBATCHES * self.micro * self.world,
         }
         config = make_config(
-            base, chats, folder / "run", self.parallel, self.recompute, lora=LoRAConfig(rank=RANK),
-            dtype=self.dtype, **sizes
+            base, chats, folder / "run", self.parallel, self.recompute,
+            lora=LoRAConfig(rank=RANK, dropout=self.dropout), dtype=self.dtype, **sizes
         )  # fmt: skip
         # The batches of the count are made by hand; the config must be one that could run.
         dp, _ = config.parallel.data_parallel_sizes(self.world)
@@ -122,7 +125,9 @@ def compare(case: Case, folder: Path, chats: Path) -> list[dict[str, Any]]:
         recompute=recompute_from(case.recompute),
     )
     global_batch = MICROBATCHES * case.micro * layout.dp
-    work = Workload(sequence_length=SEQUENCE, global_batch_size=global_batch, dtype=case.dtype)
+    work = Workload(
+        sequence_length=SEQUENCE, global_batch_size=global_batch, dtype=case.dtype, on_cpu=True
+    )
     top_k = 0
     if model.shape.moe_layers:
         top_k = model.shape.top_k
@@ -165,6 +170,35 @@ def categories(plan: MemoryPlan) -> dict[str, int]:
         "optimizer": plan["optimizer"], "activations": plan["activations"] + plan["loss"],
         "pass": passes, "step": step, "peak": plan.peak_bytes - plan[CONTEXT] - plan[ROOM],
     }  # fmt: skip
+
+
+def routing_of_call(
+    model: PlannedModel, layout: ParallelLayout, batch: Microbatch, layer: int
+) -> int:
+    """Bytes of a layer's routing that selective recomputation keeps as an argument of the experts
+    with dropout, and that no node saves: int32 sources of the rows and ends of experts; and the
+    slots, which probabilities save unless they came by an all-to-all or need no gradient. Hooks of
+    saved tensors do not see them, ``LiveTensors`` does."""
+    if not experts_have_dropout(model, layer) or not model.shape.is_moe(layer):
+        return 0
+    p = layout.parallel
+    local_experts = model.shape.num_experts // p.ep
+    total = batch.rows + local_experts
+    others = [name for name in model.modules_of(layer) if not name.startswith("mlp.experts.")]
+    probabilities_save = layer > model.first_adapted or bool(others)
+    if p.ep * p.etp > 1 or not probabilities_save:
+        total += batch.received * min(model.shape.top_k, local_experts)
+    return 4 * total
+
+
+def routing_of_calls(
+    model: PlannedModel, layout: ParallelLayout, batch: Microbatch, chunk: Chunk
+) -> int:
+    """The same of a chunk, as what a count of saved tensors has less than the plan."""
+    num_full, rest = chunk.levels(layout.recompute)
+    if rest != "selective":
+        return 0
+    return -sum(routing_of_call(model, layout, batch, n) for n in chunk.layers[num_full:])
 
 
 def widened_norms(

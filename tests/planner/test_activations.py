@@ -4,6 +4,7 @@ planner's formulas."""
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -28,7 +29,7 @@ from tests.distributed.ranks import run_ranks
 from tests.parity.built import built
 from tests.parity.everything import LORA, config_of
 from tests.planner.count_step import SEQUENCE, Saved, kept_beside, make_batches, num_bytes
-from tests.planner.counted import widened_norms
+from tests.planner.counted import routing_of_calls, widened_norms
 
 # Adapters on everything; in the upper layers alone, above a part that needs no backward; on one
 # projection of the first layer, which backward reaches through all others; on experts alone.
@@ -180,6 +181,37 @@ def test_bytes_kept_in_bfloat16(
     compare(configs, world, extra=widened_norms)
 
 
+# Each module's copy and mask; where ranks receive rows; where the first layer's input is frozen.
+@pytest.mark.parametrize(
+    ("name", "world", "sizes", "lora"),
+    [
+        ("tiny", 1, {}, DEFAULT),
+        pytest.param("tiny", 1, {}, SOME, marks=pytest.mark.slow),
+        pytest.param("tiny", 1, {}, EXPERTS, marks=pytest.mark.slow),
+        pytest.param("tiny", 2, {"ep": 2}, DEFAULT, marks=pytest.mark.slow),
+        pytest.param("tiny", 2, {"tp": 2, "ep": 2}, DEFAULT, marks=pytest.mark.slow),
+        pytest.param("tiny", 2, {"tp": 2, "etp": 2}, DEFAULT, marks=pytest.mark.slow),
+        pytest.param("tiny", 2, {"cp": 2, "ep": 2}, DEFAULT, marks=pytest.mark.slow),
+        pytest.param("tiny_dense", 2, {"tp": 2}, DEFAULT, marks=pytest.mark.slow),
+        pytest.param("everything", 2, {"tp": 2, "ep": 2}, LORA, marks=pytest.mark.slow),
+        pytest.param("everything", 2, {"pp": 2}, LORA, marks=pytest.mark.slow),
+    ],
+)
+def test_bytes_kept_with_dropout(
+    name, world, sizes, lora, chats, tmp_path, request: pytest.FixtureRequest
+) -> None:
+    """A mask on the CPU is as wide as an activation; ``tests/planner/test_counted_layers.py`` has
+    those of a GPU."""
+    base: Path = request.getfixturevalue(name)
+    dropped = replace(lora, dropout=0.3)
+    configs = []
+    for recompute in (*LEVELS, "full1+selective"):
+        folder = tmp_path / recompute
+        config = config_of(base, chats, folder, sizes, dropped, recompute, micro_batch_size=2)
+        configs.append(config)
+    compare(configs, world, extra=routing_of_calls)
+
+
 def compare(configs: list[RunConfig], world: int, *, extra: Any = None) -> None:
     """Bytes over all ranks, counted and planned, of configs that differ in recompute alone.
 
@@ -217,7 +249,7 @@ def planned(config: RunConfig, of_ranks: list[Found], extra: Any) -> int:
     for rank, of_rank in enumerate(of_ranks):
         work = Workload(
             sequence_length=SEQUENCE, global_batch_size=8, dtype=config.model.dtype,
-            ranks_per_token=of_rank.ranks_per_token,
+            ranks_per_token=of_rank.ranks_per_token, on_cpu=True,
         )  # fmt: skip
         for chunk in chunks_of(model.shape, layout.parallel, rank // ranks_per_stage):
             said += chunk_bytes(model, layout, work, chunk)

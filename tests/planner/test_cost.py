@@ -230,3 +230,31 @@ def test_every_number_says_how_it_is_known() -> None:
                      "recompute attention", "recompute experts", "bubble", "pipeline transfers",
     "reduction", "optimizer", "host", "other"}  # fmt: skip
     assert found.seconds == pytest.approx(sum(part.seconds for part in found.parts))
+
+
+def test_dropout_pays_for_its_copies() -> None:
+    """At a byte a second: of a row's input and SwiGLU's result, of qkv's and o's input, each read,
+    written and a mask beside, twice; of experts' A's, which read apart from the base, once more;
+    in backward their gradient written, read with the base's and the sum written."""
+    machine = replace(FREE, memory=Constant(1.0))
+    lora = LoRAConfig()
+    grown = seconds(replace(lora, dropout=0.1), machine) - seconds(lora, machine)
+    tokens = 8 * 4096
+    of_rows = 8 * (2048 + 768)
+    passes = 2 * (2 * 2 + 1)
+    # Layer 0's qkv has no backward below it, which the planner prices like the others.
+    assert grown == 48 * tokens * ((of_rows + 2048 + 4096) * passes + of_rows * (2 + 4 * 2))
+
+
+def test_dropout_runs_experts_again_as_a_whole() -> None:
+    """Selective recomputation: without a node of their own experts compute down as well again."""
+    added = []
+    for dropout in (0.0, 0.1):
+        lora = LoRAConfig(dropout=dropout)
+        again = seconds(lora, ARITHMETIC, recompute="selective") - seconds(lora, ARITHMETIC)
+        added.append(again)
+    tokens = 8 * 4096
+    # down: 2,048 outputs of 768 inputs and 16 columns of the adapter; of gate and up half of the 32
+    # columns more, as their B's are one matrix.
+    products = 2 * tokens * 8 * (2048 * (768 + 16) + 2 * 768 * 16)
+    assert added[1] - added[0] == pytest.approx(48 * products / 1e12)

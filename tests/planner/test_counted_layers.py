@@ -23,8 +23,10 @@ from megalora.planner.cost import StageCosts
 from megalora.planner.hardware import Constant, Estimate, Kind, Machine, Overhead
 from megalora.planner.layouts import ParallelLayout
 from megalora.planner.ledger import Ledger
+from megalora.planner.microbatch import Microbatch
 from megalora.planner.weights import PlannedModel, chunks_of
 from megalora.planner.workload import Workload
+from tests.planner.counted import routing_of_call
 from tests.pretended.layer_cases import (
     EVERYTHING,
     HEAD_KIND,
@@ -69,7 +71,7 @@ def planned(case: Case) -> dict[str, dict[str, int]]:
     the layer's input needs a gradient."""
     world, sizes = case.layout_sizes
     shape = model_shape(config_of(case.family))
-    model = PlannedModel(shape, tuple(case.adapted()))
+    model = PlannedModel(shape, tuple(case.adapted()), case.dropout)
     level: Level = case.recompute  # pyright: ignore[reportAssignmentType]
     layout = ParallelLayout(
         parallel=ParallelConfig(**sizes), num_ranks=world, micro_batch_size=MICRO_BATCH,
@@ -92,6 +94,8 @@ def planned(case: Case) -> dict[str, dict[str, int]]:
         if layer == first:
             # One table of rotary angles serves all layers, and counts where it is first kept.
             kept += angles_bytes(model, layout, work, chunk)
+        if level == "selective":
+            kept -= routing_of_call(model, layout, Microbatch.of(model, layout, work), layer)
         forward = flops(costs.layer(layer, True, level))
         found[str(layer)] = {"kept": kept, "forward": forward}
         if layer > first:
@@ -135,6 +139,11 @@ ALONE = (
     Case("glm4_moe", "one rank", "mlp.router", "off"),
 )
 """Where a formula that holds for adapters on everything was wrong for one module."""
+DROPPED = (
+    Case("qwen2_moe", "one rank", EVERYTHING, "off", dropout=True),
+    Case("qwen2_moe", "one rank", EVERYTHING, "selective", dropout=True),
+)
+"""A model with every kind of layer, whose adapters read dropped-out inputs."""
 
 
 def cases_asked_for(item: pytest.Item) -> Iterator[Case]:
@@ -197,7 +206,14 @@ def test_an_adapter_alone(case: Case, quick: dict[str, Any]) -> None:
     compare([case], quick)
 
 
-# 30 to 60 cases a family: every Megatron module alone, TP, EP and ETP, many rows, float32.
+@pytest.mark.slow
+@pytest.mark.parametrize("case", DROPPED, ids=lambda case: case.name)
+def test_dropout(case: Case, quick: dict[str, Any]) -> None:
+    """A mask of booleans; on the CPU ``test_activations.py`` counts a wider one."""
+    compare([case], quick)
+
+
+# 60 to 120 cases a family: every Megatron module alone, TP, EP and ETP, many rows, float32.
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_adapters_on_every_module_and_every_layout(family: str) -> None:

@@ -253,11 +253,25 @@ def test_a_stage_that_is_none(model: PlannedModel) -> None:
         plan_of(model)["everything"]
 
 
-def test_dropout_is_refused_rather_than_counted_wrongly(model: PlannedModel) -> None:
-    with pytest.raises(
-        ValueError, match=r"lora\.dropout=0\.1: what dropout keeps for backward is not counted"
-    ):
-        PlannedModel.of(model.shape, LoRAConfig(dropout=0.1))
+def test_dropout_keeps_a_copy_and_a_mask_of_each_input(model: PlannedModel) -> None:
+    """One rank of Qwen3-30B-A3B, beside what is kept anyway: copies in bfloat16 and masks of a
+    byte."""
+    dropped = plan_of(PlannedModel.of(model.shape, LoRAConfig(dropout=0.1)), ranks=1)
+    plain = plan_of(model, ranks=1)
+    tokens = 4096
+    # Of each row's input and of SwiGLU's result, in the place of no other copy; every other input
+    # of an A (attention's, the result that o reads) was kept before as it was.
+    copies = 8 * (2048 + 768) * 3
+    # o reads attention's result, which attention keeps, too; qkv's input was the norm's output.
+    dense = 4096 * 3 + 2048 * 1
+    # The norm's output was kept for the experts, of which each row now has a copy.
+    norm = 2048 * 2
+    # Scaled B's of 128 experts as one matrix: gate and up 2 x 768 by 32, down 2,048 by 16.
+    matrices = 128 * (2 * 768 * 32 + 2048 * 16) * 2
+    grown = dropped["activations"] - plain["activations"]
+    # Nothing below the first layer needs a gradient: there qkv's input has no mask.
+    assert grown == 48 * (tokens * (copies + dense - norm) + matrices) - tokens * 2048
+    assert dropped["weights"] == plain["weights"] and dropped["gradients"] == plain["gradients"]
 
 
 def test_every_layout_of_64_ranks_has_a_plan(model: PlannedModel) -> None:

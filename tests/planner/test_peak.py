@@ -42,6 +42,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             Case(2, {"pp": 2, "vpp": 2, "stage_layers": (1, 2, 3, 1)}, model="seven"),
             marks=pytest.mark.slow,
         ),
+        # With dropout experts are several nodes, whose gradients are there at other times.
+        pytest.param(Case(1, {}, dropout=0.3), marks=pytest.mark.slow),
+        pytest.param(Case(1, {}, recompute="selective", dropout=0.3), marks=pytest.mark.slow),
+        pytest.param(
+            Case(1, {}, recompute="selective", model="dense", dropout=0.3), marks=pytest.mark.slow
+        ),
+        pytest.param(Case(2, {"tp": 2}, dropout=0.3, micro=2), marks=pytest.mark.slow),
+        pytest.param(Case(2, {"ep": 2}, dropout=0.3, micro=2), marks=pytest.mark.slow),
+        pytest.param(
+            Case(2, {"ep": 2}, recompute="selective", dropout=0.3), marks=pytest.mark.slow
+        ),
+        pytest.param(Case(2, {"ep": 2}, recompute="full", dropout=0.3), marks=pytest.mark.slow),
+        pytest.param(
+            Case(2, {"tp": 2}, recompute="selective", model="shared", dropout=0.3),
+            marks=pytest.mark.slow,
+        ),
         # Nothing of a recomputed layer may outlive its backward.
         pytest.param(Case(2, {"ep": 2}, recompute="full"), marks=pytest.mark.slow),
     ],

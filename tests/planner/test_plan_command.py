@@ -98,7 +98,6 @@ def test_the_command_writes_a_config_that_runs_and_a_picture(
             ["--gpus", "8", "model.path=nobody/nothing"],
             r"neither a folder with a config\.json nor a model of .*qwen3_30b_a3b\.yaml",
         ),
-        (["--gpus", "8", "lora.dropout=0.1"], r"lora\.dropout=0\.1: what dropout keeps"),
         (["--gpus", "8", "lora.rnak=3"], "did you mean lora.rank"),
         (["--gpus", "8", "--dry-run", "8"], "--dry-run 8: ranks of 8 GPUs count from 0 to 7"),
         (["--gpus", "8", "--dry-run", "0", "parallel.ep=3"], "8 ranks cannot hold the expert grid"),

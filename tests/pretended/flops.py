@@ -1,7 +1,7 @@
 """Count FLOPs of matrix products on the pretended GPU, under the name of the layer they belong to.
 
 A multiplication and an addition are 2 FLOPs. Operations of torch are counted by torch's own
-registry, Triton kernels by the sizes they are launched with. Two operations would take other
+registry, Triton kernels by the sizes they are launched with. Three operations would take other
 kernels on a device that torch does not know; ``AsOnCuda`` calls those that CUDA gets.
 """
 
@@ -34,7 +34,8 @@ class FusedRMSNorm(torch.autograd.Function):
 
 
 class AsOnCuda(TorchFunctionMode):
-    """Call what torch chooses for a CUDA device: the fused RMS norm and flash attention."""
+    """Call what torch chooses for a CUDA device: the fused RMS norm, flash attention and fused
+    dropout, which keeps a mask of booleans."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -45,6 +46,9 @@ class AsOnCuda(TorchFunctionMode):
             return aten._scaled_dot_product_flash_attention(
                 *args, 0.0, True, scale=kwargs["scale"]
             )[0]
+        # torch's own condition for the fused kernel.
+        if func is F.dropout and kwargs["training"] and 0 < kwargs["p"] < 1:
+            return aten.native_dropout(args[0], kwargs["p"], True)[0]
         return func(*args, **kwargs)
 
 

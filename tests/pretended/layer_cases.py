@@ -45,13 +45,15 @@ class Case:
     many_rows: bool = False
     """So many rows per expert that the experts run on torch's grouped GEMM."""
     dtype: str = "bfloat16"
+    dropout: bool = False
 
     @property
     def name(self) -> str:
         rows = "many rows" if self.many_rows else "few rows"
-        return ", ".join(
-            (self.family, self.layout, self.adapters, self.recompute, rows, self.dtype)
-        )
+        words = [self.family, self.layout, self.adapters, self.recompute, rows, self.dtype]
+        if self.dropout:
+            words.append("dropout")
+        return ", ".join(words)
 
     @property
     def layout_sizes(self) -> tuple[int, dict[str, int]]:
@@ -62,6 +64,11 @@ class Case:
         # Above 1,024 rows per expert torch's grouped GEMM takes over from Triton's: 2 samples of
         # 8,192 tokens are far above that, and 2 of 48 far below.
         return 8192 if self.many_rows else 48
+
+    @property
+    def dropout_rate(self) -> float:
+        """``lora.dropout``."""
+        return 0.25 if self.dropout else 0.0
 
     def adapted(self) -> list[Adapted]:
         shape = model_shape(config_of(self.family))
@@ -146,8 +153,10 @@ def cases_of(family: str) -> Iterator[Case]:
                 # A dense model has no experts to divide.
                 if shape.moe_layers or "ep" not in layout:
                     yield Case(family, layout, adapters, recompute)
+                    yield Case(family, layout, adapters, recompute, dropout=True)
         for module in modules(shape):
             yield Case(family, "one rank", module, recompute)
+            yield Case(family, "one rank", module, recompute, dropout=True)
         if shape.moe_layers:
             yield Case(family, "one rank", EVERYTHING, recompute, many_rows=True)
         yield Case(family, "one rank", EVERYTHING, recompute, dtype="float32")

@@ -45,7 +45,7 @@ def count(case: Case, recorder: Recorder) -> Counts:
     hf = config_of(case.family)
     scenario = Scenario(
         case.name, hf, sizes, world_size, dtype=case.dtype, recompute=case.recompute,
-        tokens=case.sequence + 1,
+        tokens=case.sequence + 1, dropout=case.dropout_rate,
     )  # fmt: skip
     config = scenario.config()
     with (
