@@ -12,8 +12,11 @@ from megalora.adapters.latest import latest_adapter
 from megalora.config import RunConfig
 from megalora.config.file import load_config
 from megalora.data.sources import locate
-from megalora.hf.folder import is_written_as_path
+from megalora.hf.folder import is_written_as_path, shards_that_are_there
+from megalora.hf.hub import check_data_set, check_model
+from megalora.hf.json_file import read_hf_config
 from megalora.lora.select import plan
+from megalora.model.fields import model_shape
 from megalora.paths import check_folder_to_write
 from megalora.train.trackers import check_installed
 
@@ -21,7 +24,7 @@ from megalora.train.trackers import check_installed
 def check_run(path: str | Path, overrides: Sequence[str], num_ranks: int) -> RunConfig:
     """Read a run's config and check it against its files and the number of ranks.
 
-    A base model that is only on the hub is left to the ranks, which download it.
+    What is on the hub is left to the ranks, which download it, once the hub has answered for it.
 
     Raises:
         ValueError: the first thing that the ranks would refuse.
@@ -36,6 +39,10 @@ def check_run(path: str | Path, overrides: Sequence[str], num_ranks: int) -> Run
         # Raises for targets that match nothing, and for layouts that do not fit the
         # model.
         plan(config.lora, config.parallel, base, config.train.recompute)
+    else:
+        check_model(config.model.path, "model.path")
+    # Last, for the hub may take long to answer.
+    check_hub_data(named_data(config))
     return config
 
 
@@ -57,17 +64,45 @@ def check_paths(config: RunConfig) -> None:
             )
 
 
+def check_weights(base: Path) -> None:
+    """Raise ``ValueError`` unless a base is of a family that megalora computes, and every file of
+    its weights is there."""
+    # Of another family first: its files may have other names.
+    model_shape(read_hf_config(base))
+    shards_that_are_there(base)
+
+
 def check_inputs(config: RunConfig) -> None:
     """Raise ``ValueError`` unless the model and the data that a config names are there; names on
     the hub are left alone."""
     _check_model(config.model.path)
-    train = [source.path for source in config.data.sources]
-    for source in (*train, config.data.eval):
-        # data.eval may also be a number of samples to hold out.
-        if isinstance(source, str):
-            file = locate(source).file
-            if file is not None and not os.access(file, os.R_OK):
-                raise ValueError(f"{file} cannot be read: no permission")
+    for _, source in named_data(config):
+        file = locate(source).file
+        if file is not None and not os.access(file, os.R_OK):
+            raise ValueError(f"{file} cannot be read: no permission")
+
+
+def check_hub_data(named: list[tuple[str, str]]) -> None:
+    """Raise ``ValueError`` for a data set of the hub that is neither in its cache nor to be had.
+
+    It is for one process, not for ranks, each of which would ask the hub.
+
+    Args:
+        named: (option, source), as ``named_data`` gives them.
+    """
+    for option, source in named:
+        found = locate(source)
+        if found.file is None:
+            check_data_set(found.hub[0], option)
+
+
+def named_data(config: RunConfig) -> list[tuple[str, str]]:
+    """(option, source) of all data that a config names: files and data sets of the hub."""
+    named = [("data.train", source.path) for source in config.data.sources]
+    # It may also be a number of samples to hold out.
+    if isinstance(config.data.eval, str):
+        named.append(("data.eval", config.data.eval))
+    return named
 
 
 def _check_model(name: str) -> None:

@@ -18,13 +18,18 @@ import contextlib, io, json, sys
 for name in ("torch", "transformers", "megatron", "peft", "datasets"):
     sys.modules[name] = None
 from megalora.cli import main
+from megalora.train.__main__ import main as rank
+from megalora.user_error import guarded
 said = []
 for arguments in json.loads(sys.stdin.read()):
     out, err = io.StringIO(), io.StringIO()
     code = 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            main.main(arguments)
+            if arguments[0] == "rank":
+                guarded(rank, arguments[1:])
+            else:
+                main.main(arguments)
         except SystemExit as ended:
             code = ended.code
         except Exception as error:
@@ -34,7 +39,8 @@ print(json.dumps(said))
 """
 BASE = ["--base", "base"]
 NOT_AN_ADAPTER = "is not an adapter folder: it has no adapter_config.json"
-# Arguments after ``megalora``, and what is said. The working directory is ``folder`` below.
+# Arguments after ``megalora``, or after ``rank`` those of a rank, and what is said. The working
+# directory is ``folder`` below.
 WRONG: list[tuple[list[str], str]] = [
     (["train", "none.yaml"], "none.yaml: no such config file"),
     (["train", "run.yaml", "train.lr=fast"], "train.lr must be a number, got 'fast'"),
@@ -145,6 +151,23 @@ WRONG: list[tuple[list[str], str]] = [
     (["report", "empty"], "empty is not a run folder: it has no metrics.jsonl"),
     (["report", "a.jsonl"], "a.jsonl is not a folder; name a run folder, such as runs/default"),
     (["report", *"abcde"], "a page shows 4 runs at most, in colours that everybody can tell apart"),
+    # Of a base of four files one is missing: before torch, with its name.
+    *((arguments, "torn: 1 of 4 weight shards are missing (model-00003-of-00004") for arguments in (
+        ["train", "run.yaml", "model.path=torn"],
+        ["rank", "run.yaml", "model.path=torn"],
+        ["chat", "torn"],
+        ["chat", "adapter", "--base", "torn"],
+        ["eval", "adapter", "--base", "torn", "--data", "a.jsonl"],
+        ["verify", "adapter", "--base", "torn"],
+        ["verify", "adapter", "--base", "torn", "--engine", "vllm"],
+        ["merge", "adapter", "--base", "torn", "--out", "out"],
+    )),
+    # The hub is not to be reached.
+    (["train", "run.yaml", "data.train=me/none:test[:9]"], "data.train=me/none is not a file here"),
+    (["train", "run.yaml", "data.eval=me/none"], "data.eval=me/none is not a file here, and the"),
+    (["train", "run.yaml", "model.path=me/none"], "model.path=me/none is not a folder here, and"),
+    (["data", "run.yaml", "data.train=me/none"], "data.train=me/none is not a file here, and the"),
+    (["eval", "adapter", *BASE, "--data", "me/none"], "--data=me/none is not a file here, and the"),
     (["serve", "=adapter"], "adapter name '': must be letters, digits, '.', '_' and '-'"),
     (["serve", "x=adapter", "x=ia3", *BASE], "two adapters are called 'x': adapter and ia3; write"),
     (["serve", "stale"], "stale/latest names step_000009, which is not there"),
@@ -167,9 +190,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
     ))  # fmt: skip
     (folder / "circle.yaml").write_text("base: circle.yaml\n")
     (folder / "a.jsonl").write_text("{}\n")
-    for name in ("empty", "base", "odd-base", "adapter", "ia3", "stale", "odd", "tiny"):
+    for name in ("empty", "base", "torn", "odd-base", "adapter", "ia3", "stale", "odd", "tiny"):
         (folder / name).mkdir()
-    (folder / "base/config.json").write_bytes((tiny / "config.json").read_bytes())
+    for file in tiny.iterdir():
+        (folder / "base" / file.name).symlink_to(file)
+        if "00003" not in file.name:
+            (folder / "torn" / file.name).symlink_to(file)
     (folder / "odd-base/config.json").write_text('{"model_type": "gpt2"}')
     plain = {"peft_type": "LORA", "r": 8, "lora_alpha": 16}
     for name, config in (("adapter", plain), ("ia3", plain | {"peft_type": "IA3"})):
@@ -197,6 +223,9 @@ def test_every_mistake_is_one_line_before_torch(folder: Path) -> None:
             "PYTHONPATH": f"{root}:{root / 'kernels'}",
             "HF_HOME": "home",
             "HF_TOKEN": "",
+            # Nobody listens there: as a machine without a network.
+            "HF_ENDPOINT": "http://127.0.0.1:1",
+            "HF_HUB_OFFLINE": "",
         },
         capture_output=True,
         text=True,
@@ -206,7 +235,7 @@ def test_every_mistake_is_one_line_before_torch(folder: Path) -> None:
     for (arguments, message), answer in zip(WRONG, json.loads(done.stdout), strict=True):
         code, out, err = answer
         # A path may stand before the message, and further lines of advice behind it, indented.
-        first, *advice = err.splitlines()
+        first, *advice = err.splitlines() or [repr(code)]
         is_one = first.startswith("megalora") and all(line.startswith("  ") for line in advice)
         if (code, out) != (2, "") or not is_one or message not in first:
             faults.append((arguments, answer))

@@ -199,7 +199,7 @@ def _import(options: Any, _: list[str]) -> None:
 
 def _merge(options: Any, _: list[str]) -> None:
     adapter = adapter_folder(options.adapter)
-    check_base(options.base)
+    check_base(options.base, weights=True)
     check_out(options.out, adapter)
     from megalora.adapters.merge import merge
 
@@ -215,7 +215,7 @@ def _inspect(options: Any, _: list[str]) -> None:
 
 def _verify(options: Any, _: list[str]) -> None:
     adapter = adapter_folder(options.adapter)
-    check_base(options.base)
+    check_base(options.base, weights=True)
     # Each needs what the other does not: vLLM's environment, or peft here.
     if options.engine == "vllm":
         from megalora.verify.vllm import verify_vllm as verify

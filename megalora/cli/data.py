@@ -41,9 +41,10 @@ def _data(options: Any, rest: list[str]) -> None:
         # The config says nothing but where the stores are: model and data may be gone.
         show_stores(cache_folder(config.data.cache), options.remove_unused)
         return
-    from megalora.preflight import check_inputs
+    from megalora.preflight import check_hub_data, check_inputs, named_data
 
     check_inputs(config)
+    check_hub_data(named_data(config))
     from rich.console import Console
 
     from megalora.data.show import show_data

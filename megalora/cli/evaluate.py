@@ -61,6 +61,7 @@ def add_eval_command(commands: Any) -> None:
 def _eval(options: Any, rest: list[str]) -> None:
     from megalora.evaluate.request import Request, plan_of
     from megalora.paths import expand
+    from megalora.preflight import check_hub_data
 
     request = Request(
         target=expand(options.adapter, "ADAPTER"),
@@ -86,4 +87,5 @@ def _eval(options: Any, rest: list[str]) -> None:
     # Ranks get what was found: they must not look for the latest checkpoint again, which may be
     # another one by then.
     plan = plan_of(request)
+    check_hub_data(plan.sources)
     torchrun([*ranks_here(options.nproc), "-m", "megalora.evaluate", plan.resolved.to_json()])

@@ -9,6 +9,7 @@ from megalora.atomic_folder import check_new
 from megalora.hf.folder import local_folder
 from megalora.hf.json_file import read_hf_config
 from megalora.model.fields import model_shape
+from megalora.preflight import check_weights
 
 
 def adapter_folder(path: Path) -> Path:
@@ -27,13 +28,21 @@ def adapter_folder(path: Path) -> Path:
     return folder
 
 
-def check_base(base: str) -> None:
+def check_base(base: str, *, weights: bool = False) -> None:
     """Raise ``ValueError`` for a folder that is no base model, or of a family that megalora does
-    not compute; a name on the hub is looked up later."""
+    not compute; a name on the hub is looked up later.
+
+    Args:
+        weights: whether its weights are read, so that all their files must be there.
+    """
     # Else the hub would be asked, which takes seconds and needs a network.
     is_path = base.startswith((".", "/", "~")) or Path(base).exists()
     if is_path:
-        model_shape(read_hf_config(local_folder(base, "--base", weights=False)))
+        folder = local_folder(base, "--base", weights=False)
+        if weights:
+            check_weights(folder)
+        else:
+            model_shape(read_hf_config(folder))
 
 
 def check_out(out: Path, source: Path) -> None:

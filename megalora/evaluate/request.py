@@ -82,6 +82,17 @@ class Plan:
         )
 
     @property
+    def sources(self) -> list[tuple[str, str]]:
+        """(option, source) of the data that is read."""
+        if self.request.data is not None:
+            return [("--data", self.request.data)]
+        data = self.config.data
+        if isinstance(data.eval, str):
+            return [("data.eval", data.eval)]
+        # A part of it is held out.
+        return [("data.train", source.path) for source in data.sources]
+
+    @property
     def sampling(self) -> Sampling:
         """Greedy, unless something else was given."""
         return Sampling(**self.request.sampling)

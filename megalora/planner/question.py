@@ -61,6 +61,8 @@ class PlanOptions:
             f"--samples {self.samples}: a data set has at least 1 sample",
         )
         require(bool(self.gpus), "--gpus: give a number of GPUs, or several as in 8,16,32")
+        # Before data is tokenised for its lengths.
+        require(min(self.gpus) >= 1, f"a run needs at least 1 rank, got {min(self.gpus)}")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from megalora.user_error import guarded
 
 def main(arguments: list[str]) -> None:
     from megalora.config.file import load_config
-    from megalora.preflight import check_paths
+    from megalora.preflight import check_paths, check_weights
 
     if not arguments or arguments[0] in ("-h", "--help"):
         raise ValueError(
@@ -20,6 +20,10 @@ def main(arguments: list[str]) -> None:
     # Here too: on several nodes nothing else looks before the ranks start.
     config.check_training()
     check_paths(config)
+    base = Path(config.model.path)
+    # A name on the hub: the ranks download it.
+    if base.is_dir():
+        check_weights(base)
     set_defaults(Path(config.checkpoint.dir))  # before torch is imported
     from megalora import host
 
