@@ -75,7 +75,7 @@ def check_weights(base: Path) -> None:
 def check_inputs(config: RunConfig) -> None:
     """Raise ``ValueError`` unless the model and the data that a config names are there; names on
     the hub are left alone."""
-    _check_model(config.model.path)
+    check_model_path(config.model.path)
     for _, source in named_data(config):
         file = locate(source).file
         if file is not None and not os.access(file, os.R_OK):
@@ -105,7 +105,9 @@ def named_data(config: RunConfig) -> list[tuple[str, str]]:
     return named
 
 
-def _check_model(name: str) -> None:
+def check_model_path(name: str) -> None:
+    """Raise ``ValueError`` for a ``model.path`` that is neither a folder of a Hugging Face model
+    nor a name that the hub may have."""
     path = Path(name)
     if path.is_dir():
         if not (path / "config.json").is_file():

@@ -71,7 +71,7 @@ WITHOUT_TORCH = (
     "megalora/lora/modules.py", "megalora/lora/patterns.py", "megalora/wording.py",
     "megalora/paths.py", "megalora/launching.py", "megalora/user_error.py", "megalora/preflight.py",
     "megalora/hf/__init__.py", "megalora/hf/folder.py", "megalora/hf/json_file.py",
-    "megalora/hf/safetensors.py",
+    "megalora/hf/safetensors.py", "megalora/hf/hub.py",
     "megalora/adapters/latest.py", "megalora/adapters/named_base.py", "megalora/chat/__init__.py",
     "megalora/chat/command.py", "megalora/chat/session.py", "megalora/chat/terminal.py",
     "megalora/evaluate/__init__.py", "megalora/evaluate/__main__.py",

@@ -368,7 +368,7 @@ def test_refused_override(minimal: Path, override: str, message: str) -> None:
         # Not YAML: the parser's first line, after the file's name.
         (b"train: {steps: 1\n", "{path}: while parsing a flow mapping"),
         (b"train: {lr: 1, lr: 2}\n", "{path}: while constructing a mapping"),
-        (b"model:\n  path: ???\n", "{path}: Missing mandatory value: path, full_key: model.path"),
+        (b"model:\n  path: ???\n", "{path}: model.path is ???: fill it in"),
         (b"model: {path: '${nowhere}'}\n", "{path}: Interpolation key 'nowhere' not found"),
         (b"model: {path: \xff\xfe}\n", "{path}: 'utf-8' codec can't decode byte 0xff"),
     ],

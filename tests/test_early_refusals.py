@@ -38,6 +38,7 @@ for arguments in json.loads(sys.stdin.read()):
 print(json.dumps(said))
 """
 BASE = ["--base", "base"]
+NEW = ["--out", "new.yaml"]
 NOT_AN_ADAPTER = "is not an adapter folder: it has no adapter_config.json"
 # Arguments after ``megalora``, or after ``rank`` those of a rank, and what is said. The working
 # directory is ``folder`` below.
@@ -93,6 +94,23 @@ WRONG: list[tuple[list[str], str]] = [
     (["plan", "run.yaml", "--gpus", "8", "--lora-rank", "0"], "--lora-rank 0: a rank is at least"),
     (["plan", "run.yaml", "--gpus", "8", "--gpus-per-node", "0"], "a node has at least 1 GPU"),
     (["plan", "run.yaml", "--gpus", "8", "--top", "0"], "--top 0: show at least 1 layout"),
+    (["init"], "run.yaml exists; choose another file with --out, or remove it"),
+    (["init", *NEW, "--gpus", "0"], "--gpus 0: give a number of GPUs from 1 to 1,048,576"),
+    (["init", *NEW, "--gpus", "two"], "argument --gpus: invalid int value: 'two'"),
+    (["init", *NEW, "--gpus-per-node", "0"], "a node has at least 1 GPU"),
+    (["init", *NEW, "--gpu", "h1000"], "--gpu h1000 is neither h100, h200"),
+    (["init", "--out", "a.jsonl/x.yaml"], "a.jsonl/x.yaml cannot be written: "),
+    (["init", *NEW, "--model", ""], "--model is empty; name a file or a folder"),
+    (["init", *NEW, "--model", "./none"], "model.path=./none: no such folder"),
+    (["init", *NEW, "--model", "a.jsonl"], "model.path=a.jsonl is a file; name the folder of"),
+    (["init", *NEW, "--model", "me/none"], "model.path=me/none is neither a folder with a"),
+    (["init", *NEW, "--model", "odd-base"], "model_type"),
+    (["init", *NEW, "--data", "none.jsonl"], "none.jsonl: no such file (looked in"),
+    (["init", *NEW, "--model", "base", "--data", "empty"], "empty: this is a folder; name one"),
+    (["init", *NEW, "--model", "base", "train.lr=fast"], "train.lr must be a number, got 'fast'"),
+    (["init", *NEW, "--model", "base", "--lr", "1"], "megalora init: unknown argument '--lr'"),
+    (["init", *NEW, "--model", "base", "parallel.tp=2"], "the command line gives is out on 1 x"),
+    (["train", "unfilled.yaml"], "unfilled.yaml: data.train is ???: fill it in"),
     (["tiny", ""], "the path is empty; name a file or a folder"),
     (["tiny", "new", "--arch", "gpt2"], "argument --arch: invalid choice: 'gpt2' (choose from"),
     (["tiny", "new", "--seed", "x"], "argument --seed: invalid int value: 'x'"),
@@ -188,6 +206,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
     (folder / "run.yaml").write_text(MINIMAL.replace("chats.jsonl", "a.jsonl").replace(
         "models/tiny", "base"
     ))  # fmt: skip
+    unfilled = (folder / "run.yaml").read_text().replace("a.jsonl", "'???'")
+    (folder / "unfilled.yaml").write_text(unfilled)
     (folder / "circle.yaml").write_text("base: circle.yaml\n")
     (folder / "a.jsonl").write_text("{}\n")
     for name in ("empty", "base", "torn", "odd-base", "adapter", "ia3", "stale", "odd", "tiny"):

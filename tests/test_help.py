@@ -16,7 +16,7 @@ for _action in cli._parser()._actions:
 
 
 def test_there_are_commands() -> None:
-    assert {"tiny", "train", "data", "options", "plan", "bench", "export"} <= set(COMMANDS)
+    assert {"tiny", "init", "train", "data", "options", "plan", "bench", "export"} <= set(COMMANDS)
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -13,6 +13,7 @@ from megalora.cli.chat import add_chat_command
 from megalora.cli.command_parser import OneLineParser, add_command, add_config_arguments
 from megalora.cli.data import add_data_command
 from megalora.cli.evaluate import add_eval_command
+from megalora.cli.init import add_init_command
 from megalora.cli.options import add_options_command
 from megalora.cli.plan import add_plan_command
 from megalora.cli.report import add_report_command
@@ -24,7 +25,7 @@ from megalora.user_error import guarded
 
 PIPE_CLOSED = 141
 """Exit code of a process that SIGPIPE ended, as shells have it."""
-WITH_OVERRIDES = ("train", "data", "plan", "bench", "eval")
+WITH_OVERRIDES = ("init", "train", "data", "plan", "bench", "eval")
 """Commands that take ``section.key=value``."""
 
 
@@ -70,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
 
     _add_tiny(commands)
+    add_init_command(commands)
     _add_train(commands)
     # Each of them imports what it calls only when it is called, so that --help takes no time.
     add_data_command(commands)

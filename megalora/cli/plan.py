@@ -23,13 +23,7 @@ def add_plan_command(commands: Any) -> None:
         metavar="N,...",
         help="number of GPUs; several, as in 8,16,32, are compared",
     )
-    plan.add_argument(
-        "--gpu",
-        default="h100",
-        help="h100, h200, h20, a100, a100-40gb, b200, b300, gb200, l40s, rtx4090, mi300x, or a file"
-        " that megalora bench --calibrate wrote",
-    )
-    plan.add_argument("--gpus-per-node", type=int, help="default: 8, or as in the --gpu file")
+    add_gpu_arguments(plan)
     plan.add_argument("--top", type=int, default=10, help="number of layouts to show")
     _add_assumptions(plan)
     plan.add_argument(
@@ -51,6 +45,17 @@ def add_plan_command(commands: Any) -> None:
     dry = "build this rank of the config's layout on the meta device and compare its bytes"
     plan.add_argument("--dry-run", type=int, metavar="RANK", help=dry)
     plan.set_defaults(action=_plan)
+
+
+def add_gpu_arguments(parser: Any) -> None:
+    """Options that name the GPUs to plan for."""
+    parser.add_argument(
+        "--gpu",
+        default="h100",
+        help="h100, h200, h20, a100, a100-40gb, b200, b300, gb200, l40s, rtx4090, mi300x, or a file"
+        " that megalora bench --calibrate wrote",
+    )
+    parser.add_argument("--gpus-per-node", type=int, help="default: 8, or as in the --gpu file")
 
 
 def _add_assumptions(plan: Any) -> None:

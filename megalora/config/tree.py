@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
 from megalora.config.checks import require
@@ -57,7 +57,11 @@ def read_tree(path: Path, overrides: Sequence[str]) -> Tree:
             set_in.pop(name, None)
     # Only now are ${...} replaced, so that an override also changes what refers to it.
     with reading(str(path)):
-        sections = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
+        try:
+            sections = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
+        except MissingMandatoryValue as error:
+            # As megalora init leaves what only the user knows.
+            raise ValueError(f"{error.full_key} is ???: fill it in") from None
     assert isinstance(sections, dict)
     named: dict[str, Any] = {str(name): value for name, value in sections.items()}
     return Tree(named, set_in, tuple(file for file, _ in files))

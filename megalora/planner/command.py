@@ -46,7 +46,7 @@ def plan_command(
     for of_rank in plans.values():
         _say_layouts(question, num_gpus, of_rank, options.top, say)
     if not plan.fitting:
-        raise ValueError(_why_nothing_fits(question, plan))
+        raise ValueError(why_nothing_fits(question, plan))
     best = plan.best()
     _say_choice(question, plan, best, say)
     if options.out:
@@ -80,7 +80,7 @@ def _check_options(options: PlanOptions) -> None:
         )
 
 
-def _why_nothing_fits(question: Question, plan: Plan) -> str:
+def why_nothing_fits(question: Question, plan: Plan) -> str:
     """What the smallest layout needs, and from how many GPUs on the model fits."""
     reason = plan.why_nothing_fits()
     needed = fits_from(question, plan.lora_rank)

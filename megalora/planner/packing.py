@@ -98,7 +98,7 @@ def packing_of(config: RunConfig, mean_length: float | None) -> Packing | None:
             f" {'twice ' * (sequences - 1)}data.max_length={config.data.max_length}",
         )
         return Packing((round(mean_length),) * batch, "--mean-length", sequences)
-    if not _is_here(config):
+    if not is_here(config):
         return None
     # Late: a plan without data needs no tokenizer, whose import takes seconds.
     from megalora.data.splits import load_data
@@ -114,7 +114,7 @@ def packing_of(config: RunConfig, mean_length: float | None) -> Packing | None:
     return Packing(tuple(lengths), split.source, sequences, len(ordered))
 
 
-def _is_here(config: RunConfig) -> bool:
+def is_here(config: RunConfig) -> bool:
     """Whether tokenizer and data are files of this machine."""
     if not (Path(config.model.path) / "tokenizer_config.json").is_file():
         return False

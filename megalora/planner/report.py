@@ -2,12 +2,12 @@
 config as YAML."""
 
 from collections.abc import Sequence
-from dataclasses import MISSING, Field, asdict, fields, replace
-from typing import Any
+from dataclasses import replace
 
 from omegaconf import OmegaConf
 
 from megalora.config import RecomputeLayers, RunConfig
+from megalora.config.commented import explicit_options
 from megalora.planner.layout_table import columns, seconds_text, speed_text
 from megalora.planner.layouts import Rejected
 from megalora.planner.memory import GIB, gib_by_name
@@ -165,35 +165,35 @@ def planned_config(config: RunConfig, found: Planned) -> RunConfig:
 
 def config_text(config: RunConfig, plan: Plan, found: Planned) -> str:
     """YAML that ``megalora train`` reads, without defaults, below comments with the prediction."""
-    n = found.layout.num_ranks
-    work = plan.work
-    time = found.time
-    share = plan.share(found)
-    memory_parts = gib_by_name(found.memory.parts)
-    lengths = "at full length"
-    if work.packing is not None:
-        lengths = f"with samples of {work.packing.mean:,.0f} tokens on average"
-    comments = [
-        (
-            f"{config.model.path} on {n} x {plan.machine.name}, samples of up to"
-            f" {work.sequence_length:,} tokens: {found.layout}"
-        ),
-        f"Predicted ({plan.machine.note}):",
-        (
-            f"  memory of the fullest rank {found.memory.peak_bytes / GIB:.1f} GiB,"
-            f" {100 * share:.0f} % of {plan.machine.memory_bytes / GIB:.0f} GiB:"
-            f" {_largest(memory_parts, 'GiB')}"
-        ),
-        (
-            f"  a step {seconds_text(found)} s ({time.basis}),"
-            f" {speed_text(plan, found, '{:,.0f}'.format)} tokens/s/GPU {lengths}:"
-            f" {_largest(time.by_part(), 's')}"
-        ),
-    ]
+    first = (
+        f"{config.model.path} on {found.layout.num_ranks} x {plan.machine.name}, samples of up to"
+        f" {plan.work.sequence_length:,} tokens: {found.layout}"
+    )
+    memory, step = prediction(plan, found)
+    comments = [first, f"Predicted ({plan.machine.note}):", f"  {memory}", f"  {step}"]
     head = "# " + "\n# ".join(comments) + "\n"
     # OmegaConf writes as it reads, so that a value such as 1e-4 comes back as the number it was.
-    tree = _explicit(planned_config(config, found))
+    tree = explicit_options(planned_config(config, found), ALWAYS_WRITTEN)
     return head + OmegaConf.to_yaml(OmegaConf.create(tree))
+
+
+def prediction(plan: Plan, found: Planned) -> tuple[str, str]:
+    """Memory and time of a layout, each in one line with its largest parts."""
+    memory_gib = found.memory.peak_bytes / GIB
+    lengths = "at full length"
+    if plan.work.packing is not None:
+        lengths = f"with samples of {plan.work.packing.mean:,.0f} tokens on average"
+    memory = (
+        f"memory of the fullest rank {memory_gib:.1f} GiB, {100 * plan.share(found):.0f} % of"
+        f" {plan.machine.memory_bytes / GIB:.0f} GiB:"
+        f" {_largest(gib_by_name(found.memory.parts), 'GiB')}"
+    )
+    step = (
+        f"a step {seconds_text(found)} s ({found.time.basis}),"
+        f" {speed_text(plan, found, '{:,.0f}'.format)} tokens/s/GPU {lengths}:"
+        f" {_largest(found.time.by_part(), 's')}"
+    )
+    return memory, step
 
 
 def _largest(parts: dict[str, float], unit: str) -> str:
@@ -211,22 +211,3 @@ ALWAYS_WRITTEN: dict[str, tuple[str, ...]] = {
 }
 """Section -> keys that a planned config names even where they are defaults: layout, batch and what
 the prediction rests on."""
-
-
-def _explicit(config: RunConfig) -> dict[str, dict[str, object]]:
-    """Sections of a config without their defaults; ``ALWAYS_WRITTEN`` stays."""
-    tree: dict[str, dict[str, object]] = {}
-    for section, values in asdict(config).items():
-        kept: dict[str, object] = {}
-        for key in fields(getattr(config, section)):
-            value = values[key.name]
-            if key.name in ALWAYS_WRITTEN.get(section, ()) or value != _default(key):
-                kept[key.name] = value
-        if kept:
-            tree[section] = kept
-    return tree
-
-
-def _default(key: Field[Any]) -> object:
-    """The value that a key has where nobody sets it; ``MISSING`` where it must be set."""
-    return key.default if key.default_factory is MISSING else key.default_factory()

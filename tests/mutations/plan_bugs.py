@@ -11,6 +11,10 @@ ANSWERS = "tests/planner/test_answers.py"
 SCENARIOS_TEST = "tests/planner/test_scenarios.py"
 SEARCH = "megalora/planner/search.py"
 LAYERS_TEST = "tests/planner/test_recompute_layers.py"
+INIT = "megalora/planner/init_command.py"
+VALUES = "megalora/planner/first_values.py"
+COMMENTED = "megalora/config/commented.py"
+INIT_TEST = "tests/planner/test_init.py"
 
 # fmt: off
 PLAN_BUGS: tuple[Bug, ...] = (
@@ -98,5 +102,48 @@ PLAN_BUGS: tuple[Bug, ...] = (
         "for ledger, needed in zip(ledgers, (True, live), strict=True):",
         "for ledger, needed in zip(ledgers, (False, live), strict=True):",
         f"{COST_TEST} dropout_pays"),
+    bug(0, "init: the layout of the plan is not written", INIT,
+        "        config = planned_config(config, choice.found)\n", "        pass\n",
+        f"{INIT_TEST} the_planner_s_layout"),
+    bug(0, "init: the command line's layout is planned over", INIT,
+        "if _names_a_layout(config):", "if False:", f"{INIT_TEST} command_line_s_layout"),
+    bug(0, "init: a file that came meanwhile is overwritten", INIT,
+        'options.out.open("x", encoding', 'options.out.open("w", encoding',
+        f"{INIT_TEST} came_meanwhile"),
+    bug(0, "init: as many on each node as one has, whatever is left over", INIT,
+        "    while num_gpus % nodes:\n", "    while False:\n", f"{INIT_TEST} equal_numbers"),
+    bug(0, "init: a file without its model is announced as complete", INIT,
+        '        missing.append("model.path")\n', "        pass\n", f"{INIT_TEST} template"),
+    bug(0, "init: rates of bfloat16 taken for those of float32", INIT,
+        "; in {machine.dtype}, so that {question.work.dtype} takes longer", "",
+        f"{INIT_TEST} command_line_s_layout"),
+    bug(0, "init: pairs measured as if they were chats", VALUES,
+        "pairs=config.objective.pairs", "pairs=False", f"{INIT_TEST} read_as_pairs"),
+    bug(0, "init: one long sample decides", VALUES,
+        "lengths[math.ceil(KEPT * len(lengths)) - 1]", "lengths[-1]", f"{INIT_TEST} one_long"),
+    bug(0, "init: a sample longer than the model has positions", VALUES,
+        "longest = min(longest, positions)", "pass", f"{INIT_TEST} one_long"),
+    bug(0, "init: a usual value over the user's", VALUES,
+        "        if name not in self.usual:\n", "        if False:\n", f"{INIT_TEST} fit_gpus"),
+    bug(0, "init: a batch that the GPUs cannot share out", VALUES,
+        "return num_gpus * math.ceil(batch / num_gpus)", "return batch", f"{INIT_TEST} fit_gpus"),
+    bug(0, "init: as large a batch for little data", VALUES,
+        "while num_samples is not None and batch > 1 and", "while False and",
+        f"{INIT_TEST} follow_from_the_data"),
+    bug(0, "init: warm-up as long in a short run", VALUES,
+        "min(MOST_WARMUP, steps // 20)", "MOST_WARMUP", f"{INIT_TEST} fit_gpus"),
+    bug(0, "init: epochs beside steps, which count", VALUES,
+        'if config.train.steps is not None and "train.epochs" in usual:', "if False:",
+        f"{INIT_TEST} fit_gpus"),
+    bug(0, "init: a section's purpose as the comment of its options", COMMENTED,
+        "one_line(option.meaning, WIDTH - 4)", "one_line(section.purpose, WIDTH - 4)",
+        f"{INIT_TEST} the_planner_s_layout"),
+    bug(0, "init: three dots end a sentence", COMMENTED,
+        r"(?<=\.)\s+(?=[A-Z0-9`])", r"(?<=\.)\s+", f"{INIT_TEST} whole_sentences"),
+    bug(0, "init: mappings in a list over several lines", COMMENTED,
+        "default_flow_style=True", "default_flow_style=None", f"{INIT_TEST} read_back_equal"),
+    bug(0, "init: what is to be filled in is not marked", COMMENTED,
+        "return line + MARK if value == FILL_IN else line", "return line",
+        f"{INIT_TEST} template"),
 )
 # fmt: on
