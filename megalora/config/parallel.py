@@ -1,5 +1,6 @@
 """The ``parallel`` section: how the model is divided over the ranks (one process per GPU)."""
 
+import math
 from dataclasses import dataclass
 
 from megalora.config.checks import require
@@ -123,20 +124,17 @@ class ParallelConfig:
     def _replicas(self, world_size: int, grid: str, names: tuple[str, ...]) -> int:
         """How often a grid with these dimensions fits into the world; raises ``ValueError`` unless
         it does so without a remainder."""
-        product = 1
-        terms = []
-        options = []
-        for name in names:
-            product *= getattr(self, name)
-            terms.append(f"{name}={getattr(self, name)}")
-            options.append(f"parallel.{name}")
-        require(
-            world_size % product == 0,
+        product = math.prod(getattr(self, name) for name in names)
+        if world_size % product == 0:
+            return world_size // product
+        # The message is made only where it is needed: the planner asks for thousands of layouts.
+        terms = [f"{name}={getattr(self, name)}" for name in names]
+        options = [f"parallel.{name}" for name in names]
+        raise ValueError(
             f"{world_size} ranks cannot hold the {grid} grid: {' * '.join(terms)} = {product}, and"
             f" {world_size} is not a multiple of {product}.\n  Change {' or '.join(options)}, or"
-            f" launch a multiple of {product} ranks.",
+            f" launch a multiple of {product} ranks."
         )
-        return world_size // product
 
 
 def check_generation(pp: int, cp: int, what: str = "generation") -> None:

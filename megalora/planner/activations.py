@@ -49,8 +49,8 @@ def bytes_by_layer(
 ) -> list[int]:
     """``layer_bytes`` of each layer of a chunk, at its own level of recomputation."""
     found = []
-    # Layers of one kind and level are counted once for all stages and numbers of them.
-    known = model.memo.setdefault(("kept", layout.parallel, layout.capacity(work), work), {})
+    # Layers of one kind and level are counted once for all layouts that cut them alike.
+    known = model.memo.setdefault(("kept", layout.cut(work)), {})
     num_full, rest = chunk.levels(layout.recompute)
     for i, layer in enumerate(chunk.layers):
         live = _input_needs_gradient(model, chunk, layer)

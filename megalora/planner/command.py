@@ -10,7 +10,13 @@ from megalora.paths import prepare_file
 from megalora.planner import report
 from megalora.planner.gpu_counts import fits_from, words_of
 from megalora.planner.larger_batch import larger_batch_line
-from megalora.planner.layout_table import LEGEND, OfCount, count_table, layout_table
+from megalora.planner.layout_table import (
+    LEGEND,
+    OfCount,
+    count_table,
+    layout_table,
+    stages_lines,
+)
 from megalora.planner.own_layout import own_layout
 from megalora.planner.question import PlanOptions, Question
 from megalora.planner.search import CLOSE, Plan, Planned, search_ranks
@@ -115,8 +121,9 @@ def _say_layouts(
         f" {100 * CLOSE:.0f} % of its best; last the layout in the file:\n"
         f"{layout_table(plan, top, own)}\n{LEGEND}"
     )
-    if line := report.rivals_line(plan, top):
-        say(line)
+    for line in (stages_lines(plan, top, own), report.rivals_line(plan, top)):
+        if line:
+            say(line)
     best = plan.best() if plan.fitting else None
     if best is None:
         say(f"at this rank nothing fits {num_gpus} x {question.machine.name}")

@@ -17,11 +17,13 @@ from megalora.planner.state_bytes import GRADIENT, buffers
 from megalora.planner.weights import (
     AdapterCount,
     Chunk,
+    Content,
     PlannedModel,
     adapter_parameters,
-    chunks_of,
+    content_of,
     first_of_their_like,
     shared_elements,
+    stage_chunks,
 )
 from megalora.planner.workload import Workload
 
@@ -66,11 +68,11 @@ def step_time(
     passes: dict[int, Ledger] = {}
     forwards: list[float] = []
     for stage, times in first_of_their_like(model, p):
-        passes[stage] = costs.microbatch(chunks_of(model.shape, p, stage))
+        passes[stage] = costs.microbatch(stage_chunks(model, p, stage))
         through_all += times * passes[stage].total
         bases.update(passes[stage].bases.values())
         if work.references:
-            forward = costs.forward_only(chunks_of(model.shape, p, stage))
+            forward = costs.forward_only(stage_chunks(model, p, stage))
             forwards += [forward.total] * times
     stage = max(passes, key=lambda stage: passes[stage].total)
     longest = passes[stage]
@@ -84,27 +86,34 @@ def step_time(
         slowest = max(forwards)
         once = layout.num_microbatches(work) * slowest + (sum(forwards) - slowest) / p.vpp
         step.add(REFERENCE, work.references * once, weakest(list(bases)))
-    costs.after_backward(step, chunks_of(model.shape, p, stage))
+    step.take(costs.after_backward(stage))
     step.add("host", machine.overhead.step_s, machine.overhead.basis)
     return StepTime(stage, step.parts())
 
 
 LayerKind = tuple[int, bool, Level]
 """The first layer with such parts, whether no backward reaches it, what it recomputes."""
+ChunkKind = tuple[Content, tuple[int, Level]]
+"""What a chunk holds, and its levels of recomputation."""
 
 
 class StageCosts(LayerCosts):
     """Counts the seconds of a pipeline stage and of what follows its passes; layers of one kind are
-    counted once."""
+    counted once for a model."""
 
     def __init__(
         self, model: PlannedModel, layout: ParallelLayout, work: Workload, machine: Machine
     ) -> None:
         super().__init__(model, layout, work, machine)
-        self.known: dict[LayerKind, Ledger] = {}
-        """Seconds of a layer of each kind."""
-        self.forwards: dict[LayerKind, Ledger] = {}
+        key = ("layers", layout.cut(work), self.batch, machine)
+        self.known: dict[LayerKind, Ledger] = model.memo.setdefault(key, {})
+        """Seconds of a layer of each kind, for all layouts that cut layers alike."""
+        self.forwards: dict[LayerKind, Ledger] = model.memo.setdefault(("forwards", *key), {})
         """The same of its forward alone, without what is kept for a backward."""
+        # Messages between stages are the only part of a chunk that its layers do not decide about.
+        border = layout.parallel.pp > 1, machine.nodes_of(*self.strides["pp"])
+        self.chunks: dict[ChunkKind, Ledger] = model.memo.setdefault((*key, border), {})
+        """Seconds of a chunk of each kind."""
 
     def forward_only(self, chunks: list[Chunk]) -> Ledger:
         """A microbatch through a stage's chunks without gradients; ``microbatch`` comes first. B is
@@ -123,17 +132,29 @@ class StageCosts(LayerCosts):
     def microbatch(self, chunks: list[Chunk]) -> Ledger:
         """Forward and backward of one microbatch through a stage's chunks."""
         found = Ledger()
+        alike: Counter[ChunkKind] = Counter()
         for chunk in chunks:
-            for kind, times in self._alike(chunk).items():
-                if kind not in self.known:
-                    self.known[kind] = self.layer(*kind)
-                found.take(self.known[kind], times)
-            if chunk.has_embedding:
-                self.embedding(found)
-            if chunk.has_head:
-                for ledger in self.head():
-                    found.take(ledger)
-            self.borders(found, chunk)
+            kind = content_of(self.model, chunk), chunk.levels(self.layout.recompute)
+            if kind not in self.chunks:
+                self.chunks[kind] = self._chunk(chunk)
+            alike[kind] += 1
+        for kind, times in alike.items():
+            found.take(self.chunks[kind], times)
+        return found
+
+    def _chunk(self, chunk: Chunk) -> Ledger:
+        """Forward and backward of one microbatch through one chunk."""
+        found = Ledger()
+        for kind, times in self._alike(chunk).items():
+            if kind not in self.known:
+                self.known[kind] = self.layer(*kind)
+            found.take(self.known[kind], times)
+        if chunk.has_embedding:
+            self.embedding(found)
+        if chunk.has_head:
+            for ledger in self.head():
+                found.take(ledger)
+        self.borders(found, chunk)
         return found
 
     def embedding(self, to: Ledger) -> None:
@@ -209,9 +230,16 @@ class StageCosts(LayerCosts):
         self.host(whole, host, device, waits=False)
         return whole
 
-    def after_backward(self, to: Ledger, chunks: list[Chunk]) -> None:
+    def after_backward(self, stage: int) -> Ledger:
         """float32 gradients to their owners, updated parameters back; sums over TP and ETP of what
-        ranks share; Adam."""
+        ranks share; Adam. The same for every microbatch and recomputation."""
+        key = ("after backward", self.p, self.layout.num_ranks, self.e, stage, self.machine)
+        if key not in self.model.memo:
+            self.model.memo[key] = self._after_backward(stage_chunks(self.model, self.p, stage))
+        return self.model.memo[key]
+
+    def _after_backward(self, chunks: list[Chunk]) -> Ledger:
+        to = Ledger()
         alike: Counter[tuple[AdapterCount, tuple[int, int]]] = Counter()
         for chunk in chunks:
             count = adapter_parameters(self.model, self.p, chunk)
@@ -231,3 +259,4 @@ class StageCosts(LayerCosts):
                 gradients = GRADIENT * elements
                 self.collective(to, "reduction", "all_reduce", group, gradients, times)
                 self.traffic(to, "reduction", 4 * gradients, times)
+        return to

@@ -264,7 +264,8 @@ class Overhead:
     """Share of the host's time behind a wait that the device does not hide."""
 
 
-@dataclass(frozen=True)
+# Compared by identity: results are looked up by the machine that they hold for.
+@dataclass(frozen=True, eq=False)
 class Machine:
     """Rates of one rank's device, and of what connects it to others."""
 

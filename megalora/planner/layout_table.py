@@ -1,8 +1,10 @@
 """Lay plans out as tables: the fastest layouts and the user's own, and a line for each number of
 GPUs."""
 
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from megalora.planner.layouts import ParallelLayout
 from megalora.planner.memory import GIB
@@ -28,6 +30,31 @@ def layout_table(plan: Plan, top: int, own: OwnLayout | None = None) -> str:
     if own is not None:
         rows.append({"": YOURS, **_row_of_own(plan, own)})
     return table(rows)
+
+
+def stages_lines(plan: Plan, top: int, own: OwnLayout | None = None) -> str | None:
+    """Layers of every part of the model in the rows of ``layout_table`` that divide it unequally;
+    None where none does."""
+    layouts = [found.layout.parallel for found in plan.layouts()[:top]]
+    named = [(f"pp {p.pp} vpp {p.vpp}", p.stage_layers) for p in layouts]
+    if own is not None:
+        named.append((YOURS, own.parallel.stage_layers))
+    # Rows of the same stages and chunks are divided alike.
+    divided = {name: short_sizes(sizes) for name, sizes in named if sizes is not None}
+    if not divided:
+        return None
+    words = [f"{name} {sizes}" for name, sizes in divided.items()]
+    text = f"layers of stages (or chunks, in the order of tokens) not equal: {', '.join(words)}"
+    return textwrap.fill(text, width=100, break_long_words=False)
+
+
+def short_sizes(sizes: Sequence[int]) -> str:
+    """``23/24/24/23``, or ``5/6x14/5`` where more than three parts in a row are alike."""
+    words: list[str] = []
+    for size, alike in groupby(sizes):
+        number = len(list(alike))
+        words.extend([str(size)] * number if number <= 3 else [f"{size}x{number}"])
+    return "/".join(words)
 
 
 def _row_of_own(plan: Plan, own: OwnLayout) -> dict[str, object]:

@@ -22,6 +22,7 @@ from megalora.config import (
 )
 from megalora.config.checks import require
 from megalora.model.shape import ModelShape
+from megalora.planner.divisions import divisions
 from megalora.planner.packing import Packing, RowUse
 from megalora.planner.workload import Workload
 
@@ -75,6 +76,12 @@ class ParallelLayout:
     def capacity(self, work: Workload) -> int:
         """Tokens that a row has room for, on all ranks that share it out."""
         return self.micro_batch_tokens or self.micro_batch_size * work.sample_tokens
+
+    def cut(self, work: Workload) -> tuple[object, ...]:
+        """What decides about the bytes and the work of a layer on a rank. Pipeline stages, chunks
+        and data-parallel ranks do not: what is counted for one layout holds for many."""
+        p = self.parallel
+        return p.tp, p.cp, p.ep, p.etp, self.capacity(work), work
 
     def use(self, work: Workload) -> RowUse:
         """How samples fill the rows of a step, on each data-parallel rank."""
@@ -204,8 +211,7 @@ def candidates(shape: ModelShape, num_ranks: int, sequence_length: int) -> Itera
                 possible[name].append(size)
     for pp in sizes:
         per_stage = num_ranks // pp
-        for vpp in _chunks(shape, pp):
-            stages = ParallelConfig(pp=pp, vpp=vpp)
+        for stages in divisions(shape.num_layers, pp):
             if _why_not_model(shape, stages):
                 yield stages
                 continue
@@ -214,18 +220,7 @@ def candidates(shape: ModelShape, num_ranks: int, sequence_length: int) -> Itera
             for tp, cp in product(possible["tp"], cps):
                 for ep, etp in product(possible["ep"], possible["etp"]):
                     if per_stage % (tp * cp) == 0 and per_stage % (ep * etp) == 0:
-                        yield ParallelConfig(tp=tp, cp=cp, pp=pp, vpp=vpp, ep=ep, etp=etp)
-
-
-def _chunks(shape: ModelShape, pp: int) -> list[int]:
-    """Numbers of model chunks of a stage that could divide the layers."""
-    if pp == 1:
-        return [1]  # chunks take turns between stages: one stage has nothing to interleave
-    chunks = [1]  # also where pp itself divides no layers, so that this is named as the reason
-    for vpp in range(2, shape.num_layers // pp + 1):
-        if shape.num_layers % vpp == 0:
-            chunks.append(vpp)
-    return chunks
+                        yield replace(stages, tp=tp, cp=cp, ep=ep, etp=etp)
 
 
 def check(shape: ModelShape, layout: ParallelLayout, work: Workload) -> None:

@@ -13,6 +13,7 @@ Symbols as in ``activations.py``; P adapter parameters of this rank, e bytes per
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from megalora.config import LoRAConfig
@@ -23,6 +24,7 @@ from megalora.planner.pass_bytes import (
     activation_bytes,
     backward_bytes,
     loss_bytes,
+    of_chunks,
     pipeline_bytes,
     row_bytes,
 )
@@ -40,8 +42,8 @@ from megalora.planner.weights import (
     PlannedModel,
     adapter_parameters,
     base_parameters,
-    chunks_of,
     first_of_their_like,
+    stage_chunks,
 )
 from megalora.planner.workload import Workload
 
@@ -54,6 +56,9 @@ ROOM = "room for adapters"
 """Parts that no count of tensors sees: not an allocator's, and only on some GPUs."""
 CONTEXT_BYTES = 3 * 2**29
 """CUDA context, cuBLAS workspaces and NCCL's buffers: 1.5 GiB."""
+
+MOMENTS: tuple[tuple[When, ...], ...] = (("pass", "loss"), ("pass", "layer"), ("step",))
+"""What is there together, beside what always is: the peak is one of these moments."""
 
 
 @dataclass(frozen=True)
@@ -94,13 +99,17 @@ class MemoryPlan:
         optimizer step add."""
         # The loss's tensors are gone before a layer runs backward, and what a pass keeps is gone
         # before the step: the peak is one of three moments, not the sum of all.
-        moments: tuple[tuple[When, ...], ...] = (("pass", "loss"), ("pass", "layer"), ("step",))
-        fullest = max(moments, key=lambda moment: sum(map(self.sum_of, moment)))
+        fullest = max(MOMENTS, key=lambda moment: sum(map(self.sum_of, moment)))
         return tuple(part for part in self.parts if part.when in ("always", *fullest))
 
-    @property
+    @cached_property
     def peak_bytes(self) -> int:
-        return sum(part.num_bytes for part in self.at_peak())
+        """Bytes at the fullest moment, which a search asks for several times."""
+        sums: dict[When, int] = {}
+        for part in self.parts:
+            sums[part.when] = sums.get(part.when, 0) + part.num_bytes
+        adds = [sum(sums.get(when, 0) for when in moment) for moment in MOMENTS]
+        return sums.get("always", 0) + max(adds)
 
     def table(self) -> str:
         """One line for each part, in GiB, and the peak."""
@@ -134,10 +143,11 @@ def memory_of_model(
             f"there is no pipeline stage {stage}: parallel.pp={p.pp} has stages 0 to {p.pp - 1}"
         )
     chunks, always, step = _state(model, layout, work, stage)
-    kept = activation_bytes(model, layout, work, chunks)
+    found = of_chunks(model, layout, work, chunks)
+    kept = activation_bytes(layout, work, chunks, found)
     transfers = pipeline_bytes(model, layout, work, stage)
-    loss, logits = loss_bytes(model, layout, work, chunks)
-    workspace, recomputed, moved = backward_bytes(model, layout, work, chunks)
+    loss, logits = loss_bytes(model, layout, work, chunks, found)
+    workspace, recomputed, moved = backward_bytes(layout, work, chunks, found)
     parts = (
         *always,
         Part("activations", kept, "measured", "pass"),
@@ -164,7 +174,7 @@ def _state(
     key = ("state", p, layout.num_ranks, e, stage, has_room(model, layout, work))
     if key in model.memo:
         return model.memo[key]
-    chunks = chunks_of(model.shape, p, stage)
+    chunks = stage_chunks(model, p, stage)
     counts: list[AdapterCount] = []
     base = 0
     adapters = 0
@@ -195,7 +205,27 @@ def _state(
 def fullest_stage(model: PlannedModel, layout: ParallelLayout, work: Workload) -> MemoryPlan:
     """The plan of the pipeline stage with the highest peak, which decides whether a layout fits."""
     plans = []
-    # Of stages with the same content the first holds the most microbatches: it stands for all.
-    for stage, _ in first_of_their_like(model, layout.parallel):
+    for stage in _fullest_of_their_like(model, layout):
         plans.append(memory_of_model(model, layout, work, stage))
     return max(plans, key=lambda plan: plan.peak_bytes)
+
+
+def fullest_within(
+    model: PlannedModel, layout: ParallelLayout, work: Workload, limit_bytes: float
+) -> MemoryPlan | None:
+    """``fullest_stage``, or None where a stage needs more than ``limit_bytes``: the others are not
+    asked then."""
+    fullest = None
+    for stage in _fullest_of_their_like(model, layout):
+        plan = memory_of_model(model, layout, work, stage)
+        if plan.peak_bytes > limit_bytes:
+            return None
+        if fullest is None or plan.peak_bytes > fullest.peak_bytes:
+            fullest = plan
+    return fullest
+
+
+def _fullest_of_their_like(model: PlannedModel, layout: ParallelLayout) -> list[int]:
+    """Of stages with the same content the first, which holds the most microbatches: it stands for
+    all."""
+    return [stage for stage, _ in first_of_their_like(model, layout.parallel)]

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from megalora.config import ParallelConfig
 from megalora.planner.layouts import ParallelLayout
 from megalora.planner.weights import PlannedModel
 from megalora.planner.workload import Workload
@@ -60,6 +61,16 @@ class Microbatch:
         if typical and work.packing is not None:
             row = round(layout.use(work).row_tokens)
             sequence = work.packing.attended
+        key = ("batch", p.tp, p.cp, p.ep, p.etp, row, sequence, work)
+        if key not in model.memo:
+            model.memo[key] = cls._of_row(model, p, work, row, sequence)
+        return model.memo[key]
+
+    @classmethod
+    def _of_row(
+        cls, model: PlannedModel, p: ParallelConfig, work: Workload, row: int, sequence: float
+    ) -> "Microbatch":
+        """Sizes of a row of so many tokens, in documents of ``sequence``."""
         samples = row / sequence
         row += -row % p.row_multiple
         tokens = row // p.cp

@@ -15,7 +15,13 @@ from megalora.planner.microbatch import INT, STATISTIC, Microbatch
 from megalora.planner.mlp_activations import INDEX
 from megalora.planner.schedule import Counts, held_in_backward, in_flight
 from megalora.planner.state_bytes import has_room
-from megalora.planner.weights import Chunk, PlannedModel, attention_widths, stacked_rank
+from megalora.planner.weights import (
+    Chunk,
+    PlannedModel,
+    attention_widths,
+    content_of,
+    stacked_rank,
+)
 from megalora.planner.workload import Workload
 
 
@@ -35,11 +41,12 @@ def of_chunks(
     model: PlannedModel, layout: ParallelLayout, work: Workload, chunks: list[Chunk]
 ) -> list[ChunkBytes]:
     """Bytes of every chunk of a stage."""
-    # A search asks for many numbers of recomputed layers, which change few chunks each.
-    known = model.memo.setdefault(("chunk", layout.parallel, layout.capacity(work), work), {})
+    # Most chunks of all layouts that cut layers alike hold the same; of many numbers of recomputed
+    # layers each changes few.
+    known = model.memo.setdefault(("chunk", layout.cut(work)), {})
     found = []
     for chunk in chunks:
-        key = (chunk.layers.start, chunk.levels(layout.recompute))
+        key = (content_of(model, chunk), chunk.levels(layout.recompute))
         if key not in known:
             kept = activations.bytes_by_layer(model, layout, work, chunk)
             known[key] = ChunkBytes(
@@ -51,11 +58,10 @@ def of_chunks(
 
 
 def activation_bytes(
-    model: PlannedModel, layout: ParallelLayout, work: Workload, chunks: list[Chunk]
+    layout: ParallelLayout, work: Workload, chunks: list[Chunk], found: list[ChunkBytes]
 ) -> int:
     """What the decoder layers keep for one microbatch, times the microbatches in flight, chunk by
     chunk."""
-    found = of_chunks(model, layout, work, chunks)
     held = in_flight(*_place(layout, work, chunks))
     return _most(found, held)
 
@@ -135,7 +141,11 @@ def logits_bytes(model: PlannedModel, layout: ParallelLayout, work: Workload, ch
 
 
 def loss_bytes(
-    model: PlannedModel, layout: ParallelLayout, work: Workload, chunks: list[Chunk]
+    model: PlannedModel,
+    layout: ParallelLayout,
+    work: Workload,
+    chunks: list[Chunk],
+    found: list[ChunkBytes],
 ) -> tuple[int, int]:
     """(what the loss keeps, ``logits_bytes``) beside all that is kept at most; zeros on stages
     without the head, which is on the last chunk of the last one."""
@@ -147,7 +157,6 @@ def loss_bytes(
         return loss, logits
     # The head's chunk runs backward right after its forward. Where it has fewer layers than the
     # others, more is held at other times.
-    found = of_chunks(model, layout, work, chunks)
     place = _place(layout, work, chunks)
     at_peak = _most(found, in_flight(*place))
     freed = at_peak - _most(found, held_in_backward(*place)[-1])
@@ -156,11 +165,10 @@ def loss_bytes(
 
 
 def backward_bytes(
-    model: PlannedModel, layout: ParallelLayout, work: Workload, chunks: list[Chunk]
-) -> tuple[int, int, int]:  # fmt: skip
+    layout: ParallelLayout, work: Workload, chunks: list[Chunk], found: list[ChunkBytes]
+) -> tuple[int, int, int]:
     """(workspace, what recomputation brings back, all-to-all) of the layer whose backward needs
     most beside all that is kept at most."""
-    found = of_chunks(model, layout, work, chunks)
     if len(found) == 1:
         return found[0].backward
     # While one chunk runs backward, fewer microbatches of the others may be held than at the peak.
@@ -184,7 +192,7 @@ def _chunk_backward(
     """
     batch = Microbatch.of(model, layout, work)
     received = 0 if chunk.has_head else batch.own_tokens * model.shape.hidden * batch.element_bytes
-    known = model.memo.setdefault(("backward", layout.parallel, layout.capacity(work), work), {})
+    known = model.memo.setdefault(("backward", layout.cut(work)), {})
     num_full, rest = chunk.levels(layout.recompute)
     most = (0, 0, 0)
     seen: set[tuple[int, Level]] = set()

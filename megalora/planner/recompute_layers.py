@@ -1,18 +1,22 @@
 """Find how many layers of a rank must be recomputed fully for a layout to fit."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Literal
 
 from megalora.config import RecomputeLayers
 from megalora.planner.layouts import ParallelLayout
-from megalora.planner.memory import MemoryPlan, fullest_stage
+from megalora.planner.memory import MemoryPlan, fullest_within
 from megalora.planner.weights import PlannedModel
 from megalora.planner.workload import Workload
 
 
 def between_levels(
-    model: PlannedModel, work: Workload, peaks: Mapping[ParallelLayout, int], limit_bytes: float
+    model: PlannedModel,
+    work: Workload,
+    peaks: Mapping[ParallelLayout, int],
+    limit_bytes: float,
+    is_worth_it: Callable[[ParallelLayout], bool] = lambda _: True,
 ) -> Iterator[tuple[ParallelLayout, MemoryPlan]]:
     """Layouts that recompute the first layers of a rank fully, as few as fit: one for each that
     fits at ``full`` and each lower level at which it does not.
@@ -20,13 +24,15 @@ def between_levels(
     Args:
         peaks: the fullest rank's bytes in the layouts that were tried, each at some levels.
         limit_bytes: what a rank may need.
+        is_worth_it: asked of the lower level, as fast as which no number of layers is.
     """
     for layout, peak_bytes in peaks.items():
         if layout.recompute != "full" or peak_bytes > limit_bytes:
             continue
         for rest in ("off", "selective"):
             # A level that was not to be tried is none to mix with.
-            if peaks.get(replace(layout, recompute=rest), 0) > limit_bytes:
+            lower = replace(layout, recompute=rest)
+            if peaks.get(lower, 0) > limit_bytes and is_worth_it(lower):
                 found = _fewest(model, work, layout, rest, limit_bytes)
                 if found is not None:
                     yield found
@@ -50,10 +56,10 @@ def _fewest(
     while enough - too_few > 1:
         layers = (too_few + enough) // 2
         tried = replace(layout, recompute=RecomputeLayers(layers=layers, rest=rest))
-        memory = fullest_stage(model, tried, work)
-        if memory.peak_bytes <= limit_bytes:
+        memory = fullest_within(model, tried, work, limit_bytes)
+        if memory is None:
+            too_few = layers
+        else:
             enough = layers
             found = (tried, memory)
-        else:
-            too_few = layers
     return found

@@ -18,6 +18,7 @@ Limits are factors of the rates in ``known_gpus.py``. They rest on one H100:
 """
 
 from dataclasses import replace
+from functools import cache
 from itertools import product
 
 from megalora.planner.hardware import (
@@ -40,6 +41,7 @@ EXPOSED = (0.0, 1.0)
 """Share of the host's time behind waits that is not hidden: low with ``HOST``, and high with it."""
 
 
+@cache
 def scenarios(machine: Machine) -> list[Machine]:
     """The machine in every combination of limits of what is assumed; empty where nothing is."""
     found = [machine]

@@ -1,11 +1,13 @@
 """Search all layouts of a number of ranks for those that fit, the fastest first, with the memory
 and time of each and the reasons against the others."""
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain
 
 from megalora.config import LEVELS, Level, LoRAConfig, ParallelConfig
 from megalora.config.checks import require
@@ -26,8 +28,9 @@ what nobody counted need some."""
 CLOSE = 0.03
 """Predictions that differ by a smaller share than this are taken for equal."""
 FAR = 1.5
-"""A layout that takes so many times as long as the fastest is slower in every scenario: none of the
-models and numbers of GPUs of ``configs/sft`` has one that is not."""
+"""A layout that takes so many times as long as the fastest at the middle of the rates is taken for
+slower in every scenario. Of equal stages it was, for all models and numbers of GPUs of
+``configs/sft``."""
 LESS = 0.05
 """Share of the device's memory from which on a layout counts as one that needs less."""
 
@@ -96,7 +99,7 @@ class Plan:
 
         Of the variants in chunks, microbatch and recomputation that stay below ``FULL``, or of all
         where none does, those within ``CLOSE`` of the fastest count as equally fast; of these it is
-        the one that needs least memory.
+        the one with the fewest chunks, then that which needs least memory.
         """
         ways = self._ways
         rivals = self.rivals()
@@ -113,8 +116,7 @@ class Plan:
         """The layouts of ``layouts``, fastest first."""
         groups: dict[tuple[int, ...], list[Planned]] = {}
         for found in self.fitting:
-            p = found.layout.parallel
-            groups.setdefault((p.tp, p.cp, p.pp, p.ep, p.etp), []).append(found)
+            groups.setdefault(way_of(found.layout), []).append(found)
         chosen = []
         # self.fitting is sorted by time, and so is every group.
         for variants in groups.values():
@@ -123,24 +125,22 @@ class Plan:
         return sorted(chosen, key=lambda found: found.time.seconds)
 
     def rivals(self) -> list[Planned]:
-        """Layouts that assumed rates cannot tell from the fastest, which is the first: those that
-        are not slower in every scenario. Of layouts below ``FULL`` where there are any."""
+        """Layouts each of which may be the fastest, by assumed rates: those that no other one beats
+        in every scenario. Of layouts below ``FULL`` where there are any; fastest first."""
         safe = [found for found in self._ways if self.share(found) <= FULL] or self._ways
-        rivals = safe[:1]
-        for found in safe[1:]:
-            if found.time.seconds > FAR * safe[0].time.seconds:
-                break
-            if not found.is_surely_slower(safe[0]):
-                rivals.append(found)
-        return rivals
+        near = []
+        for found in safe:
+            if found.time.seconds <= FAR * safe[0].time.seconds:
+                near.append(found)
+        return [found for found in near if not any(map(found.is_surely_slower, near))]
 
     def choose(self, rivals: list[Planned]) -> tuple[Planned, list[str]]:
-        """Of layouts that may each be the fastest, fastest first, the one to take: fewest stages,
-        then fewest chunks of them, then least memory, then the fastest, without ETP where that is
-        within ``CLOSE``. And those of these rules that left any out, in words."""
+        """Of layouts that may each be the fastest, fastest first, the one to take: fewest parts of
+        the model (chunks of all pipeline stages), then least memory, then the fastest, without ETP
+        where that is within ``CLOSE``. And those of these rules that left any out, in words."""
         rules: tuple[tuple[str, Callable[[Planned], float], float], ...] = (
-            ("fewest pipeline stages", lambda found: found.layout.parallel.pp, 0),
-            ("fewest chunks of a stage", lambda found: found.layout.parallel.vpp, 0),
+            # Every microbatch is sent across all borders between parts, and waits at each.
+            ("fewest parts of the model", lambda found: found.layout.parallel.num_chunks, 0),
             ("least memory", self.share, LESS),
         )
         reasons: list[str] = []
@@ -310,21 +310,38 @@ def _fill(plan: Plan, model: PlannedModel, layouts: Iterable[ParallelLayout]) ->
         plan.rejected.append(rejected)
         if too_big.is_hopeless:
             hopeless[p] = rejected
-    for layout, memory in (*fitting, *between_levels(model, plan.work, peaks, FULL * limit)):
+    asked = (model, plan.work, plan.machine)
+    # The fastest layout of each way to split the model, of those below FULL.
+    fastest: dict[tuple[int, ...], float] = {}
+
+    def may_be_shown(layout: ParallelLayout) -> bool:
+        """Whether a layout that is slower than this one could still be the one of its way."""
+        seconds = step_time(model, layout, plan.work, plan.machine).seconds
+        return seconds <= (1 + CLOSE) * fastest.get(way_of(layout), math.inf)
+
+    between = between_levels(model, plan.work, peaks, FULL * limit, may_be_shown)
+    for layout, memory in chain(fitting, between):
         time = step_time(model, layout, plan.work, plan.machine)
-        asked = (model, plan.work, plan.machine)
-        plan.fitting.append(Planned(layout, plan.lora_rank, memory, time, asked))
+        found = Planned(layout, plan.lora_rank, memory, time, asked)
+        plan.fitting.append(found)
+        if plan.share(found) <= FULL:
+            way = way_of(layout)
+            fastest[way] = min(time.seconds, fastest.get(way, math.inf))
+
+
+def way_of(layout: ParallelLayout) -> tuple[int, ...]:
+    """Sizes of the groups that split the model, of which a plan shows one layout each."""
+    p = layout.parallel
+    return p.tp, p.cp, p.pp, p.ep, p.etp
 
 
 def _leanest(variants: list[Planned]) -> Planned:
-    """Of variants, fastest first, that are as good as the first: least memory, then fewest
-    chunks."""
+    """Of variants, fastest first, that are as good as the first: fewest chunks, then least
+    memory."""
     fastest = variants[0].time.seconds
     close = [v for v in variants if v.time.seconds <= (1 + CLOSE) * fastest]
-    least = min(v.memory.peak_bytes for v in close)
-    lean = [v for v in close if v.memory.peak_bytes <= (1 + CLOSE) * least]
     # Chunks shorten the bubble but send more messages: without a gain there is no reason for them.
-    return min(lean, key=lambda v: (v.layout.parallel.vpp, v.memory.peak_bytes))
+    return min(close, key=lambda v: (v.layout.parallel.vpp, v.memory.peak_bytes))
 
 
 def _kind(reason: str) -> str:

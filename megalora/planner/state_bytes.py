@@ -86,11 +86,15 @@ def has_room(model: PlannedModel, layout: ParallelLayout, work: Workload) -> boo
     p = layout.parallel
     if not s.moe_layers or work.dtype == "float32":
         return False
-    # Training decides when it builds the model, before it sees a batch: by samples of full length.
-    rows = s.expected_rows(p, layout.capacity(work))
-    return work.crossings.prefers_grouped_mm(
-        rows, s.hidden, s.expert_intermediate // p.etp, _stacked_rank(model)
-    )
+    key = ("room", layout.cut(work))
+    if key not in model.memo:
+        # Training decides when it builds the model, before it sees a batch: by samples of full
+        # length.
+        rows = s.expected_rows(p, layout.capacity(work))
+        model.memo[key] = work.crossings.prefers_grouped_mm(
+            rows, s.hidden, s.expert_intermediate // p.etp, _stacked_rank(model)
+        )
+    return model.memo[key]
 
 
 def room_bytes(

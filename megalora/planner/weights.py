@@ -7,6 +7,7 @@ number.
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 from megalora.config import Level, LoRAConfig, ParallelConfig, Recompute, RecomputeLayers
@@ -103,6 +104,24 @@ class Chunk:
         return (num_layers if recompute == "full" else 0), recompute
 
 
+Content = tuple[tuple[tuple[int, int], ...], int, bool, bool]
+"""What a chunk holds: runs of layers as (kind, how many), its layers below the first adapter, and
+whether it has the embedding and the head."""
+
+
+def content_of(model: PlannedModel, chunk: Chunk) -> Content:
+    """Chunks of the same content need the same bytes and seconds."""
+    key = ("content", chunk.layers, chunk.has_embedding, chunk.has_head)
+    if key not in model.memo:
+        runs = []
+        for kind, layers in groupby(model.kinds[layer] for layer in chunk.layers):
+            runs.append((kind, len(list(layers))))
+        # Layers below the first adapter take no part in backward, so their number counts.
+        below = min(max(model.first_adapted - chunk.layers.start, 0), len(chunk.layers))
+        model.memo[key] = tuple(runs), below, chunk.has_embedding, chunk.has_head
+    return model.memo[key]
+
+
 def chunks_of(shape: ModelShape, p: ParallelConfig, stage: int) -> list[Chunk]:
     """The ``vpp`` chunks of a stage: chunk v of stage s is the (v * pp + s)th piece of the
     layers."""
@@ -115,6 +134,14 @@ def chunks_of(shape: ModelShape, p: ParallelConfig, stage: int) -> list[Chunk]:
         found.append(Chunk(stage, layers, piece == 0, piece == len(pieces) - 1, before))
         before += len(layers)
     return found
+
+
+def stage_chunks(model: PlannedModel, p: ParallelConfig, stage: int) -> list[Chunk]:
+    """``chunks_of``, kept for all microbatches and levels of recomputation."""
+    key = ("chunks", p, stage)
+    if key not in model.memo:
+        model.memo[key] = chunks_of(model.shape, p, stage)
+    return model.memo[key]
 
 
 def base_parameters(shape: ModelShape, p: ParallelConfig, chunk: Chunk) -> int:
@@ -307,18 +334,11 @@ def first_of_their_like(model: PlannedModel, p: ParallelConfig) -> list[tuple[in
     first, which has the most microbatches in flight."""
     if ("alike", p) in model.memo:
         return model.memo["alike", p]
-    alike: dict[tuple[object, ...], list[int]] = {}
+    alike: dict[tuple[Content, ...], list[int]] = {}
     for stage in range(p.pp):
-        content: list[object] = []
-        for chunk in chunks_of(model.shape, p, stage):
-            # Layers below the first adapter take no part in backward, so their number counts.
-            below = min(max(model.first_adapted - chunk.layers.start, 0), len(chunk.layers))
-            kinds = tuple(model.kinds[layer] for layer in chunk.layers)
-            content.append((kinds, below, chunk.has_embedding, chunk.has_head))
-        alike.setdefault(tuple(content), []).append(stage)
-    found = []
-    for stages in alike.values():
-        # In ascending order: an earlier stage has more microbatches in flight than a later one.
-        found.append((stages[0], len(stages)))
+        content = tuple(content_of(model, chunk) for chunk in stage_chunks(model, p, stage))
+        alike.setdefault(content, []).append(stage)
+    # In ascending order: an earlier stage has more microbatches in flight than a later one.
+    found = [(stages[0], len(stages)) for stages in alike.values()]
     model.memo["alike", p] = found
     return found

@@ -10,6 +10,8 @@ PACKING_TEST = "tests/planner/test_packing.py"
 ANSWERS = "tests/planner/test_answers.py"
 SCENARIOS_TEST = "tests/planner/test_scenarios.py"
 SEARCH = "megalora/planner/search.py"
+COST = "megalora/planner/cost.py"
+PLAN_TEST = "tests/planner/test_plan.py"
 LAYERS_TEST = "tests/planner/test_recompute_layers.py"
 INIT = "megalora/planner/init_command.py"
 VALUES = "megalora/planner/first_values.py"
@@ -74,11 +76,25 @@ PLAN_BUGS: tuple[Bug, ...] = (
     bug(0, "surely slower in one scenario of eight", SEARCH,
         "return all(own >", "return any(own >", f"{SCENARIOS_TEST} surely"),
     bug(0, "the leanest layout chosen however slow", SEARCH,
-        "            if not found.is_surely_slower(safe[0]):\n                rivals",
-        "            if True:\n                rivals",
+        "if not any(map(found.is_surely_slower, near))", "",
         f"{SCENARIOS_TEST} less_memory"),
-    bug(0, "least memory before fewest stages", SEARCH,
-        "for reason, measure, slack in rules:", "for reason, measure, slack in rules[2:]:",
+    bug(0, "rivals of the fastest alone", SEARCH,
+        "not any(map(found.is_surely_slower, near))", "not found.is_surely_slower(near[0])",
+        f"{SCENARIOS_TEST} no_rival"),
+    bug(0, "chunks of a stage count for nothing", SEARCH,
+        "found.layout.parallel.num_chunks", "found.layout.parallel.pp",
+        f"{SCENARIOS_TEST} many_chunks"),
+    bug(0, "a number of layers not asked for that would be chosen", SEARCH,
+        "seconds <= (1 + CLOSE) * fastest.get(", "seconds <= 0.5 * fastest.get(",
+        f"{PLAN_TEST} not_asked"),
+    bug(0, "bytes and seconds of a layer whatever the experts of a rank",
+        "megalora/planner/layouts.py", "return p.tp, p.cp, p.ep, p.etp, self",
+        "return p.tp, p.cp, p.etp, self", f"{PLAN_TEST} counted_once"),
+    bug(0, "messages between stages as fast in a node as out of it", COST,
+        'layout.parallel.pp > 1, machine.nodes_of(*self.strides["pp"])', "layout.parallel.pp > 1",
+        f"{PLAN_TEST} counted_once"),
+    bug(0, "least memory before fewest parts", SEARCH,
+        "for reason, measure, slack in rules:", "for reason, measure, slack in rules[1:]:",
         f"{SCENARIOS_TEST} of_the_rule"),
     bug(0, "what is behind waits all hidden", "megalora/planner/prices.py",
         "over.exposed * host + (1 - over.exposed) * slower", "slower",

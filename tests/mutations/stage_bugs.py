@@ -5,6 +5,8 @@ from tests.mutations.bugs import Bug, bug
 PARALLEL = "megalora/config/parallel.py"
 BUILD = "megalora/model/build.py"
 WEIGHTS = "megalora/planner/weights.py"
+DIVISIONS = "megalora/planner/divisions.py"
+LAYOUTS = "tests/planner/test_layouts.py"
 RUNS = "megalora/bench/runs.py"
 TEST = "tests/test_stage_layers.py"
 GRID = "tests/parity/test_grid.py"
@@ -45,6 +47,14 @@ STAGE_BUGS: tuple[Bug, ...] = (
         "for option in fields(ParallelConfig):",
         "for option in fields(ParallelConfig)[:-1]:",
         "tests/evaluate/test_request.py layout_of_its_own"),
+    bug(0, "a search of equal stages alone", DIVISIONS,
+        "elif vpp == 1 or (num_layers + 2) % parts == 0:", "elif False:", f"{LAYOUTS} no_power"),
+    bug(0, "chunks of any size tried", DIVISIONS,
+        "elif vpp == 1 or (num_layers + 2) % parts == 0:", "else:", f"{LAYOUTS} no_power"),
+    bug(0, "a planned config without its stages", "megalora/planner/report.py",
+        "parallel=layout.parallel, lora",
+        "parallel=replace(layout.parallel, stage_layers=None), lora",
+        "tests/planner/test_answers.py unequal_stages"),
     bug(0, "a benchmark without its stages", RUNS,
         'overrides.append(f"parallel.stage_layers={stages}")', "pass",
         "tests/bench/test_layouts_and_status.py parse_layout"),

@@ -225,8 +225,8 @@ TUNE_BUGS: tuple[Bug, ...] = (
         0,
         "room planned by the number of experts",
         "megalora/planner/state_bytes.py",
-        "return work.crossings.prefers_grouped_mm(rows, s.hidden,",
-        "return s.num_experts // p.ep <= 32 or work.crossings.prefers_grouped_mm(rows, s.hidden,",
+        "= work.crossings.prefers_grouped_mm(rows, s.hidden,",
+        "= s.num_experts // p.ep <= 32 or work.crossings.prefers_grouped_mm(rows, s.hidden,",
         ROOM,
     ),
     bug(

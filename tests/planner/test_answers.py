@@ -13,8 +13,14 @@ from megalora.config import ParallelConfig, RunConfig
 from megalora.config.file import load_config
 from megalora.planner.gpu_counts import fits_from, rented
 from megalora.planner.larger_batch import LARGE_BUBBLE, larger_batch_line
-from megalora.planner.layout_table import OfCount, count_table, layout_table
-from megalora.planner.layouts import ParallelLayout
+from megalora.planner.layout_table import (
+    OfCount,
+    count_table,
+    layout_table,
+    short_sizes,
+    stages_lines,
+)
+from megalora.planner.layouts import ParallelLayout, check
 from megalora.planner.memory import GIB
 from megalora.planner.own_layout import own_layout
 from megalora.planner.packing import Packing
@@ -89,6 +95,26 @@ def test_the_layout_in_the_file_is_a_row() -> None:
     wider = own_layout(question, 4, 64).planned
     assert wider is not None and wider.lora_rank == 64
     assert wider.memory["adapters"] == 4 * expected.memory["adapters"]
+
+
+def test_unequal_stages_are_named_and_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of three GPUs no batch of eight is shared out: four layers lie on three stages."""
+    out = tmp_path / "planned.yaml"
+    said = run(capsys, "--gpus", 3, "--gpu", "h100", "--out", out, "train.global_batch_size=8")
+    assert "not equal: pp 3 vpp 1 1/2/1\n" in said
+    config = load_config(out)
+    assert (config.parallel.pp, config.parallel.stage_layers) == (3, (1, 2, 1))
+    question = question_of("train.global_batch_size=8")
+    check(question.shape, ParallelLayout.of(config, 3), question.work)
+    # The file's own stages stand beside those of the table.
+    own = own_layout(question_of("parallel={pp: 2, stage_layers: [3, 1]}"), 2, 16)
+    assert stages_lines(nothing_fits(question), 1, own) == (
+        "layers of stages (or chunks, in the order of tokens) not equal: yours 3/1"
+    )
+    assert stages_lines(nothing_fits(question), 1) is None
+    assert short_sizes((5, 6, 6, 6, 6, 5, 5)) == "5/6x4/5/5"
 
 
 def test_rows_of_tokens_stand_in_the_column_of_the_others() -> None:

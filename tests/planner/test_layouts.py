@@ -12,6 +12,7 @@ from megalora.config import ParallelConfig
 from megalora.hf.json_file import read_hf_config
 from megalora.model.fields import model_shape
 from megalora.model.shape import ModelShape
+from megalora.planner.divisions import MOST_CHUNKS
 from megalora.planner.layouts import LEVELS, ParallelLayout, check, enumerate_layouts
 from megalora.planner.models import load_shape
 from megalora.planner.workload import Workload
@@ -58,6 +59,17 @@ def experts_divide(shape: ModelShape, ep: int, etp: int) -> bool:
     return shape.num_experts % ep == 0 and shape.expert_intermediate % etp == 0
 
 
+def stages_divide(num_layers: int, pp: int, vpp: int) -> bool:
+    """Whether parts are equal, or embedding and head make them so; stages of one chunk may be of
+    any size."""
+    parts = pp * vpp
+    if num_layers % parts == 0 and vpp <= MOST_CHUNKS:
+        return True
+    if parts > num_layers or vpp > MOST_CHUNKS:
+        return False
+    return vpp == 1 or (num_layers + 2) % parts == 0
+
+
 def by_force(
     shape: ModelShape, num_ranks: int, work: Workload, micros: tuple[int, ...]
 ) -> set[tuple]:
@@ -77,7 +89,7 @@ def by_force(
         dp = num_ranks // (tp * cp * pp)
         for vpp, micro in itertools.product(range(1, shape.num_layers + 1), micros):
             # One stage has nothing to interleave.
-            if shape.num_layers % (pp * vpp) or (vpp > 1 and pp == 1):
+            if (vpp > 1 and pp == 1) or not stages_divide(shape.num_layers, pp, vpp):
                 continue
             if work.global_batch_size % (micro * dp):
                 continue
@@ -97,6 +109,25 @@ def test_legal_is_what_divides(num_ranks: int, batch: int, shape: ModelShape) ->
     # No layout twice.
     assert len(ours) == len(set(ours))
     assert set(ours) == by_force(shape, num_ranks, work, (1, 2))
+
+
+def test_legal_where_no_power_of_two_divides_the_layers() -> None:
+    """94 layers: four and eight stages of unequal size, in as many chunks as embedding and head
+    make equal."""
+    large = load_shape(ROOT / "configs" / "models" / "qwen3_235b_a22b.yaml")
+    work = Workload(sequence_length=128, global_batch_size=16)
+    found = enumerate_layouts(large, 8, work, micro_batch_sizes=(1,), recompute=("off",))
+    ours = [sizes_of(layout) for layout in found.legal]
+    assert len(ours) == len(set(ours))
+    assert set(ours) == by_force(large, 8, work, (1,))
+    stages = {}
+    for layout in found.legal:
+        p = layout.parallel
+        stages[p.pp, p.vpp] = p.stage_layers
+        check(large, layout, work)
+    assert stages[2, 1] is None and stages[4, 1] == (23, 24, 24, 23)
+    assert stages[2, 4] == (11, *[12] * 6, 11) and stages[8, 2] == (5, *[6] * 14, 5)
+    assert (2, 47) not in stages
 
 
 def test_legal_where_rows_are_cut(shape: ModelShape) -> None:
@@ -146,8 +177,7 @@ def test_absurd_numbers_of_ranks_are_answered_at_once(num_ranks: int, shape: Mod
             None,
             "parallel.tp=64 does not fit the model's 32 attention heads and 4 key/value heads",
         ),
-        ({"pp": 32}, None, "parallel.pp * vpp=32 does not divide the model's 48 layers"),
-        ({"pp": 16, "vpp": 2}, None, "parallel.pp * vpp=32 does not divide the model's 48 layers"),
+        ({"pp": 64}, None, "parallel.pp * vpp=64 does not divide the model's 48 layers"),
         ({"ep": 256}, None, "parallel.ep=256 does not divide the model's 128 experts"),
         ({"cp": 4}, None, "parallel.cp=4 leaves a rank 1,024 tokens of a sample of 4,096"),
         (

@@ -3,10 +3,11 @@ reason."""
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from megalora.config import LEVELS, LoRAConfig, ParallelConfig
+from megalora.config import LEVELS, LoRAConfig, ParallelConfig, RecomputeLayers
 from megalora.config.file import load_config
 from megalora.model.fields import model_shape
 from megalora.planner import report
@@ -16,6 +17,7 @@ from megalora.planner.layout_table import layout_table
 from megalora.planner.layouts import ParallelLayout, enumerate_layouts
 from megalora.planner.memory import fullest_stage
 from megalora.planner.models import active_parameters, find_architecture, load_shape
+from megalora.planner.recompute_layers import between_levels
 from megalora.planner.search import CLOSE, FULL, Plan, Planned, search, search_ranks
 from megalora.planner.weights import PlannedModel
 from megalora.planner.workload import Workload
@@ -124,6 +126,51 @@ def test_one_line_for_each_way_to_split(plan: Plan) -> None:
     assert plan.share(plan.best()) <= FULL
 
 
+def test_what_is_counted_once_holds_for_every_layout() -> None:
+    """94 layers on 16 GPUs: equal and unequal stages, within a node and over two. A model that has
+    counted nothing before says the same of each layout alone."""
+    shape = load_shape(ROOT / "configs" / "models" / "qwen3_235b_a22b.yaml")
+    counted = PlannedModel.of(shape, LoRAConfig())
+    h100 = GPUS["h100"]
+    every = enumerate_layouts(shape, 16, WORK, micro_batch_sizes=(1,), recompute=("off", "full"))
+    layouts = every.legal[::25]
+    assert {layout.parallel.stage_layers is None for layout in layouts} == {True, False}
+    # Eight parts of 12 layers each but two, whose messages cross nodes with two stages alone.
+    parts = (11, *[12] * 6, 11)
+    alike = []
+    for pp, vpp in ((2, 4), (8, 1)):
+        parallel = ParallelConfig(pp=pp, vpp=vpp, stage_layers=parts)
+        alike.append(ParallelLayout(parallel=parallel, num_ranks=16))
+    shared = {}
+    for layout in (*alike, *layouts):
+        shared[layout] = (
+            fullest_stage(counted, layout, WORK),
+            step_time(counted, layout, WORK, h100),
+        )
+    for layout in (*alike, *layouts[::4]):
+        alone = PlannedModel.of(shape, LoRAConfig())
+        memory, time = shared[layout]
+        assert memory == fullest_stage(alone, layout, WORK)
+        assert time == step_time(alone, layout, WORK, h100)
+
+
+def test_what_is_not_asked_changes_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How many layers must be recomputed is not asked where even fewer would be too slow to be
+    shown. On two GPUs it is what decides."""
+    work = Workload(sequence_length=2048, global_batch_size=16, imbalance=1.2)
+    lora = LoRAConfig(rank=8)
+    quick = search(SHAPE, lora, 2, work, GPUS["h100"])
+
+    def of_all(*arguments: Any) -> Any:
+        return between_levels(*arguments[:4])
+
+    monkeypatch.setattr("megalora.planner.search.between_levels", of_all)
+    whole = search(SHAPE, lora, 2, work, GPUS["h100"])
+    assert quick.layouts() == whole.layouts() and quick.rivals() == whole.rivals()
+    assert isinstance(quick.best().layout.recompute, RecomputeLayers)
+    assert len(quick.fitting) < len(whole.fitting)
+
+
 def test_a_bigger_machine_fits_more() -> None:
     small = search(SHAPE, LoRAConfig(), 2, WORK, GPUS["h100"])
     big = search(SHAPE, LoRAConfig(), 2, WORK, GPUS["h200"])
@@ -161,9 +208,9 @@ def test_nothing_fits() -> None:
         match=r"too few: the smallest layout is tp=.*: does not fit: .* of 8\.0 GiB: .* too many",
     ):
         search(SHAPE, LoRAConfig(), 1, WORK, tiny).best()
-    # 7 divides neither the batch nor any size of the model.
+    # More stages than layers; 53 divides neither the batch nor any size of the model.
     with pytest.raises(ValueError, match=r"no layout is possible; the first of \d+ reasons"):
-        search(SHAPE, LoRAConfig(), 7, WORK, tiny).best()
+        search(SHAPE, LoRAConfig(), 53, WORK, tiny).best()
 
 
 def test_the_host_s_waits_are_named_where_there_are_any(plan: Plan) -> None:

@@ -157,14 +157,13 @@ def test_a_dry_run_agrees_where_routers_have_buffers(
 @pytest.mark.parametrize(
     ("num_gpus", "most_calls"),
     [
-        pytest.param(16, 8_000_000, marks=pytest.mark.slow),
-        pytest.param(256, 40_000_000, marks=pytest.mark.slow),
+        pytest.param(16, 10_000_000, marks=pytest.mark.slow),
+        pytest.param(256, 60_000_000, marks=pytest.mark.slow),
     ],
 )
 def test_235b_is_planned_without_torch(num_gpus: int, most_calls: int) -> None:
     """Work is bounded in calls of Python functions, so that no machine is too slow for it. On
-    2026-11-26: 3.9 million for 16 GPUs and 22.9 million for 256, which take 7 s without the
-    counter."""
+    2026-11-27, with unequal stages: 7.4 million for 16 GPUs and 48.0 million for 256."""
     code = f"""
 import sys
 from megalora.cli.main import main
