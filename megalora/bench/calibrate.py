@@ -25,10 +25,12 @@ import torch.distributed as dist
 
 from megalora import host
 from megalora.bench.calibrate_cases import COMPUTATIONS, Case, compute_cases
-from megalora.bench.calibrate_collectives import COLLECTIVES, collective_cases, cuts
+from megalora.bench.calibrate_collectives import COLLECTIVES, Collectives, cuts
+from megalora.bench.calibrate_config import ForConfig, config_cases, left_out
 from megalora.bench.calibrate_grid import CPU, GPU, extremes_first, interleaved
 from megalora.bench.clock import FLUSH_BYTES, Clock, copies, slowest
 from megalora.bench.rows import write_json
+from megalora.config.file import load_config
 from megalora.environment import refuse_shared_gpu
 from megalora.paths import check_file_to_write, user_path
 from megalora.user_error import guarded
@@ -51,6 +53,7 @@ def calibrate(
     *,
     dtype: str,
     budget_seconds: float = BUDGET_SECONDS,
+    config: ForConfig | None = None,
     say: Callable[[str], None] = print,
 ) -> None:
     """Measure, and have rank 0 write ``out``, whole or not at all. Every rank of the world calls
@@ -61,18 +64,19 @@ def calibrate(
         dtype: dtype of the operands, ``bfloat16`` or ``float32``.
         budget_seconds: time for measuring; two sizes of every kind are measured whatever that
             takes.
+        config: measure the sizes that its plan asks for. None: a grid of usual sizes.
         say: takes lines of progress on rank 0.
 
     Raises:
-        ValueError: another dtype, no positive budget, an ``out`` that cannot be written, or nodes
-            with different numbers of ranks.
+        ValueError: another dtype, no positive budget, an ``out`` that cannot be written, nodes with
+            different numbers of ranks, or a config that cannot be planned.
     """
     check(out, dtype, budget_seconds)
     rank = dist.get_rank()
     world = dist.get_world_size()
     per_node = ranks_per_node()
     tell = say if rank == 0 else lambda line: None
-    cases = _in_order(DTYPES[dtype], world, per_node)
+    cases = _in_order(DTYPES[dtype], world, per_node, config, tell)
     tell(
         f"calibrating {host.device_name()}, {world} rank{'s' * (world > 1)}, {dtype}: up to"
         f" {len(cases)} sizes in {budget_seconds:.0f} s"
@@ -155,26 +159,42 @@ def ranks_per_node() -> int:
     return here
 
 
-def _in_order(dtype: torch.dtype, world: int, per_node: int) -> list[Case]:
+def _in_order(
+    dtype: torch.dtype, world: int, per_node: int, config: ForConfig | None,
+    tell: Callable[[str], None],
+) -> list[Case]:  # fmt: skip
     """All sizes that fit, the least of every series first and then the rest, so that time may run
-    out anywhere after these."""
+    out anywhere after these. Of a config's, both are in the order in which layouts need them; the
+    grid adds its least of every series that the config does without."""
     on_gpu = host.device().type == "cuda"
     grid = GPU if on_gpu else CPU
+    groups = [Collectives(members, dtype) for members in cuts(world, per_node)]
     series = compute_cases(grid, dtype)
-    for members in cuts(world, per_node):
-        series += collective_cases(members, grid.collective_bytes, dtype)
+    for group in groups:
+        series += group.series(grid.collective_bytes)
     room = _room(on_gpu, per_node)
+
+    def fits(case: Case) -> bool:
+        return _num_copies(case, on_gpu) * case.num_bytes <= room
+
     first: list[Case] = []
-    rest: list[list[Case]] = []
+    rest: list[Case] = []
+    if config is not None:
+        asked = config.sizes(_memory_bytes(per_node), per_node)
+        wanted = config_cases(asked, {(g.ranks, g.nodes): g for g in groups}, dtype)
+        if too_large := [case for case in wanted if not fits(case)]:
+            tell(left_out(too_large, wanted, "for lack of memory"))
+        taken: Counter[tuple[str, int, int]] = Counter()
+        for case in filter(fits, wanted):
+            taken[case.series] += 1
+            (first if taken[case.series] <= LEAST_POINTS else rest).append(case)
+        series = [cases for cases in series if cases[0].series not in taken]
+    of_grid: list[list[Case]] = []
     for cases in series:
-        fit = []
-        for case in cases:
-            if _num_copies(case, on_gpu) * case.num_bytes <= room:
-                fit.append(case)
-        ordered = extremes_first(fit, lambda case: case.num_bytes)
+        ordered = extremes_first(list(filter(fits, cases)), lambda case: case.num_bytes)
         first += ordered[:LEAST_POINTS]
-        rest.append(ordered[LEAST_POINTS:])
-    return first + interleaved(rest)
+        of_grid.append(ordered[LEAST_POINTS:])
+    return first + (interleaved(of_grid) if config is None else rest)
 
 
 def _room(on_gpu: bool, per_node: int) -> float:
@@ -219,6 +239,8 @@ def _measure(
         taken[case.series] += 1
         done += 1
     tell(f"measured {done} of {len(cases)} sizes in {time.monotonic() - start:.0f} s")
+    if left := [case for case in cases[done:] if case.needed_by]:
+        tell(left_out(left, cases, "for lack of time"))
     for points in found.values():
         # Sizes come before seconds in a point, so this sorts by the sizes.
         points.sort(key=lambda point: list(point.values()))
@@ -260,15 +282,23 @@ def main(arguments: list[str]) -> None:
     parser.add_argument(
         "--budget-seconds", type=float, default=BUDGET_SECONDS, help="for measuring"
     )
+    parser.add_argument("--config", type=user_path, help="measure the sizes that its plan asks for")
+    parser.add_argument("--imbalance", type=float, default=1.2, help="as plan will be told")
+    parser.add_argument("overrides", nargs="*", help="options of the config")
     options = parser.parse_args(arguments)
     refuse_shared_gpu()
     dtype = options.dtype or ("bfloat16" if host.device().type == "cuda" else "float32")
+    config = None
+    if options.config:
+        config = ForConfig(load_config(options.config, options.overrides), options.imbalance)
+        dtype = config.config.model.dtype
     check(options.out, dtype, options.budget_seconds)
     with host.process_group():
         calibrate(
             options.out,
             dtype=dtype,
             budget_seconds=options.budget_seconds,
+            config=config,
             say=lambda line: print(line, flush=True),
         )
 

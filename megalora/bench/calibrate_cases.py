@@ -40,6 +40,8 @@ class Case:
     """Makes operands; returns the calls to time, by their keys in the record."""
     collective: bool = False
     """Whether ranks wait for each other in it."""
+    needed_by: int = 0
+    """Place of the first layout of a config's plan that needs this size; 0 for one of the grid."""
 
     @property
     def series(self) -> tuple[str, int, int]:
@@ -64,7 +66,8 @@ def gemm(rows: int, outputs: int, inputs: int, dtype: torch.dtype) -> Case:
 
 
 def grouped_gemm(experts: int, rows: int, outputs: int, inputs: int, dtype: torch.dtype) -> Case:
-    """``y = x W[e]ᵀ`` for the rows of each expert, which all have the same number of them.
+    """``y = x W[e]ᵀ`` for the rows of each expert, which all have the same number of them, or one
+    more.
 
     The back end is the one that a layer with a usual adapter takes on this device. Its weights have
     room for the adapter's columns where the back end uses that.
@@ -75,7 +78,7 @@ def grouped_gemm(experts: int, rows: int, outputs: int, inputs: int, dtype: torc
         w_ENK = _random(experts, outputs, inputs, dtype=dtype)
         # Expert e has the rows from ends[e - 1] to ends[e].
         numbers_E = torch.arange(1, experts + 1, dtype=torch.int32, device=x_MK.device)
-        ends_E = numbers_E * (rows // experts)
+        ends_E = numbers_E.long() * rows // experts
         routing = Routing(ends_E.int(), rows)
         backend = choose(None, "calibration", x_MK, rows, USUAL_STACKED_RANK, [w_ENK], room=True)
         # MEGALORA_BACKEND asks for the reference, which computes the base alone by a loop, too.

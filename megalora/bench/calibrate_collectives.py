@@ -91,32 +91,37 @@ def make_group(members: Members) -> dist.ProcessGroup:
     return cast(dist.ProcessGroup, mine)
 
 
-def collective_cases(
-    members: Members, num_bytes: Sequence[int], dtype: torch.dtype
-) -> list[list[Case]]:
-    """Every collective in these groups at these sizes, a coarse grid first."""
-    group = make_group(members)
-    ranks = len(members.groups[0])
+class Collectives:
+    """Makes collectives in groups of one size. All ranks must make it in the same order."""
 
-    def case(name: str, wanted_bytes: int) -> Case:
+    def __init__(self, members: Members, dtype: torch.dtype) -> None:
+        self.ranks = len(members.groups[0])
+        self.nodes = members.nodes
+        self.dtype = dtype
+        self.group = make_group(members)
+
+    def case(self, name: str, wanted_bytes: int) -> Case:
+        """One size of one collective."""
         # Every rank has an equal share of at least one element, so sizes are rounded down to that.
-        part = max(1, wanted_bytes // (ranks * dtype.itemsize))
-        whole_bytes = part * ranks * dtype.itemsize
-        sizes = {"ranks": ranks, "nodes": members.nodes, "bytes": whole_bytes}
+        part = max(1, wanted_bytes // (self.ranks * self.dtype.itemsize))
+        whole_bytes = part * self.ranks * self.dtype.itemsize
+        sizes = {"ranks": self.ranks, "nodes": self.nodes, "bytes": whole_bytes}
 
         def prepare() -> dict[str, Call]:
-            return {"seconds": _call(name, part, group, dtype)}
+            return {"seconds": _call(name, part, self.group, self.dtype)}
 
         # An all-to-all holds what it sends and what it receives.
         return Case(name, sizes, 2 * whole_bytes, prepare, collective=True)
 
-    series = []
-    for name in COLLECTIVES:
-        cases = []
-        for (size,) in coarse_first(num_bytes):
-            cases.append(case(name, size))
-        series.append(cases)
-    return series
+    def series(self, num_bytes: Sequence[int]) -> list[list[Case]]:
+        """Every collective at these sizes, a coarse grid first."""
+        series = []
+        for name in COLLECTIVES:
+            cases = []
+            for (size,) in coarse_first(num_bytes):
+                cases.append(self.case(name, size))
+            series.append(cases)
+        return series
 
 
 def _call(name: str, part: int, group: dist.ProcessGroup, dtype: torch.dtype) -> Call:

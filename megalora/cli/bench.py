@@ -1,5 +1,6 @@
 """Read the arguments of ``megalora bench``."""
 
+import argparse
 import os
 import subprocess
 import sys
@@ -16,16 +17,12 @@ def add_bench_command(commands: Any) -> None:
         commands,
         "bench",
         help="measure layouts with the real training step beside their prediction, or calibrate",
-        example="megalora bench run.yaml --nproc 8 --gpu h100 --layouts ep=8 tp=2,ep=4",
+        example="megalora bench run.yaml --nproc 8 --gpu h100 --layouts ep=8 tp=2,ep=4;"
+        " megalora bench run.yaml --calibrate machine.json --nproc 8",
     )
-    # --calibrate measures a machine and needs no config.
+    # --calibrate measures a machine; it needs no config.
     add_config_arguments(bench, nargs="?")
-    bench.add_argument(
-        "--calibrate",
-        type=user_path,
-        metavar="FILE.json",
-        help="measure this machine instead, for plan and bench with --gpu FILE.json",
-    )
+    _add_calibration(bench)
     # Over all nodes, unlike train's, which starts ranks on this machine alone.
     bench.add_argument("--nproc", type=int, default=1, help="number of ranks over all nodes")
     bench.add_argument(
@@ -50,9 +47,6 @@ def add_bench_command(commands: Any) -> None:
     bench.add_argument("--warmup", type=int, default=2, help="steps before the timed ones")
     bench.add_argument("--timeout-minutes", type=float, default=30, help="time limit of one layout")
     bench.add_argument(
-        "--budget-seconds", type=float, default=120, help="time limit of --calibrate"
-    )
-    bench.add_argument(
         "--out",
         type=user_path,
         default=Path("runs/bench"),
@@ -61,7 +55,21 @@ def add_bench_command(commands: Any) -> None:
     bench.set_defaults(action=_bench)
 
 
-def _calibrate(options: Any) -> None:
+def _add_calibration(bench: argparse.ArgumentParser) -> None:
+    """Add the options of measuring a machine."""
+    bench.add_argument(
+        "--calibrate",
+        type=user_path,
+        metavar="FILE.json",
+        help="measure this machine instead, for plan and bench with --gpu FILE.json: the sizes that"
+        " the plan of CONFIG on --nproc ranks asks for, or without CONFIG a grid of usual sizes",
+    )
+    bench.add_argument(
+        "--budget-seconds", type=float, default=120, help="time limit of --calibrate"
+    )
+
+
+def _calibrate(options: Any, overrides: list[str]) -> None:
     """Start the ranks that measure this machine, or this node's share of them."""
     from megalora.bench.launch import Nodes, command
 
@@ -69,6 +77,11 @@ def _calibrate(options: Any) -> None:
         raise ValueError(f"--nproc must be at least 1, got {options.nproc}")
     prepare_file(options.calibrate)
     words = [str(options.calibrate.resolve()), f"--budget-seconds={options.budget_seconds}"]
+    if options.config:
+        _check_plannable(options.config, overrides)
+        # Overrides beside the file: argparse takes positional words in one place only.
+        words[1:1] = overrides
+        words += [f"--config={options.config.resolve()}", f"--imbalance={options.imbalance}"]
     nodes = Nodes.of(os.environ)
     if nodes.count > 1:
         # Through the launch script, which finds the other nodes.
@@ -81,14 +94,21 @@ def _calibrate(options: Any) -> None:
     torchrun([*ranks_here(options.nproc), "-m", "megalora.bench.calibrate", *words])
 
 
+def _check_plannable(path: Path, overrides: list[str]) -> None:
+    """Raise ``ValueError`` for a config that cannot be planned, before ranks start."""
+    from megalora.config.file import load_config
+    from megalora.model.fields import model_shape
+    from megalora.planner.models import find_architecture
+    from megalora.planner.weights import PlannedModel
+
+    config = load_config(path, overrides)
+    PlannedModel.of(model_shape(find_architecture(config.model.path)), config.lora)
+
+
 def _bench(options: Any, rest: list[str]) -> None:
     # Two commands in one: of a machine, and of a config's layouts.
     if options.calibrate:
-        if options.config:
-            raise ValueError(
-                f"bench --calibrate measures the machine, not a config; leave {options.config} out"
-            )
-        _calibrate(options)
+        _calibrate(options, [*options.overrides, *rest])
         return
     if not options.config or not options.gpu:
         raise ValueError(

@@ -108,6 +108,25 @@ def known_gpu(name: str) -> Machine | None:
     return None
 
 
+CPU_LIKE = Machine(
+    name="cpu", memory_bytes=2**33, ranks_per_node=1, gemm=Roofline(5e10, 1e10),
+    grouped_gemm=Roofline(3e10, 1e10), attention=Constant(2e10),
+    attention_backward=Constant(1e10), memory=Constant(5e9), network=Links(1e9, 1e8),
+    overhead=Overhead(1e-3, 2e-3, 1e-2, hidden=False, basis="assumed"), dtype="float32",
+    note="guessed",
+)  # fmt: skip
+"""A rank on a few cores, to the order of magnitude: it orders layouts before anything is measured,
+and no plan shows it."""
+
+
+def like_device(name: str) -> Machine:
+    """A machine whose layouts rank roughly as those of the named device: the GPU of ``GPUS``, an
+    H100 for another one, ``CPU_LIKE`` for a CPU."""
+    if "cpu" in name.lower():
+        return CPU_LIKE
+    return known_gpu(name) or GPUS["h100"]
+
+
 def _plain(name: str) -> str:
     """A name in small letters without blanks: ``rtx4090``, ``a100-sxm4-40gb``."""
     return "".join(name.lower().split())

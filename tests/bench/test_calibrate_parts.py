@@ -63,7 +63,7 @@ def _largest_that_fit(free_bytes: int) -> dict[str, int]:
     """Run in each rank: the most bytes of a case of each kind."""
     host.free_memory_bytes = lambda: free_bytes // (1 + dist.get_rank())
     largest: Counter[str] = Counter()
-    for case in calibration._in_order(torch.float32, dist.get_world_size(), 2):
+    for case in calibration._in_order(torch.float32, dist.get_world_size(), 2, None, print):
         largest[case.kind] = max(largest[case.kind], case.num_bytes)
     return dict(largest)
 
@@ -122,7 +122,7 @@ def _bytes_seen() -> dict[str, tuple[int, list[int]]]:
     dist.batch_isend_irecv = spy_on_sends
     (members,) = collectives.cuts(3, 3)
     found = {}
-    for (case,) in collectives.collective_cases(members, [1000], torch.bfloat16):
+    for (case,) in collectives.Collectives(members, torch.bfloat16).series([1000]):
         case.prepare()["seconds"]()
         found[case.kind] = (case.sizes["bytes"], seen[:])
         seen.clear()

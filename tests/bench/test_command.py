@@ -113,7 +113,6 @@ def test_the_layouts_that_the_plan_puts_first() -> None:
         ),
         (["--calibrate", "/proc/x/y.json"], "/proc/x/y.json cannot be written"),
         (["--calibrate", "x.json", "--nproc", "0"], "--nproc must be at least 1"),
-        ([str(CONFIG), "--calibrate", "x.json"], "measures the machine, not a config"),
     ],
 )
 def test_mistakes(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

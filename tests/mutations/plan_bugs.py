@@ -161,5 +161,11 @@ PLAN_BUGS: tuple[Bug, ...] = (
     bug(0, "init: what is to be filled in is not marked", COMMENTED,
         "return line + MARK if value == FILL_IN else line", "return line",
         f"{INIT_TEST} template"),
+    bug(0, "calibration for the best layout alone", "megalora/planner/sizes_asked.py",
+        "enumerate(order, 1)", "enumerate(list(order)[:1], 1)",
+        "tests/bench/test_calibrate_config.py extrapolated"),
+    bug(0, "sizes that time left out not said", "megalora/bench/calibrate.py",
+        "if left := [case for case in cases[done:] if case.needed_by]:", "if left := []:",
+        "tests/bench/test_calibrate_config.py time_leaves_out"),
 )
 # fmt: on
