@@ -28,8 +28,9 @@ class ObjectiveConfig:
     ``robust`` (unbiased where that share of the labels is wrong), ``hinge`` (SLiC) or ``ipo`` (per
     token)."""
     beta: float | None = None
-    """How closely the model stays to the reference: higher is closer. Of ``orpo``, the weight of
-    the odds ratio. null is 0.1, and 2 for ``simpo``."""
+    """Of ``dpo``, how closely the model stays to the reference: higher is closer. Of ``simpo``, the
+    scale of the mean log-probabilities; of ``orpo``, the weight of the odds ratio. null is 0.1, and
+    2 for ``simpo``."""
     label_smoothing: float = 0.0
     """Share of pairs that are taken to be labelled the wrong way round, below 0.5. For ``simpo``
     and the losses sigmoid and robust."""

@@ -2,9 +2,9 @@
 sequences.
 
 As in TRL, the columns are ``prompt``, ``chosen`` and ``rejected``, or the last two alone, each of
-which then holds a whole conversation. What these two have in common at their beginning is the
-prompt. Only the assistant's turns behind the prompt are in the loss; TRL has all tokens behind it,
-which differs where an answer goes over several turns.
+which then holds a whole conversation. The common beginning of these two is the prompt. Only the
+assistant's turns after the prompt are in the loss; TRL has all tokens after it, which differs where
+an answer spans several turns.
 """
 
 from collections.abc import Collection, Mapping
@@ -16,7 +16,7 @@ import numpy as np
 from megalora.data.chat import Encoded
 from megalora.data.columns import begins_with, mapped, messages_of, to_conversation
 from megalora.data.conversation import Conversation
-from megalora.data.messages import Message
+from megalora.data.messages import Message, parsed_json
 
 SIDES = ("chosen", "rejected")
 _FORMS = (
@@ -62,18 +62,30 @@ def to_pair(
         columns: what ``resolve_pair`` returned.
         allow_left_out: as in ``to_conversation``.
     Raises:
-        ValueError: as ``to_conversation`` says, or an answer alone without a prompt.
+        ValueError: as ``to_conversation`` says; an answer without a prompt, a prompt that would be
+            said twice, or answers to different prompts.
     """
     chosen, rejected = (_side(row, columns, side, allow_left_out) for side in SIDES)
-    # The last message of the shorter one is an answer, whatever the longer one goes on with.
-    shortest = min(len(chosen.messages), len(rejected.messages)) - 1
-    common = 0
-    while common < shortest and chosen.messages[common] == rejected.messages[common]:
-        common += 1
     # A column for the prompt says where it ends; the answers may begin alike.
-    if chosen.num_context:
-        common = chosen.num_context
+    common = chosen.num_context or _num_common(chosen.messages, rejected.messages)
     return replace(chosen, num_context=common), replace(rejected, num_context=common)
+
+
+def _num_common(chosen: list[Message], rejected: list[Message]) -> int:
+    """How many messages two conversations begin with alike."""
+    # The last message of the shorter one is an answer, whatever the longer one goes on with.
+    shortest = min(len(chosen), len(rejected)) - 1
+    common = 0
+    while common < shortest and chosen[common] == rejected[common]:
+        common += 1
+    # ``prepare`` refuses what is no message, or no conversation at all.
+    parting = [side[common] for side in (chosen, rejected) if len(side) > common]
+    if any(isinstance(one, dict) and one.get("role") != "assistant" for one in parting):
+        raise ValueError(
+            f"chosen and rejected part at message {common + 1}, which is not an assistant's in both"
+            " of them: they are answers to different prompts"
+        )
+    return common
 
 
 def _side(
@@ -81,26 +93,68 @@ def _side(
 ) -> Conversation:
     """The conversation with one of the two answers."""
     column = columns[side]
+    answer = _parsed(row.get(column))
+    row = {**row, column: answer}
     names = {key: name for key, name in columns.items() if key not in SIDES}
-    if "prompt" in names:
-        prompt = messages_of(row.get(names["prompt"]), "prompt", names["prompt"])
-        answer = messages_of(row.get(column), "completion", column)
-        # Many data sets give the prompt by itself and once more at the head of both conversations.
-        if not begins_with(_without_system(answer, prompt), prompt):
-            return to_conversation(row, {**names, "completion": column}, allow_left_out)
+    # An empty prompt is none: the conversations have it.
+    if "prompt" in names and row.get(names["prompt"]) in (None, "", []):
         del names["prompt"]
-    elif isinstance(row.get(column), str) and not row[column].lstrip().startswith("["):
+    if "prompt" not in names:
+        if isinstance(answer, str):
+            raise ValueError(
+                f"column {column!r} holds a text and no column holds its prompt; use {_HINT}, or"
+                " write the conversation as messages"
+            )
+        return to_conversation(row, {**names, "messages": column}, allow_left_out)
+    prompt = messages_of(row[names["prompt"]], "prompt", names["prompt"])
+    messages = messages_of(answer, "completion", column)
+    if not _is_whole(messages):
+        return to_conversation(row, {**names, "completion": column}, allow_left_out)
+    # Many data sets give the prompt by itself and once more at the head of both conversations.
+    if not begins_with(_without_system(messages, prompt), prompt):
         raise ValueError(
-            f"column {column!r} holds a text and no column holds its prompt; {_HINT.split(',')[0]}"
+            f"column {column!r} holds a whole conversation that does not begin with"
+            f" {names['prompt']!r}, which would be said beside it; leave that out:"
+            f" data.format={{chosen: {columns['chosen']}, rejected: {columns['rejected']}}}"
         )
-    return to_conversation(row, {**names, "messages": column}, allow_left_out)
+    if row.get(names.get("input", "input")) and "input" in names:
+        raise ValueError(
+            f"column {names['input']!r} belongs to the prompt, which column {column!r} repeats"
+            " without it; leave it out of data.format"
+        )
+    whole = {key: name for key, name in names.items() if key not in ("prompt", "input")}
+    return to_conversation(row, {**whole, "messages": column}, allow_left_out)
 
 
-def _without_system(answer: list[Message], prompt: list[Message]) -> list[Message]:
-    """The answer without the system message that it has before the prompt."""
+def _parsed(value: Any) -> Any:
+    """Messages that are written as JSON text; anything else as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        found = parsed_json(value)
+    except ValueError:
+        # An answer may begin with a bracket.
+        return value
+    is_messages = isinstance(found, list) and all(_has_speaker(one) for one in found)
+    return found if found and is_messages else value
+
+
+def _has_speaker(message: Any) -> bool:
+    return isinstance(message, dict) and bool(message.keys() & {"role", "from"})
+
+
+def _is_whole(messages: list[Message]) -> bool:
+    """Whether these are a conversation, and not the answer alone."""
     # Nobody has checked these messages yet.
-    roles = [one.get("role") if isinstance(one, dict) else None for one in (answer[0], prompt[0])]
-    return answer[1:] if roles[0] == "system" != roles[1] else answer
+    first = messages[0] if messages else None
+    return isinstance(first, dict) and first.get("role") in ("system", "developer", "user")
+
+
+def _without_system(messages: list[Message], prompt: list[Message]) -> list[Message]:
+    """The conversation without the system message that it has before the prompt."""
+    if messages[0].get("role") == "system" and prompt[0].get("role") != "system":
+        return messages[1:]
+    return messages
 
 
 def joined_pair(chosen: Encoded, rejected: Encoded) -> Encoded:

@@ -16,7 +16,7 @@ from megalora.generate.generate import generate
 from megalora.generate.options import stop_tokens
 from megalora.lora.adapted_model import AdaptedModel, load_adapter
 from megalora.model.account import open_folder
-from megalora.objectives.sft import SFT
+from megalora.objectives.choose import objective_of
 from megalora.parallel import Groups, parallel_groups
 from megalora.train.assemble import build_for_training
 from megalora.train.batches import Batches
@@ -31,7 +31,7 @@ def judge(plan: Plan) -> Verdict:
     """
     config = plan.config
     tokenizer = load_tokenizer(plan.base)
-    train, held_out = load_data(config.data, tokenizer)
+    train, held_out = load_data(config.data, tokenizer, pairs=config.objective.pairs)
     # Without ``--data`` the part that training held out; with it, data.train is that data.
     split = held_out or train
     # Cheap to find wrong, so before any weights.
@@ -50,7 +50,7 @@ def judge(plan: Plan) -> Verdict:
         judged["base"] = _judge_one(plan, model, split, questions, tokenizer)
         # Nothing may refer to the groups when they end.
         del model
-    return Verdict(split.summary(), questions, judged)
+    return Verdict(split.summary(), questions, judged, is_of_pairs=config.objective.pairs)
 
 
 def _build(plan: Plan, groups: Groups) -> AdaptedModel:
@@ -74,13 +74,16 @@ def _judge_one(
     """Loss, and answers where there are questions, of the model as it is now; collective."""
     # The rows of an evaluation while training, and its step over them.
     batches = Batches(plan.config, model.groups, split, split)
-    loss, num_tokens = Stepper(model.chunks, model.groups, SFT()).evaluate(batches.of_eval())
+    objective = objective_of(plan.config)
+    stepper = Stepper(model.chunks, model.groups, objective)
+    values, count = stepper.evaluate_all(batches.of_eval())
+    loss = values.pop(objective.evaluated[0])
     if not questions:
-        return Judged(loss, num_tokens)
+        return Judged(loss, count, others=values)
     prompts = [question.tokens for question in questions]
     found = generate(model, prompts, plan.sampling, stop=stop_tokens(plan.base))
     # Every rank judges all answers: that costs nothing, and none waits for another.
     tokens = [answer.tokens for answer in found]
     answers, right = judge_answers(plan, split, questions, tokens, tokenizer)
     num_cut = sum(not answer.ended for answer in found)
-    return Judged(loss, num_tokens, answers, right, num_cut)
+    return Judged(loss, count, answers, right, num_cut, values)

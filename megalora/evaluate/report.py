@@ -23,9 +23,14 @@ def text_of(plan: Plan, verdict: "Verdict") -> str:
     # "base" sorts behind "adapter".
     names = sorted(verdict.judged, reverse=True)
     if not verdict.asked:
-        lines.append(f"{'':<8}{'loss':>10}{'perplexity':>12}{'target tokens':>15}")
+        columns = ("accuracy", "margin", "pairs")
+        if not verdict.is_of_pairs:
+            columns = ("perplexity", "target tokens")
+        widths = (12, 12, 15) if verdict.is_of_pairs else (12, 15)
+        cells = [f"{column:>{width}}" for column, width in zip(columns, widths, strict=True)]
+        lines.append(f"{'':<8}{'loss':>10}{''.join(cells)}")
     for name in names:
-        lines.append(_line(name, verdict.judged[name]))
+        lines.append(_line(name, verdict.judged[name], verdict.is_of_pairs))
     if verdict.asked:
         lines.append("no loss: a server gives answers alone; without --url it is computed here")
     if cut := _cut(plan, verdict, names):
@@ -46,11 +51,14 @@ def _asked(plan: Plan, verdict: "Verdict") -> str:
     return f"{rows}, by {ids} at {plan.request.url}"
 
 
-def _line(name: str, one: "Judged") -> str:
+def _line(name: str, one: "Judged", is_of_pairs: bool) -> str:
     """A row of the table: the loss where there is one, and answers where there are any."""
     line = f"{name:<8}"
-    if one.loss is not None:
-        line += f"{one.loss:>10.4f}{one.perplexity:>12.4g}{one.num_tokens:>15,}"
+    if one.loss is not None and is_of_pairs:
+        accuracy, margin = one.others["accuracy"], one.others["margin"]
+        line += f"{one.loss:>10.4f}{accuracy:>12.1%}{margin:>12.4f}{one.count:>15,}"
+    elif one.loss is not None:
+        line += f"{one.loss:>10.4f}{one.perplexity:>12.4g}{one.count:>15,}"
     if one.right:
         line += f"   {sum(one.right):,} of {len(one.right):,} right ({one.accuracy:.1%})"
     return line
@@ -114,11 +122,13 @@ def record_of(plan: Plan, verdict: "Verdict") -> dict[str, Any]:
     }
     for name, one in verdict.judged.items():
         found[name] = {}
-        if one.loss is not None:
+        if one.loss is not None and verdict.is_of_pairs:
+            found[name] |= {"loss": one.loss, "pairs": one.count, "preference": one.others}
+        elif one.loss is not None:
             found[name] |= {
                 "loss": one.loss,
                 "perplexity": one.perplexity,
-                "target_tokens": one.num_tokens,
+                "target_tokens": one.count,
             }
         if one.right:
             found[name] |= {

@@ -16,15 +16,17 @@ class Judged:
     """What one of the two, adapter or base, does."""
 
     loss: float | None
-    """Mean cross entropy over target tokens, in nats; None where a server answers, which gives
-    none."""
-    num_tokens: int
-    """Target tokens of the loss; 0 without one."""
+    """Mean cross entropy over target tokens, in nats, or what ``objective`` says of pairs; None
+    where a server answers, which gives none."""
+    count: int
+    """Target tokens of the loss, or pairs; 0 without one."""
     answers: list[str] = field(default_factory=list)
     right: list[bool] = field(default_factory=list)
     """For each answer."""
     num_cut: int = 0
     """Number of answers that were cut at ``max_new_tokens``."""
+    others: dict[str, float] = field(default_factory=dict)
+    """What the objective reports beside its loss."""
 
     @property
     def perplexity(self) -> float:
@@ -48,6 +50,8 @@ class Verdict:
     """By who was judged: ``base``, and ``adapter`` where there is one."""
     asked: dict[str, str] = field(default_factory=dict)
     """Where a server answered: its ids of the two."""
+    is_of_pairs: bool = False
+    """Whether the loss is one of pairs of answers."""
 
 
 def questions_of(plan: Plan, split: Split, tokenizer: Any) -> list[Question]:

@@ -11,10 +11,10 @@ from megalora.lora.factors import LoRAFactors
 
 @contextmanager
 def adapters_off(chunks: Iterable[nn.Module]) -> Iterator[None]:
-    """The base model for the length of the block, bit for bit: every B is zero, and so is B A x.
+    """Inside the block the model is the base, bit for bit: every B is zero, and so is B A x.
 
-    Values are put aside, not overwritten: the parameters look at zeros that they share, so that the
-    block needs the memory of the largest B alone. Nothing may train in it.
+    Values are put aside, not overwritten: the parameters point to one shared buffer of zeros, so
+    that the block needs the memory of the largest B alone. Nothing may train in it.
     """
     parameters: list[nn.Parameter] = []
     for chunk in chunks:

@@ -1,9 +1,9 @@
 """Learn from pairs of a preferred and a rejected answer: DPO, IPO, hinge, SimPO, ORPO.
 
 Sequences 2k and 2k + 1 of a row are the two of a pair. With s the sum of log-probabilities of an
-answer's n target tokens, r that of the reference, c and r the chosen and the rejected answer:
+answer's n target tokens, s_ref that of the reference, c and r the chosen and the rejected answer:
 
-    ratio = s - r        delta = ratio_c - ratio_r        mean = s / n
+    ratio = s - s_ref        delta = ratio_c - ratio_r        mean = s / n
 
     sigmoid  -(1 - e) log sigma(b delta) - e log sigma(-b delta)        Rafailov et al. 2305.18290
     robust   the same with +e for -e, over (1 - 2 e)                    Chowdhury et al. 2403.00409
@@ -31,6 +31,8 @@ from megalora.model.vocab_logits import Reader, logprob
 from megalora.objectives.objective import Loss, Reference, Sequences
 
 BASE = Reference("base")
+SURE = 1e-9
+"""Mean log-probability up to which ORPO tells answers apart; sums are float64."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,7 +194,9 @@ def orpo(pairs: Pairs, options: Preference) -> Tensor:
 
 def _log_odds(mean: Tensor) -> Tensor:
     """log(p / (1 - p)) of p = exp(mean)."""
-    # 1 - exp(mean) would cancel where the model is nearly sure of an answer.
+    # An answer of which the model is certain has infinite odds, and no gradient. 1 - exp(mean)
+    # would cancel where it is nearly so.
+    mean = mean.clamp(max=-SURE)
     return mean - torch.log(-torch.expm1(mean))
 
 

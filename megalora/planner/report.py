@@ -23,9 +23,9 @@ def packing_line(plan: Plan, found: Planned) -> str | None:
         return None
     use = found.layout.use(plan.work)
     return (
-        f"samples have {packing.mean:,.0f} tokens on average ({packing.source}), packed into rows"
-        f" of up to {found.layout.capacity(plan.work):,}: {100 * use.used:.1f} % of the slots are"
-        f" used, in {use.num_rounds} rows a step on each data-parallel rank"
+        f"{plan.work.called} have {packing.mean:,.0f} tokens on average ({packing.source}), packed"
+        f" into rows of up to {found.layout.capacity(plan.work):,}: {100 * use.used:.1f} % of the"
+        f" slots are used, in {use.num_rounds} rows a step on each data-parallel rank"
     )
 
 
@@ -166,8 +166,8 @@ def planned_config(config: RunConfig, found: Planned) -> RunConfig:
 def config_text(config: RunConfig, plan: Plan, found: Planned) -> str:
     """YAML that ``megalora train`` reads, without defaults, below comments with the prediction."""
     first = (
-        f"{config.model.path} on {found.layout.num_ranks} x {plan.machine.name}, samples of up to"
-        f" {plan.work.sequence_length:,} tokens: {found.layout}"
+        f"{config.model.path} on {found.layout.num_ranks} x {plan.machine.name},"
+        f" {plan.work.called} of up to {plan.work.sequence_length:,} tokens: {found.layout}"
     )
     memory, step = prediction(plan, found)
     comments = [first, f"Predicted ({plan.machine.note}):", f"  {memory}", f"  {step}"]
@@ -182,7 +182,7 @@ def prediction(plan: Plan, found: Planned) -> tuple[str, str]:
     memory_gib = found.memory.peak_bytes / GIB
     lengths = "at full length"
     if plan.work.packing is not None:
-        lengths = f"with samples of {plan.work.packing.mean:,.0f} tokens on average"
+        lengths = f"with {plan.work.called} of {plan.work.packing.mean:,.0f} tokens on average"
     memory = (
         f"memory of the fullest rank {memory_gib:.1f} GiB, {100 * plan.share(found):.0f} % of"
         f" {plan.machine.memory_bytes / GIB:.0f} GiB:"

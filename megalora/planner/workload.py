@@ -68,6 +68,11 @@ class Workload:
         return self.sequences * self.sequence_length
 
     @property
+    def called(self) -> str:
+        """What a sample is, in the plural."""
+        return "pairs" if self.sequences > 1 else "samples"
+
+    @property
     def in_words(self) -> str:
         """What a step trains on."""
         batch = f"{self.global_batch_size:,}"

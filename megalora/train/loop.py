@@ -89,6 +89,11 @@ def train(config: RunConfig, job: str | None = None) -> Path | None:
             notes.append(note)
         if found.state:
             notes += check_same_run(found.state, config, identity, adapted)
+            if found.state.imported_from is not None and config.objective.num_references:
+                notes.append(
+                    f"objective.name={config.objective.name} compares with the base, not with the"
+                    " imported adapter: merge that into the base if it is to be the reference"
+                )
         tokenizer = load_tokenizer(folder)
         splits = load_data(config.data, tokenizer, pairs=config.objective.pairs)
         samples = Samples.of(splits[0].samples)

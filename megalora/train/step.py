@@ -76,20 +76,18 @@ class Stepper:
         self.chunks[0].config.grad_scale_func = optimizer.scale_loss
         return self._sum(self._run(batches, forward_only=False))
 
-    def evaluate(self, batches: list[Batch], *, own: bool = False) -> tuple[float, int]:
-        """(mean loss, number of the objective's units) over all data-parallel ranks' batches, or
-        with ``own`` over this rank's alone; forward only."""
-        values, count = self.evaluate_all(batches, own=own)
+    def evaluate(self, batches: list[Batch]) -> tuple[float, int]:
+        """(mean loss, number of the objective's units) over all data-parallel ranks' batches;
+        forward only."""
+        values, count = self.evaluate_all(batches)
         return values[self.objective.evaluated[0]], count
 
     @torch.no_grad()
-    def evaluate_all(
-        self, batches: list[Batch], *, own: bool = False
-    ) -> tuple[dict[str, float], int]:
+    def evaluate_all(self, batches: list[Batch]) -> tuple[dict[str, float], int]:
         """The same for each of the metrics that the objective evaluates, its loss first."""
         for chunk in self.chunks:
             chunk.eval()
-        sums = self._sum(self._run(batches, forward_only=True), own)
+        sums = self._sum(self._run(batches, forward_only=True))
         values: dict[str, float] = {}
         counts: list[int] = []
         for name in self.objective.evaluated:
@@ -119,11 +117,11 @@ class Stepper:
         dist.all_reduce(losses, group=self.groups.pp)
         return unzigzag(all_gather(losses, cp), cp.size())
 
-    def _sum(self, sums: Tensor, own: bool = False) -> Tensor:
+    def _sum(self, sums: Tensor) -> Tensor:
         """Sum in place over the pipeline, whose last stage has the numbers, over the parts of a
-        row, and unless ``own`` over data-parallel ranks."""
+        row, and over data-parallel ranks."""
         dist.all_reduce(sums, group=self.groups.pp)
-        dist.all_reduce(sums, group=self.groups.cp if own else self.groups.dp_cp)
+        dist.all_reduce(sums, group=self.groups.dp_cp)
         return sums
 
     def _run(self, batches: list[Batch], forward_only: bool) -> Tensor:
@@ -182,7 +180,7 @@ class Stepper:
         asked for."""
         if batch.sequences is None or batch.targets is None:
             return None
-        # Microbatches report in their order, also in turns of several model chunks.
+        # Microbatches report in their order, also under the interleaved schedule.
         columns = {name: rows[batch.number] for name, rows in references.items()}
         return Sequences(batch.sequences, batch.targets, self.groups.cp, columns)
 

@@ -228,6 +228,7 @@ def test_the_card_says_what_it_is_and_how_to_load_it(
             "dpo, loss robust, beta 0.2, label_smoothing 0.1; the reference is the base",
         ),
         (ObjectiveConfig(name="simpo", margin=0.4), "simpo, margin 0.4"),
+        (ObjectiveConfig(name="simpo", margin=0.0), "simpo, margin 0"),
     ],
 )
 def test_the_card_of_preferences(

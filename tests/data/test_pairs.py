@@ -1,19 +1,22 @@
 """Pairs of answers against TRL's own preparation of the same rows, and what is refused."""
 
+import json
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from datasets import Dataset
+from trl.data_utils import maybe_extract_prompt
 from trl.trainer.dpo_trainer import DPOConfig, DPOTrainer
 
 from megalora.data.batch import flat_row
+from megalora.data.chat import encode_conversation
 from megalora.data.columns import resolve_columns
-from megalora.data.encode_rows import IN_LOSS
-from megalora.data.pairs import resolve_pair, to_pair
+from megalora.data.pairs import joined_pair, resolve_pair, to_pair
 from megalora.data.samples import digest_of_samples
 from megalora.data.splits import Split, load_split, split_off_eval
+from megalora.data.template import ChatTemplate
 from tests.data.chat_tokenizer import make_tokenizer
 from tests.jsonl import write_jsonl
 
@@ -37,6 +40,10 @@ ROWS: dict[str, list[dict[str, Any]]] = {
         {"chosen": [USER, said("9")], "rejected": [USER, said("no idea")]},
         {"chosen": [*TURNS, said("9.")], "rejected": [*TURNS, said("It is 8.")]},
     ],
+    # As in UltraFeedback: the prompt as text, and once more at the head of both conversations.
+    "prompt and whole conversations": [
+        {"prompt": USER["content"], "chosen": [USER, said("9")], "rejected": [USER, said("8, no")]}
+    ],
     "the answers begin alike": [
         {"prompt": [USER], "chosen": [said("It is 9")], "rejected": [said("It is 8, or so")]},
     ],
@@ -48,8 +55,9 @@ def by_trl(rows: list[dict[str, Any]], tokenizer: Any) -> list[dict[str, list[in
     # It takes messages, or texts without a template; ours puts texts into messages.
     as_messages = []
     for row in rows:
-        made = dict(row)
-        for key, value in row.items():
+        # TRL takes the prompt from the conversations where these have it.
+        made = dict(maybe_extract_prompt(row))
+        for key, value in list(made.items()):
             if isinstance(value, str):
                 role = "user" if key == "prompt" else "assistant"
                 made[key] = [{"role": role, "content": value}]
@@ -99,6 +107,27 @@ def test_a_prompt_that_the_answers_repeat_is_said_once() -> None:
             for side, text in zip(to_pair(row, columns), ("9", "8"), strict=True):
                 assert side.messages == [*head, said(text)]
                 assert side.num_context == len(head)
+
+
+def test_conversations_in_other_forms() -> None:
+    """ShareGPT's turns, and messages as JSON text with or without a prompt of its own."""
+    sharegpt = [{"from": "human", "value": "What is the sum?"}, {"from": "gpt", "value": "9"}]
+    as_text = json.dumps([USER, said("9")])
+    for chosen in (sharegpt, json.dumps(sharegpt), as_text):
+        for prompt in ({}, {"prompt": ""}, {"prompt": "What is the sum?"}):
+            row = {**prompt, "chosen": chosen, "rejected": [USER, said("8")]}
+            columns = resolve_pair("auto", row)
+            for side, text in zip(to_pair(row, columns), ("9", "8"), strict=True):
+                assert side.messages == [USER, said(text)] and side.num_context == 1
+    # A text that only begins with a bracket is an answer.
+    row = {"prompt": "Count", "chosen": "[1, 2]", "rejected": "[1"}
+    found = [side.messages[-1]["content"] for side in to_pair(row, resolve_pair("auto", row))]
+    assert found == ["[1, 2]", "[1"]
+    # The prompt's input is not in the conversations that repeat the prompt.
+    columns = {"prompt": "p", "input": "i", "chosen": "c", "rejected": "r"}
+    row = {"p": "What is the sum?", "i": "4, 5", "c": [USER, said("9")], "r": [USER, said("8")]}
+    with pytest.raises(ValueError, match="column 'i' belongs to the prompt, which column 'c'"):
+        to_pair(row, columns)
 
 
 def test_what_is_common_is_context() -> None:
@@ -181,10 +210,14 @@ def test_pairs_are_stored_apart_from_conversations(tmp_path) -> None:
     assert [len(s.sequences) for s in chosen.samples] == [1, 1]
     assert digest_of_samples(pairs.samples) != digest_of_samples(chosen.samples)
     # The store packs the mask into the ids, and knows where the second sequence begins.
-    again = load(tmp_path, rows)
-    for one, other in zip(pairs.samples, again.samples, strict=True):
-        assert one.second == other.second > 0
-        assert np.array_equal(one.input_ids, other.input_ids) and one.input_ids.max() < IN_LOSS
+    template = ChatTemplate(make_tokenizer())
+    columns = {"chosen": "chosen", "rejected": "rejected"}
+    for row, stored in zip(rows, pairs.samples, strict=True):
+        sides = [encode_conversation(side, template) for side in to_pair(row, columns)]
+        made = joined_pair(*sides)
+        assert stored.second == made.second == len(sides[0].input_ids)
+        assert np.array_equal(stored.input_ids, made.input_ids)
+        assert np.array_equal(stored.loss_mask, made.loss_mask)
     train, held_out = split_off_eval(pairs, 1, seed=0)
     assert train.pairs and held_out.pairs
 
@@ -211,7 +244,25 @@ def test_supervised_training_on_pairs_names_the_objective() -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"chosen": "9", "rejected": "8"}, "'chosen' holds a text and no column holds its prompt"),
+        (
+            {"chosen": "Human: q", "rejected": "8"},
+            r"no column holds its prompt; use data.format={prompt: COLUMN, chosen: COLUMN, rejected"
+            r": COLUMN}, or the last two alone, or write the conversation as messages$",
+        ),
+        ({"prompt": "", "chosen": "9", "rejected": "8"}, "no column holds its prompt"),
+        # A conversation beside a prompt that it does not begin with would say it twice.
+        (
+            {"prompt": "What is the sum? ", "chosen": [USER, said("9")], "rejected": [said("8")]},
+            "a whole conversation that does not begin with 'prompt'.*leave that out: data.format={",
+        ),
+        (
+            {"prompt": [SYSTEM, USER], "chosen": [USER, said("9")], "rejected": [USER, said("8")]},
+            "a whole conversation that does not begin with 'prompt'",
+        ),
+        (
+            {"chosen": [USER, said("9")], "rejected": [{**USER, "content": "?"}, said("8")]},
+            "part at message 1, which is not an assistant's in both of them",
+        ),
         ({"prompt": "q", "chosen": 9, "rejected": "8"}, "'chosen' must hold a string or a list"),
         ({"prompt": "q", "chosen": "9"}, "'rejected' must hold a string or a list .* got NoneType"),
         (

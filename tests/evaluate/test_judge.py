@@ -114,7 +114,7 @@ def test_stock_peft_s_losses_and_answers(
             ours = verdict.judged[name]
             # float32 on both sides, of some thousand tokens.
             assert ours.loss == pytest.approx(loss, rel=2e-6)
-            assert ours.num_tokens == count
+            assert ours.count == count
             assert ours.answers == answers
     assert verdicts[0].judged["base"].answers != verdicts[0].judged["adapter"].answers
     assert [question.expected for question in verdicts[0].questions] == [

@@ -9,43 +9,55 @@ from torch import Tensor
 
 from megalora.config import LoRAConfig, RunConfig
 from megalora.lora.switched_off import adapters_off
+from megalora.objectives.sft import SFT
+from megalora.parallel import parallel_groups
+from megalora.train.assemble import build_for_training
+from megalora.train.step import Stepper
 from tests.distributed.ranks import run_ranks
 from tests.parity.built import built, random_adapter
 from tests.parity.models import ADAPTERS
 from tests.parity.runs import make_config
 
 
-def losses(config: RunConfig, weights: Path, base: RunConfig) -> dict[str, Tensor]:
-    """Losses of every token of a row with the adapters on, off and on again, and of a base without
+def losses(config: RunConfig, weights: Path) -> dict[str, Tensor]:
+    """Losses of every token of a row with the adapters on, off and on again, and of a model without
     any; a rank function."""
     with built(config, weights) as run:
-        row = [run.batches.first(0)] * config.parallel.round_multiple
-        before = {p: p.data for p in run.model.parameters}
-        found = {"on": run.stepper.token_losses(row)}
+        rows = [run.batches.first(0)] * config.parallel.round_multiple
+        before = {p: p.data.data_ptr() for p in run.model.parameters}
+        found = {"on": run.stepper.token_losses(rows)}
         with suppress(KeyError), adapters_off(run.model.chunks):
-            found["off"] = run.stepper.token_losses(row)
+            found["off"] = run.stepper.token_losses(rows)
             raise KeyError("whatever happens in the block")
-        found["again"] = run.stepper.token_losses(row)
-        # The very tensors that the optimizer and the reductions know.
-        assert all(p.data is before[p] or p.data.data_ptr() == before[p].data_ptr() for p in before)
+        found["again"] = run.stepper.token_losses(rows)
+        # The very memory that the optimizer and the reductions know.
+        assert {p: p.data.data_ptr() for p in run.model.parameters} == before
         assert all(p.abs().max() > 0 for p in run.model.parameters)
-    with built(base) as run:
-        # A fresh B is zero.
-        found["base"] = run.stepper.token_losses(row)
+        shape = run.model.shape
+    with parallel_groups(config.parallel, config.train.seed) as groups:
+        bare = build_for_training(config, shape, [], groups)
+        found["base"] = Stepper(bare.chunks, groups, SFT()).token_losses(rows)
+        del bare
     return found
 
 
 @pytest.mark.parametrize(
-    "parallel",
-    [{"ep": 2}, pytest.param({"tp": 2, "pp": 2, "vpp": 2}, marks=pytest.mark.slow)],
+    ("parallel", "dtype"),
+    [
+        ({"ep": 2}, "float32"),
+        pytest.param({"ep": 2}, "bfloat16", marks=pytest.mark.slow),
+        pytest.param({"tp": 2, "pp": 2, "vpp": 2}, "float32", marks=pytest.mark.slow),
+    ],
     ids=str,
 )
-def test_off_is_the_base(parallel: dict[str, int], tiny: Path, chats: Path, tmp_path: Path) -> None:
+def test_off_is_the_base(
+    parallel: dict[str, int], dtype: str, tiny: Path, chats: Path, tmp_path: Path
+) -> None:
     lora: LoRAConfig = ADAPTERS["router"]
-    config = make_config(tiny, chats, tmp_path, parallel, lora=lora)
+    config = make_config(tiny, chats, tmp_path, parallel, lora=lora, dtype=dtype)
     random_adapter(tmp_path / "start.safetensors", lora, tiny)
     world = 4 if "tp" in parallel else 2
-    for found in run_ranks(losses, world, config, tmp_path / "start.safetensors", config):
+    for found in run_ranks(losses, world, config, tmp_path / "start.safetensors"):
         assert torch.equal(found["off"], found["base"])
         assert torch.equal(found["on"], found["again"])
         assert (found["on"] - found["off"]).abs().max() > 0.1

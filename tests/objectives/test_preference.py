@@ -1,6 +1,7 @@
 """Preference losses against TRL's own, value and gradient in float64, over any division into rows;
 what is reported against the definitions."""
 
+import math
 from typing import Any
 
 import pytest
@@ -172,6 +173,28 @@ def test_what_is_reported(world: int) -> None:
         assert difference == pytest.approx(margin, rel=1e-5)
         cross_entropy = -model[:, 0].sum().item() / tokens[:, 0].sum().item()
         assert means["chosen_cross_entropy"] == pytest.approx(cross_entropy, rel=1e-6)
+
+
+def test_certain_answers_have_a_loss_and_a_gradient() -> None:
+    """Log-probabilities of exactly zero, as float32 has them where the model is sure."""
+    group_of_one = run_ranks(orpo_of_zeros, 1)[0]
+    loss, gradient = group_of_one
+    assert math.isfinite(loss) and gradient.isfinite().all()
+    # The rejected answer's still falls.
+    assert gradient[2:].abs().min() > 0
+
+
+def orpo_of_zeros() -> tuple[float, Tensor]:
+    """A rank function: loss and gradient of two chosen tokens that are certain and two rejected
+    ones that are not."""
+    logprobs = torch.tensor([0.0, 0.0, -1.0, -2.0]).requires_grad_()
+    group: Any = dist.group.WORLD
+    sequences = Sequences(torch.tensor([0, 0, 1, 1]), torch.tensor([2, 2]), group)
+    one = {unit: torch.tensor(1.0) for unit in ("pairs", "chosen_tokens")}
+    loss = CASES["orpo"].loss({"logprob": logprobs}, sequences, one)
+    loss.sum.backward()
+    assert logprobs.grad is not None
+    return loss.sum.item(), logprobs.grad
 
 
 def test_rewards_without_a_reference_are_means() -> None:

@@ -31,25 +31,31 @@ def test_flops_are_those_of_the_lora_formula() -> None:
     assert found > base + 0.9 * adapters
 
 
-def test_a_reference_is_forward_once_more() -> None:
-    """With the head, whose logits have no gradient; each stage does its own part."""
-    lora = replace(ATTENTION, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "lm_head"])
-    for adapters, pp in ((ATTENTION, 1), (lora, 1)):
-        layout = ParallelLayout(parallel=ParallelConfig(pp=pp), num_ranks=pp)
-        work = Workload(sequence_length=4096, global_batch_size=4, sequences=2)
-        alone = step_time(model(adapters), layout, work, ARITHMETIC)
-        with_it = step_time(model(adapters), layout, replace(work, references=1), ARITHMETIC)
-        assert alone[REFERENCE] == 0
-        assert with_it.seconds - alone.seconds == pytest.approx(with_it[REFERENCE], rel=1e-9)
-        # Recomputation does every layer's forward again, by a count of its own.
-        full = replace(layout, recompute="full")
-        layers = step_time(model(adapters), full, work, ARITHMETIC).seconds - alone.seconds
-        head = 4 * 2 * 4096 * 2 * 2048 * 151_936 / 1e12
-        # A and B of rank 16 over 2,048 features and the vocabulary.
-        if adapters is lora:
-            head += 4 * 2 * 4096 * 2 * 16 * (2048 + 151_936) / 1e12
-        # Of two stages the last has the head, too: four microbatches and the bubble's one.
-        assert with_it[REFERENCE] == pytest.approx(layers + head, rel=1e-6)
+@pytest.mark.parametrize(
+    ("pp", "vpp", "head_is_adapted"), [(1, 1, False), (1, 1, True), (2, 1, False), (2, 2, False)]
+)
+def test_a_reference_is_forward_once_more(pp: int, vpp: int, head_is_adapted: bool) -> None:
+    """With the head, whose logits have no gradient; on stages with their bubble."""
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"] + ["lm_head"] * head_is_adapted
+    planned = model(replace(ATTENTION, target_modules=targets))
+    work = Workload(sequence_length=4096, global_batch_size=4, sequences=2)
+    # Recomputation does every layer's forward again, by a count of its own; 4 microbatches.
+    whole = ParallelLayout(parallel=ParallelConfig(), num_ranks=1)
+    alone = step_time(planned, whole, work, ARITHMETIC).seconds
+    again = step_time(planned, replace(whole, recompute="full"), work, ARITHMETIC).seconds
+    layers = (again - alone) / 4
+    head = 2 * 4096 * 2 * 2048 * 151_936 / 1e12
+    # A and B of rank 16 over 2,048 features and the vocabulary.
+    if head_is_adapted:
+        head += 2 * 4096 * 2 * 16 * (2048 + 151_936) / 1e12
+    layout = ParallelLayout(parallel=ParallelConfig(pp=pp, vpp=vpp), num_ranks=pp)
+    found = step_time(planned, layout, replace(work, references=1), ARITHMETIC)
+    without = step_time(planned, layout, work, ARITHMETIC)
+    # The last stage is the slowest, four times; the others once more, by turns of their chunks.
+    others = (pp - 1) * layers / pp / vpp
+    assert found[REFERENCE] == pytest.approx(4 * (layers / pp + head) + others, rel=1e-6)
+    assert found.seconds - without.seconds == pytest.approx(found[REFERENCE], rel=1e-9)
+    assert without[REFERENCE] == 0
 
 
 def test_a_pair_is_two_sequences() -> None:

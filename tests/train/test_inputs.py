@@ -65,7 +65,8 @@ def test_what_arrives_is_what_was_sent(first: bool, last: bool) -> None:
 
 @pytest.mark.parametrize("cp_size", [1, 2])
 def test_sequences_of_target_tokens(cp_size: int) -> None:
-    """Every part of a row knows whose its target tokens are, and how many the whole row has."""
+    """Every part of a row knows which sequence each of its target tokens belongs to, and how many
+    the whole row has."""
     lengths = (7, 6, 3)
     row = batch((*lengths, 4), 0)
     # The last document is filler.

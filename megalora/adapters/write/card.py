@@ -86,7 +86,8 @@ def _objective(options: dict[str, Any]) -> str:
     # The loss is one of several of DPO, and says nothing of the others.
     shown = [f"loss {options['loss']}"] if options["name"] == "dpo" else []
     for name in ("beta", "label_smoothing", "sft_weight", "margin"):
-        if options[name]:
+        # null stands for a default; a label smoothing of 0 for none.
+        if options[name] is not None and (name, options[name]) != ("label_smoothing", 0):
             shown.append(f"{name} {options[name]:g}")
     reference = "; the reference is the base" if options["name"] == "dpo" else ""
     return f"{options['name']}{''.join(f', {part}' for part in shown)}{reference}"
