@@ -174,6 +174,7 @@ def record(sections: list[Section], load: float) -> dict:
         rows.append({"section": section.title, "seconds": seconds})
     return {
         "benchmark": "first_hour",
+        "date": time.strftime("%Y-%m-%d"),
         "device": "CPU (x86_64)",
         "cores": len(os.sched_getaffinity(0)),
         "load_before": load,
