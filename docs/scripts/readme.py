@@ -150,8 +150,7 @@ def support() -> str:
 def numbers() -> str:
     """Five measured numbers, each with its command and its record."""
     gradient = _largest(_parity(), "gradient")
-    # Processor time: wall time depends on what else the machine does.
-    seconds = _results("layer_check")["cpu_seconds"]
+    hour = _results("first_hour")
     low, high = _cost_of_lora()
     rows = (
         (
@@ -179,10 +178,10 @@ def numbers() -> str:
             "gpu_planner",
         ),
         (
-            "check of Qwen3-30B-A3B before step 1",
-            f"{max(seconds):.1f} s",
-            "python -m benchmarks.layer_check",
-            "layer_check",
+            f"tiny model, {hour['cores']} cores ({hour['date']}): to step 1, to a served answer",
+            f"{hour['first_step_s']:.0f} s, {hour['first_served_answer_s']:.0f} s",
+            "python -m benchmarks.first_hour",
+            "first_hour",
         ),
     )
     lines = ["| what, on a CPU or an H100 | measured | command |", "|---|--:|---|"]
