@@ -178,7 +178,7 @@ def numbers() -> str:
             "gpu_planner",
         ),
         (
-            f"tiny model, {hour['cores']} cores ({hour['date']}): to step 1, to a served answer",
+            f"step 1, first answer ({hour['cores']} cores, {hour['date']})",
             f"{hour['first_step_s']:.0f} s, {hour['first_served_answer_s']:.0f} s",
             "python -m benchmarks.first_hour",
             "first_hour",

@@ -122,8 +122,9 @@ def _side(
             f"column {names['input']!r} belongs to the prompt, which column {column!r} repeats"
             " without it; leave it out of data.format"
         )
-    whole = {key: name for key, name in names.items() if key not in ("prompt", "input")}
-    return to_conversation(row, {**whole, "messages": column}, allow_left_out)
+    names.pop("prompt")
+    names.pop("input", None)
+    return to_conversation(row, {**names, "messages": column}, allow_left_out)
 
 
 def _parsed(value: Any) -> Any:
@@ -167,7 +168,8 @@ def joined_pair(chosen: Encoded, rejected: Encoded) -> Encoded:
         mask[:1] = False
     is_same = np.array_equal(chosen.input_ids, rejected.input_ids)
     if is_same or not all(mask.any() for mask in masks):
-        masks = [np.zeros_like(mask) for mask in masks]
+        for mask in masks:
+            mask[:] = False
     return Encoded(
         ids,
         np.concatenate(masks),

@@ -23,12 +23,12 @@ def text_of(plan: Plan, verdict: "Verdict") -> str:
     # "base" sorts behind "adapter".
     names = sorted(verdict.judged, reverse=True)
     if not verdict.asked:
-        columns = ("accuracy", "margin", "pairs")
-        if not verdict.is_of_pairs:
-            columns = ("perplexity", "target tokens")
-        widths = (12, 12, 15) if verdict.is_of_pairs else (12, 15)
-        cells = [f"{column:>{width}}" for column, width in zip(columns, widths, strict=True)]
-        lines.append(f"{'':<8}{'loss':>10}{''.join(cells)}")
+        head = f"{'':<8}{'loss':>10}"
+        if verdict.is_of_pairs:
+            head += f"{'accuracy':>12}{'margin':>12}{'pairs':>15}"
+        else:
+            head += f"{'perplexity':>12}{'target tokens':>15}"
+        lines.append(head)
     for name in names:
         lines.append(_line(name, verdict.judged[name], verdict.is_of_pairs))
     if verdict.asked:

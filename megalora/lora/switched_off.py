@@ -16,23 +16,26 @@ def adapters_off(chunks: Iterable[nn.Module]) -> Iterator[None]:
     Values are put aside, not overwritten: the parameters point to one shared buffer of zeros, so
     that the block needs the memory of the largest B alone. Nothing may train in it.
     """
-    parameters: list[nn.Parameter] = []
+    kept: dict[nn.Parameter, Tensor] = {}
+    largest = 0
     for chunk in chunks:
         for module in chunk.modules():
-            if isinstance(module, LoRAFactors):
-                parameters.extend(module.lora_B.values())
-    kept = [parameter.data for parameter in parameters]
+            if not isinstance(module, LoRAFactors):
+                continue
+            for parameter in module.lora_B.values():
+                kept[parameter] = parameter.data
+                largest = max(largest, parameter.numel())
     # A rank without any adapter has nothing to switch off.
-    if not parameters:
+    if not kept:
         yield
         return
-    zeros = parameters[0].data.new_zeros(max(values.numel() for values in kept))
+    zeros = next(iter(kept)).data.new_zeros(largest)
     try:
-        for parameter in parameters:
+        for parameter in kept:
             parameter.data = _first(zeros, parameter.shape)
         yield
     finally:
-        for parameter, values in zip(parameters, kept, strict=True):
+        for parameter, values in kept.items():
             parameter.data = values
 
 
