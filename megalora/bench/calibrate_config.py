@@ -74,6 +74,7 @@ class _Series:
             exact: whether to take them where they are only new.
         """
         needed = sizes not in self.chosen and (exact or not self._covers(sizes))
+        # On one axis, a size that was measured nearby answers as well.
         if needed and exact and len(sizes) == 1:
             needed = not self._covers(sizes) or not self._has_near(sizes[0])
         if needed:
@@ -82,6 +83,7 @@ class _Series:
 
     def _covers(self, sizes: tuple[int, ...]) -> bool:
         """As ``planner.hardware.Table`` decides between interpolated and extrapolated."""
+        # No size spans no range.
         if not self.chosen:
             return False
         axes = zip(*self.chosen, strict=True)

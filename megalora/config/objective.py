@@ -42,6 +42,7 @@ class ObjectiveConfig:
     log-probabilities. null is 0.5."""
 
     def __post_init__(self) -> None:
+        # An option that only another objective reads is a mistake: it would do nothing.
         read = _OPTIONS[self.name]
         defaults = {
             "loss": "sigmoid", "beta": None, "label_smoothing": 0, "sft_weight": None,
@@ -54,6 +55,7 @@ class ObjectiveConfig:
                 f"objective.{option}={value} does nothing for objective.name={self.name}, which"
                 f" reads {', '.join(read) or 'no option of this section'}",
             )
+        # Ranges: NaN lies in none.
         require(
             self.beta is None or 0 < self.beta < float("inf"),
             f"objective.beta must be above 0, got {self.beta}",

@@ -40,6 +40,7 @@ class Batch:
     @property
     def targets(self) -> list[int]:
         """Number of target tokens of each sequence."""
+        # Target tokens before each place: the difference over a document is its own.
         before = np.concatenate([[0], np.cumsum(self.loss_mask.numpy() > 0)])
         return np.diff(before[list(self.ends[: self.num_sequences + 1])]).tolist()
 

@@ -65,6 +65,7 @@ def to_pair(
         ValueError: as ``to_conversation`` says; an answer without a prompt, a prompt that would be
             said twice, or answers to different prompts.
     """
+    # Both sides are read by one function, so that neither can get another prompt.
     chosen, rejected = (_side(row, columns, side, allow_left_out) for side in SIDES)
     # A column for the prompt says where it ends; the answers may begin alike.
     common = chosen.num_context or _num_common(chosen.messages, rejected.messages)

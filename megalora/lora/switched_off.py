@@ -31,6 +31,7 @@ def adapters_off(chunks: Iterable[nn.Module]) -> Iterator[None]:
         return
     zeros = next(iter(kept)).data.new_zeros(largest)
     try:
+        # Not in place: optimizer and reductions know the values by where they lie in memory.
         for parameter in kept:
             parameter.data = _first(zeros, parameter.shape)
         yield

@@ -11,7 +11,9 @@ def objective_of(config: RunConfig) -> Objective:
     options = config.objective
     if options.name == "sft":
         return sft_of(config.train)
+    # As TRL has it; but for SimPO, whose paper has 2 to 2.5 and scales means by it, not sums.
     beta = 2.0 if options.name == "simpo" else 0.1
+    # ORPO's loss has the cross entropy as a part of it.
     sft_weight = 1.0 if options.name == "orpo" else 0.0
     margin = 0.5 if options.name == "simpo" else 0.0
     return Preference(

@@ -101,6 +101,7 @@ class Preference:
         ratios = sums
         if self.references:
             ratios = sums - sequences.references[BASE.name]
+        # Chosen answers have even numbers.
         targets = sequences.targets.to(sums.dtype)
         pairs = Pairs(sums[::2], sums[1::2], ratios[::2], ratios[1::2], targets[::2], targets[1::2])
         total = KINDS[self.kind](pairs, self).sum() / divisors["pairs"]
@@ -123,6 +124,7 @@ class Preference:
         if not self.references:
             chosen = chosen / pairs.chosen_targets
             rejected = rejected / pairs.rejected_targets
+        # The host knows the number of pairs: nothing waits for the device.
         count = total.new_full((), len(chosen))
         tokens = pairs.chosen_targets.sum()
         sums = {

@@ -25,6 +25,7 @@ def divisions(num_layers: int, pp: int) -> list[ParallelConfig]:
         parts = pp * vpp
         if num_layers % parts == 0:
             found.append(ParallelConfig(pp=pp, vpp=vpp))
+        # Unequal chunks are worth it only where embedding and head make them even.
         elif vpp == 1 or (num_layers + 2) % parts == 0:
             sizes = split_layers(num_layers, parts)
             found.append(ParallelConfig(pp=pp, vpp=vpp, stage_layers=sizes))

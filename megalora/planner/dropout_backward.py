@@ -50,6 +50,7 @@ def _in_forward(
     p = layout.parallel
     h = model.shape.hidden
     elements = batch.rows * (h + model.shape.expert_intermediate // p.etp)
+    # The norm's output, which selective recomputation does not need.
     if level != "selective":
         elements += batch.own_tokens * h
     if p.ep * p.etp > 1:

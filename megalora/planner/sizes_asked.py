@@ -54,6 +54,7 @@ class _NotedNetwork:
     noted: dict[Size, None]
 
     def seconds(self, kind: Kind, ranks: int, nodes: int, num_bytes: float) -> Estimate:
+        # A rank by itself sends nothing.
         if ranks > 1:
             self.noted[Size(kind, (ranks, nodes, num_bytes))] = None
         return self.network.seconds(kind, ranks, nodes, num_bytes)
