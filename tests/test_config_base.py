@@ -63,7 +63,7 @@ def test_a_circle_is_refused(files: Path) -> None:
          "train.steps must be above 0, got 0"),
         ("shared/all.yaml", "base: least.yaml\nlora: {r: 3}\n", "unknown config key lora.r; known"),
         ("shared/all.yaml", "base: least.yaml\nlaro: {rank: 3}\n",
-         "unknown config key laro; known keys: model, data, train, parallel, lora"),
+         "unknown config key laro; known keys: model, data, train, objective, parallel, lora"),
         ("shared/all.yaml", "base: least.yaml\nlog: 3\n", "log is a section, got 3"),
         ("run.yaml", "base: shared/all.yaml\ntrain: {lr: fast}\n",
          "train.lr must be a number, got 'fast'"),

@@ -8,11 +8,13 @@ import time
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 from torch.distributed import run as torch_run
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from megalora.cli import main as cli
 from tests.command_outcome import outcome
+from tests.hub_cache import cache_model
 
 
 @pytest.fixture
@@ -108,9 +110,16 @@ def test_train_finds_mistakes_before_ranks_start(
 
 
 def test_train_leaves_a_model_on_the_hub_to_the_ranks(
-    run_yaml: Path, started: list[list[str]], capsys: pytest.CaptureFixture[str]
+    run_yaml: Path,
+    started: list[list[str]],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # Its config is not on this machine, so that the mistake in the second cannot be seen yet.
+    # Known from a download before, so that the hub is not asked for it; but no folder was named, so
+    # that the mistake in the second cannot be seen yet.
+    cache_model(tmp_path / "hub", "Qwen/Qwen3-30B-A3B")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     overrides = ["model.path=Qwen/Qwen3-30B-A3B", "lora.target_modules=[q_porj]"]
     assert outcome(capsys, "train", run_yaml, *overrides) == (0, "", "")
     assert len(started) == 1

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from tests.cluster.stand_ins import ROOT, copy, launch, listening
+from tests.hub_cache import cache_model
 
 __all__ = ["copy", "listening"]  # fixtures
 
@@ -79,7 +80,13 @@ def test_pytorchjob_is_what_the_operator_takes(job: dict[str, Any]) -> None:
     ("replica", "index", "rank"), [("Master", 0, 0), ("Worker", 0, 1), ("Worker", 2, 3)]
 )
 def test_a_pod_takes_its_place(
-    copy: Path, listening: int, job: dict[str, Any], replica: str, index: int, rank: int
+    copy: Path,
+    listening: int,
+    job: dict[str, Any],
+    replica: str,
+    index: int,
+    rank: int,
+    tmp_path: Path,
 ) -> None:
     """The pod's own command under what the operator sets (its setPodEnv), node 0's service name
     answering here."""
@@ -110,7 +117,12 @@ def test_a_pod_takes_its_place(
         arguments.append(f"{key}={here[key]}" if key in here else argument)
     # The config file comes first; its path is relative to the repository.
     arguments[0] = str(ROOT / arguments[0])
-    result = launch(copy, script, *arguments, **injected, **port, LOCAL_ADDR="10.0.0.7")
+    # Downloaded before: the hub is not asked for it.
+    cache_model(tmp_path / "hub", here["model.path"])
+    result = launch(
+        copy, script, *arguments, **injected, **port, LOCAL_ADDR="10.0.0.7",
+        HF_HUB_CACHE=str(tmp_path / "hub"),
+    )  # fmt: skip
     assert result.returncode == 0, result.stderr
     # After the line with its process id, what torchrun was started with.
     said = result.stdout.splitlines()[1:]

@@ -12,6 +12,7 @@ from datasets.packaged_modules.cache.cache import _find_hash_in_cache
 from huggingface_hub import constants
 
 from megalora.hf.hub import check_data_set, check_model, is_prepared
+from tests.hub_cache import cache_model
 
 
 class _Hub(http.server.BaseHTTPRequestHandler):
@@ -74,13 +75,7 @@ def test_offline_only_caches_count(
         check_data_set("me/chats", "data.eval")
     with pytest.raises(ValueError, match="model.path=me/base is not a folder here, .*offline mode"):
         check_model("me/base", "model.path")
-    # As hf download leaves a model.
-    snapshot = tmp_path / "hub/models--me--base/snapshots/0123"
-    snapshot.mkdir(parents=True)
-    (snapshot / "config.json").write_text("{}")
-    refs = tmp_path / "hub/models--me--base/refs"
-    refs.mkdir()
-    (refs / "main").write_text("0123")
+    cache_model(tmp_path / "hub", "me/base")
     check_model("me/base", "model.path")
     assert hub == []
 
