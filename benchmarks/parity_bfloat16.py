@@ -29,8 +29,9 @@ from tests.parity.case import (
     read_run,
     run_case,
 )
-from tests.parity.grid import QUICK, SHORT, Case, full_grid
+from tests.parity.grid import SHORT, Case, full_grid
 from tests.parity.models import make_model
+from tests.parity.quick_cases import QUICK
 
 DTYPE = "bfloat16"
 ROUNDOFF = 2.0**-9

@@ -3,7 +3,7 @@ the oracle."""
 
 import math
 import pickle
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import count
@@ -16,7 +16,6 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from megalora.config import LoRAConfig, RunConfig
-from megalora.data.chat import Encoded
 from megalora.data.order import global_batch_indices
 from megalora.data.splits import load_split, split_off_eval
 from megalora.hf.json_file import read_hf_config
@@ -28,6 +27,7 @@ from tests.distributed.ranks import run_ranks
 from tests.oracles.training import Oracle, Trained
 from tests.parity.built import random_factors
 from tests.parity.compare import distance, of_largest
+from tests.parity.cut_samples import compare_samples, cut_by_hand
 from tests.parity.gradients import reduced_gradients
 from tests.parity.grid import EVAL, OBJECTIVES, Case
 from tests.parity.models import adapter
@@ -194,40 +194,6 @@ def expected(
         batches.append([train_split.samples[i] for i in indices])
     trained = oracle.train(batches, LR, clip=1.0, eps=EPS, lr_b=lr_b, dpo_beta=beta)
     return Expected(eval_loss, trained, seed, oracle.margin)
-
-
-def cut_by_hand(whole: Iterable[Encoded], case: Case) -> list[tuple[list[int], list[bool]]]:
-    """(tokens, which of them are in the loss) of each sample that is trained on, as the options say
-    it; the oracle does not take ours for the truth."""
-    limit = case.data["max_length"]
-    found = []
-    for sample in whole:
-        tokens = sample.input_ids.tolist()
-        in_loss = sample.loss_mask.tolist()
-        if len(tokens) <= limit:
-            cuts = [slice(None)]
-        elif case.too_long == "truncate_right":
-            cuts = [slice(0, limit)]
-        elif case.too_long == "truncate_left":
-            cuts = [slice(len(tokens) - limit, None)]
-        else:
-            assert case.too_long == "split", f"{case.name}: a sample has {len(tokens)} tokens"
-            # Neighbours share a token: the first one of a piece is predicted by nobody.
-            cuts = [slice(at, at + limit) for at in range(0, len(tokens) - 1, limit - 1)]
-        for cut in cuts:
-            learned = in_loss[cut]
-            if cut.start:
-                learned[0] = False
-            if any(learned):
-                found.append((tokens[cut], learned))
-    return found
-
-
-def compare_samples(
-    ours: Iterable[Encoded], theirs: Iterable[tuple[list[int], list[bool]]]
-) -> None:
-    found = [(sample.input_ids.tolist(), sample.loss_mask.tolist()) for sample in ours]
-    assert found == list(theirs), "samples are not cut as data.too_long says"
 
 
 def expected_of_clear_routing(

@@ -18,7 +18,7 @@ from megalora.config import (
     TrainConfig,
 )
 from tests.paired import pairs_of
-from tests.parity.models import ADAPTERS, MODELS, VARIANTS, shape_of
+from tests.parity.models import ADAPTERS, MODELS, shape_of
 
 # Up to 8 ranks, which fork on a machine of two cores; sizes beyond these need more ranks.
 WORLDS = (1, 2, 4, 8)
@@ -289,85 +289,3 @@ def chosen_without_samples() -> tuple[Case, ...]:
     while missing:
         take(pairs)
     return tuple(chosen)
-
-
-FAST = (
-    Case(1, recompute="full", micro=3, adapter="ranks"),
-    Case(2, tp=2, model="tied", adapter="router", micro=3),
-    Case(2, pp=2, model="mixed", recompute="selective", micro=3),
-    Case(2, ep=2, model="idle", adapter="rslora"),
-    Case(2, cp=2, ep=2, micro=PACKED),
-    Case(2, tp=2, ep=2, adapter="ranks", micro=3, objective="dpo"),
-)
-"""For ``make test``: each way of splitting a model once, but for ETP, which needs four ranks."""
-
-QUICK_OF_FAMILIES: list[Case] = []
-"""A case for every family that is not among ``VARIANTS``, with two tensor-parallel ranks and their
-gradients: losses are right even where a sum over the ranks is missing."""
-for _model in MODELS:
-    if _model not in VARIANTS:
-        # A dense model has no expert grid to divide.
-        _ep = 2 if shape_of(_model).moe_layers else 1
-        QUICK_OF_FAMILIES.append(Case(2, tp=2, ep=_ep, model=_model, adapter="router"))
-
-QUICK = (
-    *FAST,
-    Case(4, tp=2, ep=2, etp=2, adapter="ranks", micro=3),
-    # All of these ways at once.
-    Case(8, tp=2, pp=2, ep=2, micro=3),
-    Case(4, tp=2, ep=2, model="shared", adapter="router", micro=3, recompute="full"),
-    Case(4, ep=4, model="idle", micro=3, recompute="selective"),
-    Case(4, tp=4, model="2 kv heads", adapter="some", micro=3),
-    Case(2, pp=2, vpp=2, etp=1, model="one moe layer", adapter="router", micro=3),
-    Case(4, pp=2, vpp=2, tp=2, model="dense", adapter="all", recompute="full1+selective", micro=3),
-    Case(4, tp=4, ep=2, etp=2, model="shared", adapter="rslora", micro=3),
-    Case(4, pp=2, etp=2, model="2 kv heads", adapter="some"),
-    # Context parallelism with every other one, packed and not.
-    Case(8, tp=2, cp=2, pp=2, ep=2, model="shared", micro=PACKED),
-    Case(4, cp=4, ep=2, model="idle", adapter="router", micro=3, recompute="selective"),
-    Case(4, cp=2, pp=2, vpp=2, adapter="rslora", micro=PACKED, recompute="full"),
-    Case(4, tp=2, cp=2, etp=2, model="tied", adapter="router"),
-    # Samples that are cut, and whole logits.
-    Case(2, cp=2, adapter="ranks", micro=PACKED, too_long="split"),
-    Case(2, pp=2, model="tied", adapter="router", micro=3, too_long="truncate_right", head="whole"),
-    Case(4, tp=2, cp=2, micro=PACKED, too_long="truncate_left", head="whole"),
-    # Stages that are not equal: 2 and 5 layers; 1, 2, 2 and 2 in turns; 1 and 3.
-    Case(4, pp=2, ep=2, model="7 layers", adapter="router", micro=3, stages="uneven"),
-    Case(
-        2,
-        pp=2,
-        vpp=2,
-        model="7 layers",
-        adapter="ranks",
-        micro=3,
-        stages="uneven",
-        recompute="full1+selective",
-    ),
-    Case(4, pp=2, tp=2, model="tied", adapter="router", micro=3, stages="uneven"),
-    # Pairs, whose two sequences may lie on different context-parallel ranks.
-    Case(2, adapter="router", micro=3, objective="dpo"),
-    Case(2, cp=2, ep=2, micro=PACKED, objective="dpo"),
-    Case(4, pp=2, vpp=2, etp=2, recompute="full", objective="dpo"),
-    Case(8, tp=2, pp=2, ep=2, model="shared", micro=PACKED, recompute="selective", objective="dpo"),
-    Case(4, tp=2, cp=2, model="tied", adapter="router", micro=3, head="whole", objective="dpo"),
-    *QUICK_OF_FAMILIES,
-)
-"""For ``make test-all``: the layouts README names, every value of every factor at least once, and
-every registered family."""
-
-THREE_STAGES = Case(
-    3, pp=3, model="7 layers", adapter="some", micro=PACKED, recompute="full1+selective",
-    stages="uneven",
-)  # fmt: skip
-"""Stages of 1, 2 and 4 layers: a middle one too, which the sizes of the grid never have."""
-
-LAYOUTS_OF_FAMILIES = (
-    Case(1, adapter="all", micro=3),
-    Case(2, pp=2, adapter="router", recompute="full", micro=3),
-    Case(4, tp=4, ep=2, etp=2, adapter="ranks", micro=3),
-)
-MORE_OF_FAMILIES: list[Case] = []
-"""More layouts for families that have layer parts of their own."""
-for _model in ("glm4_moe", "olmoe"):
-    for _layout in LAYOUTS_OF_FAMILIES:
-        MORE_OF_FAMILIES.append(replace(_layout, model=_model))

@@ -6,8 +6,9 @@ from itertools import combinations, product
 import pytest
 
 from megalora.config import DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
-from tests.parity.grid import PACKED, QUICK, Case, full_grid, layouts, variants
+from tests.parity.grid import PACKED, Case, full_grid, layouts, variants
 from tests.parity.models import ADAPTERS, MODELS, shape_of
+from tests.parity.quick_cases import QUICK
 
 SIZES = {
     "world": (1, 2, 4, 8),

@@ -17,8 +17,9 @@ from tests.parity.case import (
     read_run,
     run_case,
 )
-from tests.parity.grid import FAST, MORE_OF_FAMILIES, QUICK, SHORT, THREE_STAGES, Case
+from tests.parity.grid import SHORT, Case
 from tests.parity.models import MODELS, make_model, shape_of
+from tests.parity.quick_cases import FAST, MORE_OF_FAMILIES, QUICK, THREE_STAGES
 
 type Reference = Callable[[Case], tuple[Path, Expected]]
 
