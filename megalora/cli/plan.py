@@ -70,8 +70,9 @@ def _add_assumptions(plan: Any) -> None:
         "--mean-length",
         type=float,
         metavar="TOKENS",
-        help="mean length of a sample, to plan packed rows; default: that of data.train if it and"
-        " the tokenizer are on this machine, else data.max_length",
+        help="mean length of a sample (of both sequences of a pair), to plan packed rows; default:"
+        " that of data.train if it and the tokenizer are on this machine, else data.max_length for"
+        " each sequence",
     )
     plan.add_argument(
         "--samples",
