@@ -83,6 +83,11 @@ class ObjectiveConfig:
         return self.name != "sft"
 
     @property
+    def sequences(self) -> int:
+        """Sequences of a sample."""
+        return 2 if self.pairs else 1
+
+    @property
     def num_references(self) -> int:
         """Passes with the adapters switched off, in every step."""
         return int(self.name == "dpo")

@@ -28,11 +28,8 @@ class RunConfig:
         # Here and not in a section: it takes two of them to see it.
         capacity = self.train.micro_batch_tokens
         # The last token of a sequence is only a label. The two of a pair share a row.
-        needed = self.data.max_length - 1
-        sample = "a sample"
-        if self.objective.pairs:
-            needed *= 2
-            sample = "a pair of sequences"
+        needed = self.objective.sequences * (self.data.max_length - 1)
+        sample = "a pair of sequences" if self.objective.pairs else "a sample"
         require(
             capacity is None or capacity >= needed,
             f"train.micro_batch_tokens={capacity} has no room for {sample} of"

@@ -23,9 +23,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megalora.data.chunk import Chunk
-from megalora.data.columns import resolve_columns, used_columns
+from megalora.data.columns import used_columns
 from megalora.data.encode_rows import EncodedChunk, RowEncoder
-from megalora.data.pairs import resolve_pair
+from megalora.data.pairs import resolve
 from megalora.data.rows import Rows, open_rows
 from megalora.data.tokens import SAMPLES, TOKENS, Header
 from megalora.wording import first_few
@@ -72,8 +72,7 @@ def build_store(recipe: Recipe, folder: Path, made_of: dict[str, Any]) -> None:
     # The first row decides for all, so that no row is read otherwise than the one before.
     first = next(next(rows.chunks()).rows())
     try:
-        resolve = resolve_pair if recipe.pairs else resolve_columns
-        columns = resolve(recipe.format, first.keys())
+        columns = resolve(recipe.format, first.keys(), pairs=recipe.pairs)
         encoder = RowEncoder(recipe.tokenizer, columns, recipe.allow_left_out, recipe.every_refusal)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error

@@ -14,7 +14,13 @@ from typing import Any
 import numpy as np
 
 from megalora.data.chat import Encoded
-from megalora.data.columns import begins_with, mapped, messages_of, to_conversation
+from megalora.data.columns import (
+    begins_with,
+    mapped,
+    messages_of,
+    resolve_columns,
+    to_conversation,
+)
 from megalora.data.conversation import Conversation
 from megalora.data.messages import Message, parsed_json
 
@@ -30,6 +36,13 @@ _HINT = "data.format={prompt: COLUMN, chosen: COLUMN, rejected: COLUMN}, or the 
 def is_of_pairs(columns: Mapping[str, str]) -> bool:
     """Whether this mapping is one that ``resolve_pair`` has returned."""
     return "chosen" in columns
+
+
+def resolve(
+    format: str | Mapping[str, str], columns: Collection[str], *, pairs: bool
+) -> dict[str, str]:
+    """``resolve_pair`` where rows hold pairs, else ``resolve_columns``."""
+    return resolve_pair(format, columns) if pairs else resolve_columns(format, columns)
 
 
 def resolve_pair(format: str | Mapping[str, str], columns: Collection[str]) -> dict[str, str]:

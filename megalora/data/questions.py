@@ -10,9 +10,9 @@ import numpy as np
 
 from megalora.config import DataConfig
 from megalora.config.data import Source
-from megalora.data.columns import resolve_columns, to_conversation
+from megalora.data.columns import to_conversation
 from megalora.data.conversation import Conversation, prepare
-from megalora.data.pairs import resolve_pair, to_pair
+from megalora.data.pairs import resolve, to_pair
 from megalora.data.rows import open_rows
 from megalora.data.samples import StoredSamples, sample_numbers
 from megalora.data.splits import Split
@@ -52,8 +52,7 @@ def read_questions(
         for number, row in _read(source.path, rows):
             # Looked up in the first row, as in training: two forms in one file would be a mistake.
             if columns is None:
-                resolve = resolve_pair if split.pairs else resolve_columns
-                columns = resolve(source.format or data.format, row)
+                columns = resolve(source.format or data.format, row, pairs=split.pairs)
             if number not in rows:
                 continue
             try:

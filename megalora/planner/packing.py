@@ -89,7 +89,7 @@ def packing_of(config: RunConfig, mean_length: float | None) -> Packing | None:
         ValueError: no sample can be that long on average.
     """
     batch = config.train.global_batch_size
-    sequences = 2 if config.objective.pairs else 1
+    sequences = config.objective.sequences
     longest = sequences * config.data.max_length
     if mean_length is not None:
         require(

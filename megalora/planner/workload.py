@@ -58,7 +58,7 @@ class Workload:
             global_batch_size=config.train.global_batch_size,
             dtype=config.model.dtype,
             imbalance=imbalance,
-            sequences=2 if config.objective.pairs else 1,
+            sequences=config.objective.sequences,
             references=config.objective.num_references,
         )
 
