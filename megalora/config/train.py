@@ -15,7 +15,7 @@ _ABOVE_ZERO = (
 # Of these 0 means never, or none.
 _NOT_NEGATIVE = (
     "warmup", "weight_decay", "clip_grad", "eval_every", "patience", "check_replicas_every",
-    "z_loss", "label_smoothing",
+    "z_loss", "label_smoothing", "router_aux_loss_coef",
 )  # fmt: skip
 
 
@@ -102,6 +102,12 @@ class TrainConfig:
     """Share of each target that is spread evenly over the vocabulary, as in torch's
     ``cross_entropy(label_smoothing=...)``. Must be below 1. Evaluations report the cross entropy
     without it and without z-loss."""
+    router_aux_loss_coef: float = 0.0
+    """Coefficient of a loss that keeps experts evenly used, added to the objective for each layer
+    with experts and each sequence: that of DeepSeek-V3 (which used 1e-4), Megatron's
+    ``seq_aux_loss``. The log has its mean as ``balance_loss``, which is 1 for even routing. Only
+    adapters that change the router's logits learn from it. 0 turns it off, as transformers does in
+    training unless ``output_router_logits`` is set."""
     recompute: Recompute = "off"
     """Activations that the backward pass computes again instead of keeping them. ``selective``:
     core attention, gate_up of experts and dense MLPs; ``full``: whole layers. An adapter on o_proj
@@ -160,6 +166,11 @@ class TrainConfig:
         # Not negative, as infinity is: the first loss would be infinite.
         require(
             math.isfinite(self.z_loss), f"train.z_loss must be a finite number, got {self.z_loss}"
+        )
+        require(
+            math.isfinite(self.router_aux_loss_coef),
+            "train.router_aux_loss_coef must be a finite number, got"
+            f" {self.router_aux_loss_coef}",
         )
         require(
             self.label_smoothing < 1,

@@ -46,6 +46,16 @@ class Chunk:
 
 
 @dataclass(frozen=True, eq=False)
+class RowSequences:
+    """The sequences of a row, for the tokens that this rank routes to experts."""
+
+    numbers: Tensor
+    """[T / (c t)] int64 on the device: the sequence of each token. All filler is one, the last."""
+    lengths: Tensor
+    """[Q + 1] int64 on the device: tokens of each sequence of the whole row, and 0 for filler."""
+
+
+@dataclass(frozen=True, eq=False)
 class Documents:
     """The documents of a row for one rank's attention and rotary embedding.
 
@@ -61,6 +71,8 @@ class Documents:
     """[T / c] int64 on the device: place of each of this rank's tokens in its document."""
     bounds: tuple[tuple[Tensor, Tensor], ...]
     """``query_ends`` and ``key_ends`` of each chunk, int32 on the device."""
+    sequences: RowSequences | None = None
+    """Given where routing is balanced by sequences."""
     qkv_format: str = "sbhd"
     cp_group: Any = None
     tokens_per_sample: Any = None

@@ -32,6 +32,9 @@ class FrozenRouter(TopKRouter):
     expert_bias   [E]       float32 always   replicated; a buffer, present with sigmoid scores
     """
 
+    balance: Any = None
+    """The ``Balance`` of a training step; None for none."""
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         # Megatron updates the bias after a step unless this is set; as a buffer it has no
@@ -48,6 +51,12 @@ class FrozenRouter(TopKRouter):
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Weights and choice of every token, both ``[T, E]``; see ``TopKRouter.routing``."""
+        weights, chosen = self._choose(logits, padding_mask)
+        if self.balance is not None and self.training:
+            weights = self.balance.in_graph_of(weights, logits.flatten(0, -2), chosen, self)
+        return weights, chosen
+
+    def _choose(self, logits: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         if self.score_function != "sigmoid":
             return super().routing(logits, padding_mask)
         assert self.expert_bias is not None, "sigmoid scores come with a correction bias"

@@ -25,6 +25,7 @@ from megalora.lora.coverage import GradientCheck
 from megalora.lora.select import plan
 from megalora.lora.spec import Adapted
 from megalora.model.attention import activate
+from megalora.model.balance import Balance
 from megalora.model.build import MakeBase, build_model
 from megalora.model.recompute import apply_recompute
 from megalora.model.shape import ModelShape
@@ -101,12 +102,17 @@ class Run:
         with around_optimizer or nullcontext():
             norm = clip_and_step(self.optimizer)
         pieces = [norm, sums.flatten()]
+        if self.stepper.balance is not None:
+            pieces.append(self.stepper.balance.total())
         if count_experts:
             pieces.append(load.total().flatten())
         # One copy of a few numbers: the only wait for the device in a step. All are float64, which
         # holds counts exactly.
         grad_norm, *numbers = torch.cat(pieces).tolist()
         num_sums = sums.numel()
+        balance: dict[str, float] = {}
+        if self.stepper.balance is not None:
+            balance["balance_loss"] = numbers.pop(num_sums)
         self.expert_tokens = None
         if count_experts:
             counts = np.array(numbers[num_sums:], dtype=np.int64)
@@ -119,6 +125,7 @@ class Run:
             means.append(total / max(count, 1))
         loss, *others = means
         self.others = dict(zip(self.stepper.objective.metrics[1:], others, strict=True))
+        self.others |= balance
         return loss, grad_norm
 
 
@@ -201,4 +208,7 @@ def make_stepper(
     """
     wrapped = wrap_chunks(list(chunks))
     optimizer = build_optimizer(config, dtype, wrapped)
-    return Stepper(wrapped, groups, objective or sft_of(config), check), optimizer
+    balance = None
+    if config.router_aux_loss_coef:
+        balance = Balance(wrapped, groups, config.router_aux_loss_coef)
+    return Stepper(wrapped, groups, objective or sft_of(config), check, balance), optimizer

@@ -17,6 +17,7 @@ from megalora.data.batch import Batch
 from megalora.model.documents import (
     Chunk,
     Documents,
+    RowSequences,
     local_chunks,
     local_ranges,
     positions_of,
@@ -55,6 +56,8 @@ class Asked:
     """The labels of all places, in the loss or not."""
     sequences: bool = False
     """Which sequence a target token belongs to."""
+    routed: bool = False
+    """Which sequence each token belongs to that this rank routes to experts."""
 
 
 TARGETS = Asked()
@@ -143,10 +146,24 @@ def _host_pieces(batch: Batch, chunks: tuple[Chunk, ...], part: Part, asked: Ask
         if asked.sequences:
             pieces.append(own(batch.sequence_numbers)[places])
             pieces.append(torch.tensor(batch.targets))
+    if asked.routed:
+        pieces.append(_of_tp_rank(own(_without_filler(batch)), part))
+        lengths = np.diff(batch.ends[: batch.num_sequences + 1])
+        pieces.append(torch.tensor([*lengths.tolist(), 0]))
     for chunk in chunks:
         pieces.append(torch.tensor(chunk.query_ends))
         pieces.append(torch.tensor(chunk.key_ends))
     return pieces
+
+
+def _without_filler(batch: Batch) -> Tensor:
+    """[T] int64: the sequence of each token; all filler has the number behind the last one."""
+    return batch.sequence_numbers.clamp(max=batch.num_sequences)
+
+
+def _of_tp_rank(part_of_row: Tensor, part: Part) -> Tensor:
+    """The slice between this rank's layers, where sequence parallelism cuts up rows."""
+    return part_of_row.chunk(part.tp_size)[part.tp_rank]
 
 
 def _unpack(
@@ -169,6 +186,9 @@ def _unpack(
         if asked.sequences:
             sequences = next(parts).long()
             targets = next(parts).long()
+    of_row = None
+    if asked.routed:
+        of_row = RowSequences(next(parts).long(), next(parts).long())
     bounds = tuple((next(parts), next(parts)) for _ in chunks)
-    documents = Documents(chunks, positions, bounds)
+    documents = Documents(chunks, positions, bounds, of_row)
     return DeviceBatch(documents, tokens, labels, places, filler, number, sequences, targets)

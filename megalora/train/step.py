@@ -2,6 +2,7 @@
 reduction of gradients. Which loss is minimised is the objective's."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,7 @@ from megalora.data.batch import Batch
 from megalora.lora.coverage import GradientCheck
 from megalora.lora.shards import sum_partial_gradients
 from megalora.lora.switched_off import adapters_off
+from megalora.model.balance import Balance
 from megalora.model.documents import unzigzag
 from megalora.model.expert_load import ExpertLoad
 from megalora.model.head import Outputs, Wanted, project
@@ -42,12 +44,14 @@ class Stepper:
         groups: Groups,
         objective: Objective,
         check: GradientCheck | None = None,
+        balance: Balance | None = None,
     ) -> None:
         self.chunks = list(chunks)
         self.groups = groups
         self.objective = objective
         self.check = check
         self.load = ExpertLoad(chunks)
+        self.balance = balance
         self.parameters: list[nn.Parameter] = []
         for chunk in chunks:
             self.parameters.extend(p for p in chunk.parameters() if p.requires_grad)
@@ -128,7 +132,11 @@ class Stepper:
         """(sum, count) of each metric on the last pipeline stage, ``[M, 2]``; zeros elsewhere."""
         objective = self.objective
         divisors = self._divisors(batches)
-        asked = Asked(sequences=objective.by_sequence)
+        # Only training balances routing.
+        balance = None if forward_only else self.balance
+        if balance is not None:
+            balance.begin(sum(batch.num_sequences for batch in batches))
+        asked = Asked(sequences=objective.by_sequence, routed=balance is not None)
         # Once for all passes over these microbatches.
         inputs = to_device(batches, Part.of(self.groups), asked)
         references = self._references(batches, inputs)
@@ -217,7 +225,9 @@ class Stepper:
         if self.groups.pp.size() > 1 and not several:
             communication = self._stages(batches)
         return get_forward_backward_func()(
-            forward_step_func=partial(_forward_step, want=want, report=report, load=self.load),
+            forward_step_func=partial(
+                _forward_step, want=want, report=report, load=self.load, balance=self.balance
+            ),
             data_iterator=iterators if several else iterators[0],
             model=self.chunks if several else self.chunks[0],
             num_microbatches=len(batches),
@@ -308,6 +318,7 @@ def _forward_step(
     want: Mapping[str, Reader],
     report: Report,
     load: ExpertLoad,
+    balance: Balance | None,
 ) -> tuple[Any, Any]:
     """One microbatch: (what the head has read, what makes a report of it), as Megatron's schedules
     take them; only the last stage calls the second."""
@@ -317,7 +328,8 @@ def _forward_step(
         wanted = Wanted(batch.labels, batch.positions, want)
     # Megatron takes [B, T]. Without position ids and attention mask: rotary positions and causality
     # come from the documents.
-    with load.microbatch(batch.filler):
+    counted = nullcontext() if balance is None else balance.microbatch()
+    with load.microbatch(batch.filler), counted:
         outputs = model(
             _with_batch(batch.tokens), None, None, packed_seq_params=batch.documents,
             output_processor=project, output_processor_context=wanted,

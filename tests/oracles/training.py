@@ -6,7 +6,7 @@ differentiated by autograd.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,33 @@ def corrected_margin(router: Any, logits: Tensor) -> float:
     return min(lead(rating, router.topk_group), lead(within, router.top_k))
 
 
+def chosen(router: Any, logits: Tensor) -> Tensor:
+    """[T, K]: the experts of each token."""
+    if not hasattr(router, "e_score_correction_bias"):
+        return logits.topk(router.top_k, dim=-1).indices
+    scores = logits.sigmoid() + router.e_score_correction_bias
+    by_group = scores.unflatten(-1, (router.n_group, -1))
+    best = by_group.topk(2, dim=-1).values.sum(-1).topk(router.topk_group, dim=-1).indices
+    allowed = torch.zeros(len(scores), router.n_group, dtype=torch.bool).scatter(-1, best, True)
+    return by_group.masked_fill(~allowed[..., None], -torch.inf).flatten(-2).topk(router.top_k)[1]
+
+
+def unevenness(router: Any, logits: Tensor) -> Tensor:
+    """DeepSeek-V3's balance loss of one sequence in one layer (2412.19437, equations 17 to 20),
+    written out expert by expert."""
+    num_tokens, num_experts = logits.shape
+    sigmoids = hasattr(router, "e_score_correction_bias")
+    scores = logits.sigmoid() if sigmoids else logits.exp()
+    shares = scores / scores.sum(-1, keepdim=True)
+    experts = chosen(router, logits.detach())
+    total = logits.new_zeros(())
+    for expert in range(num_experts):
+        times = (experts == expert).sum().item()
+        frequency = num_experts / (router.top_k * num_tokens) * times
+        total = total + frequency * shares[:, expert].mean()
+    return total
+
+
 class Oracle:
     """A base model and adapter factors by PEFT tensor name; every sample runs alone and
     unpadded."""
@@ -54,9 +81,10 @@ class Oracle:
         factors: dict[str, Tensor],
         scale: float | dict[str, float],
         dtype: torch.dtype = torch.float64,
+        balance: float = 0.0,
     ) -> None:
         """``scale``: one for all, or by HF module name. ``dtype``: of weights and activations;
-        factors are float64."""
+        factors are float64. ``balance``: coefficient of the loss that keeps experts evenly used."""
         self.dtype = dtype
         self.model = (
             AutoModelForCausalLM.from_pretrained(base, dtype=dtype, experts_implementation="eager")
@@ -68,6 +96,9 @@ class Oracle:
         for name, t in factors.items():
             self.factors[name] = t.clone().double().requires_grad_()
         self.scale = scale
+        self.balance = balance
+        self.routed: list[Tensor] = []
+        """What each layer that has routed since the list was emptied adds to that loss."""
         self.margin = math.inf
         """The smallest lead, in router logits, of a chosen expert over the best that was not, of
         all tokens so far."""
@@ -78,7 +109,11 @@ class Oracle:
 
     def _measure_margin(self, router: Any, _: Any, output: Any) -> None:
         # Most families' routers return a tuple that begins with the logits.
-        logits = (output[0] if isinstance(output, tuple) else output).detach()
+        logits = output[0] if isinstance(output, tuple) else output
+        # Neither a reference nor an evaluation is balanced.
+        if self.balance and torch.is_grad_enabled():
+            self.routed.append(unevenness(router, logits))
+        logits = logits.detach()
         if hasattr(router, "e_score_correction_bias"):
             margin = corrected_margin(router, logits)
         else:
@@ -193,13 +228,21 @@ class Oracle:
         groups = [{"params": of_a}, {"params": of_b, "lr": lr_b or lr}]
         optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=0.0, eps=eps)
         losses = []
+        uneven: list[float] = []
         norms = []
         gradients = []
         # One batch is one step: a global batch has no microbatches here.
         for batch in batches:
             optimizer.zero_grad()
+            self.routed = []
             loss = self.dpo_loss(batch, dpo_beta) if dpo_beta else self.loss(batch)
-            loss.backward()
+            balanced = loss
+            if self.balance and self.routed:
+                num_sequences = sum(2 if sample.second else 1 for sample in batch)
+                total = torch.stack(self.routed).sum() / num_sequences
+                uneven.append(total.item() * num_sequences / len(self.routed))
+                balanced = loss + self.balance * total
+            balanced.backward()
             of_step = {}
             for name, t in self.factors.items():
                 if t.grad is not None:
@@ -216,7 +259,7 @@ class Oracle:
             adapter[name] = t.detach()
             exp_avg[name] = optimizer.state[t]["exp_avg"]
             exp_avg_sq[name] = optimizer.state[t]["exp_avg_sq"]
-        return Trained(losses, norms, gradients, adapter, exp_avg, exp_avg_sq)
+        return Trained(losses, norms, gradients, adapter, exp_avg, exp_avg_sq, uneven)
 
 
 @dataclass(frozen=True)
@@ -231,6 +274,8 @@ class Trained:
     adapter: dict[str, Tensor]
     exp_avg: dict[str, Tensor]
     exp_avg_sq: dict[str, Tensor]
+    unevenness: list[float] = field(default_factory=list)
+    """Of every step, mean over layers and sequences, where it is in the loss."""
 
 
 def read_adapter(folder: Path) -> dict[str, Tensor]:

@@ -29,7 +29,7 @@ from tests.parity.built import random_factors
 from tests.parity.compare import distance, of_largest
 from tests.parity.cut_samples import compare_samples, cut_by_hand
 from tests.parity.gradients import reduced_gradients
-from tests.parity.grid import EVAL, OBJECTIVES, Case
+from tests.parity.grid import BALANCE, EVAL, OBJECTIVES, Case
 from tests.parity.models import adapter
 from tests.parity.plain_head import with_whole_logits
 from tests.parity.runs import make_config, records
@@ -93,7 +93,7 @@ def run_config(
         base, case.source(chats), out, case.parallel, case.recompute, dtype=dtype, eval=EVAL,
         data_seed=seed, data=case.data, objective=OBJECTIVES[case.objective], lr=LR, steps=steps,
         lora=adapter(case.adapter, model_shape(read_hf_config(base))),
-        global_batch_size=case.batch, **case.rows,
+        global_batch_size=case.batch, router_aux_loss_coef=BALANCE[case.balance], **case.rows,
     )  # fmt: skip
 
 
@@ -183,7 +183,7 @@ def expected(
     for a in adapted:
         for module in a.hf_modules():
             scales[module] = a.alpha / a.rank**exponent
-    oracle = Oracle(base, factors, scales, arithmetic)
+    oracle = Oracle(base, factors, scales, arithmetic, BALANCE[case.balance])
     # A run evaluates before its first step, with the adapter it starts from.
     with torch.no_grad():
         held_out = list(eval_split.samples)
@@ -255,6 +255,7 @@ def read_run(run: Path) -> Expected:
         _starting_with("param.", state),
         _starting_with("exp_avg.", state),
         _starting_with("exp_avg_sq.", state),
+        records(run, "balance_loss"),
     )
     return Expected(records(run, "eval_loss")[0], trained)
 
@@ -275,7 +276,9 @@ def deviations(found: Expected, of: Expected) -> dict[str, float]:
         adapter = _worse(adapter, distance(ours.adapter[name], value))
     return {
         "eval loss": _relative([found.eval_loss], [of.eval_loss]),
-        "loss": _relative(ours.losses, theirs.losses),
+        "loss": _worse(
+            _relative(ours.losses, theirs.losses), _relative(ours.unevenness, theirs.unevenness)
+        ),
         "grad norm": _relative(ours.norms, theirs.norms),
         "gradient": gradient,
         "adapters": adapter,

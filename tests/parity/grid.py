@@ -48,6 +48,10 @@ HEAD = ("lean", "whole")
 OBJECTIVES = {"sft": ObjectiveConfig(), "dpo": ObjectiveConfig(name="dpo", beta=0.5)}
 """A loss of tokens, and one of pairs of sequences that share a row."""
 
+BALANCE = {"off": 0.0, "on": 0.3}
+"""Coefficient of the loss that keeps experts evenly used, with which it is not lost in the
+other's."""
+
 STEPS = 5
 """Optimizer steps of a case in ``make parity``."""
 SHORT = 2
@@ -75,6 +79,7 @@ class Case:
     too_long: str = "left_out"
     head: str = "lean"
     objective: str = "sft"
+    balance: str = "off"
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -117,9 +122,11 @@ class Case:
         return pairs_of(chats) if self.objective == "dpo" else chats
 
     @property
-    def question(self) -> tuple[str, str, int, str, str]:
-        """What the oracle has to know: model, adapter, batch, how samples are cut, and the loss."""
-        return self.model, self.adapter, self.batch, self.too_long, self.objective
+    def question(self) -> tuple[str, str, int, str, str, str]:
+        """What the oracle has to know: model, adapter, batch, how samples are cut, and the
+        losses."""
+        cut = self.too_long
+        return self.model, self.adapter, self.batch, cut, self.objective, self.balance
 
     @property
     def layout(self) -> str:
@@ -138,6 +145,8 @@ class Case:
             name += ", uneven stages"
         if self.objective != "sft":
             name += f", {self.objective}"
+        if self.balance == "on":
+            name += ", balanced"
         return name + (", whole logits" if self.head == "whole" else "")
 
     def pairs(self) -> frozenset[Any]:
@@ -244,6 +253,9 @@ def of_samples(case: Case) -> list[Case]:
         # Pairs are whole.
         if how == "left_out":
             found.append(replace(found[-1], objective="dpo"))
+    # A dense model has nothing to balance.
+    if shape_of(case.model).moe_layers:
+        found += [replace(variant, balance="on") for variant in found]
     return found
 
 

@@ -10,7 +10,7 @@ FAST = (
     Case(2, tp=2, model="tied", adapter="router", micro=3),
     Case(2, pp=2, model="mixed", recompute="selective", micro=3),
     Case(2, ep=2, model="idle", adapter="rslora"),
-    Case(2, cp=2, ep=2, micro=PACKED),
+    Case(2, cp=2, ep=2, micro=PACKED, balance="on"),
     Case(2, tp=2, ep=2, adapter="ranks", micro=3, objective="dpo"),
 )
 """For ``make test``: each way of splitting a model once, but for ETP, which needs four ranks."""
@@ -64,6 +64,10 @@ QUICK = (
     Case(4, pp=2, vpp=2, etp=2, recompute="full", objective="dpo"),
     Case(8, tp=2, pp=2, ep=2, model="shared", micro=PACKED, recompute="selective", objective="dpo"),
     Case(4, tp=2, cp=2, model="tied", adapter="router", micro=3, head="whole", objective="dpo"),
+    # Balanced routing, of sequences that lie on several ranks, in rows that end with filler.
+    Case(4, tp=2, cp=2, adapter="router", micro=PACKED, recompute="full", balance="on"),
+    Case(4, pp=2, vpp=2, tp=2, ep=2, model="glm4_moe", adapter="router", micro=3, balance="on"),
+    Case(4, ep=2, etp=2, model="mixed", recompute="selective", objective="dpo", balance="on"),
     *QUICK_OF_FAMILIES,
 )
 """For ``make test-all``: the layouts README names, every value of every factor at least once, and

@@ -75,15 +75,22 @@ def test_every_possible_pair_of_values_is_tested() -> None:
         of_samples = (("too_long", too_long), ("head", head))
         possible.add(of_samples)
         for factor, value in values:
-            if factor not in ("too_long", "head", "objective"):
+            if factor not in ("too_long", "head", "objective", "balance"):
                 possible |= {((factor, value), each) for each in of_samples}
     # So does each objective, but that pairs are never cut.
     for objective in ("sft", "dpo"):
         of_loss = ("objective", objective)
         for factor, value in {value for pair in possible for value in pair}:
             is_cut = factor == "too_long" and value != "left_out"
-            if factor != "objective" and not (is_cut and objective == "dpo"):
+            if factor not in ("objective", "balance") and not (is_cut and objective == "dpo"):
                 possible.add(((factor, value), of_loss))
+    # Balanced or not goes with everything, where there are experts.
+    dense = {model for model in MODELS if not shape_of(model).moe_layers}
+    for balance in ("off", "on"):
+        for factor, value in {value for pair in possible for value in pair}:
+            nothing_to_do = balance == "on" and factor == "model" and value in dense
+            if factor != "balance" and not nothing_to_do:
+                possible.add(((factor, value), ("balance", balance)))
     tested = set()
     for case in full_grid():
         tested |= pairs(case)
@@ -95,6 +102,7 @@ def test_a_quick_case_for_every_value() -> None:
         **SIZES, "model": tuple(MODELS), "adapter": tuple(ADAPTERS),
         "recompute": ("off", "selective", "full", "full1+selective"), "micro": (1, 3, PACKED),
         "head": ("lean", "whole"), "stages": ("equal", "uneven"), "objective": ("sft", "dpo"),
+        "balance": ("off", "on"),
         "too_long": ("left_out", "truncate_right", "truncate_left", "split"),
     }  # fmt: skip
     for factor, values in values_of.items():
