@@ -299,6 +299,7 @@ def _refusal(config: RunConfig, num_ranks: int) -> str | None:
         config.check_world(num_ranks)
         shape = model_shape(find_architecture(config.model.path))
         shape.check_layout(config.parallel, config.train.recompute)
+        shape.check_balance(config.train.router_aux_loss_coef)
     except ValueError as error:
         # Messages may have several lines; a status is one.
         return " ".join(str(error).split())

@@ -46,6 +46,7 @@ def training(config: RunConfig, options: BenchOptions) -> Iterator[Run]:
     hf = find_architecture(config.model.path)
     shape = model_shape(hf)
     shape.check_layout(config.parallel, config.train.recompute)
+    shape.check_balance(config.train.router_aux_loss_coef)
     adapted = resolve(config.lora, shape)
     tokenizer, split = full_samples(config, shape.vocab, natural=options.routing == "natural")
 

@@ -105,9 +105,9 @@ class TrainConfig:
     router_aux_loss_coef: float = 0.0
     """Coefficient of a loss that keeps experts evenly used, added to the objective for each layer
     with experts and each sequence: that of DeepSeek-V3 (which used 1e-4), Megatron's
-    ``seq_aux_loss``. The log has its mean as ``balance_loss``, which is 1 for even routing. Only
-    adapters that change the router's logits learn from it. 0 turns it off, as transformers does in
-    training unless ``output_router_logits`` is set."""
+    ``seq_aux_loss``. The log has its mean as ``balance_loss``, which is 1 for even routing. All
+    adapters before a router learn from it. 0 turns it off, as transformers does unless
+    ``output_router_logits`` is set."""
     recompute: Recompute = "off"
     """Activations that the backward pass computes again instead of keeping them. ``selective``:
     core attention, gate_up of experts and dense MLPs; ``full``: whole layers. An adapter on o_proj
@@ -169,8 +169,7 @@ class TrainConfig:
         )
         require(
             math.isfinite(self.router_aux_loss_coef),
-            "train.router_aux_loss_coef must be a finite number, got"
-            f" {self.router_aux_loss_coef}",
+            f"train.router_aux_loss_coef must be a finite number, got {self.router_aux_loss_coef}",
         )
         require(
             self.label_smoothing < 1,

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from megalora.config import LoRAConfig, ParallelConfig, Recompute
+from megalora.config import LoRAConfig, ParallelConfig, TrainConfig
 from megalora.lora.modules import projection_places
 from megalora.lora.patterns import Pattern, end_pattern
 from megalora.lora.spec import Adapted, lora_scale, make_adapted
@@ -29,12 +29,16 @@ too, because vLLM and SGLang do not honour it."""
 
 
 def plan(
-    lora: LoRAConfig, parallel: ParallelConfig, folder: Path, recompute: Recompute = "off"
+    lora: LoRAConfig, parallel: ParallelConfig, folder: Path, train: TrainConfig | None = None
 ) -> tuple[ModelShape, list[Adapted]]:
     """The model's sizes and its adapted projections, from the base's config.json and the headers of
     its weights. Raises ``ValueError`` before any weights are read."""
     shape = open_folder(folder).shape
-    shape.check_layout(parallel, recompute)
+    if train is None:
+        shape.check_layout(parallel)
+    else:
+        shape.check_layout(parallel, train.recompute)
+        shape.check_balance(train.router_aux_loss_coef)
     return shape, resolve(lora, shape)
 
 

@@ -110,9 +110,7 @@ class Balance:
         return _WithLoss.apply(weights_TE, loss)  # pyright: ignore[reportReturnType]
 
     @torch.no_grad()
-    def _factors(
-        self, row: RowSequences, map_TE: Tensor, top_k: int, dtype: torch.dtype
-    ) -> Tensor:
+    def _factors(self, row: RowSequences, map_TE: Tensor, top_k: int, dtype: torch.dtype) -> Tensor:
         """``[T, E]``: what a token's score of an expert is multiplied by in the loss."""
         num_experts = map_TE.shape[1]
         chosen_QE = map_TE.new_zeros(len(row.lengths), num_experts, dtype=dtype)

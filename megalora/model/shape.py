@@ -137,6 +137,14 @@ class ModelShape:
                 f" {self.num_layers} layers; train.recompute=full recomputes all of them",
             )
 
+    def check_balance(self, coefficient: float) -> None:
+        """Raise ``ValueError`` where ``train.router_aux_loss_coef`` would do nothing."""
+        require(
+            not coefficient or bool(self.moe_layers),
+            f"train.router_aux_loss_coef={coefficient}: this model ({self.model_type}) has no"
+            " experts to use evenly; leave it out",
+        )
+
     def _check_stages(self, p: ParallelConfig) -> None:
         """Raise ``ValueError`` unless the layers can be divided into pipeline stages so."""
         if p.stage_layers is not None:

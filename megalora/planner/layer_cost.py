@@ -28,6 +28,8 @@ LOSS_PASSES = 9
 their maximum, less it, exponentials, their sum, a factor, rounded. Assumed."""
 ROUTER_PASSES = 10
 """Times that the router's probabilities are read or written, forward and backward each. Assumed."""
+BALANCE_PASSES = 6
+"""The same for scores and factors of the loss that keeps experts evenly used. Assumed."""
 GATED_FORWARD = 7
 """Times that I / t features of a token are read or written by silu(gate) * up in forward. Assumed,
 like the next."""
@@ -160,6 +162,7 @@ class LayerCosts(Prices):
             self.gemm(ledger, "dispatch", own, s.num_experts, s.hidden)
             probabilities = own * s.num_experts * STATISTIC
             self.traffic(ledger, "dispatch", ROUTER_PASSES * probabilities)
+            self.traffic(ledger, "dispatch", b.balanced * BALANCE_PASSES * probabilities)
             # Out to the experts and back. It ends when the fullest rank has its rows, which ETP
             # ranks receive in equal parts and then gather.
             self.collective(
@@ -172,6 +175,11 @@ class LayerCosts(Prices):
             # Rows are written before the all-to-all, and summed by token behind it.
             if self.p.ep * self.p.etp > 1:
                 self.traffic(ledger, "dispatch", 2 * sent + 2 * own * s.hidden * self.e)
+        if b.balanced:
+            # How often each sequence, and filler, chose each expert.
+            counts = (b.samples + 1) * s.num_experts * STATISTIC
+            for group in ("tp", "cp"):
+                self.collective(forward, "dispatch", "all_reduce", group, counts)
         router = modules.get("mlp.router", [])
         ways = (forward, backward)
         self._adapter(ways, "dispatch", router, (own, own), (s.hidden, s.num_experts))

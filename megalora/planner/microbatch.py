@@ -43,6 +43,8 @@ class Microbatch:
     mask_bytes: int
     """Bytes of an element of a dropout mask: torch's fused kernel keeps booleans, its form for the
     CPU a factor in the activations' dtype."""
+    balanced: bool = False
+    """Whether routing adds to the loss."""
 
     def dropped(self, elements: int, live: bool) -> int:
         """Bytes that dropout before an A keeps: the dropped-out copy, for the gradient of A, and
@@ -91,7 +93,7 @@ class Microbatch:
             received = min(math.ceil(sent * p.etp * work.imbalance), own * p.etp * p.ep)
         return cls(
             samples, sequence, row, tokens, own, rows, sent, received,
-            work.element_bytes, work.element_bytes if work.on_cpu else 1,
+            work.element_bytes, work.element_bytes if work.on_cpu else 1, work.balanced,
         )  # fmt: skip
 
 

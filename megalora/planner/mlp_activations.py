@@ -122,7 +122,8 @@ def _routing(mlp: PlannedMLP, moved: bool) -> int:
     """Top-k: an int64 index for each of the (T / t) k choices, a float32 softmax over the choices
     (over all experts where probabilities are not normed again, as in Qwen2-MoE). Where
     probabilities went: an int32 index, and one that the experts keep as well; with an all-to-all
-    that one belongs to the pairs before it, and the M pairs that it delivered have one more."""
+    that one belongs to the pairs before it, and the M pairs that it delivered have one more. For
+    the loss that keeps experts evenly used two more scores of every expert."""
     s = mlp.model.shape
     own = mlp.batch.own_tokens
     choices = own * s.top_k
@@ -136,6 +137,9 @@ def _routing(mlp: PlannedMLP, moved: bool) -> int:
         scores = own * s.num_experts * STATISTIC
     else:
         scores = choices * STATISTIC
+    if mlp.batch.balanced:
+        # Scores over all experts, and what each is multiplied by; sigmoids have a sum.
+        scores += own * (2 * s.num_experts + s.correction_bias) * STATISTIC
     kept = choices * (INDEX + INT) + scores
     if moved:
         kept += choices * INT + mlp.batch.rows * INT

@@ -91,6 +91,7 @@ class Question:
         # First of what the config names: of a model that megalora does not compute, not even the
         # tokenizer may be readable.
         shape = model_shape(find_architecture(config.model.path))
+        shape.check_balance(config.train.router_aux_loss_coef)
         # The table of the GPU that is planned for, whatever this machine is.
         work = replace(
             Workload.of(config, options.imbalance),

@@ -28,6 +28,8 @@ class Workload:
     """Sequences of a sample: 2 where it is a pair of answers."""
     references: int = 0
     """Passes without gradients in a step, before its own."""
+    balanced: bool = False
+    """Whether a loss keeps experts evenly used."""
     packing: Packing | None = None
     """Lengths of the samples, which are then packed; None: all are of full length."""
     crossings: Crossings = NO_TABLE
@@ -60,6 +62,7 @@ class Workload:
             imbalance=imbalance,
             sequences=config.objective.sequences,
             references=config.objective.num_references,
+            balanced=config.train.router_aux_loss_coef > 0,
         )
 
     @property

@@ -19,6 +19,7 @@ CHARTS = (
     ("Reward of chosen answers", "chosen_reward"),
     ("Reward of rejected answers", "rejected_reward"),
     ("Cross entropy of chosen answers (nats per target token)", "chosen_cross_entropy"),
+    ("Unevenness of experts (1: all alike), mean of layers and sequences", "balance_loss"),
     ("Learning rate", "lr"),
     ("Gradient norm before clipping", "grad_norm"),
     ("Tokens per second", "tokens_per_second"),

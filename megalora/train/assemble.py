@@ -53,7 +53,7 @@ class Inputs:
         """Read the base's headers, its tokenizer and the data; raises ``ValueError`` where the user
         can mend one of them."""
         folder = local_folder(config.model.path)
-        shape, adapted = plan(config.lora, config.parallel, folder, config.train.recompute)
+        shape, adapted = plan(config.lora, config.parallel, folder, config.train)
         tokenizer = load_tokenizer(folder)
         splits = load_data(config.data, tokenizer, pairs=config.objective.pairs)
         return cls(shape, adapted, tokenizer, *splits)

@@ -82,7 +82,7 @@ def train(config: RunConfig, job: str | None = None) -> Path | None:
     with opened(Path(config.checkpoint.dir), job) as run_folder:
         found = find_checkpoint(config, restarted=run_folder.same_job)
         folder = local_folder(config.model.path)
-        shape, adapted = plan(config.lora, config.parallel, folder, config.train.recompute)
+        shape, adapted = plan(config.lora, config.parallel, folder, config.train)
         identity = identify(config, folder)
         notes = [*run_folder.notes, *found.notes]
         if note := unused_note(open_folder(folder)):

@@ -1,6 +1,7 @@
 """All bugs there are, one list."""
 
 from tests.mutations.adapter_bugs import ADAPTER_BUGS
+from tests.mutations.balance_bugs import BALANCE_BUGS
 from tests.mutations.base_bugs import BASE_BUGS
 from tests.mutations.bugs import BUGS as MODEL_BUGS
 from tests.mutations.compiled_bugs import COMPILED_BUGS
@@ -58,4 +59,5 @@ EVERY_BUG = (
     + STAGE_BUGS
     + RECIPE_BUGS
     + PREFERENCE_BUGS
+    + BALANCE_BUGS
 )

@@ -66,7 +66,17 @@ QUICK = (
     Case(4, tp=2, cp=2, model="tied", adapter="router", micro=3, head="whole", objective="dpo"),
     # Balanced routing, of sequences that lie on several ranks, in rows that end with filler.
     Case(4, tp=2, cp=2, adapter="router", micro=PACKED, recompute="full", balance="on"),
-    Case(4, pp=2, vpp=2, tp=2, ep=2, model="glm4_moe", adapter="router", micro=3, balance="on"),
+    Case(
+        4,
+        pp=2,
+        vpp=2,
+        tp=2,
+        ep=2,
+        model="glm4_moe",
+        adapter="router",
+        recompute="full",
+        balance="on",
+    ),
     Case(4, ep=2, etp=2, model="mixed", recompute="selective", objective="dpo", balance="on"),
     *QUICK_OF_FAMILIES,
 )

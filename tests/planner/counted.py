@@ -82,12 +82,15 @@ class Case:
     model: str = "moe"
     dtype: Any = "float32"
     dropout: float = 0.0
+    balanced: bool = False
+    """Whether a loss keeps experts evenly used."""
 
     @property
     def name(self) -> str:
         """The case in a test's id."""
         sizes = " ".join(f"{name}{n}" for name, n in self.parallel.items()) or "alone"
         name = f"{self.world} {sizes} micro{self.micro} {self.recompute} {self.model} {self.dtype}"
+        name += " balanced" if self.balanced else ""
         return f"{name} dropout" if self.dropout else name
 
     def config(self, folder: Path, chats: Path) -> RunConfig:
@@ -99,7 +102,8 @@ class Case:
         }
         config = make_config(
             base, chats, folder / "run", self.parallel, self.recompute,
-            lora=LoRAConfig(rank=RANK, dropout=self.dropout), dtype=self.dtype, **sizes
+            lora=LoRAConfig(rank=RANK, dropout=self.dropout), dtype=self.dtype,
+            router_aux_loss_coef=0.01 * self.balanced, **sizes
         )  # fmt: skip
         # The batches of the count are made by hand; the config must be one that could run.
         dp, _ = config.parallel.data_parallel_sizes(self.world)
@@ -126,7 +130,11 @@ def compare(case: Case, folder: Path, chats: Path) -> list[dict[str, Any]]:
     )
     global_batch = MICROBATCHES * case.micro * layout.dp
     work = Workload(
-        sequence_length=SEQUENCE, global_batch_size=global_batch, dtype=case.dtype, on_cpu=True
+        sequence_length=SEQUENCE,
+        global_batch_size=global_batch,
+        dtype=case.dtype,
+        on_cpu=True,
+        balanced=case.balanced,
     )
     top_k = 0
     if model.shape.moe_layers:

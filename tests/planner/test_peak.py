@@ -58,6 +58,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             Case(2, {"tp": 2}, recompute="selective", model="shared", dropout=0.3),
             marks=pytest.mark.slow,
         ),
+        pytest.param(Case(2, {"tp": 2}, micro=2, balanced=True), marks=pytest.mark.slow),
         # Nothing of a recomputed layer may outlive its backward.
         pytest.param(Case(2, {"ep": 2}, recompute="full"), marks=pytest.mark.slow),
     ],
