@@ -16,7 +16,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-FactorName = Literal["A", "B"]
+FactorName = Literal["A", "B", "M"]
+"""A and B of LoRA, and M, the magnitude of DoRA."""
 
 LM_HEAD = "lm_head.weight"
 EMBEDDING = "model.embed_tokens.weight"
@@ -71,7 +72,12 @@ def tensor_name(hf_module: str, factor: FactorName) -> str:
 
     >>> tensor_name("lm_head", "A")
     'base_model.model.lm_head.lora_A.weight'
+    >>> tensor_name("lm_head", "M")
+    'base_model.model.lm_head.lora_magnitude_vector'
     """
+    # PEFT keeps the magnitude in a module of its own, and drops that module's ".weight" on saving.
+    if factor == "M":
+        return f"{PEFT_PREFIX}{hf_module}.lora_magnitude_vector"
     return f"{PEFT_PREFIX}{hf_module}.lora_{factor}.weight"
 
 

@@ -11,9 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megalora import host
-from megalora.hf.tensor_names import parse_factor
 from megalora.lora.shards import FactorShard
-from megalora.lora.spec import Adapted, expected_tensors
+from megalora.lora.spec import FACTORS, Adapted, FactorName, expected_tensors
 from megalora.model.shape import ModelShape
 from megalora.wording import first_few
 
@@ -84,9 +83,8 @@ def _manifest_row(a: Adapted) -> dict[str, Any]:
         "rank": a.rank,
         "alpha": a.alpha,
         "scale": a.scale,
-        "A": a.shape("A"),
-        "B": a.shape("B"),
-        "tensors": 2 * len(a.hf_modules()),
+        **{factor: a.shape(factor) for factor in a.factors},
+        "tensors": len(a.factors) * len(a.hf_modules()),
         "parameters": a.num_parameters(),
     }
 
@@ -103,8 +101,8 @@ class _Parts:
     def add(self, number: int, shard: FactorShard) -> None:
         """Add the parameter part of ``shard``, which belongs to projection ``number``."""
         index = shard.index
-        if shard.parameter.dim() == 3:
-            # [experts, rows, columns]: all experts at once, rows of this projection alone
+        if shard.is_expert:
+            # [experts, ...]: all experts at once, rows of this projection alone
             index = (slice(None), *shard.index[1:])
         self.views[number, shard.parameter, index] = None
 
@@ -127,42 +125,49 @@ class _Parts:
 class GradientCheck:
     """Stops a run in which some group of factors cannot learn.
 
-    B's gradient is non-zero from the first step on; A's once a step has moved B off zero. A group
-    is one projection of one layer, all experts together: single experts may have had no token.
+    B's gradient is non-zero from the first step on, and a magnitude's; A's once a step has moved B
+    off zero. A group is one projection of one layer, all experts together: single experts may have
+    had no token.
     """
 
     def __init__(self, adapted: list[Adapted], shards: list[FactorShard]) -> None:
         self.labels: list[str] = []
+        self.expected: dict[FactorName, list[int]] = {}
+        """Factor -> which projections have it."""
         number: dict[str, int] = {}
         for i, a in enumerate(adapted):
             # lm_head is in no layer.
             self.labels.append(a.name if a.layer is None else f"layer {a.layer} {a.name}")
             number |= dict.fromkeys(a.hf_modules(), i)
-        self.parts = {"A": _Parts(), "B": _Parts()}
+            for factor in a.factors:
+                if FACTORS[factor].trained:
+                    self.expected.setdefault(factor, []).append(i)
+        # Also on a rank that holds none of them.
+        self.parts = {factor: _Parts() for factor in self.expected}
         for shard in shards:
-            parsed = parse_factor(shard.name)
-            assert parsed is not None
-            module, factor = parsed
-            self.parts[factor].add(number[module], shard)
+            if shard.factor in self.parts:
+                self.parts[shard.factor].add(number[shard.module], shard)
         for parts in self.parts.values():
             parts.to(host.device())
-        self.pending = {"B", "A"}
+        self.pending = set(self.expected)
 
     def after_backward(self, b_has_moved: bool) -> None:
-        """Look at ``main_grad`` once per factor; collective over the world until both factors have
+        """Look at ``main_grad`` once per factor; collective over the world until all factors have
         been seen."""
-        # dL/dA is B^T times something: exactly zero as long as B is.
-        due = {"A", "B"} if b_has_moved else {"B"}
         # Sorted, because every rank must enter the collectives in the same order.
-        for factor in sorted(self.pending & due):
+        for factor in sorted(self.pending):
+            # dL/dA is B^T times something: exactly zero as long as B is.
+            if FACTORS[factor].like == "A" and not b_has_moved:
+                continue
             alive = torch.zeros(len(self.labels), dtype=torch.int32, device=host.device())
             self.parts[factor].mark_nonzero(alive)
             dist.all_reduce(alive, op=dist.ReduceOp.MAX)
-            dead = _unmarked(self.labels, alive.tolist())
+            labels = [self.labels[i] for i in self.expected[factor]]
+            dead = _unmarked(labels, alive[self.expected[factor]].tolist())
             if dead:
                 raise RuntimeError(
                     f"the gradient of {factor} is exactly zero for {len(dead)} of"
-                    f" {len(self.labels)} adapted projections ({first_few(dead, 5)}): they would"
+                    f" {len(labels)} adapted projections ({first_few(dead, 5)}): they would"
                     " never train. This is a bug in the model or the layout; please report it."
                 )
             self.pending.discard(factor)

@@ -4,13 +4,14 @@ says.
     parameter      dense, on one rank       experts, on one rank            holds
     lora_A         [R, in(/t)]              [E/ep, R, in(/n)]               all A's stacked (R rows)
     lora_B.NAME    [out_NAME(/t), r_NAME]   [E/ep, out_NAME(/n), r_NAME]    one B per projection
+    lora_M.NAME    [out_NAME(/t)]           [E/ep, out_NAME(/n)]            its magnitude, for DoRA
 
 With more ranks than key/value heads, several ranks hold the same part of k's and v's B.
 
 ``shards.py`` describes what a rank holds of a factor, and what reductions read off a parameter.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from megalora.lora.init import initial_a
 from megalora.lora.shards import FactorShard, cut, local_experts, mark_parameter
-from megalora.lora.spec import SHARDINGS, Adapted, FactorName, make_adapted, tensor_name
+from megalora.lora.spec import FACTORS, SHARDINGS, Adapted, FactorName, make_adapted, tensor_name
 from megalora.model.projections import Projection
 from megalora.model.shape import ModelShape
 
@@ -56,23 +57,43 @@ class LoRAFactors(nn.Module):
             rows = whole.out_features // whole.num_shards("B", self.group_size)
             self.names.append(projection.name)
             self.block_rows.append(rows // self.row_groups)
-        lead = (len(self.experts),) if self.is_expert else ()
-        empty = {"dtype": dtype, "device": device}
         # All projections of a fused weight read the same input, so their A's are split alike.
-        in_local = adapted[0].in_features // adapted[0].num_shards("A", self.group_size)
-        stacked_rank = sum(a.rank for a in adapted)
-        self.lora_A = nn.Parameter(torch.empty(*lead, stacked_rank, in_local, **empty))
-        mark_parameter(self.lora_A, "A", adapted[0], groups)
+        _, in_local = adapted[0].shard_shape("A", self.group_size)
+        self.stacked_rank = sum(a.rank for a in adapted)
+        place = (dtype, device, groups)
+        self.lora_A = self._parameter("A", adapted[0], (self.stacked_rank, in_local), *place)
         self.lora_B = nn.ParameterDict()
+        self.lora_M = nn.ParameterDict()
         for a in adapted:
-            out_local = a.out_features // a.num_shards("B", self.group_size)
-            self.lora_B[a.name] = nn.Parameter(torch.zeros(*lead, out_local, a.rank, **empty))
-            mark_parameter(self.lora_B[a.name], "B", a, groups)
+            for factor in a.factors:
+                if factor != "A":
+                    sizes = a.shard_shape(factor, self.group_size)
+                    self.of(factor)[a.name] = self._parameter(factor, a, sizes, *place)
         self.reset_parameters()
+
+    def of(self, factor: FactorName) -> Any:
+        """The parameters of a factor: one where those of all projections are stacked, else a dict
+        by projection."""
+        return getattr(self, f"lora_{factor}")
+
+    def _parameter(
+        self, factor: FactorName, adapted: Adapted, sizes: Iterable[int],
+        dtype: torch.dtype, device: torch.device, groups: Any,
+    ) -> nn.Parameter:  # fmt: skip
+        """A parameter without values; ``sizes``: of one expert where there are several."""
+        row = FACTORS[factor]
+        lead = (len(self.experts),) if self.is_expert else ()
+        values = torch.empty(
+            *lead, *sizes, dtype=torch.float32 if row.float32 else dtype, device=device
+        )
+        parameter = nn.Parameter(values, requires_grad=row.trained)
+        mark_parameter(parameter, factor, adapted, groups)
+        return parameter
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """A from (seed, tensor name), B zero: the same adapter under every layout."""
+        """A from (seed, tensor name), B zero: the same adapter under every layout. A magnitude is
+        1 until the weight is there whose norms it starts as."""
         # Drawn on the host and copied once, because a copy per expert would wait for the device
         # each time.
         drawn = torch.empty(self.lora_A.shape, dtype=self.lora_A.dtype)
@@ -87,6 +108,8 @@ class LoRAFactors(nn.Module):
         self.lora_A.copy_(drawn)
         for b in self.lora_B.values():
             b.zero_()
+        for m in self.lora_M.values():
+            m.fill_(1)
 
     def _experts(self) -> list[tuple[tuple[int, ...], int | None]]:
         """(index of the leading dimension, number in the whole model) of each expert on this rank;
@@ -107,9 +130,14 @@ class LoRAFactors(nn.Module):
         for adapted, rows in self._rows():
             for lead, expert in self._experts():
                 module = adapted.hf_module(expert)
-                yield self._shard(module, "A", self.lora_A, (*lead, rows))
-                # A dense B belongs to one tensor whole.
-                yield self._shard(module, "B", self.lora_B[adapted.name], lead or (slice(None),))
+                for factor in adapted.factors:
+                    parameters = self.of(factor)
+                    if FACTORS[factor].like == "A":
+                        yield self._shard(module, factor, parameters, (*lead, rows))
+                        continue
+                    # A dense B belongs to one tensor whole.
+                    index = lead or (slice(None),)
+                    yield self._shard(module, factor, parameters[adapted.name], index)
 
     def _shard(
         self, module: str, factor: FactorName, parameter: Any, index: tuple[Any, ...]
@@ -117,6 +145,8 @@ class LoRAFactors(nn.Module):
         """The shard that ``parameter[index]`` is, as ``mark_parameter`` has described it."""
         return FactorShard(
             tensor_name(module, factor),
+            module,
+            factor,
             parameter,
             index,
             self.sharding.split(factor),

@@ -40,7 +40,7 @@ def gather_tensors(
 
 
 def _send_to_first(mine: dict[str, Tensor]) -> dict[str, Tensor] | None:
-    """Send each rank's tensors to rank 0 as one flat buffer. They have one dtype."""
+    """Send each rank's tensors to rank 0 as one flat buffer of bytes: dtypes may differ."""
     # Rank 0 must know what it receives: (name, shape, dtype) of every tensor of every rank.
     own: list[tuple[str, tuple[int, ...], torch.dtype]] = []
     for name, tensor in mine.items():
@@ -56,22 +56,25 @@ def _send_to_first(mine: dict[str, Tensor]) -> dict[str, Tensor] | None:
     for source in range(len(meta)):
         if not meta[source]:
             continue
-        sizes = [math.prod(shape) for _, shape, _ in meta[source]]
+        sizes = [math.prod(shape) * dtype.itemsize for _, shape, dtype in meta[source]]
         if source == 0:
             flat = _flattened(mine)
         else:
-            flat = torch.empty(sum(sizes), dtype=meta[source][0][2], device=host.device())
+            flat = torch.empty(sum(sizes), dtype=torch.uint8, device=host.device())
             dist.recv(flat, source)
         # One copy to the host per rank, not per tensor, because each waits for the device.
-        for (name, shape, _), part in zip(meta[source], flat.cpu().split(sizes), strict=True):
-            # A clone, so that no tensor keeps the whole buffer alive.
-            everything[name] = part.view(shape).clone()
+        parts = flat.cpu().split(sizes)
+        for (name, shape, dtype), part in zip(meta[source], parts, strict=True):
+            # A clone, so that no tensor keeps the whole buffer alive, and begins where its dtype
+            # may begin.
+            everything[name] = part.clone().view(dtype).view(shape)
     return dict(sorted(everything.items()))
 
 
 def _flattened(tensors: Mapping[str, Tensor]) -> Tensor:
-    """All tensors one after the other."""
-    return torch.cat([tensor.detach().reshape(-1) for tensor in tensors.values()])
+    """The bytes of all tensors one after the other."""
+    flat = [tensor.detach().reshape(-1).view(torch.uint8) for tensor in tensors.values()]
+    return torch.cat(flat)
 
 
 def read_tensors(

@@ -48,12 +48,15 @@ class FactorShard:
 
     name: str
     """Full name of the tensor in an adapter file."""
+    module: str
+    """HF name of its linear."""
+    factor: FactorName
     parameter: nn.Parameter
     index: tuple[Any, ...]
-    """Place of the 2-D part in the parameter: an expert's number on this rank, rows of stacked
+    """Place of the tensor in the parameter: an expert's number on this rank, rows of stacked
     A's."""
     split_dim: int | None
-    """Dimension of the 2-D tensor that is cut over the group; None where it is replicated."""
+    """Dimension of the tensor that is cut over the group; None where it is replicated."""
     group: str
     """Name of that group: "tp" or "etp"."""
     num_shards: int
@@ -61,13 +64,18 @@ class FactorShard:
     shard: int
     """Which of these parts this rank holds."""
 
+    @property
+    def is_expert(self) -> bool:
+        """Whether its parameter stacks the tensors of several experts."""
+        return self.group == "etp"
+
     def of(self, values: Mapping[nn.Parameter, Tensor]) -> Tensor:
-        """The 2-D view of ``values[parameter]`` (the parameter's data, its gradient, an optimizer
-        moment)."""
+        """The tensor's view of ``values[parameter]``, which is the parameter's data, its gradient
+        or an optimizer moment."""
         return values[self.parameter][self.index]
 
     def cut(self, whole: Tensor) -> Tensor:
-        """This rank's part of the whole 2-D tensor."""
+        """This rank's part of the whole tensor."""
         return cut(whole, self.split_dim, self.num_shards, self.shard)
 
 

@@ -15,6 +15,8 @@ replicated on. Expert factors exist once per expert, and experts are shared out 
     router          tp      replicated   replicated
     expert_column   etp     replicated   dim 0
     expert_row      etp     dim 1        replicated
+
+Every other factor is split, and its gradient summed, like one of these two (``FACTORS``).
 """
 
 import math
@@ -38,7 +40,35 @@ class Sharding:
 
     def split(self, factor: FactorName) -> int | None:
         """Dimension of the factor that is cut over the group; None where it is replicated."""
-        return self.split_a if factor == "A" else self.split_b
+        return self.split_a if FACTORS[factor].like == "A" else self.split_b
+
+
+@dataclass(frozen=True)
+class Factor:
+    """What holds of one factor, whatever linear it belongs to.
+
+    A's of all projections of a fused weight are stacked into one parameter, and so is what is like
+    them; of B, and of what is like it, each projection has its own.
+    """
+
+    like: Literal["A", "B"]
+    """Which of the two it is split and summed like, and has the learning rate of."""
+    is_vector: bool = False
+    """Whether it is ``[out]``, one number for each row of B, instead of a matrix."""
+    trained: bool = True
+    float32: bool = False
+    """Whether its values are float32 also where the model is bfloat16."""
+    decays: bool = True
+    """Whether weight decay applies to it."""
+
+
+FACTORS: dict[FactorName, Factor] = {
+    "A": Factor("A"),
+    "B": Factor("B"),
+    # In bfloat16 a magnitude could not be the norm of its row, so training would not start from
+    # the base. Decay would pull it to zero, which is far from the base too.
+    "M": Factor("B", is_vector=True, float32=True, decays=False),
+}
 
 
 SHARDINGS: dict[Kind, Sharding] = {
@@ -67,6 +97,8 @@ class Adapted:
     """Experts of the whole model; 0 where there are none."""
     max_shards: int | None = None
     """Largest number of parts that B can be cut into; None for as many as there are ranks."""
+    factors: tuple[FactorName, ...] = ("A", "B")
+    """Factors of each of its linears, in the order of ``FACTORS``."""
 
     @property
     def name(self) -> str:
@@ -82,11 +114,21 @@ class Adapted:
             return [self.hf_module()]
         return [self.hf_module(expert) for expert in range(self.num_experts)]
 
-    def shape(self, factor: FactorName) -> tuple[int, int]:
+    def shape(self, factor: FactorName) -> tuple[int, ...]:
         """Shape of the whole factor, of one expert where there are several."""
-        if factor == "A":
+        if FACTORS[factor].is_vector:
+            return (self.out_features,)
+        if FACTORS[factor].like == "A":
             return self.rank, self.in_features
         return self.out_features, self.rank
+
+    def shard_shape(self, factor: FactorName, group_size: int) -> list[int]:
+        """``shape`` of the part of the factor on each of ``group_size`` ranks."""
+        sizes = list(self.shape(factor))
+        split = SHARDINGS[self.projection.kind].split(factor)
+        if split is not None:
+            sizes[split] //= self.num_shards(factor, group_size)
+        return sizes
 
     def num_shards(self, factor: FactorName, group_size: int) -> int:
         """Number of parts that the factor is cut into over a group of ``group_size`` ranks; 1 where
@@ -98,23 +140,43 @@ class Adapted:
         if SHARDINGS[self.projection.kind].split(factor) is None:
             return 1
         # Only B can run out of parts: k and v have as many as there are key/value heads.
-        if factor == "B" and self.max_shards:
+        if FACTORS[factor].like == "B" and self.max_shards:
             return min(group_size, self.max_shards)
         return group_size
 
     def num_parameters(self) -> int:
-        """Parameters of A and B, of all experts of the whole model."""
-        return max(1, self.num_experts) * self.rank * (self.in_features + self.out_features)
+        """Trained parameters, of all experts of the whole model."""
+        of_one = 0
+        for factor in self.factors:
+            if FACTORS[factor].trained:
+                of_one += math.prod(self.shape(factor))
+        return max(1, self.num_experts) * of_one
 
 
-def expected_tensors(adapted: list[Adapted]) -> dict[str, tuple[int, int]]:
+def expected_tensors(adapted: list[Adapted]) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every adapter tensor there must be."""
-    tensors: dict[str, tuple[int, int]] = {}
+    tensors: dict[str, tuple[int, ...]] = {}
     for a in adapted:
         for module in a.hf_modules():
-            tensors[tensor_name(module, "A")] = a.shape("A")
-            tensors[tensor_name(module, "B")] = a.shape("B")
+            for factor in a.factors:
+                tensors[tensor_name(module, factor)] = a.shape(factor)
     return tensors
+
+
+def trained_sizes(adapted: list[Adapted], group_size: int) -> list[int]:
+    """Elements of each trained parameter of one module on one of ``group_size`` ranks, of one
+    expert where there are several: one for the A's of its projections, a B of each."""
+    stacked: dict[str, int] = {}
+    sizes: list[int] = []
+    for a in adapted:
+        for factor in a.factors:
+            row = FACTORS[factor]
+            size = math.prod(a.shard_shape(factor, group_size))
+            if row.trained and row.like == "A":
+                stacked[factor] = stacked.get(factor, 0) + size
+            elif row.trained:
+                sizes.append(size)
+    return [*stacked.values(), *sizes]
 
 
 def lora_scale(alpha: float, rank: int, use_rslora: bool) -> float:

@@ -4,6 +4,7 @@ Each count is exact: ``dryrun.py`` builds the same rank on the meta device and f
 number.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +13,7 @@ from typing import Any
 
 from megalora.config import Level, LoRAConfig, ParallelConfig, Recompute, RecomputeLayers
 from megalora.lora.select import resolve
-from megalora.lora.spec import Adapted
+from megalora.lora.spec import FACTORS, Adapted, trained_sizes
 from megalora.model.shape import ModelShape
 
 ALIGNMENT = 64
@@ -270,11 +271,7 @@ def _adapters_of(model: PlannedModel, p: ParallelConfig, layer: int | None) -> A
     for adapted in model.modules_of(layer).values():
         is_expert = adapted[0].projection.is_expert
         group, lead = _group_and_experts(adapted[0], p)
-        in_local = adapted[0].in_features // adapted[0].num_shards("A", group)
-        # [experts, R, in] of the stacked A's, then [experts, out, rank] of each B
-        sizes = [lead * stacked_rank(adapted) * in_local]
-        for a in adapted:
-            sizes.append(lead * (a.out_features // a.num_shards("B", group)) * a.rank)
+        sizes = [lead * size for size in trained_sizes(adapted, group)]
         whole = sum(sizes)
         padded = sum(n + -n % ALIGNMENT for n in sizes)
         own = is_expert and separate
@@ -315,10 +312,10 @@ def _shared_of(model: PlannedModel, p: ParallelConfig, layer: int | None) -> tup
     for adapted in model.modules_of(layer).values():
         for a in adapted:
             group, lead = _group_and_experts(a, p)
-            sizes = (
-                (a.num_shards("A", group), a.rank * a.in_features),
-                (a.num_shards("B", group), a.rank * a.out_features),
-            )
+            sizes: list[tuple[int, int]] = []
+            for factor in a.factors:
+                if FACTORS[factor].trained:
+                    sizes.append((a.num_shards(factor, group), math.prod(a.shape(factor))))
             # A factor in as many shards as the group has ranks is nobody else's. Otherwise the
             # table has `shards` rows of size / shards elements: `size` whatever the number.
             tables = sum(lead * size for shards, size in sizes if shards < group)

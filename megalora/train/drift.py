@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from megalora import host
 from megalora.lora.shards import FactorShard
-from megalora.lora.spec import Adapted, expected_tensors, tensor_name
+from megalora.lora.spec import FACTORS, Adapted, expected_tensors, tensor_name
 from megalora.parallel import Groups
 from megalora.wording import first_few
 
@@ -72,15 +72,14 @@ class DriftCheck:
         factor_number = _number_of_factors(adapted)
         num_shares = groups.ep.size()
         parameter_places: list[int] = []
-        for parameter, shard in first.items():
+        for shard in first.values():
             # Ranks of EP hold different experts in parameters of one name; dense ones hold the
             # same.
-            is_expert = parameter.dim() == 3
-            share = groups.ep.rank() if is_expert else 0
+            share = groups.ep.rank() if shard.is_expert else 0
             place = (factor_number[shard.name] * num_shares + share) * self.width + shard.shard
             parameter_places.append(place)
         self.parameter_places = _on_device(parameter_places)
-        self.num_places = 2 * len(adapted) * num_shares * self.width
+        self.num_places = len(FACTORS) * len(adapted) * num_shares * self.width
 
     def run(self, step: int, last_saved: Path | None) -> None:
         """Collective over the world; raises ``RuntimeError`` on every rank, with the names, when
@@ -107,13 +106,14 @@ class DriftCheck:
 
 
 def _number_of_factors(adapted: list[Adapted]) -> dict[str, int]:
-    """Tensor name -> number of its (projection of a layer, A or B); all experts of a layer have
+    """Tensor name -> number of its (projection of a layer, factor); all experts of a layer have
     one."""
     numbers: dict[str, int] = {}
     for i, a in enumerate(adapted):
         for module in a.hf_modules():
-            numbers[tensor_name(module, "A")] = 2 * i
-            numbers[tensor_name(module, "B")] = 2 * i + 1
+            for factor in a.factors:
+                place = len(FACTORS) * i + list(FACTORS).index(factor)
+                numbers[tensor_name(module, factor)] = place
     return numbers
 
 

@@ -20,6 +20,7 @@ from megalora import host
 from megalora.adapters.files import STATE_KEYS
 from megalora.comm import sum_bucket
 from megalora.config import TrainConfig
+from megalora.lora.spec import FACTORS
 from megalora.model.hf_weights import quiet
 from megalora.parallel import Groups, megatron_groups
 
@@ -59,10 +60,16 @@ def build_optimizer(
         use_distributed_optimizer=True, bf16=dtype == torch.bfloat16, params_dtype=dtype,
     )  # fmt: skip
     overrides = get_standard_config_overrides(settings)
-    # Without it B's stay in the group of the A's, and the norm is added up in the order of old.
-    if config.loraplus_lr_ratio != 1:
-        # Dense B's and those of experts alike: LoRAFactors names both "lora_B.PROJECTION".
-        overrides[ParamKey(name="*.lora_B.*")] = {"max_lr": config.lr * config.loraplus_lr_ratio}
+    for factor, row in FACTORS.items():
+        # Dense ones and those of experts alike: LoRAFactors names both "lora_B.PROJECTION".
+        own: dict[str, float] = {}
+        # Without it B's stay in the group of the A's, and the norm is added up in the order of old.
+        if row.like == "B" and config.loraplus_lr_ratio != 1:
+            own["max_lr"] = config.lr * config.loraplus_lr_ratio
+        if not row.decays:
+            own["wd_mult"] = 0.0
+        if own:
+            overrides[ParamKey(name=f"*.lora_{factor}.*")] = own  # pyright: ignore
     with quiet():
         return get_megatron_optimizer(
             settings, chunks, config_overrides=overrides, use_gloo_process_groups=False  # pyright: ignore

@@ -9,6 +9,7 @@ from tests.mutations.config_bugs import CONFIG_BUGS
 from tests.mutations.data_bugs import DATA_BUGS
 from tests.mutations.dispatch_bugs import DISPATCH_BUGS
 from tests.mutations.docs_bugs import DOCS_BUGS
+from tests.mutations.dora_bugs import DORA_BUGS
 from tests.mutations.family_bugs import FAMILY_BUGS
 from tests.mutations.generate_bugs import GENERATE_BUGS
 from tests.mutations.gpu_bugs import GPU_BUGS
@@ -60,4 +61,5 @@ EVERY_BUG = (
     + RECIPE_BUGS
     + PREFERENCE_BUGS
     + BALANCE_BUGS
+    + DORA_BUGS
 )

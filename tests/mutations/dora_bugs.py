@@ -1,0 +1,13 @@
+"""Bugs in DoRA: the magnitude's place in the table of factors. The same form as ``bugs.py``."""
+
+from tests.mutations.bugs import Bug, bug
+
+SPEC = "megalora/lora/spec.py"
+TABLE = "tests/lora/test_factors.py"
+
+DORA_BUGS: tuple[Bug, ...] = (
+    bug(0, "a magnitude that is split like A", SPEC, '"M": Factor("B",', '"M": Factor("A",', TABLE),
+    bug(0, "a magnitude in bfloat16", SPEC, "float32=True, decays", "decays", TABLE),
+    bug(0, "magnitudes that are not counted", SPEC, "if FACTORS[factor].trained:",
+        "if not FACTORS[factor].is_vector:", f"{TABLE} counted"),
+)  # fmt: skip
