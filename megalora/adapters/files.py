@@ -20,6 +20,8 @@ STATE = "training_state"
 STATE_JSON = Path(STATE) / "state.json"
 OPTIMIZER = Path(STATE) / "optimizer.safetensors"
 RNG = Path(STATE) / "rng.safetensors"
+START = Path(STATE) / "start.safetensors"
+"""The adapter that the run began with, where its objective compares with that."""
 LORA_SECTION = "lora.yaml"
 """The ``lora`` section with which a config trains an imported adapter on."""
 STATE_KEYS = ("param", "exp_avg", "exp_avg_sq")

@@ -7,7 +7,7 @@ from megalora.config.checks import require
 
 _OPTIONS = {
     "sft": (),
-    "dpo": ("loss", "beta", "label_smoothing", "sft_weight"),
+    "dpo": ("loss", "beta", "label_smoothing", "sft_weight", "reference"),
     "simpo": ("beta", "label_smoothing", "sft_weight", "margin"),
     "orpo": ("beta", "sft_weight"),
 }
@@ -21,8 +21,12 @@ class ObjectiveConfig:
     name: Literal["sft", "dpo", "simpo", "orpo"] = "sft"
     """``sft``: cross entropy of the assistant's tokens. The others learn from pairs of a preferred
     and a rejected answer, of which ``train.global_batch_size`` counts pairs: ``dpo`` compares with
-    the base, whose log-probabilities a pass with the adapters switched off finds in every step;
-    ``simpo`` and ``orpo`` need no reference."""
+    a reference, whose log-probabilities a pass of its own finds in every step; ``simpo`` and
+    ``orpo`` need none."""
+    reference: Literal["base", "start"] = "base"
+    """Of ``dpo``, what the model is compared with: ``base``, with the adapters switched off, or
+    ``start``, the adapter as it was when the run began, such as an imported one. A second copy of
+    the factors holds ``start``, and so does every checkpoint."""
     loss: Literal["sigmoid", "robust", "hinge", "ipo"] = "sigmoid"
     """Of ``dpo``: ``sigmoid`` (DPO, and conservative DPO with ``objective.label_smoothing``),
     ``robust`` (unbiased where that share of the labels is wrong), ``hinge`` (SLiC) or ``ipo`` (per
@@ -46,7 +50,7 @@ class ObjectiveConfig:
         read = _OPTIONS[self.name]
         defaults = {
             "loss": "sigmoid", "beta": None, "label_smoothing": 0, "sft_weight": None,
-            "margin": None,
+            "margin": None, "reference": "base",
         }  # fmt: skip
         for option, default in defaults.items():
             value = getattr(self, option)
@@ -89,5 +93,10 @@ class ObjectiveConfig:
 
     @property
     def num_references(self) -> int:
-        """Passes with the adapters switched off, in every step."""
+        """Passes without gradients in every step, before its own."""
         return int(self.name == "dpo")
+
+    @property
+    def holds_start(self) -> bool:
+        """Whether a run keeps a copy of the adapter that it began with."""
+        return self.reference == "start"

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 
 from megalora.adapters.read.adapter import read_adapter
+from megalora.adapters.trained import trained_form
+from megalora.adapters.training_state import read_state
 from megalora.data.questions import Question
 from megalora.data.splits import Split, load_data
 from megalora.data.tokenizer import load_tokenizer
@@ -20,6 +22,8 @@ from megalora.objectives.choose import objective_of
 from megalora.parallel import Groups, parallel_groups
 from megalora.train.assemble import build_for_training
 from megalora.train.batches import Batches
+from megalora.train.checkpoint.start import start_of
+from megalora.train.references import Start
 from megalora.train.step import Stepper
 
 
@@ -40,16 +44,20 @@ def judge(plan: Plan) -> Verdict:
         questions = questions_of(plan, split, tokenizer)
     with parallel_groups(config.parallel, config.train.seed) as groups:
         model = _build(plan, groups)
+        start = None
+        if config.objective.holds_start:
+            assert plan.adapter is not None, "plan_of has looked for its start"
+            start = start_of(read_state(plan.adapter), model)
         judged: dict[str, Judged] = {}
         if plan.adapter is not None:
-            judged["adapter"] = _judge_one(plan, model, split, questions, tokenizer)
+            judged["adapter"] = _judge_one(plan, model, split, questions, tokenizer, start)
             # Zeros in place of the factors: the base, in the memory that is there.
             with torch.no_grad():
                 for parameter in model.parameters:
                     parameter.zero_()
-        judged["base"] = _judge_one(plan, model, split, questions, tokenizer)
+        judged["base"] = _judge_one(plan, model, split, questions, tokenizer, start)
         # Nothing may refer to the groups when they end.
-        del model
+        del model, start
     return Verdict(split.summary(), questions, judged, is_of_pairs=config.objective.pairs)
 
 
@@ -62,6 +70,9 @@ def _build(plan: Plan, groups: Groups) -> AdaptedModel:
     adapter = None
     if plan.adapter is not None:
         adapter = read_adapter(plan.adapter, shape, base=plan.base)
+        # A checkpoint has its run's start as it was trained, without what engines want beside it.
+        if config.objective.holds_start:
+            adapter = trained_form(adapter, shape).adapter
     model = build_for_training(config, shape, adapter.adapted if adapter else [], groups)
     if adapter is not None:
         load_adapter(model, adapter.tensors)
@@ -69,13 +80,23 @@ def _build(plan: Plan, groups: Groups) -> AdaptedModel:
 
 
 def _judge_one(
-    plan: Plan, model: AdaptedModel, split: Split, questions: list[Question], tokenizer: Any
+    plan: Plan,
+    model: AdaptedModel,
+    split: Split,
+    questions: list[Question],
+    tokenizer: Any,
+    start: Start | None,
 ) -> Judged:
-    """Loss, and answers where there are questions, of the model as it is now; collective."""
+    """Loss, and answers where there are questions, of the model as it is now; collective.
+
+    Args:
+        start: the adapter that the objective compares with.
+    """
     # The rows of an evaluation while training, and its step over them.
     batches = Batches(plan.config, model.groups, split, split)
     objective = objective_of(plan.config)
     stepper = Stepper(model.chunks, model.groups, objective)
+    stepper.start = start
     values, count = stepper.evaluate_all(batches.of_eval())
     loss = values.pop(objective.evaluated[0])
     if not questions:

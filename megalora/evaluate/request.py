@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from megalora.adapters.files import START
 from megalora.adapters.latest import CHECKPOINT_NAME
 from megalora.chat.command import find_models
 from megalora.config import ParallelConfig, RunConfig
@@ -122,6 +123,12 @@ def plan_of(request: Request) -> Plan:
     config.parallel.data_parallel_sizes(request.nproc)
     # Sizes and tensors from headers; raises where the layout does not fit.
     open_folder(base).shape.check_layout(config.parallel)
+    if config.objective.holds_start:
+        require(
+            adapter is not None and (adapter / START).is_file(),
+            f"{request.target} has no {START}, with which objective.reference=start compares; add"
+            " objective.reference=base to compare with the base",
+        )
     if request.generate:
         check_generation(config.parallel.pp, config.parallel.cp)
     return Plan(request, base, adapter, config, file)

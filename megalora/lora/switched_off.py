@@ -1,7 +1,8 @@
-"""Switch adapters off for a while: the model is the base then, without a second copy of it."""
+"""Switch adapters off, or to other values, for a while: the model is the base then, or another
+adapter on it, without a second copy of the base."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -16,28 +17,34 @@ def adapters_off(chunks: Iterable[nn.Module]) -> Iterator[None]:
     Values are put aside, not overwritten: the parameters point to one shared buffer of zeros, so
     that the block needs the memory of the largest B alone. Nothing may train in it.
     """
-    kept: dict[nn.Parameter, Tensor] = {}
-    largest = 0
+    parameters: list[nn.Parameter] = []
     for chunk in chunks:
         for module in chunk.modules():
-            if not isinstance(module, LoRAFactors):
-                continue
-            for parameter in module.lora_B.values():
-                kept[parameter] = parameter.data
-                largest = max(largest, parameter.numel())
+            if isinstance(module, LoRAFactors):
+                parameters += module.lora_B.values()
     # A rank without any adapter has nothing to switch off.
-    if not kept:
+    if not parameters:
         yield
         return
-    zeros = next(iter(kept)).data.new_zeros(largest)
+    largest = max(parameter.numel() for parameter in parameters)
+    zeros = parameters[0].data.new_zeros(largest)
+    with adapters_with({p: _first(zeros, p.shape) for p in parameters}):
+        yield
+
+
+@contextmanager
+def adapters_with(values: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
+    """Inside the block these parameters have other values, of the same shapes; nothing may train in
+    it."""
+    kept = {parameter: parameter.data for parameter in values}
     try:
         # Not in place: optimizer and reductions know the values by where they lie in memory.
-        for parameter in kept:
-            parameter.data = _first(zeros, parameter.shape)
+        for parameter, value in values.items():
+            parameter.data = value
         yield
     finally:
-        for parameter, values in kept.items():
-            parameter.data = values
+        for parameter, value in kept.items():
+            parameter.data = value
 
 
 def _first(zeros: Tensor, shape: Iterable[int]) -> Tensor:

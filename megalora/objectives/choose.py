@@ -22,6 +22,7 @@ def objective_of(config: RunConfig) -> Objective:
         label_smoothing=options.label_smoothing,
         sft_weight=sft_weight if options.sft_weight is None else options.sft_weight,
         margin=margin if options.margin is None else options.margin,
+        from_start=options.holds_start,
     )
 
 

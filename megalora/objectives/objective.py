@@ -51,10 +51,12 @@ class Sequences:
 @dataclass(frozen=True)
 class Reference:
     """A pass without gradients and without dropout that comes before a step's own: the sums over
-    sequences that it finds stand in ``Sequences.references``. Its model is the base, with the
-    adapters switched off."""
+    sequences that it finds stand in ``Sequences.references``."""
 
     name: str
+    start: bool = False
+    """Whether its model has the adapter that the run began with; else it is the base, with the
+    adapters switched off."""
 
 
 @dataclass(frozen=True, eq=False)

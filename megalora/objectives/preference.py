@@ -30,7 +30,7 @@ from torch import Tensor
 from megalora.model.vocab_logits import Reader, logprob
 from megalora.objectives.objective import Loss, Reference, Sequences
 
-BASE = Reference("base")
+REFERENCE = "reference"
 SURE = 1e-9
 """Mean log-probability up to which ORPO tells answers apart; sums are float64."""
 
@@ -62,6 +62,8 @@ class Preference:
     margin: float = 0.0
     """Of SimPO: by how much the chosen answer is to lead, in ``beta`` times mean
     log-probabilities."""
+    from_start: bool = False
+    """Whether the reference is the adapter that the run began with, and not the base."""
 
     by_sequence = True
     unit = "pairs"
@@ -73,7 +75,9 @@ class Preference:
     @property
     def references(self) -> tuple[Reference, ...]:
         """As the protocol says."""
-        return (BASE,) if self.kind in WITH_REFERENCE else ()
+        if self.kind not in WITH_REFERENCE:
+            return ()
+        return (Reference(REFERENCE, start=self.from_start),)
 
     @property
     def want(self) -> dict[str, Reader]:
@@ -100,7 +104,7 @@ class Preference:
         sums = sequences.sums(outputs["logprob"])
         ratios = sums
         if self.references:
-            ratios = sums - sequences.references[BASE.name]
+            ratios = sums - sequences.references[REFERENCE]
         # Chosen answers have even numbers.
         targets = sequences.targets.to(sums.dtype)
         pairs = Pairs(sums[::2], sums[1::2], ratios[::2], ratios[1::2], targets[::2], targets[1::2])

@@ -54,6 +54,7 @@ GIB = 2**30
 CONTEXT = "CUDA context, NCCL"
 ROOM = "room for adapters"
 """Parts that no count of tensors sees: not an allocator's, and only on some GPUs."""
+START = "adapter at the start"
 CONTEXT_BYTES = 3 * 2**29
 """CUDA context, cuBLAS workspaces and NCCL's buffers: 1.5 GiB."""
 
@@ -171,7 +172,8 @@ def _state(
     every microbatch and recomputation."""
     p = layout.parallel
     e = work.element_bytes
-    key = ("state", p, layout.num_ranks, e, stage, has_room(model, layout, work))
+    copied = work.holds_start
+    key = ("state", p, layout.num_ranks, copied, e, stage, has_room(model, layout, work))
     if key in model.memo:
         return model.memo[key]
     chunks = stage_chunks(model, p, stage)
@@ -188,7 +190,7 @@ def _state(
         # Each chunk has buffers of its own, a dense one and one of experts, padded at their ends.
         padded += sum(buffers(count, layout))
         optimizer += optimizer_bytes(count, layout, work)
-    always = (
+    always: tuple[Part, ...] = (
         Part("weights", base * e, "measured"),
         Part(ROOM, room_bytes(model, layout, work, chunks), "assumed"),
         Part("adapters", adapters * e, "measured"),
@@ -197,6 +199,8 @@ def _state(
         Part("gradients", padded * GRADIENT, "measured"),
         Part("optimizer", optimizer, "measured"),
     )
+    if copied:
+        always += (Part(START, adapters * e, "measured"),)
     step = Part("optimizer step", step_bytes(model, layout, chunks, counts), "measured", "step")
     model.memo[key] = chunks, always, step
     return chunks, always, step

@@ -30,6 +30,8 @@ class Workload:
     """Passes without gradients in a step, before its own."""
     balanced: bool = False
     """Whether a loss keeps experts evenly used."""
+    holds_start: bool = False
+    """Whether the adapter that the run began with is kept beside the one in training."""
     packing: Packing | None = None
     """Lengths of the samples, which are then packed; None: all are of full length."""
     crossings: Crossings = NO_TABLE
@@ -63,6 +65,7 @@ class Workload:
             sequences=config.objective.sequences,
             references=config.objective.num_references,
             balanced=config.train.router_aux_loss_coef > 0,
+            holds_start=config.objective.holds_start,
         )
 
     @property

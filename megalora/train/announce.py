@@ -6,7 +6,8 @@ import torch.distributed as dist
 
 from megalora import host
 from megalora.adapters.best_loss import BestLoss
-from megalora.config import RunConfig
+from megalora.adapters.training_state import SavedState
+from megalora.config import ObjectiveConfig, RunConfig
 from megalora.data.mixture import turns_by
 from megalora.lora.adapted_model import AdaptedModel
 from megalora.lora.coverage import trainable_summary
@@ -45,6 +46,23 @@ def opening(
     if resume_from:
         lines.append(f"continuing from {resume_from}")
     return "\n".join(lines)
+
+
+def reference_notes(objective: ObjectiveConfig, state: SavedState | None) -> list[str]:
+    """Lines about a reference that may not be the one the user has in mind."""
+    if not objective.num_references:
+        return []
+    if objective.holds_start and state is None:
+        return [
+            "objective.reference=start: a fresh adapter is the base, with which"
+            " objective.reference=base compares without a copy"
+        ]
+    if not objective.holds_start and state is not None and state.imported_from is not None:
+        return [
+            f"objective.name={objective.name} compares with the base, not with the imported"
+            " adapter; objective.reference=start compares with that"
+        ]
+    return []
 
 
 def closing(

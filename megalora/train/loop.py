@@ -25,13 +25,14 @@ from megalora.model.account import open_folder, unused_note
 from megalora.serve.live_sync import serving
 from megalora.train import duration
 from megalora.train.about import shown_samples, write_about
-from megalora.train.announce import closing, opening
+from megalora.train.announce import closing, opening, reference_notes
 from megalora.train.answers import Answers, questions_of
 from megalora.train.assemble import Inputs, Run, assemble
 from megalora.train.checkpoint.identity import Identity, Samples, identify
 from megalora.train.checkpoint.load import load_checkpoint
 from megalora.train.checkpoint.same_run import check_same_run, check_same_samples
 from megalora.train.checkpoint.save import restore_best, save_checkpoint
+from megalora.train.checkpoint.start import start_of
 from megalora.train.checkpoint.where import find_checkpoint
 from megalora.train.drift import DriftCheck
 from megalora.train.expert_tokens import ExpertTokens
@@ -89,11 +90,7 @@ def train(config: RunConfig, job: str | None = None) -> Path | None:
             notes.append(note)
         if found.state:
             notes += check_same_run(found.state, config, identity, adapted)
-            if found.state.imported_from is not None and config.objective.num_references:
-                notes.append(
-                    f"objective.name={config.objective.name} compares with the base, not with the"
-                    " imported adapter: merge that into the base if it is to be the reference"
-                )
+        notes += reference_notes(config.objective, found.state)
         tokenizer = load_tokenizer(folder)
         splits = load_data(config.data, tokenizer, pairs=config.objective.pairs)
         samples = Samples.of(splits[0].samples)
@@ -141,6 +138,8 @@ def _fit(run: Run, probe: Probe, at: Start) -> Path | None:
         step = at.state.step
         # What the process before has saved or evaluated is not done twice.
         now = Progress(step, step, at.state.folder, step, at.state.evaluations)
+    if config.objective.holds_start:
+        run.stepper.start = start_of(at.state, run.model)
     notes += restore_best(config, now.best)
     check_agreement("number of finished steps", now.step)
     shape = run.model.shape
@@ -193,7 +192,7 @@ class _Saver:
         probed = self.probe.run(run.stepper)
         now.saved = save_checkpoint(
             now.step, now.evaluations, self.at.samples, self.at.identity, run.config, run.model,
-            run.optimizer, probed,
+            run.optimizer, probed, run.stepper.start,
         )  # fmt: skip
         now.saved_step = now.step
         self.serve(now.saved)

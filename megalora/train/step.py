@@ -18,7 +18,6 @@ from megalora.comm import all_gather
 from megalora.data.batch import Batch
 from megalora.lora.coverage import GradientCheck
 from megalora.lora.shards import sum_partial_gradients
-from megalora.lora.switched_off import adapters_off
 from megalora.model.balance import Balance
 from megalora.model.documents import unzigzag
 from megalora.model.expert_load import ExpertLoad
@@ -27,6 +26,7 @@ from megalora.model.vocab_logits import Reader, logprob
 from megalora.objectives.objective import Objective, Sequences
 from megalora.parallel import Groups, megatron_groups
 from megalora.train.inputs import Asked, DeviceBatch, Part, to_device
+from megalora.train.references import Start, model_of, set_apart
 
 Report = Callable[[Outputs, DeviceBatch], tuple[Tensor, Tensor, Tensor]]
 """Makes of what the head has read of a microbatch (loss, 1, what to report)."""
@@ -57,6 +57,8 @@ class Stepper:
             self.parameters.extend(p for p in chunk.parameters() if p.requires_grad)
         self.b_has_moved = False
         """Whether a step has moved B off zero, from when on A has a gradient."""
+        self.start: Start | None = None
+        """The adapter that the run began with, where the objective compares with it."""
         # Megatron's schedules take what they call from the model's config.
         config = chunks[0].config
         config.finalize_model_grads_func = self._finalize
@@ -157,21 +159,13 @@ class Stepper:
         found: dict[str, list[Tensor]] = {}
         if not self.objective.references:
             return found
-        training = self.chunks[0].training
-        counting = self.load.active
-        # Experts are counted in the step's own pass, and dropout is drawn for it alone.
-        self.load.active = False
-        for chunk in self.chunks:
-            chunk.eval()
-        for reference in self.objective.references:
-            with adapters_off(self.chunks):
-                found[reference.name] = self._schedule(
-                    batches, inputs, {"logprob": logprob}, self._sum_of_sequences,
-                    forward_only=True,
-                )  # fmt: skip
-        self.load.active = counting
-        for chunk in self.chunks:
-            chunk.train(training)
+        with set_apart(self.chunks, self.load):
+            for reference in self.objective.references:
+                with model_of(reference, self.chunks, self.start):
+                    found[reference.name] = self._schedule(
+                        batches, inputs, {"logprob": logprob}, self._sum_of_sequences,
+                        forward_only=True,
+                    )  # fmt: skip
         return found
 
     def _sum_of_sequences(

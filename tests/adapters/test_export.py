@@ -227,6 +227,10 @@ def test_the_card_says_what_it_is_and_how_to_load_it(
             ObjectiveConfig(name="dpo", loss="robust", beta=0.2, label_smoothing=0.1),
             "dpo, loss robust, beta 0.2, label_smoothing 0.1; the reference is the base",
         ),
+        (
+            ObjectiveConfig(name="dpo", reference="start"),
+            "dpo, loss sigmoid; the reference is the adapter at the start",
+        ),
         (ObjectiveConfig(name="simpo", margin=0.4), "simpo, margin 0.4"),
         (ObjectiveConfig(name="simpo", margin=0.0), "simpo, margin 0"),
     ],

@@ -6,8 +6,10 @@ from tests.mutations.bugs import Bug, bug
 LOSS, CHOOSE = (f"megalora/objectives/{name}.py" for name in ("preference", "choose"))
 OBJECTIVE = "megalora/objectives/objective.py"
 PAIRS = "megalora/data/pairs.py"
-STEP = "megalora/train/step.py"
+STEP, REFERENCES = (f"megalora/train/{name}.py" for name in ("step", "references"))
 OFF = "megalora/lora/switched_off.py"
+START = "megalora/train/checkpoint/start.py"
+OF_START = "tests/train/test_start.py"
 OF_LOSS = "tests/objectives/test_preference.py"
 OF_CONFIG = "tests/objectives/test_choose.py"
 OF_DATA = "tests/data/test_pairs.py"
@@ -124,7 +126,7 @@ PREFERENCE_BUGS: tuple[Bug, ...] = (
     bug(
         0,
         "a model that stays out of training after its reference",
-        STEP,
+        REFERENCES,
         "chunk.train(training)",
         "pass",
         "tests/train/test_preference.py dropout_acts",
@@ -141,7 +143,7 @@ PREFERENCE_BUGS: tuple[Bug, ...] = (
         0,
         "a reference with the adapters on",
         STEP,
-        "with adapters_off(self.chunks):",
+        "with model_of(reference, self.chunks, self.start):",
         "if True:",
         GRID,
     ),
@@ -149,8 +151,8 @@ PREFERENCE_BUGS: tuple[Bug, ...] = (
     bug(
         0,
         "a reference that counts experts' tokens",
-        STEP,
-        "        self.load.active = False\n",
+        REFERENCES,
+        "    load.active = False\n",
         "",
         "tests/train/test_preference.py tokens_of_experts",
     ),
@@ -158,9 +160,74 @@ PREFERENCE_BUGS: tuple[Bug, ...] = (
         0,
         "adapters that stay switched off",
         OFF,
-        "parameter.data = values",
-        "pass",
+        "            parameter.data = value\n\n\ndef _first",
+        "            pass\n\n\ndef _first",
         f"{OF_OFF} base",
+    ),
+    # the adapter at the start
+    bug(
+        0,
+        "the base in place of the start",
+        REFERENCES,
+        "if not reference.start:",
+        "if True:",
+        f"{OF_START} imported_adapter",
+    ),
+    bug(
+        0,
+        "a start taken where the run is resumed",
+        START,
+        "if state is not None and state.imported_from is None:",
+        "if False:",
+        f"{OF_START} resumed",
+    ),
+    bug(
+        0,
+        "a start that trains along",
+        START,
+        "start[parameter] = value.clone()",
+        "start[parameter] = value",
+        f"{OF_START} copy_is_planned",
+    ),
+    bug(
+        0,
+        "a checkpoint without its start",
+        "megalora/train/checkpoint/save.py",
+        "if began:",
+        "if False:",
+        f"{OF_START} imported_adapter",
+    ),
+    bug(
+        0,
+        "a checkpoint that need not have its start",
+        "megalora/train/checkpoint/where.py",
+        'if (state.config.get("objective") or {}).get("reference") == "start":',
+        "if False:",
+        f"{OF_START} resumed",
+    ),
+    bug(
+        0,
+        "another reference in the middle of a run",
+        "megalora/train/checkpoint/same_run.py",
+        ', "objective.reference": "base"}',
+        "}",
+        f"{OF_START} resumed",
+    ),
+    bug(
+        0,
+        "a start that reaches no objective",
+        CHOOSE,
+        "from_start=options.holds_start,",
+        "from_start=False,",
+        f"{OF_CONFIG} options_reach",
+    ),
+    bug(
+        0,
+        "a plan without the copy of the start",
+        "megalora/planner/workload.py",
+        "holds_start=config.objective.holds_start,",
+        "holds_start=False,",
+        f"{OF_START} copy_is_planned",
     ),
     # the planner
     bug(

@@ -29,6 +29,10 @@ def test_options_reach_the_objective() -> None:
         config(name="dpo", loss="robust", beta=0.3, label_smoothing=0.1, sft_weight=0.2)
     )
     assert found == Preference("robust", beta=0.3, label_smoothing=0.1, sft_weight=0.2)
+    of_start = objective_of(config(name="dpo", reference="start"))
+    assert of_start == Preference("sigmoid", from_start=True)
+    assert [reference.start for reference in of_start.references] == [True]
+    assert [reference.start for reference in found.references] == [False]
     assert objective_of(config(name="simpo", margin=0.0)) == Preference("simpo", beta=2.0)
     # Without a reference there is no pass for it.
     assert [bool(objective_of(config(name=n)).references) for n in ("dpo", "simpo", "orpo")] == [
@@ -42,6 +46,7 @@ def test_options_reach_the_objective() -> None:
         ({"beta": 0.1}, "objective.beta=0.1 does nothing for objective.name=sft"),
         ({"name": "dpo", "margin": 0.5}, "margin=0.5 does nothing for objective.name=dpo"),
         ({"name": "orpo", "label_smoothing": 0.1}, "does nothing for objective.name=orpo"),
+        ({"name": "simpo", "reference": "start"}, "reference=start does nothing for .*name=simpo"),
         ({"name": "simpo", "loss": "ipo"}, "loss=ipo does nothing for objective.name=simpo"),
         ({"name": "dpo", "loss": "ipo", "label_smoothing": 0.1}, "nothing for objective.loss=ipo"),
         ({"name": "dpo", "beta": 0.0}, "objective.beta must be above 0, got 0.0"),

@@ -74,7 +74,7 @@ def ours(objective: Preference, model: Tensor, rows: list[int]) -> tuple[Tensor,
         own = mask[part].clone()
         own[..., (1 - group.rank()) % group.size() :: group.size()] &= group.size() == 1
         numbers = torch.arange(2 * count).view(count, 2, 1).expand(own.shape)[own]
-        references = {"base": reference[part].sum(-1).flatten()}
+        references = {"reference": reference[part].sum(-1).flatten()}
         sequences = Sequences(numbers, of_row, group, references)
         of_all = {unit: torch.tensor(number) for unit, number in divisors.items()}
         loss = objective.loss({"logprob": model[part][own]}, sequences, of_all)

@@ -6,6 +6,7 @@ differentiated by autograd.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,8 @@ class Oracle:
         self.balance = balance
         self.routed: list[Tensor] = []
         """What each layer that has routed since the list was emptied adds to that loss."""
+        self.reference: dict[str, Tensor] = {}
+        """Weights of the model that preferences compare with, where they differ from the base's."""
         self.margin = math.inf
         """The smallest lead, in router logits, of a chosen expert over the best that was not, of
         all tokens so far."""
@@ -179,16 +182,21 @@ class Oracle:
         return found
 
     def dpo_loss(self, samples: list, beta: float) -> Tensor:
-        """DPO's loss, a mean over pairs; the reference is the base (Rafailov et al. 2023)."""
+        """DPO's loss, a mean over pairs (Rafailov et al. 2023)."""
         merged = self.merged()
         total = torch.zeros((), dtype=torch.float64)
         for sample in samples:
             chosen, rejected = [part.sum() for part in self.sequence_logprobs(sample, merged)]
             with torch.no_grad():
-                reference = [part.sum() for part in self.sequence_logprobs(sample, {})]
+                reference = [part.sum() for part in self.sequence_logprobs(sample, self.reference)]
             delta = (chosen - reference[0]) - (rejected - reference[1])
             total = total - F.logsigmoid(beta * delta)
         return total / len(samples)
+
+    def compare_with_start(self) -> None:
+        """Let preferences compare with the adapter as it is now, and not with the base."""
+        for name, weight in self.merged().items():
+            self.reference[name] = weight.detach()
 
     def loss(self, samples: list) -> Tensor:
         """Mean over the target tokens of all samples."""
@@ -214,13 +222,13 @@ class Oracle:
         clip: float,
         eps: float = 1e-8,
         lr_b: float | None = None,
-        dpo_beta: float | None = None,
+        loss_of: Callable[[list], Tensor] | None = None,
     ) -> "Trained":
         """AdamW without decay at a constant rate.
 
         Args:
             lr_b: rate of B factors where it differs.
-            dpo_beta: of DPO, where samples are pairs.
+            loss_of: what a batch adds up to; None for ``loss``.
         """
         of_a = [t for name, t in self.factors.items() if ".lora_A." in name]
         of_b = [t for name, t in self.factors.items() if ".lora_B." in name]
@@ -235,7 +243,7 @@ class Oracle:
         for batch in batches:
             optimizer.zero_grad()
             self.routed = []
-            loss = self.dpo_loss(batch, dpo_beta) if dpo_beta else self.loss(batch)
+            loss = (loss_of or self.loss)(batch)
             balanced = loss
             if self.balance and self.routed:
                 num_sequences = sum(2 if sample.second else 1 for sample in batch)

@@ -3,9 +3,10 @@ the oracle."""
 
 import math
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from megalora.config import LoRAConfig, RunConfig
+from megalora.config import LoRAConfig, ObjectiveConfig, RunConfig
 from megalora.data.order import global_batch_indices
 from megalora.data.splits import load_split, split_off_eval
 from megalora.hf.json_file import read_hf_config
@@ -167,9 +168,8 @@ def expected(
     ``lr_b``: the learning rate of B factors, where it is another than ``LR``."""
     config = run_config(case, steps, base, chats, Path("unused"), dtype, seed)
     tokenizer = AutoTokenizer.from_pretrained(base)
-    beta = config.objective.beta
     source = str(case.source(chats))
-    pairs = beta is not None
+    pairs = config.objective.pairs
     split = load_split(source, tokenizer, format="auto", pairs=pairs, **case.data)
     whole = load_split(source, tokenizer, format="auto", pairs=pairs, max_length=256)
     # Pairs are not cut.
@@ -185,15 +185,26 @@ def expected(
             scales[module] = a.alpha / a.rank**exponent
     oracle = Oracle(base, factors, scales, arithmetic, BALANCE[case.balance])
     # A run evaluates before its first step, with the adapter it starts from.
+    loss_of = loss_by(oracle, config.objective)
     with torch.no_grad():
-        held_out = list(eval_split.samples)
-        eval_loss = (oracle.dpo_loss(held_out, beta) if beta else oracle.loss(held_out)).item()
+        eval_loss = loss_of(list(eval_split.samples)).item()
     batches = []
     for step in range(steps):
         indices = global_batch_indices(step, case.batch, len(train_split.samples), seed)
         batches.append([train_split.samples[i] for i in indices])
-    trained = oracle.train(batches, LR, clip=1.0, eps=EPS, lr_b=lr_b, dpo_beta=beta)
+    trained = oracle.train(batches, LR, clip=1.0, eps=EPS, lr_b=lr_b, loss_of=loss_of)
     return Expected(eval_loss, trained, seed, oracle.margin)
+
+
+def loss_by(oracle: Oracle, objective: ObjectiveConfig) -> Callable[[list[Any]], Tensor]:
+    """The oracle's loss of this objective, whose reference is the adapter as it is now where it
+    says so."""
+    if objective.name == "sft":
+        return oracle.loss
+    if objective.reference == "start":
+        oracle.compare_with_start()
+    assert objective.beta is not None
+    return partial(oracle.dpo_loss, beta=objective.beta)
 
 
 def expected_of_clear_routing(
@@ -289,7 +300,7 @@ def deviations(found: Expected, of: Expected) -> dict[str, float]:
 
 def limits_of(case: Case) -> dict[str, float]:
     """The limits of a case's objective."""
-    return LIMITS_OF_PAIRS if case.objective == "dpo" else LIMITS
+    return LIMITS if case.objective == "sft" else LIMITS_OF_PAIRS
 
 
 def exceeded(row: Mapping[str, Any], limits: Mapping[str, float] = LIMITS) -> list[str]:

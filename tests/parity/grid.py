@@ -45,8 +45,13 @@ STAGES = ("equal", "uneven")
 HEAD = ("lean", "whole")
 """Logits of some target tokens at a time, or those of every token at once, as Megatron has them."""
 
-OBJECTIVES = {"sft": ObjectiveConfig(), "dpo": ObjectiveConfig(name="dpo", beta=0.5)}
-"""A loss of tokens, and one of pairs of sequences that share a row."""
+OBJECTIVES = {
+    "sft": ObjectiveConfig(),
+    "dpo": ObjectiveConfig(name="dpo", beta=0.5),
+    "dpo of start": ObjectiveConfig(name="dpo", beta=0.5, reference="start"),
+}
+"""A loss of tokens, and one of pairs of sequences that share a row, compared with the base and with
+the adapter that the run began with."""
 
 BALANCE = {"off": 0.0, "on": 0.3}
 """Coefficient of the loss that keeps experts evenly used, with which it is not lost in the
@@ -113,13 +118,13 @@ class Case:
         """The limit of a sample and what becomes of longer ones, in the words of the config's
         ``data`` section."""
         limit = ROW_TOKENS + 1 if self.too_long == "left_out" else CUT_AT
-        if self.objective == "dpo":
+        if OBJECTIVES[self.objective].pairs:
             limit = ROW_TOKENS // 2 + 1
         return {"max_length": limit, "too_long": self.too_long}
 
     def source(self, chats: Path) -> Path:
         """The file to train on: the chats, or the pairs beside them."""
-        return pairs_of(chats) if self.objective == "dpo" else chats
+        return pairs_of(chats) if OBJECTIVES[self.objective].pairs else chats
 
     @property
     def question(self) -> tuple[str, str, int, str, str, str]:
@@ -252,7 +257,10 @@ def of_samples(case: Case) -> list[Case]:
         found.append(replace(case, too_long=how, head=head, stages=size))
         # Pairs are whole.
         if how == "left_out":
-            found.append(replace(found[-1], objective="dpo"))
+            plain = found[-1]
+            for objective in OBJECTIVES:
+                if objective != "sft":
+                    found.append(replace(plain, objective=objective))
     # A dense model has nothing to balance.
     if shape_of(case.model).moe_layers:
         found += [replace(variant, balance="on") for variant in found]

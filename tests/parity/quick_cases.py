@@ -78,6 +78,8 @@ QUICK = (
         balance="on",
     ),
     Case(4, ep=2, etp=2, model="mixed", recompute="selective", objective="dpo", balance="on"),
+    Case(2, tp=2, ep=2, adapter="ranks", micro=3, objective="dpo of start"),
+    Case(4, pp=2, vpp=2, cp=2, micro=PACKED, recompute="full", objective="dpo of start"),
     *QUICK_OF_FAMILIES,
 )
 """For ``make test-all``: the layouts README names, every value of every factor at least once, and

@@ -78,11 +78,11 @@ def test_every_possible_pair_of_values_is_tested() -> None:
             if factor not in ("too_long", "head", "objective", "balance"):
                 possible |= {((factor, value), each) for each in of_samples}
     # So does each objective, but that pairs are never cut.
-    for objective in ("sft", "dpo"):
+    for objective in ("sft", "dpo", "dpo of start"):
         of_loss = ("objective", objective)
         for factor, value in {value for pair in possible for value in pair}:
             is_cut = factor == "too_long" and value != "left_out"
-            if factor not in ("objective", "balance") and not (is_cut and objective == "dpo"):
+            if factor not in ("objective", "balance") and not (is_cut and objective != "sft"):
                 possible.add(((factor, value), of_loss))
     # Balanced or not goes with everything, where there are experts.
     dense = {model for model in MODELS if not shape_of(model).moe_layers}
@@ -101,7 +101,8 @@ def test_a_quick_case_for_every_value() -> None:
     values_of = {
         **SIZES, "model": tuple(MODELS), "adapter": tuple(ADAPTERS),
         "recompute": ("off", "selective", "full", "full1+selective"), "micro": (1, 3, PACKED),
-        "head": ("lean", "whole"), "stages": ("equal", "uneven"), "objective": ("sft", "dpo"),
+        "head": ("lean", "whole"), "stages": ("equal", "uneven"), 
+        "objective": ("sft", "dpo", "dpo of start"),
         "balance": ("off", "on"),
         "too_long": ("left_out", "truncate_right", "truncate_left", "split"),
     }  # fmt: skip

@@ -89,7 +89,11 @@ def _objective(options: dict[str, Any]) -> str:
         # null stands for a default; a label smoothing of 0 for none.
         if options[name] is not None and (name, options[name]) != ("label_smoothing", 0):
             shown.append(f"{name} {options[name]:g}")
-    reference = "; the reference is the base" if options["name"] == "dpo" else ""
+    reference = ""
+    if options["name"] == "dpo":
+        # Checkpoints of earlier versions have no such option.
+        is_start = options.get("reference") == "start"
+        reference = f"; the reference is {'the adapter at the start' if is_start else 'the base'}"
     return f"{options['name']}{''.join(f', {part}' for part in shown)}{reference}"
 
 

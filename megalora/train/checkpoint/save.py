@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megalora import host
 from megalora.adapters.best_loss import BestLoss, Evaluations
-from megalora.adapters.files import OPTIMIZER, PROBE, RNG, STATE, STATE_JSON, STATE_KEYS
+from megalora.adapters.files import OPTIMIZER, PROBE, RNG, START, STATE, STATE_JSON, STATE_KEYS
 from megalora.adapters.latest import BEST, checkpoints
 from megalora.adapters.write.form import write_adapter
 from megalora.config import CheckpointConfig, RunConfig
@@ -21,6 +21,7 @@ from megalora.lora.adapted_model import AdaptedModel
 from megalora.lora.gather import gather_tensors
 from megalora.lora.section import settings
 from megalora.train.checkpoint.identity import Identity, Samples
+from megalora.train.checkpoint.start import gather_start
 from megalora.train.checkpoint.writer import (
     checkpoint_name,
     point_best,
@@ -28,11 +29,12 @@ from megalora.train.checkpoint.writer import (
     write_atomically,
 )
 from megalora.train.optim import optimizer_state
+from megalora.train.references import Start
 
 
 def save_checkpoint(
     step: int, evaluations: Evaluations, samples: Samples, identity: Identity, config: RunConfig,
-    model: AdaptedModel, optimizer: Any, probe: dict[str, Any],
+    model: AdaptedModel, optimizer: Any, probe: dict[str, Any], start: Start | None = None,
 ) -> Path:  # fmt: skip
     """Write ``step_N`` into the run folder and point ``latest`` at it; collective. A failure leaves
     earlier ones whole.
@@ -42,11 +44,13 @@ def save_checkpoint(
         samples: number and digest of the training samples.
         identity: data and base, which must be the same when the run is resumed.
         probe: log-probabilities of the adapter as it is, for servers (``probe.py``).
+        start: the adapter that the run began with, where it is needed again.
     """
     # All collectives come before the first rank begins to write: it may fail, the others wait.
     weights = gather_tensors(model.shards, model.values(), model.groups)
     state = _whole_optimizer_state(model, optimizer)
     rng = _all_generators()
+    began = gather_start(start, model) if start is not None else {}
 
     def write(folder: Path) -> None:
         # Only called on the first rank, which has the whole tensors.
@@ -56,6 +60,8 @@ def save_checkpoint(
         (folder / STATE).mkdir()
         save_file(state, folder / OPTIMIZER)
         save_file(rng, folder / RNG)
+        if began:
+            save_file(began, folder / START)
         summary = {
             "step": step, "num_samples": samples.count, "world_size": dist.get_world_size(),
             "saved_at": time.time(),

@@ -4,7 +4,7 @@ run never starts afresh beside checkpoints."""
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megalora.adapters.files import CONFIG, OPTIMIZER, RNG, WEIGHTS
+from megalora.adapters.files import CONFIG, OPTIMIZER, RNG, START, WEIGHTS
 from megalora.adapters.latest import LATEST, checkpoints, latest_adapter, read_latest, taken_note
 from megalora.adapters.training_state import SavedState, read_state
 from megalora.config import RunConfig
@@ -135,6 +135,8 @@ def read_whole(folder: Path, what: str) -> SavedState:
     # An imported adapter comes without generators.
     if state.imported_from is None:
         tensors.append(RNG)
+    if (state.config.get("objective") or {}).get("reference") == "start":
+        tensors.append(START)
     for name in [CONFIG, *tensors]:
         path = folder / name
         if not path.is_file():

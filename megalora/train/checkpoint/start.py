@@ -1,0 +1,38 @@
+"""Keep the adapter that a run began with, where its objective compares with that.
+
+Every checkpoint has it, so that a resumed run does not take the adapter it resumes from for its
+start, whatever the layout and wherever the checkpoint was copied to.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from megalora.adapters.files import START
+from megalora.adapters.training_state import SavedState
+from megalora.lora.adapted_model import AdaptedModel
+from megalora.lora.gather import gather_tensors, read_tensors
+from megalora.train.references import Start
+
+
+def start_of(state: SavedState | None, model: AdaptedModel) -> Start:
+    """A copy of the adapter as it was at the run's first step.
+
+    Args:
+        state: the checkpoint that the model's adapter was read from; None for a fresh one.
+    Raises:
+        ValueError: the checkpoint's copy is damaged or of another adapter.
+    """
+    start: dict[nn.Parameter, Tensor] = {}
+    for parameter, value in model.values().items():
+        start[parameter] = value.clone()
+    # A fresh run and an imported adapter begin here; a run's own checkpoint lies behind its start.
+    if state is not None and state.imported_from is None:
+        with torch.no_grad():
+            read_tensors(state.folder / START, model.shards, start)
+    return start
+
+
+def gather_start(start: Start, model: AdaptedModel) -> dict[str, Tensor]:
+    """The whole tensors of all ranks, by name, for the first rank to write; empty elsewhere.
+    Collective."""
+    return gather_tensors(model.shards, start, model.groups) or {}
