@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from megalora.adapters.files import CONFIG, adapters_below, read_config
+from megalora.adapters.files import CONFIG, STATE_JSON, adapters_below, read_config
 from megalora.adapters.read.options import not_followed, not_plain
 from megalora.adapters.read.weights import FLOATS, AdapterWeights
+from megalora.adapters.training_state import read_state
 from megalora.adapters.write.engines import ENGINES
 from megalora.hf.tensor_names import (
     described,
@@ -81,9 +82,21 @@ def describe(adapter: Path) -> str:
     if not_finite:
         lines.append(f"NaN or infinite in {len(not_finite)} tensors, such as {not_finite[0]}")
     lines += _other_lines(other, weights) + _config_lines(config) + weights.notes
+    lines += _cycle_lines(adapter)
     if below := adapters_below(adapter):
         lines.append(f"sub-folders with adapters of their own: {', '.join(below)}")
     return "\n".join(lines)
+
+
+def _cycle_lines(adapter: Path) -> list[str]:
+    """A line for a checkpoint of a run with periodic merges."""
+    if not (adapter / STATE_JSON).is_file():
+        return []
+    # Their ranks are in the table as one, so that its size would be a riddle.
+    cycles = read_state(adapter).cycles
+    if not cycles:
+        return []
+    return [f"the sum of {cycles + 1} adapters, of which {cycles} were merged into the base before"]
 
 
 def _other_lines(names: list[str], weights: AdapterWeights) -> list[str]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from megalora.adapters.cycles import read_cycles, state_folder, summed
 from megalora.adapters.files import CONFIG, OPTIMIZER, STATE_JSON, WEIGHTS
 from megalora.adapters.read.adapter import Adapter
 from megalora.adapters.training_state import read_factors, read_state
@@ -54,12 +55,17 @@ def trained_form(adapter: Adapter, shape: ModelShape, *, fill: bool = False) -> 
 
 def _of_checkpoint(adapter: Adapter, shape: ModelShape) -> TrainedForm:
     """What was trained, as the training state has it, in the dtype of the adapter's file."""
-    adapted = read_state(adapter.folder).trained(shape)
+    state = read_state(adapter.folder)
+    adapted = state.trained(shape)
     for name in expected_tensors(adapted):
         if name not in adapter.tensors:
             raise _contradiction(adapter, f"{WEIGHTS} lacks {name}")
     dtypes = {name: tensor.dtype for name, tensor in adapter.tensors.items()}
     tensors = read_factors(adapter.folder, adapted, dtypes)
+    # The training state has the last cycle's adapter alone, the adapter's files the sum.
+    if state.cycles:
+        earlier = read_cycles(state_folder(adapter.folder), state.cycles, adapted)
+        adapted, tensors = summed(adapted, earlier, tensors)
     # The adapter's files were written from these factors: writing them once more must give the
     # same, or somebody changed one of the two.
     pairs = export_form(adapted, shape)

@@ -47,6 +47,10 @@ class SavedState:
     adapted: list[list[Any]] = field(default_factory=list)
     """Rows of ``lora.section.settings``, one for each adapted linear; empty where an earlier
     version saved the checkpoint."""
+    cycles: int = 0
+    """Adapters that were merged into the base before this one (``cycles.py``)."""
+    cycle_start: int = 0
+    """Finished steps when the adapter began that is trained now."""
 
     def trained(self, shape: ModelShape) -> list[Adapted]:
         """The projections that were trained, with their own ranks and scales.
@@ -98,6 +102,9 @@ def read_state(folder: Path) -> SavedState:
         config=_sections(path, state),
         num_samples=_count(path, state, "num_samples"),
         world_size=_count(path, state, "world_size"),
+        # Earlier versions merged nothing.
+        cycles=_count(path, {"cycles": 0, **state}, "cycles"),
+        cycle_start=_count(path, {"cycle_start": 0, **state}, "cycle_start"),
         **known,
     )
 

@@ -45,6 +45,22 @@ class RunConfig:
 
         if self.objective.pairs:
             self._check_pairs()
+        if self.train.relora is not None:
+            self._check_relora()
+
+    def _check_relora(self) -> None:
+        """What cannot be had together with periodic merges."""
+        require(
+            not self.objective.num_references,
+            f"objective.name={self.objective.name} compares with the base, into which train.relora"
+            " merges adapters: leave one of them out",
+        )
+        # vLLM sets aside room for the largest rank when it starts.
+        require(
+            self.checkpoint.serve is None,
+            "checkpoint.serve: with train.relora an adapter's rank grows with every cycle, for"
+            " which a server that runs has no room. Serve the last checkpoint instead",
+        )
 
     def _check_pairs(self) -> None:
         """Options of supervised fine-tuning that mean nothing where pairs are compared."""

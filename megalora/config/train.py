@@ -63,6 +63,36 @@ class Profile:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Relora:
+    """Periodic merges of the adapters into the base."""
+
+    every: int
+    """Number of optimizer steps after which the adapters are merged and new ones begin."""
+    warmup: int = 0
+    """Number of steps over which the learning rate rises again after a merge."""
+
+    def __post_init__(self) -> None:
+        require(self.every >= 1, f"train.relora.every must be at least 1, got {self.every}")
+        require(
+            0 <= self.warmup < self.every,
+            f"train.relora.warmup must be in [0, {self.every}), below train.relora.every, got"
+            f" {self.warmup}",
+        )
+
+    def check_within(self, steps: int, what: str) -> None:
+        """Raise ``ValueError`` if a run of so many steps ends before its first merge.
+
+        Args:
+            what: name of the number of steps, for the message.
+        """
+        require(
+            self.every < steps,
+            f"train.relora.every={self.every} is not below {what}: nothing would ever be merged."
+            " Lower train.relora.every or leave train.relora out.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     steps: int | None = None
     """Number of optimizer steps. Give ``train.steps`` or ``train.epochs``; where both are given,
@@ -95,6 +125,11 @@ class TrainConfig:
     clip_grad: float = 1.0
     """Maximum L2 norm of the gradient over all adapters; larger gradients are scaled down to it.
     0 turns clipping off."""
+    relora: Relora | None = None
+    """Merge the adapters into the base every so often and train new ones, as in ReLoRA (arXiv
+    2307.05695): ``{every: 1000, warmup: 50}``. Moments start from zero, and the learning rate rises
+    again over ``warmup`` steps to where the schedule has it. A checkpoint's adapter is the sum of
+    all of them, of so many times the rank; the base is never rounded twice. null never merges."""
     z_loss: float = 0.0
     """Coefficient of the z-loss: ``z_loss`` times the squared log-sum-exp of the logits is added to
     the loss of each target token, as in PaLM (which used 1e-4). 0 turns it off."""
@@ -181,3 +216,5 @@ class TrainConfig:
             check_warmup(self.warmup, self.steps, f"train.steps={self.steps}")
             if self.profile is not None:
                 self.profile.check_within(self.steps, f"train.steps={self.steps}")
+            if self.relora is not None:
+                self.relora.check_within(self.steps, f"train.steps={self.steps}")

@@ -151,6 +151,10 @@ class GradientCheck:
             parts.to(host.device())
         self.pending = set(self.expected)
 
+    def begin_again(self) -> None:
+        """Look at the next gradients as at the first ones: the factors are new."""
+        self.pending = set(self.expected)
+
     def after_backward(self, b_has_moved: bool) -> None:
         """Look at ``main_grad`` once per factor; collective over the world until all factors have
         been seen."""

@@ -91,9 +91,13 @@ class LoRAFactors(nn.Module):
         return parameter
 
     @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """A from (seed, tensor name), B zero: the same adapter under every layout. A magnitude is
-        1 until the weight is there whose norms it starts as."""
+    def reset_parameters(self, cycle: int = 0) -> None:
+        """A from (seed, cycle, tensor name), B zero: the same adapter under every layout. A
+        magnitude is 1 until the weight is there whose norms it starts as.
+
+        Args:
+            cycle: how often an adapter was merged and begun anew.
+        """
         # Drawn on the host and copied once, because a copy per expert would wait for the device
         # each time.
         drawn = torch.empty(self.lora_A.shape, dtype=self.lora_A.dtype)
@@ -101,7 +105,11 @@ class LoRAFactors(nn.Module):
             for lead, expert in self._experts():
                 # Every rank draws the whole A and keeps its own part.
                 whole = initial_a(
-                    self.seed, adapted.hf_module(expert), adapted.rank, adapted.in_features
+                    self.seed,
+                    adapted.hf_module(expert),
+                    adapted.rank,
+                    adapted.in_features,
+                    cycle,
                 )
                 part = cut(whole, self.sharding.split_a, self.group_size, self.group_rank)
                 drawn[lead][rows] = part

@@ -39,7 +39,19 @@ def plan(
     else:
         shape.check_layout(parallel, train.recompute)
         shape.check_balance(train.router_aux_loss_coef)
-    return shape, resolve(lora, shape)
+    adapted = resolve(lora, shape)
+    if train is not None and train.relora is not None:
+        _check_mergeable(adapted, shape)
+    return shape, adapted
+
+
+def _check_mergeable(adapted: list[Adapted], shape: ModelShape) -> None:
+    """Raise ``ValueError`` for an adapter that ``train.relora`` cannot merge into the base."""
+    if shape.tied_embeddings and any(a.layer is None for a in adapted):
+        raise ValueError(
+            "train.relora: this model ties lm_head to the embedding, which merging an adapter of"
+            " the head would change. Leave lm_head out of lora.target_modules"
+        )
 
 
 def resolve(lora: LoRAConfig, shape: ModelShape) -> list[Adapted]:

@@ -45,6 +45,7 @@ class Balance:
         self._row: RowSequences | None = None
         self._in_forward = False
         self._total = torch.zeros(1, dtype=torch.float64, device=host.device())
+        # On every layer, not on its MLP: Megatron hands the row to the layer alone.
         num_layers = 0
         for chunk in chunks:
             for module in chunk.modules():
@@ -53,6 +54,7 @@ class Balance:
                 if isinstance(module, FrozenRouter):
                     module.balance = self
                     num_layers += 1
+        # A stage may have no experts, and reports a mean over all layers with the others.
         counted = torch.tensor(num_layers, device=host.device())
         dist.all_reduce(counted, group=groups.pp)
         self._num_layers = int(counted)
@@ -143,6 +145,7 @@ class _WithLoss(torch.autograd.Function):
 
 def _scores(logits_TE: Tensor, function: str) -> Tensor:
     """Scores over all experts that add up to 1, in float32 or float64."""
+    # A family may route in bfloat16, in which a sum of 128 scores would be off by a percent.
     wide_TE = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
     if function == "softmax":
         return wide_TE.softmax(-1)

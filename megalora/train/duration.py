@@ -21,6 +21,8 @@ def num_steps(options: TrainConfig, num_samples: int) -> int:
     check_warmup(options.warmup, steps, what)
     if options.profile is not None:
         options.profile.check_within(steps, what)
+    if options.relora is not None:
+        options.relora.check_within(steps, what)
     return steps
 
 

@@ -146,6 +146,7 @@ def _host_pieces(batch: Batch, chunks: tuple[Chunk, ...], part: Part, asked: Ask
         if asked.sequences:
             pieces.append(own(batch.sequence_numbers)[places])
             pieces.append(torch.tensor(batch.targets))
+    # Every stage has routers, so that each gets them.
     if asked.routed:
         pieces.append(_of_tp_rank(own(_without_filler(batch)), part))
         lengths = np.diff(batch.ends[: batch.num_sequences + 1])

@@ -2,14 +2,13 @@
 
 import math
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megalora.adapters.best_loss import BestLoss, Evaluations
 from megalora.adapters.training_state import SavedState
 from megalora.config import RunConfig
 from megalora.config.file import flat_options, save_config
@@ -31,16 +30,17 @@ from megalora.train.assemble import Inputs, Run, assemble
 from megalora.train.checkpoint.identity import Identity, Samples, identify
 from megalora.train.checkpoint.load import load_checkpoint
 from megalora.train.checkpoint.same_run import check_same_run, check_same_samples
-from megalora.train.checkpoint.save import restore_best, save_checkpoint
+from megalora.train.checkpoint.save import restore_best
 from megalora.train.checkpoint.start import start_of
 from megalora.train.checkpoint.where import find_checkpoint
-from megalora.train.drift import DriftCheck
 from megalora.train.expert_tokens import ExpertTokens
 from megalora.train.metrics import Metrics
 from megalora.train.optim import learning_rate
 from megalora.train.probe import Probe
+from megalora.train.relora import Cycles
 from megalora.train.run_files import CONFIG, MANIFEST
 from megalora.train.run_folder import opened
+from megalora.train.saver import Progress, Saver, is_due
 from megalora.train.signals import terminated
 from megalora.train.trace import Trace, tracing
 from megalora.train.trackers import check_installed
@@ -107,25 +107,6 @@ def train(config: RunConfig, job: str | None = None) -> Path | None:
             return _fit(run, probe, start)
 
 
-@dataclass
-class Progress:
-    """How far a run has come, and what was done at which step."""
-
-    start: int
-    """Finished steps when this process began."""
-    step: int
-    """Finished steps."""
-    saved: Path | None
-    """The newest checkpoint."""
-    saved_step: int = -1
-    evaluations: Evaluations = field(default_factory=Evaluations)
-
-    @property
-    def best(self) -> BestLoss:
-        """The lowest evaluation loss so far."""
-        return self.evaluations.best
-
-
 def _fit(run: Run, probe: Probe, at: Start) -> Path | None:
     """Train to the last step or to a signal; returns the last checkpoint."""
     config = run.config
@@ -160,42 +141,13 @@ def _fit(run: Run, probe: Probe, at: Start) -> Path | None:
     ):
         for note in notes:
             metrics.say(note)
-        _open(run, metrics, now, at.shown)
-        saver = _Saver(run, probe, at, serve)
+        cycles = Cycles(run, at.state)
+        _open(run, metrics, now, at.shown, cycles)
+        saver = Saver(run, probe, at.samples, at.identity, serve, cycles)
         answers = Answers(run, at.questions, at.tokenizer)
         _train_to_the_end(run, now, metrics, stop, saver, answers, trace)
     metrics.say(closing(now.step, num_steps, now.saved, now.best, config))
     return now.saved
-
-
-class _Saver:
-    """Saves checkpoints, each only if replicas agree."""
-
-    def __init__(self, run: Run, probe: Probe, at: Start, serve: Callable[[Path], None]) -> None:
-        self.run = run
-        self.probe = probe
-        self.at = at
-        self.serve = serve
-        self.drift = DriftCheck(run.model.adapted, run.model.shards, run.groups)
-
-    def check_replicas(self, now: Progress, saving: bool) -> None:
-        """Compare replicas where that is due: before saving, in the first step, every so often."""
-        every = self.run.config.train.check_replicas_every
-        # The first step is where a missing reduction shows.
-        if every and (saving or now.step <= now.start + 1 or _due(now.step, every)):
-            self.drift.run(now.step, now.saved)
-
-    def save(self, now: Progress) -> None:
-        """Write a checkpoint and hand its adapter to the server; collective."""
-        run = self.run
-        # The probe runs before the files are written, because they hold what it says.
-        probed = self.probe.run(run.stepper)
-        now.saved = save_checkpoint(
-            now.step, now.evaluations, self.at.samples, self.at.identity, run.config, run.model,
-            run.optimizer, probed, run.stepper.start,
-        )  # fmt: skip
-        now.saved_step = now.step
-        self.serve(now.saved)
 
 
 def _train_to_the_end(
@@ -203,7 +155,7 @@ def _train_to_the_end(
     now: Progress,
     metrics: Metrics,
     stop: Callable[[], bool],
-    saver: _Saver,
+    saver: Saver,
     answers: Answers,
     trace: Trace,
 ) -> None:
@@ -215,7 +167,7 @@ def _train_to_the_end(
         # Collective: every rank leaves the loop at the same step.
         stopped = stop()
         # Before the first step and after the last one too; a stopped run has no time for it.
-        due = now.step in (0, num_steps) or _due(now.step, config.train.eval_every)
+        due = now.step in (0, num_steps) or is_due(now.step, config.train.eval_every)
         is_best = False
         # Before saving, so that a checkpoint knows of the evaluation at its step.
         if due and now.step != now.evaluations.last_step and not stopped:
@@ -224,7 +176,7 @@ def _train_to_the_end(
         done = stopped or is_over or now.step >= num_steps
         saving = is_best and config.checkpoint.keep_best
         if now.step > 0 and now.step != now.saved_step:
-            saving |= done or _due(now.step, config.checkpoint.every)
+            saving |= done or is_due(now.step, config.checkpoint.every)
         # Replicas that differ must not be saved.
         saver.check_replicas(now, saving)
         if saving:
@@ -232,6 +184,9 @@ def _train_to_the_end(
             metrics.restart_clock()
         if done:
             break
+        # Behind the checkpoint of this step, which still has the adapter by itself.
+        if saver.cycles.advance(now.step, metrics.say):
+            metrics.restart_clock()
         lr = learning_rate(config.train, now.step, num_steps)
         counted = metrics.experts is not None and metrics.is_logged(now.step + 1)
         with trace.step(now.step + 1):
@@ -246,9 +201,11 @@ def _train_to_the_end(
         )
 
 
-def _open(run: Run, metrics: Metrics, now: Progress, shown: list[dict[str, Any]]) -> None:
+def _open(
+    run: Run, metrics: Metrics, now: Progress, shown: list[dict[str, Any]], cycles: Cycles
+) -> None:
     """Record and announce the run, and compare the base with transformers before it is trained
-    on."""
+    on; then merge what a resumed run had merged."""
     config = run.config
     model = run.model
     if dist.get_rank() == 0:
@@ -265,6 +222,7 @@ def _open(run: Run, metrics: Metrics, now: Progress, shown: list[dict[str, Any]]
         folder = local_folder(config.model.path)
         dtype = getattr(torch, config.model.dtype)
         metrics.say(check_layers(model.chunks, model.groups, folder, dtype))
+    cycles.restore()
     if check == "loss":
         metrics.say(_check_first_loss(run, now.step, now.saved))
 
@@ -312,11 +270,6 @@ def _check_first_loss(run: Run, step: int, adapter: Path | None) -> str:
     return compare_losses(
         ours, batch, folder=folder, adapter=adapter, dtype=dtype, shape=run.model.shape
     )
-
-
-def _due(step: int, every: int) -> bool:
-    """Whether ``step`` is a multiple of ``every``; never where that is 0."""
-    return every > 0 and step % every == 0
 
 
 def check_finite(step: int, name: str, value: float, saved: Path | None) -> None:

@@ -117,7 +117,17 @@ def _norm(gradients: list[Tensor], group: Any) -> Tensor:
 
 def learning_rate(config: TrainConfig, step: int, num_steps: int) -> float:
     """Learning rate of step ``step``, counted from 0: linear warm-up from lr / warmup, then the
-    schedule, which reaches zero after the last step."""
+    schedule, which reaches zero after the last step; behind each merge of ``train.relora`` a linear
+    warm-up to the schedule."""
+    relora = config.relora
+    again = 1.0
+    if relora is not None and step >= relora.every and step % relora.every < relora.warmup:
+        again = (step % relora.every + 1) / relora.warmup
+    return again * _scheduled(config, step, num_steps)
+
+
+def _scheduled(config: TrainConfig, step: int, num_steps: int) -> float:
+    """The same without merges."""
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
     # 0 at the first step after warm-up, 1 after the last step

@@ -22,6 +22,7 @@ from tests.mutations.plan_bugs import PLAN_BUGS
 from tests.mutations.planner_bugs import PLANNER_BUGS
 from tests.mutations.preference_bugs import PREFERENCE_BUGS
 from tests.mutations.recipe_bugs import RECIPE_BUGS
+from tests.mutations.relora_bugs import RELORA_BUGS
 from tests.mutations.report_bugs import REPORT_BUGS
 from tests.mutations.row_bugs import ROW_BUGS
 from tests.mutations.run_bugs import RUN_BUGS
@@ -61,5 +62,6 @@ EVERY_BUG = (
     + RECIPE_BUGS
     + PREFERENCE_BUGS
     + BALANCE_BUGS
+    + RELORA_BUGS
     + DORA_BUGS
 )

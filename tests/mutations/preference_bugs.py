@@ -209,8 +209,8 @@ PREFERENCE_BUGS: tuple[Bug, ...] = (
         0,
         "another reference in the middle of a run",
         "megalora/train/checkpoint/same_run.py",
-        ', "objective.reference": "base"}',
-        "}",
+        '"objective.name": "sft", "objective.reference": "base",',
+        '"objective.name": "sft",',
         f"{OF_START} resumed",
     ),
     bug(

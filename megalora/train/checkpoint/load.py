@@ -29,7 +29,7 @@ def load_checkpoint(state: SavedState, model: AdaptedModel, optimizer: Any) -> l
             values[key][parameter] = torch.zeros_like(parameter, dtype=torch.float32)
         read_tensors(state.folder / OPTIMIZER, model.shards, values[key], prefix=f"{key}.")
     # Every rank has read its parts of whole tensors, and takes the slices that it owns.
-    load_optimizer_state(optimizer, values, state.step)
+    load_optimizer_state(optimizer, values, state.step - state.cycle_start)
     with torch.no_grad():
         for parameter, master in values["param"].items():
             parameter.copy_(master)

@@ -22,7 +22,10 @@ SAME_RUN = (
 )  # fmt: skip
 """Options that decide the order of samples, and which parameters are trained on them: they must not
 change in the middle of a run."""
-ADDED = {"data.too_long": "left_out", "objective.name": "sft", "objective.reference": "base"}
+ADDED = {
+    "data.too_long": "left_out", "objective.name": "sft", "objective.reference": "base",
+    "train.relora": None,
+}  # fmt: skip
 """Such options that checkpoints of earlier versions lack, and what they did then."""
 BY_CONTENT = ("model.path", "data.train", "data.eval")
 """Options that are compared by content; by name where a checkpoint has no digests."""

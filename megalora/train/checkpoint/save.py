@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from megalora import host
 from megalora.adapters.best_loss import BestLoss, Evaluations
+from megalora.adapters.cycles import keep_cycles, read_cycles, state_folder, summed
 from megalora.adapters.files import OPTIMIZER, PROBE, RNG, START, STATE, STATE_JSON, STATE_KEYS
 from megalora.adapters.latest import BEST, checkpoints
 from megalora.adapters.write.form import write_adapter
@@ -35,6 +37,7 @@ from megalora.train.references import Start
 def save_checkpoint(
     step: int, evaluations: Evaluations, samples: Samples, identity: Identity, config: RunConfig,
     model: AdaptedModel, optimizer: Any, probe: dict[str, Any], start: Start | None = None,
+    cycles: int = 0,
 ) -> Path:  # fmt: skip
     """Write ``step_N`` into the run folder and point ``latest`` at it; collective. A failure leaves
     earlier ones whole.
@@ -45,42 +48,77 @@ def save_checkpoint(
         identity: data and base, which must be the same when the run is resumed.
         probe: log-probabilities of the adapter as it is, for servers (``probe.py``).
         start: the adapter that the run began with, where it is needed again.
+        cycles: adapters that are merged into the base; the run folder has them.
     """
+    run = Path(config.checkpoint.dir)
     # All collectives come before the first rank begins to write: it may fail, the others wait.
     weights = gather_tensors(model.shards, model.values(), model.groups)
     state = _whole_optimizer_state(model, optimizer)
     rng = _all_generators()
     began = gather_start(start, model) if start is not None else {}
 
+    summary = {
+        "step": step, "num_samples": samples.count, "world_size": dist.get_world_size(),
+        "saved_at": time.time(),
+        "evaluated_step": evaluations.last_step, "best": asdict(evaluations.best),
+        "identity": identity.as_json(samples.digest), "config": asdict(config),
+        "adapted": settings(model.adapted), **_of_cycles(config, cycles),
+    }  # fmt: skip
+
     def write(folder: Path) -> None:
         # Only called on the first rank, which has the whole tensors.
         assert weights is not None
-        write_adapter(folder, model.adapted, model.shape, weights, config.model.path)
-        (folder / PROBE).write_text(json.dumps(probe) + "\n")
         (folder / STATE).mkdir()
+        # Files for PEFT and servers first, then what only a resumed run reads.
+        _write_sum(folder, run, cycles, config, model, weights)
+        (folder / PROBE).write_text(json.dumps(probe) + "\n")
         save_file(state, folder / OPTIMIZER)
         save_file(rng, folder / RNG)
         if began:
             save_file(began, folder / START)
-        summary = {
-            "step": step, "num_samples": samples.count, "world_size": dist.get_world_size(),
-            "saved_at": time.time(),
-            "evaluated_step": evaluations.last_step, "best": asdict(evaluations.best),
-            "identity": identity.as_json(samples.digest), "config": asdict(config),
-            "adapted": settings(model.adapted),
-        }  # fmt: skip
         (folder / STATE_JSON).write_text(json.dumps(summary, indent=1) + "\n")
 
-    target = Path(config.checkpoint.dir) / checkpoint_name(step)
+    target = run / checkpoint_name(step)
+    _publish(target, write, lambda: tidy(target, evaluations.best, config.checkpoint))
+    return target
+
+
+def _publish(target: Path, write: Callable[[Path], None], tidy_up: Callable[[], None]) -> None:
+    """Write the checkpoint on the first rank, then look after the others; collective."""
     on_first_rank(
         lambda: write_atomically(target, write),
         f"could not save {target.name}; earlier checkpoints are whole",
     )
+    # A message of its own: the new checkpoint is whole, whatever becomes of older ones.
     on_first_rank(
-        lambda: tidy(target, evaluations.best, config.checkpoint),
+        tidy_up,
         f"saved {target.name}, but could not point at the best checkpoint or remove older ones",
     )
-    return target
+
+
+def _write_sum(
+    folder: Path,
+    run: Path,
+    cycles: int,
+    config: RunConfig,
+    model: AdaptedModel,
+    weights: dict[str, Tensor],
+) -> None:
+    """Write the adapter that fits the base as published: with those of earlier cycles added, which
+    the training state keeps apart."""
+    adapted = model.adapted
+    if cycles:
+        earlier = read_cycles(run, cycles, adapted)
+        adapted, weights = summed(adapted, earlier, weights)
+    write_adapter(folder, adapted, model.shape, weights, config.model.path)
+    keep_cycles(run, state_folder(folder), cycles)
+
+
+def _of_cycles(config: RunConfig, cycles: int) -> dict[str, int]:
+    """How many adapters were merged, and at which step the current one began."""
+    relora = config.train.relora
+    # Without merges a run is in its first cycle to its end.
+    return {"cycles": cycles, "cycle_start": cycles * relora.every if relora else 0}
 
 
 def _all_generators() -> dict[str, Tensor]:

@@ -4,7 +4,8 @@ run never starts afresh beside checkpoints."""
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megalora.adapters.files import CONFIG, OPTIMIZER, RNG, START, WEIGHTS
+from megalora.adapters.cycles import cycle_file
+from megalora.adapters.files import CONFIG, OPTIMIZER, RNG, START, STATE, WEIGHTS
 from megalora.adapters.latest import LATEST, checkpoints, latest_adapter, read_latest, taken_note
 from megalora.adapters.training_state import SavedState, read_state
 from megalora.config import RunConfig
@@ -131,7 +132,9 @@ def read_whole(folder: Path, what: str) -> SavedState:
         state = read_state(folder)
     except ValueError as error:
         raise ValueError(f"{what} is not a checkpoint: {error}") from None
-    tensors = [WEIGHTS, OPTIMIZER]
+    tensors: list[str | Path] = [WEIGHTS, OPTIMIZER]
+    for number in range(state.cycles):
+        tensors.append(cycle_file(Path(STATE), number))
     # An imported adapter comes without generators.
     if state.imported_from is None:
         tensors.append(RNG)

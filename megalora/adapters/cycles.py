@@ -1,0 +1,124 @@
+"""What a run with periodic merges (ReLoRA) has merged so far: the adapters of its earlier cycles,
+kept exactly, and their sum with the current one.
+
+The sum of adapters of one linear is one adapter: A's one below the other, B's side by side, with
+the scale of each.
+
+    s B_1 A_1 + s B_2 A_2 = s [B_1 B_2] [A_1; A_2]        rank r_1 + r_2
+
+A checkpoint's adapter is that sum, so that it fits the base as published, in PEFT and in servers;
+its training state holds the current adapter alone, and the earlier ones in files of their own.
+"""
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from megalora.adapters.files import STATE
+from megalora.atomic_folder import force_to_disk
+from megalora.lora.spec import Adapted, expected_tensors
+
+FOLDER = "cycles"
+"""Folder of these files, in a run folder and in a checkpoint's training state."""
+type Factors = Mapping[str, Tensor]
+
+
+def cycle_file(folder: Path, number: int) -> Path:
+    """The file of a cycle, counted from 0, below a run folder or a training state."""
+    return folder / FOLDER / f"cycle_{number:06d}.safetensors"
+
+
+def save_cycle(run: Path, number: int, factors: dict[str, Tensor]) -> None:
+    """Keep the adapter of a cycle that is merged, in the run folder; whole or not at all."""
+    target = cycle_file(run, number)
+    target.parent.mkdir(exist_ok=True)
+    # A name of its own until it is whole: a run that is killed must not find half a cycle.
+    temporary = target.with_suffix(".tmp")
+    save_file(factors, temporary)
+    force_to_disk(temporary)
+    temporary.rename(target)
+    force_to_disk(target.parent)
+
+
+def keep_cycles(source: Path, target: Path, count: int) -> None:
+    """Let ``target`` have the files of the first ``count`` cycles of ``source``; both are folders
+    that ``cycle_file`` takes."""
+    if not count:
+        return
+    (target / FOLDER).mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        there = cycle_file(source, number)
+        here = cycle_file(target, number)
+        # Resuming in the folder where it began, the run has them already.
+        if here.exists() and here.samefile(there):
+            continue
+        # Of another attempt, which went on from an earlier checkpoint.
+        here.unlink(missing_ok=True)
+        try:
+            # The files never change: a second name takes no room.
+            os.link(there, here)
+        except OSError:
+            # Another file system, or one without links.
+            shutil.copyfile(there, here)
+
+
+def read_cycles(folder: Path, count: int, adapted: Sequence[Adapted]) -> list[dict[str, Tensor]]:
+    """The factors of the first ``count`` cycles.
+
+    Args:
+        folder: a run folder or a checkpoint's training state.
+        adapted: what every cycle trained.
+    Raises:
+        ValueError: a file is missing, damaged, or not of these adapters.
+    """
+    shapes = expected_tensors(list(adapted))
+    found: list[dict[str, Tensor]] = []
+    for number in range(count):
+        path = cycle_file(folder, number)
+        try:
+            factors = load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
+        # Names too: a linear more or less would be merged, or left out, in silence.
+        if {name: tuple(value.shape) for name, value in factors.items()} != shapes:
+            raise ValueError(f"{path} holds other adapters than the run has")
+        found.append(factors)
+    return found
+
+
+def state_folder(checkpoint: Path) -> Path:
+    """Where a checkpoint has its cycles, for ``cycle_file``."""
+    return checkpoint / STATE
+
+
+def summed(
+    adapted: Sequence[Adapted], cycles: Sequence[Factors], current: Factors
+) -> tuple[list[Adapted], dict[str, Tensor]]:
+    """The sum of the cycles' adapters and the current one, as one adapter of the sum of their
+    ranks.
+
+    Args:
+        adapted: what every cycle trained.
+        cycles: factors of earlier cycles, whole, by tensor name.
+        current: likewise; its dtype is the sum's.
+    """
+    parts = [*cycles, current]
+    whole: list[Adapted] = []
+    for a in adapted:
+        rank = a.rank * len(parts)
+        # The scale is that of each part, so that alpha grows with the rank.
+        whole.append(replace(a, rank=rank, alpha=a.scale * rank))
+    tensors: dict[str, Tensor] = {}
+    # Experts are tensors of their own, each with its own A and B to put together.
+    for name, value in current.items():
+        of_parts = [part[name].to(value.dtype) for part in parts]
+        # Ranks are A's rows and B's columns.
+        tensors[name] = torch.cat(of_parts, dim=0 if ".lora_A." in name else 1)
+    return whole, tensors

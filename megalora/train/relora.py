@@ -1,0 +1,115 @@
+"""Merge the adapters into the base every so many steps and train new ones: ReLoRA (Lialin et al.
+2023, arXiv 2307.05695), which reaches ranks that one adapter has not.
+
+At the end of a cycle the adapter is kept exactly (``adapters/cycles.py``), the base is read from
+disk with the sum of all cycles merged in (``lora/refold.py``), A is drawn anew from (seed, cycle,
+name), B is zero, and so are Adam's moments and its count of steps. The learning rate warms up again
+(``optim.learning_rate``).
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megalora.adapters.cycles import keep_cycles, read_cycles, save_cycle, state_folder
+from megalora.adapters.files import STATE_KEYS
+from megalora.adapters.training_state import SavedState
+from megalora.first_rank import on_first_rank
+from megalora.hf.folder import local_folder
+from megalora.lora.factors import LoRAFactors
+from megalora.lora.gather import gather_tensors
+from megalora.lora.refold import refold
+from megalora.train.assemble import Run
+from megalora.train.optim import load_optimizer_state
+
+
+class Cycles:
+    """How many cycles a run has merged, and the next merge; all methods are collective."""
+
+    def __init__(self, run: Run, state: SavedState | None) -> None:
+        """``state``: of the checkpoint that the run goes on from, with its cycles."""
+        self.run = run
+        self.folder = Path(run.config.checkpoint.dir)
+        self.count = 0
+        """Cycles that are merged into the base."""
+        if state is not None:
+            # The checkpoint may lie in another run's folder, and be removed before the end.
+            self.count = state.cycles
+            on_first_rank(
+                lambda: keep_cycles(state_folder(state.folder), self.folder, state.cycles),
+                f"the merged cycles of {state.folder} could not be kept in {self.folder}",
+            )
+
+    def restore(self) -> None:
+        """Merge what a resumed run has merged before; its base is as published until then."""
+        if self.count:
+            self._refold()
+
+    def due(self, step: int) -> bool:
+        """Whether a cycle ends behind ``step`` finished steps, and is not merged yet."""
+        relora = self.run.config.train.relora
+        return relora is not None and step // relora.every > self.count
+
+    def advance(self, step: int, say: Callable[[str], None]) -> bool:
+        """Merge where a cycle ends behind ``step`` finished steps, and say so; returns whether."""
+        if not self.due(step):
+            return False
+        self.begin_next()
+        say(
+            f"merged the adapter of cycle {self.count} into the base; checkpoints hold the sum of"
+            f" {self.count + 1} adapters as one, for the base as published"
+        )
+        return True
+
+    def begin_next(self) -> None:
+        """Merge the current adapter into the base and begin another one."""
+        run = self.run
+        whole = gather_tensors(run.model.shards, run.model.values(), run.groups)
+
+        def save() -> None:
+            # Only called on the first rank, which has the whole tensors.
+            assert whole is not None
+            save_cycle(self.folder, self.count, whole)
+
+        on_first_rank(save, f"could not keep the adapter of cycle {self.count + 1}")
+        self.count += 1
+        self._refold()
+        self._reset()
+
+    def _refold(self) -> None:
+        config = self.run.config
+        adapted = self.run.model.adapted
+        # Every rank reads all of a cycle: its file has whole tensors, mapped into memory.
+        cycles = read_cycles(self.folder, self.count, adapted)
+        base = local_folder(config.model.path)
+        dtype = getattr(torch, config.model.dtype)
+        refold(self.run.model.chunks, base, adapted, cycles, dtype)
+        # Reading takes ranks unequal time, and the next step's first collective has a timeout.
+        dist.barrier()
+
+    def _reset(self) -> None:
+        """New factors, and an optimizer that knows of no step."""
+        run = self.run
+        for chunk in run.model.chunks:
+            for module in chunk.modules():
+                if isinstance(module, LoRAFactors):
+                    module.reset_parameters(cycle=self.count)
+        values: dict[str, dict[nn.Parameter, Tensor]] = {key: {} for key in STATE_KEYS}
+        for parameter in run.model.parameters:
+            # A copy: making the optimizer's state takes a step with the old moments.
+            fresh = parameter.detach().float().clone()
+            values["param"][parameter] = fresh
+            for key in STATE_KEYS[1:]:
+                values[key][parameter] = torch.zeros_like(fresh)
+        # Masters, moments and the count of steps, by which Adam corrects its first moments.
+        load_optimizer_state(run.optimizer, values, step=0)
+        with torch.no_grad():
+            for parameter, fresh in values["param"].items():
+                parameter.copy_(fresh)
+        # B is zero once more, so that A has no gradient yet.
+        run.stepper.b_has_moved = False
+        if run.stepper.check is not None:
+            run.stepper.check.begin_again()

@@ -1,0 +1,109 @@
+"""Bugs in periodic merges. The same form as ``bugs.py``."""
+
+from tests.mutations.bugs import Bug, bug
+
+RELORA = "megalora/train/relora.py"
+REFOLD = "megalora/lora/refold.py"
+TESTS = "tests/train/test_relora.py"
+CYCLES = f"{TESTS} test_cycles_in_every_layout"
+ROUNDING = f"{TESTS} test_ten_merges_round_once"
+RESUMING = f"{TESTS} test_resuming_at_another_layout"
+
+RELORA_BUGS: tuple[Bug, ...] = (
+    bug(
+        0,
+        "the base has the last cycle alone",
+        REFOLD,
+        "for factors in self._cycles:",
+        "for factors in self._cycles[-1:]:",
+        CYCLES,
+    ),
+    bug(
+        0,
+        "merges round at every cycle",
+        REFOLD,
+        "weight.to(host.device(), torch.float64)",
+        "weight.to(host.device(), self._dtype)",
+        ROUNDING,
+    ),
+    bug(
+        0,
+        "merges without alpha",
+        REFOLD,
+        "alpha=self._scales[module]",
+        "alpha=1.0",
+        ROUNDING,
+    ),
+    bug(
+        0,
+        "Adam's moments outlive a merge",
+        RELORA,
+        "load_optimizer_state(run.optimizer, values, step=0)",
+        "pass",
+        CYCLES,
+    ),
+    bug(
+        0,
+        "Adam's count outlives a merge",
+        RELORA,
+        "load_optimizer_state(run.optimizer, values, step=0)",
+        "load_optimizer_state(run.optimizer, values, step=2)",
+        CYCLES,
+    ),
+    bug(
+        0,
+        "new factors are moved by the old moments",
+        RELORA,
+        "parameter.detach().float().clone()",
+        "parameter.detach().float()",
+        CYCLES,
+    ),
+    bug(
+        0,
+        "every cycle begins with the same A",
+        RELORA,
+        "module.reset_parameters(cycle=self.count)",
+        "module.reset_parameters()",
+        CYCLES,
+    ),
+    bug(
+        0,
+        "a resumed run counts Adam's steps of all cycles",
+        "megalora/train/checkpoint/load.py",
+        "state.step - state.cycle_start",
+        "state.step",
+        RESUMING,
+    ),
+    bug(
+        0,
+        "a resumed run forgets what it had merged",
+        RELORA,
+        "        if self.count:\n            self._refold()",
+        "        pass",
+        RESUMING,
+    ),
+    bug(
+        0,
+        "a checkpoint has the last cycle's adapter alone",
+        "megalora/train/checkpoint/save.py",
+        "summed(adapted, earlier, weights)",
+        "summed(adapted, [], weights)",
+        f"{TESTS} test_ten_cycles_are_one_adapter",
+    ),
+    bug(
+        0,
+        "the sum has the scale of a larger rank",
+        "megalora/adapters/cycles.py",
+        "alpha=a.scale * rank",
+        "alpha=a.alpha, scale=a.alpha / rank",
+        f"{TESTS} test_ten_cycles_are_one_adapter",
+    ),
+    bug(
+        0,
+        "no warm-up behind a merge",
+        "megalora/train/optim.py",
+        "return again * _scheduled",
+        "return _scheduled",
+        f"{TESTS} test_the_rate_warms_up",
+    ),
+)
