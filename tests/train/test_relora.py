@@ -1,6 +1,7 @@
 """Periodic merges: cycles against a float64 restart, the merged base to one rounding, the sum as
 one adapter, resumption, refusals."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from megalora.data.order import global_batch_indices
 from megalora.data.splits import load_split, split_off_eval
 from megalora.lora.init import initial_a
 from megalora.lora.refold import bare
+from megalora.lora.select import resolve
 from megalora.lora.spec import Adapted, tensor_name
 from megalora.tiny import make_tiny
 from megalora.train.assemble import Run
@@ -41,7 +43,7 @@ from tests.parity.case import (
     train_recording_gradients,
 )
 from tests.parity.grid import EVAL, Case
-from tests.parity.models import make_model
+from tests.parity.models import make_model, shape_of
 from tests.parity.runs import make_config, records
 
 STEPS = 5
@@ -202,7 +204,8 @@ def test_ten_cycles_are_one_adapter_of_their_ranks(chats: Path, tmp_path: Path) 
     ranks = {len(t) for name, t in adapter.items() if ".lora_A." in name}
     assert ranks == {11 * config.lora.rank}
     assert "the sum of 11 adapters" in describe(tmp_path / "run/step_000011")
-    oracle = Oracle(base, adapter, config.lora.alpha / config.lora.rank)
+    written = json.loads((tmp_path / "run/step_000011/adapter_config.json").read_text())
+    oracle = Oracle(base, adapter, written["lora_alpha"] / written["r"])
     with torch.no_grad():
         expected = oracle.loss(list(held_out.samples)).item()
     losses = records(tmp_path / "run", "eval_loss")
@@ -243,9 +246,6 @@ def test_resuming_at_another_layout(half_way: int, chats: Path, tmp_path: Path) 
 def test_the_sum_is_that_of_the_products() -> None:
     lora = LoRAConfig(rank=3, alpha=12.0, rank_pattern={"up_proj": 2}, target_modules=["up_proj"])
     generator = torch.Generator().manual_seed(0)
-    from megalora.lora.select import resolve
-    from tests.parity.models import shape_of
-
     adapted = resolve(lora, shape_of("dense"))
     parts = []
     for _ in range(3):
