@@ -39,7 +39,8 @@ def test_defaults(minimal: Path) -> None:
         lora=LoRAConfig(
             rank=16, alpha=32.0, dropout=0.0, target_modules="all-linear", exclude_modules=[],
             layers=None,
-            rank_pattern={}, alpha_pattern={}, expert_rank=None, use_rslora=False,
+            rank_pattern={}, alpha_pattern={}, expert_rank=None, share_outer=False,
+            use_rslora=False,
         ),
         checkpoint=CheckpointConfig(dir="runs/default", every=0, keep=0, resume=False),
         log=LogConfig(every=1, tensorboard=True, progress=True),
@@ -186,7 +187,8 @@ def test_round_trip(tmp_path: Path) -> None:
             "lora.r=3",
             (
                 "unknown config key lora.r; known keys: rank, alpha, dropout, target_modules,"
-                " exclude_modules, layers, rank_pattern, alpha_pattern, expert_rank, use_rslora"
+                " exclude_modules, layers, rank_pattern, alpha_pattern, expert_rank, share_outer,"
+                " use_rslora"
             ),
         ),
         # Sections and keys in each other's place, and texts that are no override.

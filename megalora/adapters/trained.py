@@ -5,6 +5,8 @@ folder the zeros have to be recognised: a rank whose row of A and column of B ar
 experts has no gradient and never will; nor has an expert whose A and B are both zero. So ranks at
 the end that are zero everywhere are cut off, a projection of which nothing is left is not adapted,
 and what is still zero in A then is drawn anew beside a B of zeros, which changes nothing yet.
+
+Experts that all have the same A of gate and up, and the same B of down, share them.
 """
 
 from dataclasses import dataclass, replace
@@ -19,7 +21,7 @@ from megalora.adapters.training_state import read_factors, read_state
 from megalora.adapters.write.form import export_form, factors_of, peft_tensors
 from megalora.lora.init import initial_a
 from megalora.lora.section import differing, settings
-from megalora.lora.spec import Adapted, expected_tensors, tensor_name
+from megalora.lora.spec import OUTER, Adapted, tensor_name
 from megalora.model.shape import ModelShape
 
 SEED = 0
@@ -57,10 +59,14 @@ def _of_checkpoint(adapter: Adapter, shape: ModelShape) -> TrainedForm:
     """What was trained, as the training state has it, in the dtype of the adapter's file."""
     state = read_state(adapter.folder)
     adapted = state.trained(shape)
-    for name in expected_tensors(adapted):
-        if name not in adapter.tensors:
-            raise _contradiction(adapter, f"{WEIGHTS} lacks {name}")
-    dtypes = {name: tensor.dtype for name, tensor in adapter.tensors.items()}
+    dtypes: dict[str, torch.dtype] = {}
+    for a in adapted:
+        for expert, module in enumerate(a.hf_modules()):
+            for factor in ("A", "B"):
+                name = tensor_name(module, factor)
+                if name not in adapter.tensors:
+                    raise _contradiction(adapter, f"{WEIGHTS} lacks {name}")
+                dtypes[a.tensor_name(factor, expert)] = adapter.tensors[name].dtype
     tensors = read_factors(adapter.folder, adapted, dtypes)
     # The training state has the last cycle's adapter alone, the adapter's files the sum.
     if state.cycles:
@@ -91,8 +97,14 @@ def _without_padding(adapter: Adapter, fill: bool) -> TrainedForm:
     adapted: list[Adapted] = []
     tensors: dict[str, Tensor] = {}
     notes: list[str] = []
+    shares = _experts_share(adapter)
+    if shares:
+        notes.append("experts share A of gate and up and B of down: lora.share_outer")
     for a in adapter.adapted:
         a_Eri, b_Eor = factors_of(a, adapter.tensors)
+        # From here on the factor has one name; the file has a copy for each expert.
+        if shares and a.projection.is_expert:
+            a = replace(a, shared=OUTER[a.projection.kind])
         # A rank is alive in an expert where its row of A or its column of B is not zero.
         alive_Er = a_Eri.abs().amax(2).bool() | b_Eor.abs().amax(1).bool()
         used = alive_Er.any(0).nonzero()
@@ -108,19 +120,39 @@ def _without_padding(adapter: Adapter, fill: bool) -> TrainedForm:
         # An A row of zeros gives its B column no gradient, and adds nothing: with a fresh row and a
         # zero column it can learn.
         idle_Er = ~a_Eri[:, :rank].abs().amax(2).bool()
+        if a.shared == "B":
+            # Other experts may use the column: beside it a row of zeros does learn.
+            idle_Er &= ~b_Eor[..., :rank].abs().amax(1).bool()
         if fill and idle_Er.any():
             whole = int(idle_Er.all(1).sum())
             notes.append(
                 f"{where}: {int(idle_Er.sum())} rows of A are zeros ({whole} of {len(idle_Er)}"
                 " linears whole); drawn anew, B zero"
             )
-        for place, module in enumerate(a.hf_modules()):
+        for place in range(len(a_Eri)):
             own_a = a_Eri[place, :rank].clone()
             own_b = b_Eor[place, :, :rank].clone()
             if fill and idle_Er[place].any():
                 idle = idle_Er[place]
+                module = a.factor_module("A", place)
                 own_a[idle] = initial_a(SEED, module, rank, a.in_features).to(own_a)[idle]
                 own_b[:, idle] = 0
-            tensors[tensor_name(module, "A")] = own_a
-            tensors[tensor_name(module, "B")] = own_b
+            # Of a shared factor every expert gives the same.
+            tensors[a.tensor_name("A", place)] = own_a
+            tensors[a.tensor_name("B", place)] = own_b
     return TrainedForm(replace(adapter, adapted=adapted, tensors=tensors), notes)
+
+
+def _experts_share(adapter: Adapter) -> bool:
+    """Whether the experts of every layer share the factors that ``OUTER`` names, to the bit."""
+    found = False
+    for a in adapter.adapted:
+        if a.num_experts < 2:
+            continue
+        a_Eri, b_Eor = factors_of(a, adapter.tensors)
+        outer = a_Eri if OUTER[a.projection.kind] == "A" else b_Eor
+        if not (outer == outer[:1]).all():
+            return False
+        # Zeros beside what was trained say nothing.
+        found |= bool(outer.any())
+    return found

@@ -223,13 +223,14 @@ def _adapted(path: Path, state: Json) -> list[list[Any]]:
 
 def _is_row(row: Any) -> bool:
     """Whether a value is what ``lora.section.settings`` writes for a linear."""
-    if not isinstance(row, list) or len(row) != 4:
+    if not isinstance(row, list) or len(row) not in (4, 5):
         return False
-    module, layer, rank, scale = row
+    module, layer, rank, scale, *shared = row
     # The head is in no layer: None.
     return (
         type(module) is str
         and type(layer) in (int, type(None))
         and type(rank) is int
         and type(scale) in (int, float)
+        and shared in ([], ["A"], ["B"])
     )

@@ -36,6 +36,10 @@ class LoRAConfig:
     ``lora.rank``. ``top_k`` divides ``lora.rank`` by the number of experts that a token is sent to,
     so that a token meets as many parameters as in a dense MLP, and ``experts`` by the number of
     experts; with these two alpha is lowered, too, so that experts have the scale of all others."""
+    share_outer: bool = False
+    """Whether the routed experts of a layer share the factors that touch the hidden size: one A of
+    gate, one of up, and one B of down. Each expert keeps its own B of gate and up, and its own A of
+    down. The files hold a copy for each expert."""
     use_rslora: bool = False
     """Whether to scale by alpha / sqrt(rank) instead of alpha / rank (rsLoRA)."""
 

@@ -55,6 +55,11 @@ class RunConfig:
             f"objective.name={self.objective.name} compares with the base, into which train.relora"
             " merges adapters: leave one of them out",
         )
+        require(
+            not self.lora.share_outer,
+            "lora.share_outer: train.relora merges a pair of factors for each expert, and experts"
+            " would share some of them. Leave one of the two out",
+        )
         # vLLM sets aside room for the largest rank when it starts.
         require(
             self.checkpoint.serve is None,

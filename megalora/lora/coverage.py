@@ -84,7 +84,7 @@ def _manifest_row(a: Adapted) -> dict[str, Any]:
         "alpha": a.alpha,
         "scale": a.scale,
         **{factor: a.shape(factor) for factor in a.factors},
-        "tensors": len(a.factors) * len(a.hf_modules()),
+        "tensors": sum(map(a.num_tensors, a.factors)),
         "parameters": a.num_parameters(),
     }
 
@@ -139,6 +139,8 @@ class GradientCheck:
             # lm_head is in no layer.
             self.labels.append(a.name if a.layer is None else f"layer {a.layer} {a.name}")
             number |= dict.fromkeys(a.hf_modules(), i)
+            if a.shared:
+                number[a.factor_module(a.shared)] = i
             for factor in a.factors:
                 if FACTORS[factor].trained:
                     self.expected.setdefault(factor, []).append(i)

@@ -6,6 +6,8 @@ says.
     lora_B.NAME    [out_NAME(/t), r_NAME]   [E/ep, out_NAME(/n), r_NAME]    one B per projection
     lora_M.NAME    [out_NAME(/t)]           [E/ep, out_NAME(/n)]            its magnitude, for DoRA
 
+Where experts share a factor (``Adapted.shared``), 1 stands for E/ep: A of gate and up, B of down.
+
 With more ranks than key/value heads, several ranks hold the same part of k's and v's B.
 
 ``shards.py`` describes what a rank holds of a factor, and what reductions read off a parameter.
@@ -21,7 +23,7 @@ from torch import Tensor, nn
 
 from megalora.lora.init import initial_a
 from megalora.lora.shards import FactorShard, cut, local_experts, mark_parameter
-from megalora.lora.spec import FACTORS, SHARDINGS, Adapted, FactorName, make_adapted, tensor_name
+from megalora.lora.spec import FACTORS, SHARDINGS, Adapted, FactorName, make_adapted
 from megalora.model.projections import Projection
 from megalora.model.shape import ModelShape
 
@@ -57,6 +59,7 @@ class LoRAFactors(nn.Module):
             rows = whole.out_features // whole.num_shards("B", self.group_size)
             self.names.append(projection.name)
             self.block_rows.append(rows // self.row_groups)
+        self.shared = adapted[0].shared
         # All projections of a fused weight read the same input, so their A's are split alike.
         _, in_local = adapted[0].shard_shape("A", self.group_size)
         self.stacked_rank = sum(a.rank for a in adapted)
@@ -82,9 +85,11 @@ class LoRAFactors(nn.Module):
     ) -> nn.Parameter:  # fmt: skip
         """A parameter without values; ``sizes``: of one expert where there are several."""
         row = FACTORS[factor]
-        lead = (len(self.experts),) if self.is_expert else ()
         values = torch.empty(
-            *lead, *sizes, dtype=torch.float32 if row.float32 else dtype, device=device
+            *self._lead(factor),
+            *sizes,
+            dtype=torch.float32 if row.float32 else dtype,
+            device=device,
         )
         parameter = nn.Parameter(values, requires_grad=row.trained)
         mark_parameter(parameter, factor, adapted, groups)
@@ -102,15 +107,10 @@ class LoRAFactors(nn.Module):
         # each time.
         drawn = torch.empty(self.lora_A.shape, dtype=self.lora_A.dtype)
         for adapted, rows in self._rows():
-            for lead, expert in self._experts():
+            for lead, expert in self._tensors("A"):
                 # Every rank draws the whole A and keeps its own part.
-                whole = initial_a(
-                    self.seed,
-                    adapted.hf_module(expert),
-                    adapted.rank,
-                    adapted.in_features,
-                    cycle,
-                )
+                module = adapted.factor_module("A", expert)
+                whole = initial_a(self.seed, module, adapted.rank, adapted.in_features, cycle)
                 part = cut(whole, self.sharding.split_a, self.group_size, self.group_rank)
                 drawn[lead][rows] = part
         self.lora_A.copy_(drawn)
@@ -119,11 +119,20 @@ class LoRAFactors(nn.Module):
         for m in self.lora_M.values():
             m.fill_(1)
 
-    def _experts(self) -> list[tuple[tuple[int, ...], int | None]]:
-        """(index of the leading dimension, number in the whole model) of each expert on this rank;
-        for a dense linear, one entry with neither."""
+    def _lead(self, factor: FactorName) -> tuple[int, ...]:
+        """Leading dimensions of a factor's parameter."""
+        if not self.is_expert:
+            return ()
+        return (1,) if factor == self.shared else (len(self.experts),)
+
+    def _tensors(self, factor: FactorName) -> list[tuple[tuple[int, ...], int | None]]:
+        """(index of the leading dimension, expert's number in the whole model) of each tensor of
+        the factor on this rank; for a dense linear, one entry with neither, and without a number
+        for a factor that experts share."""
         if not self.is_expert:
             return [((), None)]
+        if factor == self.shared:
+            return [((0,), None)]
         return [((at,), expert) for at, expert in enumerate(self.experts)]
 
     def _rows(self) -> Iterator[tuple[Adapted, slice]]:
@@ -134,45 +143,55 @@ class LoRAFactors(nn.Module):
             start += adapted.rank
 
     def shards(self) -> Iterator[FactorShard]:
-        """Every HF adapter tensor of which this rank holds a part, A before B, experts in order."""
+        """Every adapter tensor of which this rank holds a part, A's before B's of each projection,
+        experts in order."""
         for adapted, rows in self._rows():
-            for lead, expert in self._experts():
-                module = adapted.hf_module(expert)
-                for factor in adapted.factors:
-                    parameters = self.of(factor)
+            for factor in adapted.factors:
+                parameters = self.of(factor)
+                for lead, expert in self._tensors(factor):
                     if FACTORS[factor].like == "A":
-                        yield self._shard(module, factor, parameters, (*lead, rows))
+                        yield self._shard(adapted, expert, factor, parameters, (*lead, rows))
                         continue
                     # A dense B belongs to one tensor whole.
                     index = lead or (slice(None),)
-                    yield self._shard(module, factor, parameters[adapted.name], index)
+                    yield self._shard(adapted, expert, factor, parameters[adapted.name], index)
 
     def _shard(
-        self, module: str, factor: FactorName, parameter: Any, index: tuple[Any, ...]
-    ) -> FactorShard:
+        self, adapted: Adapted, expert: int | None, factor: FactorName, parameter: Any,
+        index: tuple[Any, ...],
+    ) -> FactorShard:  # fmt: skip
         """The shard that ``parameter[index]`` is, as ``mark_parameter`` has described it."""
         return FactorShard(
-            tensor_name(module, factor),
-            module,
+            adapted.tensor_name(factor, expert),
+            adapted.factor_module(factor, expert),
             factor,
             parameter,
             index,
             self.sharding.split(factor),
-            self.sharding.group,
+            adapted.group(factor),
             parameter.num_shards,
             parameter.shard,
         )
 
     def adapter(self) -> ExpertFactors:
         """The factors as the expert kernels take them: A's stacked, the B's and scales of all fused
-        projections."""
+        projections; of a factor that experts share, a copy for each expert."""
         # In the row order of the fused weight; a projection without an adapter keeps None and 0.
         b: dict[str, Tensor | None] = dict.fromkeys(self.names)
         scales = dict.fromkeys(self.names, 0.0)
         for a in self.adapted:
-            b[a.name] = self.lora_B[a.name]
+            b[a.name] = self._for_each_expert(self.lora_B[a.name], "B")
             scales[a.name] = a.scale
-        return ExpertFactors(self.lora_A, tuple(b.values()), tuple(scales.values()))
+        a_ERK = self._for_each_expert(self.lora_A, "A")
+        return ExpertFactors(a_ERK, tuple(b.values()), tuple(scales.values()))
+
+    def _for_each_expert(self, parameter: Tensor, factor: FactorName) -> Tensor:
+        """``[E/ep, ...]`` of a factor's parameter."""
+        if factor != self.shared:
+            return parameter
+        # The kernels step from expert to expert through memory, so each has a copy, whose gradients
+        # autograd sums.
+        return parameter.expand(len(self.experts), -1, -1).contiguous()
 
     def stacked_b(self) -> Tensor:
         """``[..., out, R]``: the scaled B's as one block matrix in the base weight's row order;

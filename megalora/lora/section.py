@@ -45,19 +45,27 @@ def lora_section(adapted: list[Adapted], shape: ModelShape) -> dict[str, Any]:
                 rank_pattern[key] = own_rank
             if own_alpha != alpha:
                 alpha_pattern[key] = own_alpha
-    section = {"rank": rank, "alpha": alpha, "target_modules": targets}
+    section: dict[str, Any] = {"rank": rank, "alpha": alpha, "target_modules": targets}
     if rank_pattern:
         section["rank_pattern"] = rank_pattern
     if alpha_pattern:
         section["alpha_pattern"] = alpha_pattern
+    if any(a.shared for a in adapted):
+        section["share_outer"] = True
     resolved = resolve(LoRAConfig(**section), shape)
     assert not differing(settings(resolved), settings(adapted)), section
     return section
 
 
 def settings(adapted: list[Adapted]) -> list[list[Any]]:
-    """``[HF name, layer, rank, scale]`` of each, as JSON can hold it."""
-    return [[a.projection.hf, a.layer, a.rank, a.scale] for a in adapted]
+    """``[HF name, layer, rank, scale]`` of each, as JSON can hold it, and behind them "A" or "B"
+    where experts share that factor."""
+    rows: list[list[Any]] = []
+    for a in adapted:
+        row = [a.projection.hf, a.layer, a.rank, a.scale]
+        # No fifth entry without sharing: the rows that earlier versions wrote.
+        rows.append([*row, a.shared] if a.shared else row)
+    return rows
 
 
 def adapted_of(rows: list[list[Any]], shape: ModelShape) -> list[Adapted]:
@@ -66,17 +74,21 @@ def adapted_of(rows: list[list[Any]], shape: ModelShape) -> list[Adapted]:
     for projection, layer in projection_places(shape):
         known[layer, projection.hf] = projection
     adapted = []
-    for hf, layer, rank, scale in rows:
+    for hf, layer, rank, scale, *shared in rows:
         if (layer, hf) not in known:
             raise ValueError(f"this model has no {hf.format(layer=layer, expert='*')}")
         # Alpha as LoRA without rsLoRA has it: scale = alpha / rank.
-        adapted.append(make_adapted(known[layer, hf], layer, rank, scale * rank, scale, shape))
+        adapted.append(
+            make_adapted(
+                known[layer, hf], layer, rank, scale * rank, scale, shape, share_outer=bool(shared)
+            )
+        )
     return adapted
 
 
 def differing(ours: list[list[Any]], theirs: list[list[Any]]) -> list[str]:
     """HF modules that only one of two lists of ``settings`` has, or both with different ranks or
-    scales."""
+    scales, or shared by experts in one alone."""
     our_table = _by_module(ours)
     their_table = _by_module(theirs)
     apart = []
@@ -85,14 +97,17 @@ def differing(ours: list[list[Any]], theirs: list[list[Any]]) -> list[str]:
         a = our_table.get((hf, layer))
         b = their_table.get((hf, layer))
         # Scales went through a division by the rank and through JSON.
-        if a is None or b is None or a[0] != b[0] or not math.isclose(a[1], b[1], rel_tol=1e-9):
+        if a is None or b is None or a[::2] != b[::2] or not math.isclose(a[1], b[1], rel_tol=1e-9):
             apart.append(hf.format(layer=layer, expert="*"))
     return apart
 
 
-def _by_module(rows: list[list[Any]]) -> dict[tuple[str, int | None], tuple[int, float]]:
-    """(HF name, layer) -> (rank, scale)"""
-    return {(hf, layer): (rank, scale) for hf, layer, rank, scale in rows}
+def _by_module(rows: list[list[Any]]) -> dict[tuple[str, int | None], tuple[int, float, list[Any]]]:
+    """(HF name, layer) -> (rank, scale, what experts share)"""
+    found = {}
+    for hf, layer, rank, scale, *shared in rows:
+        found[hf, layer] = (rank, scale, shared)
+    return found
 
 
 def _key(projection: Projection, layers: list[int | None] | None, is_unique: bool) -> str:

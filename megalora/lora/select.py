@@ -89,15 +89,28 @@ def resolve(lora: LoRAConfig, shape: ModelShape) -> list[Adapted]:
         if alpha_key is not None:
             alpha = float(lora.alpha_pattern[alpha_key])
         scale = lora_scale(alpha, rank, lora.use_rslora)
-        adapted.append(make_adapted(projection, layer, rank, alpha, scale, shape))
+        adapted.append(
+            make_adapted(projection, layer, rank, alpha, scale, shape, share_outer=lora.share_outer)
+        )
     for option in (targets, exclusions, ranks, alphas):
         _check_used(option, shape)
+    _check_left(lora, adapted)
+    return adapted
+
+
+def _check_left(lora: LoRAConfig, adapted: list[Adapted]) -> None:
+    """Raise ``ValueError`` where nothing is adapted, or no routed expert although they are to
+    share factors."""
     if not adapted:
         raise ValueError(
             "lora: nothing is left to adapt after target_modules, exclude_modules and layers; widen"
             " one of them"
         )
-    return adapted
+    if lora.share_outer and not any(a.shared for a in adapted):
+        raise ValueError(
+            "lora.share_outer=true is for routed experts, and none is adapted: add gate_proj,"
+            " up_proj or down_proj to lora.target_modules, or leave lora.share_outer out"
+        )
 
 
 def _of_experts(lora: LoRAConfig, shape: ModelShape) -> tuple[int, float]:

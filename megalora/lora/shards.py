@@ -82,8 +82,10 @@ class FactorShard:
 def mark_parameter(parameter: Any, factor: FactorName, adapted: Adapted, groups: Any) -> None:
     """Set the attributes of the table above on a factor of ``adapted``."""
     sharding = SHARDINGS[adapted.projection.kind]
-    is_expert = adapted.projection.is_expert
-    group = groups.named(sharding.group)
+    # What experts share is a dense parameter.
+    is_expert = adapted.projection.is_expert and factor != adapted.shared
+    group_name = adapted.group(factor)
+    group = groups.named(group_name)
     split = sharding.split(factor)
     num_shards = adapted.num_shards(factor, group.size())
     # Ranks 0 .. replicas - 1 hold shard 0, the next ones shard 1, as Megatron shares out KV heads.
@@ -92,7 +94,7 @@ def mark_parameter(parameter: Any, factor: FactorName, adapted: Adapted, groups:
     parameter.shard = group.rank() // replicas
     # Ranks that hold the same values saw different tokens or features, and each has part of the
     # gradient.
-    parameter.sum_group = sharding.group if replicas > 1 else None
+    parameter.sum_group = group_name if replicas > 1 else None
     parameter.allreduce = not (is_expert and groups.experts_reduce_separately)
     # Megatron's gradient norm counts marked parameters on every rank and all others on the group's
     # first rank. One replica of each part is marked, so that each part counts once.

@@ -17,6 +17,11 @@ replicated on. Expert factors exist once per expert, and experts are shared out 
     expert_row      etp     dim 1        replicated
 
 Every other factor is split, and its gradient summed, like one of these two (``FACTORS``).
+
+With ``lora.share_outer`` all experts of a layer have one A of gate, one of up and one B of down,
+the factors that touch the hidden size. Such a factor is a dense parameter. Each rank of a stage has
+the gradient of the rows of its own experts, and the ranks of a stage are tp x dp, which is
+etp x ep x edp: data parallelism sums one part, tp the other.
 """
 
 import math
@@ -79,6 +84,9 @@ SHARDINGS: dict[Kind, Sharding] = {
     "expert_row": Sharding("etp", 1, None),
 }
 
+OUTER: dict[Kind, FactorName] = {"expert_column": "A", "expert_row": "B"}
+"""The factor of an expert's projection that touches the hidden size."""
+
 
 @dataclass(frozen=True)
 class Adapted:
@@ -99,6 +107,8 @@ class Adapted:
     """Largest number of parts that B can be cut into; None for as many as there are ranks."""
     factors: tuple[FactorName, ...] = ("A", "B")
     """Factors of each of its linears, in the order of ``FACTORS``."""
+    shared: FactorName | None = None
+    """The factor that all experts of the layer share; None where each has its own."""
 
     @property
     def name(self) -> str:
@@ -113,6 +123,26 @@ class Adapted:
         if not self.num_experts:
             return [self.hf_module()]
         return [self.hf_module(expert) for expert in range(self.num_experts)]
+
+    def factor_module(self, factor: FactorName, expert: int | None = None) -> str:
+        """The module under whose name the factor is trained: ``hf_module``, and for a factor that
+        experts share that name without a number, ``model.layers.3.mlp.experts.gate_proj``."""
+        if factor != self.shared:
+            return self.hf_module(expert)
+        return self.projection.hf.replace(".{expert}.", ".").format(layer=self.layer)
+
+    def tensor_name(self, factor: FactorName, expert: int | None = None) -> str:
+        """Name of the tensor that is trained of the factor, as in a checkpoint's state."""
+        return tensor_name(self.factor_module(factor, expert), factor)
+
+    def group(self, factor: FactorName) -> Literal["tp", "etp"]:
+        """Name of the group over which the factor is split or replicated."""
+        # What experts share is never split: it is as wide as the hidden size.
+        return "tp" if factor == self.shared else SHARDINGS[self.projection.kind].group
+
+    def num_tensors(self, factor: FactorName) -> int:
+        """Number of tensors that there are of the factor in the whole model."""
+        return 1 if factor == self.shared else max(1, self.num_experts)
 
     def shape(self, factor: FactorName) -> tuple[int, ...]:
         """Shape of the whole factor, of one expert where there are several."""
@@ -146,28 +176,29 @@ class Adapted:
 
     def num_parameters(self) -> int:
         """Trained parameters, of all experts of the whole model."""
-        of_one = 0
+        total = 0
         for factor in self.factors:
             if FACTORS[factor].trained:
-                of_one += math.prod(self.shape(factor))
-        return max(1, self.num_experts) * of_one
+                total += self.num_tensors(factor) * math.prod(self.shape(factor))
+        return total
 
 
 def expected_tensors(adapted: list[Adapted]) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every adapter tensor there must be."""
     tensors: dict[str, tuple[int, ...]] = {}
     for a in adapted:
-        for module in a.hf_modules():
+        # A before B of each expert, as files have them.
+        for expert in range(max(1, a.num_experts)):
             for factor in a.factors:
-                tensors[tensor_name(module, factor)] = a.shape(factor)
+                tensors[a.tensor_name(factor, expert)] = a.shape(factor)
     return tensors
 
 
-def trained_sizes(adapted: list[Adapted], group_size: int) -> list[int]:
-    """Elements of each trained parameter of one module on one of ``group_size`` ranks, of one
-    expert where there are several: one for the A's of its projections, a B of each."""
-    stacked: dict[str, int] = {}
-    sizes: list[int] = []
+def trained_sizes(adapted: list[Adapted], group_size: int) -> list[tuple[FactorName, int]]:
+    """(factor, elements) of each trained parameter of one module on one of ``group_size`` ranks, of
+    one expert where there are several: one for the A's of its projections, a B of each."""
+    stacked: dict[FactorName, int] = {}
+    sizes: list[tuple[FactorName, int]] = []
     for a in adapted:
         for factor in a.factors:
             row = FACTORS[factor]
@@ -175,8 +206,8 @@ def trained_sizes(adapted: list[Adapted], group_size: int) -> list[int]:
             if row.trained and row.like == "A":
                 stacked[factor] = stacked.get(factor, 0) + size
             elif row.trained:
-                sizes.append(size)
-    return [*stacked.values(), *sizes]
+                sizes.append((factor, size))
+    return [*stacked.items(), *sizes]
 
 
 def lora_scale(alpha: float, rank: int, use_rslora: bool) -> float:
@@ -186,13 +217,18 @@ def lora_scale(alpha: float, rank: int, use_rslora: bool) -> float:
 
 
 def make_adapted(
-    projection: Projection, layer: int | None, rank: int, alpha: float, scale: float, s: ModelShape
-) -> Adapted:
-    """``projection`` of one layer of the model ``s``, with these adapter settings."""
+    projection: Projection, layer: int | None, rank: int, alpha: float, scale: float, s: ModelShape,
+    *, share_outer: bool = False,
+) -> Adapted:  # fmt: skip
+    """``projection`` of one layer of the model ``s``, with these adapter settings.
+
+    ``share_outer``: whether routed experts share the factor that ``OUTER`` names."""
     # (out, in) of the whole weight: of one expert, of all heads.
     out_features, in_features = projection.features(s)
     experts = s.num_experts if projection.is_expert else 0
     max_shards = projection.max_shards(s) if projection.max_shards else None
+    shared = OUTER.get(projection.kind) if share_outer else None
     return Adapted(
-        projection, layer, rank, alpha, scale, out_features, in_features, experts, max_shards
-    )
+        projection, layer, rank, alpha, scale, out_features, in_features, experts, max_shards,
+        shared=shared,
+    )  # fmt: skip

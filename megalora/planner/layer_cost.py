@@ -18,6 +18,7 @@ from megalora.planner.hardware import Kind
 from megalora.planner.ledger import Ledger
 from megalora.planner.microbatch import PAIR, STATISTIC
 from megalora.planner.prices import Prices
+from megalora.planner.shared_factors import copied_elements
 from megalora.planner.weights import attention_widths, stacked_rank
 
 ROPE_PASSES = 8
@@ -37,7 +38,7 @@ GATED_BACKWARD = 10
 """The same of its backward."""
 
 
-EXPERTS = {"mlp.experts.gate_up", "mlp.experts.down"}
+EXPERTS = ("mlp.experts.gate_up", "mlp.experts.down")
 """Megatron modules of routed experts."""
 
 
@@ -198,6 +199,11 @@ class LayerCosts(Prices):
         inner = self.shape.expert_intermediate // self.p.etp
         big = stacked_rank(modules.get("mlp.experts.gate_up", []))
         small = stacked_rank(modules.get("mlp.experts.down", []))
+        # What experts share is copied for each of them, and the copies' gradients are summed.
+        for module in EXPERTS:
+            copied = copied_elements(self.model, self.p, modules.get(module, []))
+            for ledger in (forward, backward):
+                self.traffic(ledger, "experts", copied * self.e)
         self._gate_up(forward, modules)
         self.grouped(forward, "experts", h, inner, self._columns(small))
         self.hidden_gemm(forward, self.batch.rows, small, inner)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from megalora.lora.spec import Adapted
 from megalora.planner.layouts import ParallelLayout
 from megalora.planner.microbatch import INT, STATISTIC, Microbatch
+from megalora.planner.shared_factors import copied_elements
 from megalora.planner.weights import PlannedModel, stacked_rank
 
 INDEX = 8
@@ -81,6 +82,12 @@ def _moe(mlp: PlannedMLP) -> int:
     live_router = mlp.live or bool(router)
     if live_router:
         total += _routing(mlp, moved)
+    # Copies of what experts share are made before the experts' node, and kept for it. With dropout
+    # the scaled B's stand for them, unless all of it is recomputed.
+    copied = copied_elements(mlp.model, p, mlp.adapted("mlp.experts.gate_up"))
+    if mlp.selective or not mlp.has_dropout:
+        copied += copied_elements(mlp.model, p, mlp.adapted("mlp.experts.down"))
+    total += copied * mlp.batch.element_bytes
     # Experts without an adapter are one node in any case.
     if mlp.has_dropout and mlp.adapts_experts:
         total += experts_bytes_with_dropout(mlp, live_router)

@@ -271,14 +271,16 @@ def _adapters_of(model: PlannedModel, p: ParallelConfig, layer: int | None) -> A
     for adapted in model.modules_of(layer).values():
         is_expert = adapted[0].projection.is_expert
         group, lead = _group_and_experts(adapted[0], p)
-        sizes = [lead * size for size in trained_sizes(adapted, group)]
-        whole = sum(sizes)
-        padded = sum(n + -n % ALIGNMENT for n in sizes)
-        own = is_expert and separate
-        if own:
-            total += AdapterCount(expert=whole, expert_padded=padded)
-        else:
-            total += AdapterCount(dense=whole, dense_padded=padded)
+        for factor, size in trained_sizes(adapted, group):
+            # What experts share is there once, whole, and reduced as a dense parameter.
+            is_shared = factor == adapted[0].shared
+            n = size if is_shared else lead * size
+            padded = n + -n % ALIGNMENT
+            own = is_expert and separate
+            if own and not is_shared:
+                total += AdapterCount(expert=n, expert_padded=padded)
+            else:
+                total += AdapterCount(dense=n, dense_padded=padded)
     return total
 
 
@@ -312,17 +314,20 @@ def _shared_of(model: PlannedModel, p: ParallelConfig, layer: int | None) -> tup
     for adapted in model.modules_of(layer).values():
         for a in adapted:
             group, lead = _group_and_experts(a, p)
-            sizes: list[tuple[int, int]] = []
             for factor in a.factors:
-                if FACTORS[factor].trained:
-                    sizes.append((a.num_shards(factor, group), math.prod(a.shape(factor))))
-            # A factor in as many shards as the group has ranks is nobody else's. Otherwise the
-            # table has `shards` rows of size / shards elements: `size` whatever the number.
-            tables = sum(lead * size for shards, size in sizes if shards < group)
-            if a.projection.is_expert:
-                expert += tables
-            else:
-                dense += tables
+                size = math.prod(a.shape(factor)) if FACTORS[factor].trained else 0
+                # Whole on every rank of the stage, and summed over TP as a dense one.
+                if factor == a.shared:
+                    dense += size if p.tp > 1 else 0
+                    continue
+                # A factor in as many shards as the group has ranks is nobody else's. Otherwise the
+                # table has `shards` rows of size / shards elements: `size` whatever the number.
+                shards = a.num_shards(factor, group)
+                table = lead * size if shards < group else 0
+                if a.projection.is_expert:
+                    expert += table
+                else:
+                    dense += table
     return dense, expert
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from megalora import host
 from megalora.lora.shards import FactorShard
-from megalora.lora.spec import FACTORS, Adapted, expected_tensors, tensor_name
+from megalora.lora.spec import FACTORS, Adapted, expected_tensors
 from megalora.parallel import Groups
 from megalora.wording import first_few
 
@@ -73,8 +73,8 @@ class DriftCheck:
         num_shares = groups.ep.size()
         parameter_places: list[int] = []
         for shard in first.values():
-            # Ranks of EP hold different experts in parameters of one name; dense ones hold the
-            # same.
+            # Ranks of EP hold different experts in parameters of one name; dense ones, and what
+            # experts share, are the same on all.
             share = groups.ep.rank() if shard.is_expert else 0
             place = (factor_number[shard.name] * num_shares + share) * self.width + shard.shard
             parameter_places.append(place)
@@ -110,10 +110,10 @@ def _number_of_factors(adapted: list[Adapted]) -> dict[str, int]:
     one."""
     numbers: dict[str, int] = {}
     for i, a in enumerate(adapted):
-        for module in a.hf_modules():
-            for factor in a.factors:
+        for factor in a.factors:
+            for expert in range(max(1, a.num_experts)):
                 place = len(FACTORS) * i + list(FACTORS).index(factor)
-                numbers[tensor_name(module, factor)] = place
+                numbers[a.tensor_name(factor, expert)] = place
     return numbers
 
 

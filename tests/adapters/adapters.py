@@ -16,11 +16,10 @@ from megalora.adapters.write.form import write_adapter
 from megalora.config import LoRAConfig
 from megalora.hf.json_file import read_hf_config
 from megalora.lora.select import resolve
-from megalora.lora.spec import Adapted, tensor_name
+from megalora.lora.spec import Adapted
 from megalora.model.fields import model_shape
 from megalora.model.shape import ModelShape
 from megalora.tiny import make_tiny
-from tests.adapters.folders import factors_of
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 EXPERTS = ["gate_proj", "up_proj", "down_proj"]
@@ -37,6 +36,7 @@ MOE_CASES: dict[str, dict[str, Any]] = {
     },
     "expert rank": {"expert_rank": 3},
     "expert rank by a rule": {"rank": 12, "expert_rank": "top_k"},
+    "shared outer": {"share_outer": True, "rank_pattern": {"up_proj": 3, "down_proj": 5}},
     "alphas": {
         "alpha_pattern": {"gate_proj": 8.0, "up_proj": 3.0, "down_proj": 20.0, "o_proj": 2.5}
     },
@@ -177,7 +177,8 @@ class Trained:
         """(adapted, expert, scale * B A) for every linear."""
         for a in self.adapted:
             for expert in experts_of(a):
-                a_factor, b_factor = factors_of(self.tensors, a.hf_module(expert))
+                a_factor = self.tensors[a.tensor_name("A", expert)]
+                b_factor = self.tensors[a.tensor_name("B", expert)]
                 yield a, expert, a.scale * b_factor @ a_factor
 
 
@@ -205,12 +206,14 @@ def train(
     generator = torch.Generator().manual_seed(0)
     tensors: dict[str, Tensor] = {}
     for a in adapted:
-        for module in a.hf_modules():
+        for expert in range(max(1, a.num_experts)):
             a_factor = torch.randn(a.shape("A"), generator=generator)
             b_factor = torch.randn(a.shape("B"), generator=generator)
             # A x is about 1 for each rank, and scale * B A x about 0.2 whatever rank and scale are.
-            tensors[tensor_name(module, "A")] = (a_factor / a.in_features**0.5).to(dtype)
-            tensors[tensor_name(module, "B")] = (0.2 * b_factor / (a.scale * a.rank**0.5)).to(dtype)
+            b_factor *= 0.2 / (a.scale * a.rank**0.5)
+            # What experts share is the last one's.
+            tensors[a.tensor_name("A", expert)] = (a_factor / a.in_features**0.5).to(dtype)
+            tensors[a.tensor_name("B", expert)] = b_factor.to(dtype)
     folder.mkdir(exist_ok=True)
     write_adapter(folder, adapted, shape, tensors, str(base), layout)
     return Trained(base, shape, adapted, tensors, folder)

@@ -1,6 +1,7 @@
 """Change the files of adapter folders, and compare their tensors."""
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -45,8 +46,14 @@ def assert_same_files(one: Path, other: Path) -> None:
 
 
 def factors_of(tensors: Mapping[str, Tensor], module: str) -> tuple[Tensor, Tensor]:
-    """A [rank, in] and B [out, rank] of one linear."""
-    return tensors[tensor_name(module, "A")], tensors[tensor_name(module, "B")]
+    """A [rank, in] and B [out, rank] of one linear: its own, or the one that experts share."""
+    found = []
+    for factor in ("A", "B"):
+        name = tensor_name(module, factor)
+        if name not in tensors:
+            name = re.sub(r"\.experts\.\d+\.", ".experts.", name)
+        found.append(tensors[name])
+    return found[0], found[1]
 
 
 def refused(call: Callable[[], Any]) -> str:

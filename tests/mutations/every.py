@@ -27,6 +27,7 @@ from tests.mutations.report_bugs import REPORT_BUGS
 from tests.mutations.row_bugs import ROW_BUGS
 from tests.mutations.run_bugs import RUN_BUGS
 from tests.mutations.serve_bugs import SERVE_BUGS
+from tests.mutations.shared_bugs import SHARED_BUGS
 from tests.mutations.stage_bugs import STAGE_BUGS
 from tests.mutations.tokens_bugs import TOKENS_BUGS
 from tests.mutations.tune_bugs import TUNE_BUGS
@@ -64,4 +65,5 @@ EVERY_BUG = (
     + BALANCE_BUGS
     + RELORA_BUGS
     + DORA_BUGS
+    + SHARED_BUGS
 )

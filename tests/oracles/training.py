@@ -6,6 +6,7 @@ differentiated by autograd.
 """
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -123,18 +124,32 @@ class Oracle:
             margin = lead(logits, router.top_k)
         self.margin = min(self.margin, margin)
 
+    def modules(self) -> list[str]:
+        """HF names of the adapted linears; a factor that all experts share has no number in its
+        name, and is none."""
+        found: dict[str, None] = {}
+        for name in self.factors:
+            module = name.removeprefix(PREFIX).split(".lora_")[0]
+            if ".experts." not in module or re.search(r"\.experts\.\d+\.", module):
+                found[module] = None
+        return list(found)
+
+    def factor(self, module: str, factor: str) -> Tensor:
+        """A or B of a linear, its own or the one that experts share."""
+        for name in (module, re.sub(r"\.experts\.\d+\.", ".experts.", module)):
+            if (found := self.factors.get(f"{PREFIX}{name}.lora_{factor}.weight")) is not None:
+                return found
+        raise KeyError(module)
+
     def merged(self) -> dict[str, Tensor]:
         """Every adapted weight as ``W + scale * B A``, by transformers' parameter name."""
         # Tied weights appear under both names: an adapter of the head asks for lm_head.weight.
         weights = dict(self.model.named_parameters(remove_duplicate=False))
         deltas: dict[str, dict[int, Tensor]] = {}
         merged: dict[str, Tensor] = {}
-        for name, a in self.factors.items():
-            if ".lora_A." not in name:
-                continue
-            module = name.removeprefix(PREFIX).split(".lora_A.")[0]
+        for module in self.modules():
             scale = self.scale[module] if isinstance(self.scale, dict) else self.scale
-            delta = scale * self.factors[name.replace("lora_A", "lora_B")] @ a
+            delta = scale * self.factor(module, "B") @ self.factor(module, "A")
             # transformers renames Mixtral's modules on loading
             module = module.replace(".block_sparse_moe.", ".mlp.")
             # transformers holds the experts of a layer in one tensor; all else has its own.

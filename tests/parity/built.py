@@ -14,7 +14,7 @@ from megalora.hf.json_file import read_hf_config
 from megalora.lora.adapted_model import AdaptedModel
 from megalora.lora.gather import gather_tensors, read_tensors
 from megalora.lora.select import resolve
-from megalora.lora.spec import Adapted, tensor_name
+from megalora.lora.spec import Adapted
 from megalora.model.fields import model_shape
 from megalora.train.assemble import Run, assemble
 from tests.parity.gradients import reduced_gradients
@@ -68,13 +68,13 @@ def random_factors(
     generator = torch.Generator().manual_seed(seed)
     factors = {}
     for a in adapted:
-        for module in a.hf_modules():
+        for expert in range(max(1, a.num_experts)):
             a_factor = torch.randn(a.shape("A"), generator=generator)
             b_factor = torch.randn(a.shape("B"), generator=generator)
             # A x has a spread of 1 for an x of spread 1; dividing B by scale and root of the rank
-            # makes the delta independent of both.
-            factors[tensor_name(module, "A")] = a_factor / a.in_features**0.5
-            factors[tensor_name(module, "B")] = 0.2 * b_factor / (a.scale * a.rank**0.5)
+            # makes the delta independent of both. What experts share, the last one decides.
+            factors[a.tensor_name("A", expert)] = a_factor / a.in_features**0.5
+            factors[a.tensor_name("B", expert)] = 0.2 * b_factor / (a.scale * a.rank**0.5)
     return adapted, factors
 
 

@@ -54,6 +54,7 @@ ADAPTERS: dict[str, LoRAConfig] = {
         alpha_pattern={"k_proj": 3.0, "gate_proj": 20.0},
     ),
     "rslora": LoRAConfig(rank=4, alpha=6.0, expert_rank=2, use_rslora=True),
+    "shared outer": LoRAConfig(rank=4, alpha=12.0, rank_pattern={"up_proj": 3}, share_outer=True),
     "router": LoRAConfig(rank=4, alpha=12.0, target_modules=[*NAMES, "gate", "lm_head"]),
     "some": LoRAConfig(rank=4, alpha=12.0, target_modules=["k_proj", "up_proj", "o_proj"],
                        layers="1-"),
@@ -79,6 +80,9 @@ def shape_of(name: str) -> ModelShape:
 def adapter(name: str, shape: ModelShape) -> LoRAConfig:
     """The adapter's settings for a model; one without experts has no router to adapt."""
     lora = ADAPTERS[name]
+    # Without experts there is nothing to share, and asking for it is an error.
+    if not shape.moe_layers:
+        lora = replace(lora, share_outer=False)
     if shape.moe_layers or "gate" not in lora.target_modules:
         return lora
     # A target that matches nothing is an error, so it cannot stay.

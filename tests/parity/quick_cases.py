@@ -58,6 +58,13 @@ QUICK = (
         recompute="full1+selective",
     ),
     Case(4, pp=2, tp=2, model="tied", adapter="router", micro=3, stages="uneven"),
+    # One A of gate, one of up and one B of down for all experts.
+    Case(2, adapter="shared outer", micro=3),
+    Case(2, tp=2, etp=2, adapter="shared outer", micro=3),
+    Case(4, ep=2, adapter="shared outer", model="idle"),
+    Case(4, tp=2, ep=4, adapter="shared outer", micro=3, recompute="full"),
+    Case(8, tp=2, pp=2, ep=2, etp=2, adapter="shared outer", model="mixed", recompute="selective"),
+    Case(4, cp=2, ep=2, adapter="shared outer", model="shared", micro=PACKED),
     # Pairs, whose two sequences may lie on different context-parallel ranks.
     Case(2, adapter="router", micro=3, objective="dpo"),
     Case(2, cp=2, ep=2, micro=PACKED, objective="dpo"),

@@ -84,6 +84,7 @@ class Case:
     dropout: float = 0.0
     balanced: bool = False
     """Whether a loss keeps experts evenly used."""
+    share_outer: bool = False
 
     @property
     def name(self) -> str:
@@ -91,7 +92,8 @@ class Case:
         sizes = " ".join(f"{name}{n}" for name, n in self.parallel.items()) or "alone"
         name = f"{self.world} {sizes} micro{self.micro} {self.recompute} {self.model} {self.dtype}"
         name += " balanced" if self.balanced else ""
-        return f"{name} dropout" if self.dropout else name
+        name += " dropout" if self.dropout else ""
+        return f"{name} share outer" if self.share_outer else name
 
     def config(self, folder: Path, chats: Path) -> RunConfig:
         """The run, on a model that is made in ``folder``."""
@@ -102,8 +104,8 @@ class Case:
         }
         config = make_config(
             base, chats, folder / "run", self.parallel, self.recompute,
-            lora=LoRAConfig(rank=RANK, dropout=self.dropout), dtype=self.dtype,
-            router_aux_loss_coef=0.01 * self.balanced, **sizes
+            lora=LoRAConfig(rank=RANK, dropout=self.dropout, share_outer=self.share_outer),
+            dtype=self.dtype, router_aux_loss_coef=0.01 * self.balanced, **sizes
         )  # fmt: skip
         # The batches of the count are made by hand; the config must be one that could run.
         dp, _ = config.parallel.data_parallel_sizes(self.world)

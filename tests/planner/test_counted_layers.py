@@ -146,6 +146,15 @@ DROPPED = (
 """A model with every kind of layer, whose adapters read dropped-out inputs."""
 
 
+SHARED = (
+    Case("qwen3_moe", "one rank", EVERYTHING, "off", share_outer=True),
+    Case("qwen3_moe", "one rank", "mlp.experts.down", "selective", share_outer=True),
+    Case("qwen3_moe", "one rank", EVERYTHING, "off", dropout=True, share_outer=True),
+    Case("qwen3_moe", "tp2 ep2 etp2", EVERYTHING, "full", share_outer=True),
+)
+"""Experts that share A of gate and up and B of down."""
+
+
 def cases_asked_for(item: pytest.Item) -> Iterator[Case]:
     """The cases whose counts one test needs: its case, those of its family, or all."""
     parameters = {}
@@ -210,6 +219,12 @@ def test_an_adapter_alone(case: Case, quick: dict[str, Any]) -> None:
 @pytest.mark.parametrize("case", DROPPED, ids=lambda case: case.name)
 def test_dropout(case: Case, quick: dict[str, Any]) -> None:
     """A mask of booleans; on the CPU ``test_activations.py`` counts a wider one."""
+    compare([case], quick)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", SHARED, ids=lambda case: case.name)
+def test_share_outer(case: Case, quick: dict[str, Any]) -> None:
     compare([case], quick)
 
 

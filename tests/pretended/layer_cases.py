@@ -46,6 +46,7 @@ class Case:
     """So many rows per expert that the experts run on torch's grouped GEMM."""
     dtype: str = "bfloat16"
     dropout: bool = False
+    share_outer: bool = False
 
     @property
     def name(self) -> str:
@@ -53,6 +54,8 @@ class Case:
         words = [self.family, self.layout, self.adapters, self.recompute, rows, self.dtype]
         if self.dropout:
             words.append("dropout")
+        if self.share_outer:
+            words.append("share outer")
         return ", ".join(words)
 
     @property
@@ -72,7 +75,10 @@ class Case:
 
     def adapted(self) -> list[Adapted]:
         shape = model_shape(config_of(self.family))
-        found = resolve(LoRAConfig(rank=RANK, alpha=8.0, target_modules=targets(shape)), shape)
+        lora = LoRAConfig(
+            rank=RANK, alpha=8.0, target_modules=targets(shape), share_outer=self.share_outer
+        )
+        found = resolve(lora, shape)
         if self.adapters == NOTHING:
             return [a for a in found if a.name == "q_proj" and a.layer == 0]
         if self.adapters == EVERYTHING:
@@ -159,4 +165,10 @@ def cases_of(family: str) -> Iterator[Case]:
             yield Case(family, "one rank", module, recompute, dropout=True)
         if shape.moe_layers:
             yield Case(family, "one rank", EVERYTHING, recompute, many_rows=True)
+            for layout in ("one rank", "tp2 ep2 etp2"):
+                yield Case(family, layout, EVERYTHING, recompute, share_outer=True)
+            yield Case(family, "one rank", "mlp.experts.down", recompute, share_outer=True)
+            # Recomputed with dropout, copies lie in an object that torch's hooks do not see.
+            if recompute == "off":
+                yield Case(family, "one rank", EVERYTHING, "off", dropout=True, share_outer=True)
         yield Case(family, "one rank", EVERYTHING, recompute, dtype="float32")

@@ -103,7 +103,7 @@ def peft_tensors(pairs: list[Pair], trained: dict[str, Tensor]) -> dict[str, Ten
     dtype = next(iter(trained.values())).dtype
     tensors: dict[str, Tensor] = {}
     for written, own in pairs:
-        for module in written.hf_modules():
+        for expert, module in enumerate(written.hf_modules()):
             for factor in ("A", "B"):
                 name = tensor_name(module, factor)
                 if own is None:
@@ -111,7 +111,8 @@ def peft_tensors(pairs: list[Pair], trained: dict[str, Tensor]) -> dict[str, Ten
                     continue
                 # Zero rows below A [r, in], zero columns beside B [out, r]; B takes the scale.
                 missing = written.rank - own.rank
-                value = trained[name]
+                # What experts share becomes a copy in each: ``F.pad`` makes a new tensor.
+                value = trained[own.tensor_name(factor, expert)]
                 if factor == "A":
                     tensors[name] = F.pad(value, (0, 0, 0, missing))
                     continue
@@ -269,10 +270,12 @@ def share_outer(written: list[Adapted], tensors: dict[str, Tensor]) -> dict[str,
 
 def factors_of(adapted: Adapted, tensors: dict[str, Tensor]) -> Factors:
     """A ``[E, r, in]`` and B ``[E, out, r]`` of all experts, or of the one linear, E = 1."""
-    modules = adapted.hf_modules()
-    a = torch.stack([tensors[tensor_name(module, "A")] for module in modules])
-    b = torch.stack([tensors[tensor_name(module, "B")] for module in modules])
-    return a, b
+    a = []
+    b = []
+    for expert in range(max(1, adapted.num_experts)):
+        a.append(tensors[adapted.tensor_name("A", expert)])
+        b.append(tensors[adapted.tensor_name("B", expert)])
+    return torch.stack(a), torch.stack(b)
 
 
 def write_adapter(

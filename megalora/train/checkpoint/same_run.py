@@ -24,7 +24,7 @@ SAME_RUN = (
 change in the middle of a run."""
 ADDED = {
     "data.too_long": "left_out", "objective.name": "sft", "objective.reference": "base",
-    "train.relora": None,
+    "lora.share_outer": False, "train.relora": None,
 }  # fmt: skip
 """Such options that checkpoints of earlier versions lack, and what they did then."""
 BY_CONTENT = ("model.path", "data.train", "data.eval")
@@ -182,8 +182,8 @@ def _check_import(
     if apart := differing(settings(adapted), state.adapted):
         raise ValueError(
             f"{state.folder} holds other adapters than this config's lora section describes:"
-            f" {len(apart)} modules differ in presence, rank or scale, such as {apart[0]}. Use the"
-            f" section in {state.folder / LORA_SECTION}"
+            f" {len(apart)} modules differ in presence, rank, scale or sharing, such as"
+            f" {apart[0]}. Use the section in {state.folder / LORA_SECTION}"
         )
 
 
