@@ -120,6 +120,9 @@ class TrainConfig:
     step, ``constant`` does not decay."""
     warmup: int = 0
     """Number of steps over which the learning rate rises linearly to ``train.lr``."""
+    ema_decay: float = 0.0
+    """Decay of an exponential moving average of the adapters, such as 0.999; below 1. Checkpoints
+    have the average beside the adapter, in ``ema``, as an adapter of its own. 0 keeps none."""
     weight_decay: float = 0.0
     """Weight decay of AdamW, applied to the adapters."""
     clip_grad: float = 1.0
@@ -205,6 +208,12 @@ class TrainConfig:
         require(
             math.isfinite(self.router_aux_loss_coef),
             f"train.router_aux_loss_coef must be a finite number, got {self.router_aux_loss_coef}",
+        )
+        require(0 <= self.ema_decay < 1, f"train.ema_decay must be in [0, 1), got {self.ema_decay}")
+        require(
+            not self.ema_decay or self.relora is None,
+            "train.ema_decay: the average of adapters that train.relora merges and begins anew is"
+            " that of none of them; leave one of the two out",
         )
         require(
             self.label_smoothing < 1,

@@ -9,7 +9,7 @@ from typing import Any
 
 from megalora.planner.cost import REFERENCE
 from megalora.planner.layout_table import short_name, speed_text
-from megalora.planner.memory import CONTEXT, GIB, ROOM, START, gib_by_name
+from megalora.planner.memory import AVERAGE, CONTEXT, GIB, ROOM, START, gib_by_name
 from megalora.planner.search import FULL, Plan, Planned
 
 BLUE = "#0072B2"
@@ -26,7 +26,7 @@ MEMORY: Groups = {
     "frozen weights": (BLUE, ("weights", ROOM)),
     "adapters, gradients, optimizer": (
         ORANGE,
-        ("adapters", START, "buffer padding", "gradients", "optimizer", "optimizer step"),
+        ("adapters", START, AVERAGE, "buffer padding", "gradients", "optimizer", "optimizer step"),
     ),
     "activations": (GREEN, ("activations", "rows", "pipeline")),
     "loss": (SKY, ("loss", "logits")),

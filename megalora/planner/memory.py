@@ -20,6 +20,7 @@ from megalora.config import LoRAConfig
 from megalora.model.shape import ModelShape
 from megalora.planner.hardware import Basis
 from megalora.planner.layouts import ParallelLayout
+from megalora.planner.microbatch import STATISTIC
 from megalora.planner.pass_bytes import (
     activation_bytes,
     backward_bytes,
@@ -55,6 +56,7 @@ CONTEXT = "CUDA context, NCCL"
 ROOM = "room for adapters"
 """Parts that no count of tensors sees: not an allocator's, and only on some GPUs."""
 START = "adapter at the start"
+AVERAGE = "average of adapters"
 CONTEXT_BYTES = 3 * 2**29
 """CUDA context, cuBLAS workspaces and NCCL's buffers: 1.5 GiB."""
 
@@ -172,7 +174,7 @@ def _state(
     every microbatch and recomputation."""
     p = layout.parallel
     e = work.element_bytes
-    copied = work.holds_start
+    copied = (work.holds_start, work.averaged)
     key = ("state", p, layout.num_ranks, copied, e, stage, has_room(model, layout, work))
     if key in model.memo:
         return model.memo[key]
@@ -199,7 +201,9 @@ def _state(
         Part("gradients", padded * GRADIENT, "measured"),
         Part("optimizer", optimizer, "measured"),
     )
-    if copied:
+    if work.averaged:
+        always += (Part(AVERAGE, adapters * STATISTIC, "measured"),)
+    if work.holds_start:
         always += (Part(START, adapters * e, "measured"),)
     step = Part("optimizer step", step_bytes(model, layout, chunks, counts), "measured", "step")
     model.memo[key] = chunks, always, step

@@ -32,6 +32,8 @@ class Workload:
     """Whether a loss keeps experts evenly used."""
     holds_start: bool = False
     """Whether the adapter that the run began with is kept beside the one in training."""
+    averaged: bool = False
+    """Whether a moving average of the adapter is kept in float32."""
     packing: Packing | None = None
     """Lengths of the samples, which are then packed; None: all are of full length."""
     crossings: Crossings = NO_TABLE
@@ -66,6 +68,7 @@ class Workload:
             references=config.objective.num_references,
             balanced=config.train.router_aux_loss_coef > 0,
             holds_start=config.objective.holds_start,
+            averaged=config.train.ema_decay > 0,
         )
 
     @property

@@ -27,6 +27,7 @@ from megalora.train.about import shown_samples, write_about
 from megalora.train.announce import closing, opening, reference_notes
 from megalora.train.answers import Answers, questions_of
 from megalora.train.assemble import Inputs, Run, assemble
+from megalora.train.average import average_of
 from megalora.train.checkpoint.identity import Identity, Samples, identify
 from megalora.train.checkpoint.load import load_checkpoint
 from megalora.train.checkpoint.same_run import check_same_run, check_same_samples
@@ -143,7 +144,8 @@ def _fit(run: Run, probe: Probe, at: Start) -> Path | None:
             metrics.say(note)
         cycles = Cycles(run, at.state)
         _open(run, metrics, now, at.shown, cycles)
-        saver = Saver(run, probe, at.samples, at.identity, serve, cycles)
+        average = average_of(run.model, config.train.ema_decay, at.state)
+        saver = Saver(run, probe, at.samples, at.identity, serve, cycles, average)
         answers = Answers(run, at.questions, at.tokenizer)
         _train_to_the_end(run, now, metrics, stop, saver, answers, trace)
     metrics.say(closing(now.step, num_steps, now.saved, now.best, config))
@@ -192,6 +194,8 @@ def _train_to_the_end(
         with trace.step(now.step + 1):
             values = _train_step(run, now.step, lr=lr, saved=now.saved, count_experts=counted)
         now.step += 1
+        if saver.average is not None:
+            saver.average.update()
         metrics.train_step(
             now.step,
             **values,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megalora.adapters.best_loss import BestLoss, Evaluations
 from megalora.train.assemble import Run
+from megalora.train.average import Average
 from megalora.train.checkpoint.identity import Identity, Samples
 from megalora.train.checkpoint.save import save_checkpoint
 from megalora.train.drift import DriftCheck
@@ -42,11 +43,12 @@ class Saver:
 
     def __init__(
         self, run: Run, probe: Probe, samples: Samples, identity: Identity,
-        serve: Callable[[Path], None], cycles: Cycles,
+        serve: Callable[[Path], None], cycles: Cycles, average: Average | None,
     ) -> None:  # fmt: skip
         """``serve``: called with each new checkpoint; the others as in ``save_checkpoint``."""
         self.run = run
         self.cycles = cycles
+        self.average = average
         self.probe = probe
         self.samples = samples
         self.identity = identity
@@ -67,7 +69,7 @@ class Saver:
         probed = self.probe.run(run.stepper)
         now.saved = save_checkpoint(
             now.step, now.evaluations, self.samples, self.identity, run.config, run.model,
-            run.optimizer, probed, run.stepper.start, self.cycles.count,
+            run.optimizer, probed, run.stepper.start, self.cycles.count, self.average,
         )  # fmt: skip
         now.saved_step = now.step
         self.serve(now.saved)

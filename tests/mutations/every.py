@@ -1,6 +1,7 @@
 """All bugs there are, one list."""
 
 from tests.mutations.adapter_bugs import ADAPTER_BUGS
+from tests.mutations.average_bugs import AVERAGE_BUGS
 from tests.mutations.balance_bugs import BALANCE_BUGS
 from tests.mutations.base_bugs import BASE_BUGS
 from tests.mutations.bugs import BUGS as MODEL_BUGS
@@ -64,6 +65,7 @@ EVERY_BUG = (
     + PREFERENCE_BUGS
     + BALANCE_BUGS
     + RELORA_BUGS
+    + AVERAGE_BUGS
     + DORA_BUGS
     + SHARED_BUGS
 )

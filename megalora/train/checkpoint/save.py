@@ -14,7 +14,17 @@ from torch import Tensor
 from megalora import host
 from megalora.adapters.best_loss import BestLoss, Evaluations
 from megalora.adapters.cycles import keep_cycles, read_cycles, state_folder, summed
-from megalora.adapters.files import OPTIMIZER, PROBE, RNG, START, STATE, STATE_JSON, STATE_KEYS
+from megalora.adapters.files import (
+    AVERAGE,
+    AVERAGED,
+    OPTIMIZER,
+    PROBE,
+    RNG,
+    START,
+    STATE,
+    STATE_JSON,
+    STATE_KEYS,
+)
 from megalora.adapters.latest import BEST, checkpoints
 from megalora.adapters.write.form import write_adapter
 from megalora.config import CheckpointConfig, RunConfig
@@ -22,6 +32,7 @@ from megalora.first_rank import on_first_rank
 from megalora.lora.adapted_model import AdaptedModel
 from megalora.lora.gather import gather_tensors
 from megalora.lora.section import settings
+from megalora.train.average import Average
 from megalora.train.checkpoint.identity import Identity, Samples
 from megalora.train.checkpoint.start import gather_start
 from megalora.train.checkpoint.writer import (
@@ -37,7 +48,7 @@ from megalora.train.references import Start
 def save_checkpoint(
     step: int, evaluations: Evaluations, samples: Samples, identity: Identity, config: RunConfig,
     model: AdaptedModel, optimizer: Any, probe: dict[str, Any], start: Start | None = None,
-    cycles: int = 0,
+    cycles: int = 0, average: Average | None = None,
 ) -> Path:  # fmt: skip
     """Write ``step_N`` into the run folder and point ``latest`` at it; collective. A failure leaves
     earlier ones whole.
@@ -49,6 +60,7 @@ def save_checkpoint(
         probe: log-probabilities of the adapter as it is, for servers (``probe.py``).
         start: the adapter that the run began with, where it is needed again.
         cycles: adapters that are merged into the base; the run folder has them.
+        average: of the adapter, where the run keeps one.
     """
     run = Path(config.checkpoint.dir)
     # All collectives come before the first rank begins to write: it may fail, the others wait.
@@ -56,6 +68,9 @@ def save_checkpoint(
     state = _whole_optimizer_state(model, optimizer)
     rng = _all_generators()
     began = gather_start(start, model) if start is not None else {}
+    averaged: dict[str, Tensor] | None = None
+    if average is not None:
+        averaged = gather_tensors(model.shards, average.values, model.groups)
 
     summary = {
         "step": step, "num_samples": samples.count, "world_size": dist.get_world_size(),
@@ -76,6 +91,8 @@ def save_checkpoint(
         save_file(rng, folder / RNG)
         if began:
             save_file(began, folder / START)
+        if averaged:
+            _write_average(folder, config, model, averaged, weights)
         (folder / STATE_JSON).write_text(json.dumps(summary, indent=1) + "\n")
 
     target = run / checkpoint_name(step)
@@ -112,6 +129,23 @@ def _write_sum(
         adapted, weights = summed(adapted, earlier, weights)
     write_adapter(folder, adapted, model.shape, weights, config.model.path)
     keep_cycles(run, state_folder(folder), cycles)
+
+
+def _write_average(
+    folder: Path,
+    config: RunConfig,
+    model: AdaptedModel,
+    averaged: dict[str, Tensor],
+    weights: dict[str, Tensor],
+) -> None:
+    """Write the average twice: in float32 to go on with, and in the adapter's dtype as an adapter
+    of its own."""
+    save_file(averaged, folder / AVERAGE)
+    (folder / AVERAGED).mkdir()
+    rounded: dict[str, Tensor] = {}
+    for name, value in averaged.items():
+        rounded[name] = value.to(weights[name].dtype)
+    write_adapter(folder / AVERAGED, model.adapted, model.shape, rounded, config.model.path)
 
 
 def _of_cycles(config: RunConfig, cycles: int) -> dict[str, int]:

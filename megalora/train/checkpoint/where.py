@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megalora.adapters.cycles import cycle_file
-from megalora.adapters.files import CONFIG, OPTIMIZER, RNG, START, STATE, WEIGHTS
+from megalora.adapters.files import AVERAGE, CONFIG, OPTIMIZER, RNG, START, STATE, WEIGHTS
 from megalora.adapters.latest import LATEST, checkpoints, latest_adapter, read_latest, taken_note
 from megalora.adapters.training_state import SavedState, read_state
 from megalora.config import RunConfig
@@ -140,6 +140,8 @@ def read_whole(folder: Path, what: str) -> SavedState:
         tensors.append(RNG)
     if (state.config.get("objective") or {}).get("reference") == "start":
         tensors.append(START)
+    if state.config.get("train", {}).get("ema_decay"):
+        tensors.append(AVERAGE)
     for name in [CONFIG, *tensors]:
         path = folder / name
         if not path.is_file():
