@@ -34,6 +34,7 @@ class Average:
     @torch.no_grad()
     def update(self) -> None:
         """Take in the adapter as it is now."""
+        # Parameters in bfloat16 are widened one by one, as they are added.
         averages = list(self._values.values())
         # A pipeline stage may have no adapter, and empty lists are refused.
         if not averages:

@@ -193,9 +193,7 @@ def _train_to_the_end(
         counted = metrics.experts is not None and metrics.is_logged(now.step + 1)
         with trace.step(now.step + 1):
             values = _train_step(run, now.step, lr=lr, saved=now.saved, count_experts=counted)
-        now.step += 1
-        if saver.average is not None:
-            saver.average.update()
+        saver.count_step(now)
         metrics.train_step(
             now.step,
             **values,

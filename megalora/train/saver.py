@@ -8,7 +8,7 @@ from megalora.adapters.best_loss import BestLoss, Evaluations
 from megalora.train.assemble import Run
 from megalora.train.average import Average
 from megalora.train.checkpoint.identity import Identity, Samples
-from megalora.train.checkpoint.save import save_checkpoint
+from megalora.train.checkpoint.save import Beside, save_checkpoint
 from megalora.train.drift import DriftCheck
 from megalora.train.probe import Probe
 from megalora.train.relora import Cycles
@@ -55,6 +55,13 @@ class Saver:
         self.serve = serve
         self.drift = DriftCheck(run.model.adapted, run.model.shards, run.groups)
 
+    def count_step(self, now: Progress) -> None:
+        """Take note of a step that has been taken."""
+        now.step += 1
+        # Behind the optimizer, before anything is saved of this step.
+        if self.average is not None:
+            self.average.update()
+
     def check_replicas(self, now: Progress, saving: bool) -> None:
         """Compare replicas where that is due: before saving, in the first step, every so often."""
         every = self.run.config.train.check_replicas_every
@@ -67,9 +74,10 @@ class Saver:
         run = self.run
         # The probe runs before the files are written, because they hold what it says.
         probed = self.probe.run(run.stepper)
+        beside = Beside(run.stepper.start, self.cycles.count, self.average)
         now.saved = save_checkpoint(
             now.step, now.evaluations, self.samples, self.identity, run.config, run.model,
-            run.optimizer, probed, run.stepper.start, self.cycles.count, self.average,
+            run.optimizer, probed, beside,
         )  # fmt: skip
         now.saved_step = now.step
         self.serve(now.saved)

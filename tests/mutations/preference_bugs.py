@@ -193,7 +193,7 @@ PREFERENCE_BUGS: tuple[Bug, ...] = (
         0,
         "a checkpoint without its start",
         "megalora/train/checkpoint/save.py",
-        "if began:",
+        "if beside.start is not None:",
         "if False:",
         f"{OF_START} imported_adapter",
     ),

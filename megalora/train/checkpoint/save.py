@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +45,21 @@ from megalora.train.optim import optimizer_state
 from megalora.train.references import Start
 
 
+@dataclass(frozen=True)
+class Beside:
+    """What a run keeps beside the adapter that it trains."""
+
+    start: Start | None = None
+    """The adapter that the run began with, where it is needed again."""
+    cycles: int = 0
+    """Adapters that are merged into the base; the run folder has them."""
+    average: Average | None = None
+    """Of the adapter."""
+
+
 def save_checkpoint(
     step: int, evaluations: Evaluations, samples: Samples, identity: Identity, config: RunConfig,
-    model: AdaptedModel, optimizer: Any, probe: dict[str, Any], start: Start | None = None,
-    cycles: int = 0, average: Average | None = None,
+    model: AdaptedModel, optimizer: Any, probe: dict[str, Any], beside: Beside | None = None,
 ) -> Path:  # fmt: skip
     """Write ``step_N`` into the run folder and point ``latest`` at it; collective. A failure leaves
     earlier ones whole.
@@ -58,19 +69,16 @@ def save_checkpoint(
         samples: number and digest of the training samples.
         identity: data and base, which must be the same when the run is resumed.
         probe: log-probabilities of the adapter as it is, for servers (``probe.py``).
-        start: the adapter that the run began with, where it is needed again.
-        cycles: adapters that are merged into the base; the run folder has them.
-        average: of the adapter, where the run keeps one.
+        beside: what the run keeps beside its adapter.
     """
     run = Path(config.checkpoint.dir)
     # All collectives come before the first rank begins to write: it may fail, the others wait.
     weights = gather_tensors(model.shards, model.values(), model.groups)
     state = _whole_optimizer_state(model, optimizer)
     rng = _all_generators()
-    began = gather_start(start, model) if start is not None else {}
-    averaged: dict[str, Tensor] | None = None
-    if average is not None:
-        averaged = gather_tensors(model.shards, average.values, model.groups)
+    beside = beside or Beside()
+    copies = _gather_copies(beside, model)
+    cycles = beside.cycles
 
     summary = {
         "step": step, "num_samples": samples.count, "world_size": dist.get_world_size(),
@@ -89,15 +97,28 @@ def save_checkpoint(
         (folder / PROBE).write_text(json.dumps(probe) + "\n")
         save_file(state, folder / OPTIMIZER)
         save_file(rng, folder / RNG)
-        if began:
-            save_file(began, folder / START)
-        if averaged:
-            _write_average(folder, config, model, averaged, weights)
+        for name, tensors in copies.items():
+            save_file(tensors, folder / name)
+        if AVERAGE in copies:
+            _write_average(folder, config, model, copies[AVERAGE], weights)
         (folder / STATE_JSON).write_text(json.dumps(summary, indent=1) + "\n")
 
     target = run / checkpoint_name(step)
     _publish(target, write, lambda: tidy(target, evaluations.best, config.checkpoint))
     return target
+
+
+def _gather_copies(beside: Beside, model: AdaptedModel) -> dict[Path, dict[str, Tensor]]:
+    """File in a checkpoint -> its whole tensors, of what has the adapter's shapes; without tensors
+    on other ranks than the first. Collective."""
+    # Every rank enters the same collectives: what is kept follows from the config.
+    copies: dict[Path, dict[str, Tensor]] = {}
+    if beside.start is not None:
+        copies[START] = gather_start(beside.start, model)
+    if beside.average is not None:
+        values = beside.average.values
+        copies[AVERAGE] = gather_tensors(model.shards, values, model.groups) or {}
+    return copies
 
 
 def _publish(target: Path, write: Callable[[Path], None], tidy_up: Callable[[], None]) -> None:
@@ -138,9 +159,7 @@ def _write_average(
     averaged: dict[str, Tensor],
     weights: dict[str, Tensor],
 ) -> None:
-    """Write the average twice: in float32 to go on with, and in the adapter's dtype as an adapter
-    of its own."""
-    save_file(averaged, folder / AVERAGE)
+    """Write the average as an adapter of its own, in the adapter's dtype."""
     (folder / AVERAGED).mkdir()
     rounded: dict[str, Tensor] = {}
     for name, value in averaged.items():
