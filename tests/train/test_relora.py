@@ -291,6 +291,8 @@ def test_refused_together(tmp_path: Path, chats: Path) -> None:
     config = make_config(tmp_path, chats, tmp_path / "run", {}, relora=RELORA)
     with pytest.raises(ValueError, match="compares with the base, into which train.relora"):
         replace(config, objective=ObjectiveConfig(name="dpo"))
+    with pytest.raises(ValueError, match="lora.share_outer: train.relora"):
+        replace(config, lora=replace(config.lora, share_outer=True))
     served = replace(config.checkpoint, serve="http://localhost:8000")
     with pytest.raises(ValueError, match="checkpoint.serve: with train.relora"):
         replace(config, checkpoint=served)
