@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megalora.adapters.export import export
-from megalora.adapters.files import LORA_SECTION, OPTIMIZER
+from megalora.adapters.files import CARD, LORA_SECTION, OPTIMIZER, STATE_KEYS, WEIGHTS
 from megalora.adapters.resumable import import_adapter
 from megalora.adapters.write.form import write_adapter
 from megalora.config import LoRAConfig, RunConfig
@@ -24,6 +24,7 @@ from megalora.lora.select import resolve
 from megalora.lora.spec import expected_tensors
 from megalora.model.fields import model_shape
 from megalora.train.drift import DriftCheck
+from megalora.train.loop import train
 from tests.adapters.folders import edit_tensors
 from tests.distributed.ranks import run_ranks
 from tests.lora.shapes import DENSE_SHAPE, MIXED_SHAPE, MOE_SHAPE, adapt, refusal
@@ -36,6 +37,7 @@ from tests.parity.built import (
 )
 from tests.parity.compare import of_largest
 from tests.parity.everything import config_of
+from tests.parity.runs import records
 
 LAYER_0 = "base_model.model.model.layers.0.mlp.experts."
 # One scale, 3, so that export folds none into a B.
@@ -241,3 +243,39 @@ def test_replicas_of_different_experts_hold_the_same(
     for message in run_ranks(drifted, 2, config):
         assert f"1 of {len(random_factors(SHARED, tiny)[1])} adapter tensors differ" in message
         assert f"{LAYER_0}gate_proj.lora_A.weight" in message
+
+
+@pytest.mark.slow
+def test_resumes_in_another_layout_and_is_exported(tiny: Path, chats: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"steps": 4, "loraplus_lr_ratio": 4.0}
+    config = config_of(tiny, chats, tmp_path / "whole", {"ep": 2}, SHARED, **options)
+    run_ranks(train, 2, replace(config, checkpoint=replace(config.checkpoint, every=2)))
+    other = config_of(tiny, chats, tmp_path / "rest", {"tp": 2, "etp": 2}, SHARED, **options)
+    start = str(tmp_path / "whole/step_000002")
+    run_ranks(train, 2, replace(other, checkpoint=replace(other.checkpoint, resume=start)))
+    # Sums in another order: the limit of the grid for a loss in float32.
+    assert records(tmp_path / "rest", "loss") == pytest.approx(
+        records(tmp_path / "whole", "loss")[2:], rel=1e-6
+    )
+    last = tmp_path / "rest/step_000004"
+    # A master and two moments for all experts of a layer.
+    state = load_file(last / OPTIMIZER)
+    names = {f"{key}.{LAYER_0}gate_proj.lora_A.weight" for key in STATE_KEYS}
+    assert names == {name for name in state if "layers.0." in name and "gate_proj.lora_A" in name}
+    export(last, tmp_path / "peft", engine="peft")
+    assert "one A of gate and up and one B of down, which are in this file as a copy for each" in (
+        " ".join((tmp_path / "peft" / CARD).read_text().split())
+    )
+    tensors = load_file(tmp_path / "peft" / WEIGHTS)
+    for expert in range(1, 8):
+        for part in ("gate_proj.lora_A", "up_proj.lora_A", "down_proj.lora_B"):
+            first = tensors[f"{LAYER_0}0.{part}.weight"]
+            assert first.any() and torch.equal(tensors[f"{LAYER_0}{expert}.{part}.weight"], first)
+    export(last, tmp_path / "sglang", engine="sglang", layout="shared_outer")
+    once = load_file(tmp_path / "sglang" / WEIGHTS)[f"{LAYER_0}gate_proj.lora_A.weight"]
+    assert torch.equal(once[0], tensors[f"{LAYER_0}0.gate_proj.lora_A.weight"])
+    # A run that does not share them is another run.
+    unshared = replace(SHARED, share_outer=False)
+    apart = config_of(tiny, chats, tmp_path / "apart", {"ep": 2}, unshared, **options)
+    with pytest.raises(Exception, match="was trained with lora.share_outer=True"):
+        run_ranks(train, 2, replace(apart, checkpoint=replace(apart.checkpoint, resume=start)))

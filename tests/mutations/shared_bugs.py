@@ -66,4 +66,12 @@ SHARED_BUGS: tuple[Bug, ...] = (
         "n = lead * size",
         "tests/planner/test_dryrun.py bytes_of_a_rank",
     ),
+    bug(
+        0,
+        "the last expert without its copy of a shared factor",
+        "megalora/adapters/write/form.py",
+        "value = trained[own.tensor_name(factor, expert)]",
+        "value = trained[own.tensor_name(factor, expert)] * (expert < 7 or factor != own.shared)",
+        f"{TESTS} resumes_in",
+    ),
 )

@@ -164,6 +164,13 @@ def _notes(facts: Facts) -> str:
         lines.append(
             f"- Trained and left out of this file: {', '.join(f'`{d}`' for d in facts.dropped)}."
         )
+    if any(a.shared for a in facts.adapted):
+        # The file says it nowhere: to who reads it, each expert has an A and a B.
+        form = "once" if facts.layout == "shared_outer" else "as a copy for each"
+        lines.append(
+            "- The experts of a layer were trained with one A of gate and up and one B of down,"
+            f" which are in this file {form}."
+        )
     trained = {a.name for a in facts.adapted}
     for engine in ENGINES.values():
         for name, does in engine.not_honoured.items():
