@@ -18,6 +18,19 @@ def write_pairs(chats: Path) -> None:
     write_jsonl(pairs_of(chats), rows)
 
 
+def write_rated(chats: Path) -> None:
+    """Each chat with a label, good or bad, in the file that ``rated_of`` names."""
+    rows = []
+    for i, row in enumerate(read_jsonl(chats)):
+        rows.append({"messages": row["messages"], "label": i % 3 != 1})
+    write_jsonl(rated_of(chats), rows)
+
+
+def rated_of(chats: Path) -> Path:
+    """Where ``write_chats`` puts the chats with their labels."""
+    return chats.with_name(f"{chats.stem}_rated.jsonl")
+
+
 def pairs_of(chats: Path) -> Path:
     """Where ``write_chats`` puts pairs of answers to the same questions."""
     return chats.with_name(f"{chats.stem}_pairs.jsonl")

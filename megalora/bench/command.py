@@ -71,7 +71,7 @@ def bench_command(
     prepare_file(asked.out / "results.json")
     config = load_config(path, overrides)
     require(
-        not config.objective.pairs,
+        config.objective.name == "sft",
         f"bench measures the step of supervised fine-tuning; objective.name={config.objective.name}"
         " is planned, and not measured yet. Measure with objective.name=sft",
     )

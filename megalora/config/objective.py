@@ -10,6 +10,7 @@ _OPTIONS = {
     "dpo": ("loss", "beta", "label_smoothing", "sft_weight", "reference"),
     "simpo": ("beta", "label_smoothing", "sft_weight", "margin"),
     "orpo": ("beta", "sft_weight"),
+    "kto": ("beta", "desirable_weight", "undesirable_weight", "reference"),
 }
 """Options that an objective reads; another one that is set would do nothing."""
 _SMOOTHED = ("sigmoid", "robust")
@@ -18,23 +19,24 @@ _SMOOTHED = ("sigmoid", "robust")
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    name: Literal["sft", "dpo", "simpo", "orpo"] = "sft"
-    """``sft``: cross entropy of the assistant's tokens. The others learn from pairs of a preferred
-    and a rejected answer, of which ``train.global_batch_size`` counts pairs: ``dpo`` compares with
-    a reference, whose log-probabilities a pass of its own finds in every step; ``simpo`` and
-    ``orpo`` need none."""
+    name: Literal["sft", "dpo", "simpo", "orpo", "kto"] = "sft"
+    """``sft``: cross entropy of the assistant's tokens. ``dpo``, ``simpo`` and ``orpo`` learn from
+    pairs of a preferred and a rejected answer, of which ``train.global_batch_size`` counts pairs:
+    ``dpo`` compares with a reference, whose log-probabilities a pass of its own finds in every
+    step; ``simpo`` and ``orpo`` need none. ``kto`` learns from single answers that are labelled
+    good or bad, compared with a reference."""
     reference: Literal["base", "start"] = "base"
-    """Of ``dpo``, what the model is compared with: ``base``, with the adapters switched off, or
-    ``start``, the adapter as it was when the run began, such as an imported one. A second copy of
-    the factors holds ``start``, and so does every checkpoint."""
+    """Of ``dpo`` and ``kto``, what the model is compared with: ``base``, with the adapters switched
+    off, or ``start``, the adapter as it was when the run began, such as an imported one. A second
+    copy of the factors holds ``start``, and so does every checkpoint."""
     loss: Literal["sigmoid", "robust", "hinge", "ipo"] = "sigmoid"
     """Of ``dpo``: ``sigmoid`` (DPO, and conservative DPO with ``objective.label_smoothing``),
     ``robust`` (unbiased where that share of the labels is wrong), ``hinge`` (SLiC) or ``ipo`` (per
     token)."""
     beta: float | None = None
-    """Of ``dpo``, how closely the model stays to the reference: higher is closer. Of ``simpo``, the
-    scale of the mean log-probabilities; of ``orpo``, the weight of the odds ratio. null is 0.1, and
-    2 for ``simpo``."""
+    """Of ``dpo`` and ``kto``, how closely the model stays to the reference: higher is closer. Of
+    ``simpo``, the scale of the mean log-probabilities; of ``orpo``, the weight of the odds ratio.
+    null is 0.1, and 2 for ``simpo``."""
     label_smoothing: float = 0.0
     """Share of pairs that are taken to be labelled the wrong way round, below 0.5. For ``simpo``
     and the losses sigmoid and robust."""
@@ -45,12 +47,18 @@ class ObjectiveConfig:
     """Of ``simpo``: by how much the chosen answer is to lead, in ``objective.beta`` times mean
     log-probabilities. null is 0.5."""
 
+    desirable_weight: float = 1.0
+    """Of ``kto``: weight of the good answers. The paper has the sums of weights of good and of bad
+    ones between 1 : 1 and 4 : 3, so weigh up the rarer ones."""
+    undesirable_weight: float = 1.0
+    """Of ``kto``: weight of the bad answers."""
+
     def __post_init__(self) -> None:
         # An option that only another objective reads is a mistake: it would do nothing.
         read = _OPTIONS[self.name]
         defaults = {
             "loss": "sigmoid", "beta": None, "label_smoothing": 0, "sft_weight": None,
-            "margin": None, "reference": "base",
+            "margin": None, "reference": "base", "desirable_weight": 1, "undesirable_weight": 1,
         }  # fmt: skip
         for option, default in defaults.items():
             value = getattr(self, option)
@@ -64,7 +72,7 @@ class ObjectiveConfig:
             self.beta is None or 0 < self.beta < float("inf"),
             f"objective.beta must be above 0, got {self.beta}",
         )
-        for option in ("sft_weight", "margin"):
+        for option in ("sft_weight", "margin", "desirable_weight", "undesirable_weight"):
             value = getattr(self, option)
             require(
                 value is None or 0 <= value < float("inf"),
@@ -84,7 +92,12 @@ class ObjectiveConfig:
     @property
     def pairs(self) -> bool:
         """Whether a sample is a pair of answers."""
-        return self.name != "sft"
+        return self.name in ("dpo", "simpo", "orpo")
+
+    @property
+    def labelled(self) -> bool:
+        """Whether a sample says if its answer is good."""
+        return self.name == "kto"
 
     @property
     def sequences(self) -> int:
@@ -94,7 +107,8 @@ class ObjectiveConfig:
     @property
     def num_references(self) -> int:
         """Passes without gradients in every step, before its own."""
-        return int(self.name == "dpo")
+        # Of KTO the model and the reference read mismatched answers, too.
+        return {"dpo": 1, "kto": 3}.get(self.name, 0)
 
     @property
     def holds_start(self) -> bool:

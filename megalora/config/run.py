@@ -43,8 +43,8 @@ class RunConfig:
             " once an epoch.",
         )
 
-        if self.objective.pairs:
-            self._check_pairs()
+        if self.objective.name != "sft":
+            self._check_answers()
         if self.train.relora is not None:
             self._check_relora()
 
@@ -67,8 +67,8 @@ class RunConfig:
             " which a server that runs has no room. Serve the last checkpoint instead",
         )
 
-    def _check_pairs(self) -> None:
-        """Options of supervised fine-tuning that mean nothing where pairs are compared."""
+    def _check_answers(self) -> None:
+        """What means nothing where whole answers are judged."""
         name = self.objective.name
         for option in ("z_loss", "label_smoothing"):
             require(
@@ -77,9 +77,26 @@ class RunConfig:
                 f" objective.name={name}",
             )
         require(
-            self.data.too_long == "left_out",
+            not self.objective.pairs or self.data.too_long == "left_out",
             f"data.too_long={self.data.too_long} would cut one answer of a pair and not the other;"
             f" with objective.name={name} it must be left_out",
+        )
+        if not self.objective.labelled:
+            return
+        require(
+            self.data.too_long != "split",
+            "data.too_long=split would make several answers of one label; with"
+            f" objective.name={name} it can be left_out, truncate_right or truncate_left",
+        )
+        other = "it pairs each prompt with the answer to another one of its batch"
+        require(
+            self.train.global_batch_size >= 2,
+            f"objective.name={name} needs train.global_batch_size of at least 2, got"
+            f" {self.train.global_batch_size}: {other}",
+        )
+        require(
+            self.data.eval != 1 or isinstance(self.data.eval, float),
+            f"objective.name={name} needs data.eval of at least 2 samples, got 1: {other}",
         )
 
     def check_training(self) -> None:

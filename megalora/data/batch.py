@@ -31,6 +31,8 @@ class Batch:
     documents of its own, of ``FILLER`` tokens at most."""
     filler: int = 0
     """Number of tokens of filler."""
+    values: tuple[float, ...] = ()
+    """The label of each sequence."""
 
     @property
     def num_sequences(self) -> int:
@@ -84,8 +86,10 @@ def flat_row(samples: Sequence[Encoded], *, filler: np.ndarray, multiple_of: int
         multiple_of: T is rounded up to it with filler outside of the loss.
     """
     sequences: list[tuple[np.ndarray, np.ndarray]] = []
+    values: list[float] = []
     for sample in samples:
         sequences += sample.sequences
+        values += [sample.value] * len(sample.sequences)
     ends = [0]
     for ids, _ in sequences:
         ends.append(ends[-1] + len(ids) - 1)
@@ -103,4 +107,4 @@ def flat_row(samples: Sequence[Encoded], *, filler: np.ndarray, multiple_of: int
     tokens[ends[-1] :] = torch.from_numpy(np.resize(filler, num_filler))
     while ends[-1] < length:
         ends.append(min(ends[-1] + FILLER, length))
-    return Batch(tokens, labels, loss_mask, tuple(ends), num_filler)
+    return Batch(tokens, labels, loss_mask, tuple(ends), num_filler, tuple(values))

@@ -58,6 +58,8 @@ class Recipe:
     """Try all rows and name all that are refused, instead of the first alone."""
     pairs: bool = False
     """Whether a row holds a preferred and a rejected answer."""
+    labels: bool = False
+    """Whether a row says if its answer is good."""
 
 
 def build_store(recipe: Recipe, folder: Path, made_of: dict[str, Any]) -> None:
@@ -72,7 +74,7 @@ def build_store(recipe: Recipe, folder: Path, made_of: dict[str, Any]) -> None:
     # The first row decides for all, so that no row is read otherwise than the one before.
     first = next(next(rows.chunks()).rows())
     try:
-        columns = resolve(recipe.format, first.keys(), pairs=recipe.pairs)
+        columns = resolve(recipe.format, first.keys(), pairs=recipe.pairs, labels=recipe.labels)
         encoder = RowEncoder(recipe.tokenizer, columns, recipe.allow_left_out, recipe.every_refusal)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error

@@ -45,6 +45,8 @@ class Encoded:
     num_unmarked: int = 0
     """Number of answers that the template's own marks ({% generation %}) leave out, at least in
     part."""
+    value: float = 0.0
+    """1 where the answer is a good one, 0 where it is a bad one or has no label."""
     second: int = 0
     """Of a pair, which is one sample of two sequences: the first token of the rejected one, before
     which the chosen one ends. 0 where the sample is one sequence."""

@@ -5,7 +5,7 @@ loss mask can neither get apart nor need a second file, and any part of a sample
 """
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ import numpy as np
 from megalora.data.chat import Encoded, encode_conversation
 from megalora.data.chunk import Chunk
 from megalora.data.columns import to_conversation
+from megalora.data.labelled import label_of, without_label
 from megalora.data.pairs import is_of_pairs, joined_pair, to_pair
 from megalora.data.template import ChatTemplate
 
@@ -32,6 +33,7 @@ SAMPLE = np.dtype(
         ("open", "<i4"),
         ("unmarked", "<i4"),
         ("second", "<i4"),
+        ("value", "<f8"),
         ("digest", f"V{DIGEST_BYTES}"),
     ]
 )
@@ -118,6 +120,10 @@ class RowEncoder:
 
     def _sample(self, row: Mapping[str, Any]) -> Encoded:
         """Raises ``ValueError`` for a row that is refused."""
+        if "label" in self.columns:
+            conversation = to_conversation(row, without_label(self.columns), self.allow_left_out)
+            encoded = encode_conversation(conversation, self.template, self.allow_left_out)
+            return replace(encoded, value=label_of(row, self.columns))
         if not is_of_pairs(self.columns):
             conversation = to_conversation(row, self.columns, self.allow_left_out)
             return encode_conversation(conversation, self.template, self.allow_left_out)
@@ -146,6 +152,7 @@ def _joined(
             sample.num_open,
             sample.num_unmarked,
             sample.second,
+            sample.value,
             digest_of(tokens),
         )
     return EncodedChunk(np.concatenate(packed), samples, list(kinds), num_rows, columns, refused)

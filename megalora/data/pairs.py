@@ -22,6 +22,7 @@ from megalora.data.columns import (
     to_conversation,
 )
 from megalora.data.conversation import Conversation
+from megalora.data.labelled import resolve_labelled
 from megalora.data.messages import Message, parsed_json
 
 SIDES = ("chosen", "rejected")
@@ -39,9 +40,16 @@ def is_of_pairs(columns: Mapping[str, str]) -> bool:
 
 
 def resolve(
-    format: str | Mapping[str, str], columns: Collection[str], *, pairs: bool
+    format: str | Mapping[str, str],
+    columns: Collection[str],
+    *,
+    pairs: bool,
+    labels: bool = False,
 ) -> dict[str, str]:
-    """``resolve_pair`` where rows hold pairs, else ``resolve_columns``."""
+    """``resolve_pair`` where rows hold pairs, ``resolve_labelled`` where they have labels, else
+    ``resolve_columns``."""
+    if labels:
+        return resolve_labelled(format, columns)
     return resolve_pair(format, columns) if pairs else resolve_columns(format, columns)
 
 

@@ -12,6 +12,7 @@ from megalora.config import DataConfig
 from megalora.config.data import Source
 from megalora.data.columns import to_conversation
 from megalora.data.conversation import Conversation, prepare
+from megalora.data.labelled import without_label
 from megalora.data.pairs import resolve, to_pair
 from megalora.data.rows import open_rows
 from megalora.data.samples import StoredSamples, sample_numbers
@@ -52,13 +53,16 @@ def read_questions(
         for number, row in _read(source.path, rows):
             # Looked up in the first row, as in training: two forms in one file would be a mistake.
             if columns is None:
-                columns = resolve(source.format or data.format, row, pairs=split.pairs)
+                columns = resolve(
+                    source.format or data.format, row, pairs=split.pairs, labels=split.labels
+                )
             if number not in rows:
                 continue
             try:
                 if split.pairs:
                     conversation, _ = to_pair(row, columns, data.allow_left_out)
                 else:
+                    columns = without_label(columns)
                     conversation = to_conversation(row, columns, data.allow_left_out)
                 # As training prepares it.
                 conversation = prepare(conversation, lambda: template.joiner)

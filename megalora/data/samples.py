@@ -125,6 +125,13 @@ def targets_of(samples: Sequence[Encoded]) -> np.ndarray:
     return np.array([sample.num_target_tokens for sample in samples], np.int64)
 
 
+def values_of(samples: Sequence[Encoded]) -> np.ndarray:
+    """[samples] float64: the label of each sample."""
+    if isinstance(samples, StoredSamples):
+        return samples.record_of("value")
+    return np.array([sample.value for sample in samples], np.float64)
+
+
 def digest_of_samples(samples: Sequence[Encoded]) -> str:
     """Digest of what is trained on, in order: tokens, and which of them are in the loss.
 
@@ -143,6 +150,10 @@ def digest_of_samples(samples: Sequence[Encoded]) -> str:
     # The digests are of whole samples; the bounds say which part of each is trained on.
     digest.update(digests.tobytes())
     digest.update(bounds.astype("<i8").tobytes())
+    values = values_of(samples)
+    # Digests of samples without a label stay as they were.
+    if values.any():
+        digest.update(values.astype("<f8").tobytes())
     return f"samples:{digest.hexdigest()}"
 
 

@@ -34,8 +34,9 @@ def show_data(config: RunConfig, console: Console) -> None:
     from megalora.hf.folder import local_folder
 
     tokenizer = load_tokenizer(local_folder(config.model.path, weights=False))
-    pairs = config.objective.pairs
-    train, held_out = load_data(config.data, tokenizer, pairs=pairs, every_refusal=True)
+    train, held_out = load_data(
+        config.data, tokenizer, objective=config.objective, every_refusal=True
+    )
     for name, split in (("train", train), ("eval", held_out)):
         if split is None:
             continue
@@ -67,6 +68,8 @@ def _show_samples(split: Split, tokenizer: Any, console: Console) -> None:
     legend = "green is in the loss" if colour else "[LOSS: ...] is in the loss"
     for number, sample in enumerate(split.samples[:_NUM_SAMPLES], 1):
         targets = f"{sample.num_target_tokens:,} of {len(sample.input_ids):,} tokens in the loss"
+        if split.labels:
+            targets = f"{'good' if sample.value else 'bad'}, {targets}"
         console.print(Text(f"\nsample {number} ({targets}; {legend})", "bold"), soft_wrap=True)
         console.print(sample_text(sample, tokenizer, colour=colour), soft_wrap=True)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megalora.config import DataConfig, TooLong
+from megalora.config import DataConfig, ObjectiveConfig, TooLong
 from megalora.data.build_tokens import Recipe
 from megalora.data.chat import Encoded
 from megalora.data.samples import (
@@ -44,6 +44,8 @@ class Split:
     """Columns of the source that nothing is read from."""
     pairs: bool = False
     """Whether each sample is a pair of sequences."""
+    labels: bool = False
+    """Whether each sample says if its answer is good."""
     parts: tuple["Split", ...] = ()
     """Where ``data.train`` is a list: the samples of each source, which stand one source behind the
     other in ``samples``."""
@@ -125,10 +127,15 @@ def load_data(
     data: DataConfig,
     tokenizer: "PreTrainedTokenizerBase",
     *,
-    pairs: bool = False,
+    objective: ObjectiveConfig | None = None,
     every_refusal: bool = False,
 ) -> tuple[Split, Split | None]:
-    """The training samples and, where asked for, the evaluation samples; see ``load_split``."""
+    """The training samples and, where asked for, the evaluation samples; see ``load_split``.
+
+    Args:
+        objective: says what a row holds; None for conversations of which the answers are learned.
+    """
+    objective = objective or ObjectiveConfig()
 
     def load(source: str, format: str | Mapping[str, str] | None = None) -> Split:
         return load_split(
@@ -140,7 +147,8 @@ def load_data(
             allow_left_out=data.allow_left_out,
             cache=data.cache,
             workers=data.workers,
-            pairs=pairs,
+            pairs=objective.pairs,
+            labels=objective.labelled,
             every_refusal=every_refusal,
         )
 
@@ -148,12 +156,19 @@ def load_data(
     parts = [load(source.path, source.format) for source in data.sources]
     # A list of one source is a list, too: its weights are asked for by place.
     train = parts[0] if isinstance(data.train, str) else combined(parts)
-    if data.eval is None:
-        return train, None
+    held_out = None
     if isinstance(data.eval, str):
-        return train, load(data.eval)
-    # A number or fraction of the training samples, held out.
-    return split_off_eval(train, data.eval, data.seed)
+        held_out = load(data.eval)
+    elif data.eval is not None:
+        # A number or fraction of the training samples, held out.
+        train, held_out = split_off_eval(train, data.eval, data.seed)
+    for split in (train, held_out):
+        if split is not None and split.labels and len(split.samples) < 2:
+            raise ValueError(
+                f"{split.source} has one sample, and objective.name=kto compares each prompt with"
+                " the answer to another one; use two or more samples, also for data.eval"
+            )
+    return train, held_out
 
 
 def combined(parts: Sequence[Split]) -> Split:
@@ -164,6 +179,7 @@ def combined(parts: Sequence[Split]) -> Split:
         concatenate([part.samples for part in parts]),
         lengths=np.concatenate([part.lengths for part in parts]),
         pairs=parts[0].pairs,
+        labels=parts[0].labels,
         parts=tuple(parts),
     )
 
@@ -179,6 +195,7 @@ def load_split(
     cache: str | None = None,
     workers: int | None = None,
     pairs: bool = False,
+    labels: bool = False,
     every_refusal: bool = False,
 ) -> Split:
     """The samples of a source, tokenised once and kept (``token_cache.py``).
@@ -192,14 +209,15 @@ def load_split(
         allow_left_out: see ``DataConfig``.
         cache: folder for token stores; see ``cache_folder``.
         workers: processes that tokenise where there is no store yet; None for what pays.
-        pairs: whether a row holds a preferred and a rejected answer.
+        pairs, labels: whether a row holds two answers, or says if its answer is good.
         every_refusal: try all rows and name all that are refused, instead of the first alone.
     Raises:
         ValueError: a row that cannot be read or tokenised, or of which something would be left out
             (with its number), or no sample is left.
     """
     # The limit is no part of the recipe: samples are stored whole.
-    recipe = Recipe(source, tokenizer, format, allow_left_out, workers, every_refusal, pairs)
+    how = (allow_left_out, workers, every_refusal, pairs, labels)
+    recipe = Recipe(source, tokenizer, format, *how)
     store = stored_tokens(recipe, cache_folder(cache))
     samples, found = fit(store, max_length, too_long)
     split = Split(
@@ -209,6 +227,7 @@ def load_split(
         fit=found,
         lengths=store.longest,
         pairs=pairs,
+        labels=labels,
         columns=store.header.columns,
         unused_columns=tuple(store.header.unused_columns),
     )
@@ -260,7 +279,7 @@ def split_off_eval(split: Split, eval: float, seed: int) -> tuple[Split, Split]:
     eval_samples = select(split.samples, np.flatnonzero(held_out))
     # What was left out of the source is said once, of the training samples.
     name = f"{split.source} (held out)"
-    held = Split(name, split.max_length, eval_samples, pairs=split.pairs)
+    held = Split(name, split.max_length, eval_samples, pairs=split.pairs, labels=split.labels)
     return _without(split, held_out), held
 
 

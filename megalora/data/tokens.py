@@ -127,6 +127,7 @@ class TokenStore:
             num_open=int(record["open"]),
             num_unmarked=int(record["unmarked"]),
             second=int(record["second"]),
+            value=float(record["value"]),
         )
 
 

@@ -35,7 +35,7 @@ def judge(plan: Plan) -> Verdict:
     """
     config = plan.config
     tokenizer = load_tokenizer(plan.base)
-    train, held_out = load_data(config.data, tokenizer, pairs=config.objective.pairs)
+    train, held_out = load_data(config.data, tokenizer, objective=config.objective)
     # Without ``--data`` the part that training held out; with it, data.train is that data.
     split = held_out or train
     # Cheap to find wrong, so before any weights.
@@ -58,7 +58,10 @@ def judge(plan: Plan) -> Verdict:
         judged["base"] = _judge_one(plan, model, split, questions, tokenizer, start)
         # Nothing may refer to the groups when they end.
         del model, start
-    return Verdict(split.summary(), questions, judged, is_of_pairs=config.objective.pairs)
+    return Verdict(
+        split.summary(), questions, judged, is_of_pairs=config.objective.pairs,
+        is_of_labels=config.objective.labelled,
+    )  # fmt: skip
 
 
 def _build(plan: Plan, groups: Groups) -> AdaptedModel:
@@ -97,7 +100,7 @@ def _judge_one(
     objective = objective_of(plan.config)
     stepper = Stepper(model.chunks, model.groups, objective)
     stepper.start = start
-    values, count = stepper.evaluate_all(batches.of_eval())
+    values, count = stepper.evaluate_all(batches.of_eval(), batches.mismatched_of_eval())
     loss = values.pop(objective.evaluated[0])
     if not questions:
         return Judged(loss, count, others=values)

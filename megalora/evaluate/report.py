@@ -26,11 +26,13 @@ def text_of(plan: Plan, verdict: "Verdict") -> str:
         head = f"{'':<8}{'loss':>10}"
         if verdict.is_of_pairs:
             head += f"{'accuracy':>12}{'margin':>12}{'pairs':>15}"
+        elif verdict.is_of_labels:
+            head += f"{'kl':>12}{'good reward':>13}{'bad reward':>13}{'samples':>15}"
         else:
             head += f"{'perplexity':>12}{'target tokens':>15}"
         lines.append(head)
     for name in names:
-        lines.append(_line(name, verdict.judged[name], verdict.is_of_pairs))
+        lines.append(_line(name, verdict.judged[name], verdict))
     if verdict.asked:
         lines.append("no loss: a server gives answers alone; without --url it is computed here")
     if cut := _cut(plan, verdict, names):
@@ -51,12 +53,18 @@ def _asked(plan: Plan, verdict: "Verdict") -> str:
     return f"{rows}, by {ids} at {plan.request.url}"
 
 
-def _line(name: str, one: "Judged", is_of_pairs: bool) -> str:
+def _line(name: str, one: "Judged", verdict: "Verdict") -> str:
     """A row of the table: the loss where there is one, and answers where there are any."""
     line = f"{name:<8}"
-    if one.loss is not None and is_of_pairs:
+    if one.loss is not None and verdict.is_of_pairs:
         accuracy, margin = one.others["accuracy"], one.others["margin"]
         line += f"{one.loss:>10.4f}{accuracy:>12.1%}{margin:>12.4f}{one.count:>15,}"
+    elif one.loss is not None and verdict.is_of_labels:
+        line += f"{one.loss:>10.4f}{one.others['kl']:>12.4f}"
+        for reward in ("good_reward", "bad_reward"):
+            # There may be no such answer.
+            line += f"{one.others[reward]:>13.4f}" if reward in one.others else f"{'none':>13}"
+        line += f"{one.count:>15,}"
     elif one.loss is not None:
         line += f"{one.loss:>10.4f}{one.perplexity:>12.4g}{one.count:>15,}"
     if one.right:
@@ -124,6 +132,8 @@ def record_of(plan: Plan, verdict: "Verdict") -> dict[str, Any]:
         found[name] = {}
         if one.loss is not None and verdict.is_of_pairs:
             found[name] |= {"loss": one.loss, "pairs": one.count, "preference": one.others}
+        elif one.loss is not None and verdict.is_of_labels:
+            found[name] |= {"loss": one.loss, "samples": one.count, "preference": one.others}
         elif one.loss is not None:
             found[name] |= {
                 "loss": one.loss,

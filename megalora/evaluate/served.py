@@ -85,8 +85,8 @@ def judge_served(client: Client, plan: Plan, ids: dict[str, str]) -> Verdict:
         ids: by who is asked, ``base`` and ``adapter``: whole ids, which mean one version.
     """
     tokenizer = load_tokenizer(plan.base, "--base")
-    pairs = plan.config.objective.pairs
-    train, held_out = load_data(plan.config.data, tokenizer, pairs=pairs)
+    objective = plan.config.objective
+    train, held_out = load_data(plan.config.data, tokenizer, objective=objective)
     split = held_out or train
     questions = questions_of(plan, split, tokenizer)
     found = _answers(client, plan, split, ids, questions)
@@ -96,7 +96,7 @@ def judge_served(client: Client, plan: Plan, ids: dict[str, str]) -> Verdict:
         answers, right = judge_answers(plan, split, questions, tokens, tokenizer)
         num_cut = sum(completion.finish_reason == "length" for completion in completions)
         judged[who] = Judged(None, 0, answers, right, num_cut)
-    return Verdict(split.summary(), questions, judged, ids, is_of_pairs=pairs)
+    return Verdict(split.summary(), questions, judged, ids, is_of_pairs=objective.pairs)
 
 
 def _find(client: Client, url: str, request: Request, say: Callable[[str], None]) -> _Found:

@@ -19,7 +19,7 @@ class Judged:
     """Mean cross entropy over target tokens, in nats, or what ``objective`` says of pairs; None
     where a server answers, which gives none."""
     count: int
-    """Target tokens of the loss, or pairs; 0 without one."""
+    """Target tokens of the loss, or pairs, or labelled answers; 0 without one."""
     answers: list[str] = field(default_factory=list)
     right: list[bool] = field(default_factory=list)
     """For each answer."""
@@ -52,6 +52,8 @@ class Verdict:
     """Where a server answered: its ids of the two."""
     is_of_pairs: bool = False
     """Whether the loss is one of pairs of answers."""
+    is_of_labels: bool = False
+    """Whether it is one of labelled answers."""
 
 
 def questions_of(plan: Plan, split: Split, tokenizer: Any) -> list[Question]:

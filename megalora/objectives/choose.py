@@ -1,6 +1,7 @@
 """Make the objective that a config names."""
 
 from megalora.config import RunConfig, TrainConfig
+from megalora.objectives.kto import KTO
 from megalora.objectives.objective import Objective
 from megalora.objectives.preference import Preference
 from megalora.objectives.sft import SFT
@@ -11,6 +12,13 @@ def objective_of(config: RunConfig) -> Objective:
     options = config.objective
     if options.name == "sft":
         return sft_of(config.train)
+    if options.name == "kto":
+        return KTO(
+            beta=0.1 if options.beta is None else options.beta,
+            good_weight=options.desirable_weight,
+            bad_weight=options.undesirable_weight,
+            reference=options.reference,
+        )
     # As TRL has it; but for SimPO, whose paper has 2 to 2.5 and scales means by it, not sums.
     beta = 2.0 if options.name == "simpo" else 0.1
     # ORPO's loss has the cross entropy as a part of it.
@@ -22,7 +30,7 @@ def objective_of(config: RunConfig) -> Objective:
         label_smoothing=options.label_smoothing,
         sft_weight=sft_weight if options.sft_weight is None else options.sft_weight,
         margin=margin if options.margin is None else options.margin,
-        from_start=options.holds_start,
+        reference=options.reference,
     )
 
 

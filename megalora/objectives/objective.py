@@ -10,7 +10,7 @@ Legend: N target tokens of a microbatch on this rank, Q sequences in it.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -33,6 +33,11 @@ class Sequences:
     references: Mapping[str, Tensor] = field(default_factory=dict)
     """Name of a ``Reference`` -> [Q], its log-probabilities of each sequence's target tokens,
     added up; without gradients."""
+    means: Mapping[str, Tensor] = field(default_factory=dict)
+    """Name of a ``Reference`` over mismatched sequences -> scalar, the mean of such sums over the
+    global batch."""
+    values: Tensor = field(default_factory=lambda: torch.zeros(0))
+    """[Q] float32: the label of each sequence; zeros where none has one."""
 
     def sums(self, values_N: Tensor) -> Tensor:
         """[Q] float64: sums over each sequence, over all ranks that share the row. Whatever is
@@ -48,15 +53,21 @@ class Sequences:
         return value if self.cp.rank() == 0 else torch.zeros_like(value)
 
 
+WhichModel = Literal["base", "start", "current"]
+"""The base with the adapters switched off, the adapter that the run began with, or the model as it
+is."""
+
+
 @dataclass(frozen=True)
 class Reference:
     """A pass without gradients and without dropout that comes before a step's own: the sums over
     sequences that it finds stand in ``Sequences.references``."""
 
     name: str
-    start: bool = False
-    """Whether its model has the adapter that the run began with; else it is the base, with the
-    adapters switched off."""
+    model: WhichModel = "base"
+    mismatched: bool = False
+    """Whether it reads prompts of the global batch with the answers to other ones, of which the
+    mean stands in ``Sequences.means``."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megalora.model.vocab_logits import Reader, logprob
-from megalora.objectives.objective import Loss, Reference, Sequences
+from megalora.objectives.objective import Loss, Reference, Sequences, WhichModel
 
 REFERENCE = "reference"
 SURE = 1e-9
@@ -62,8 +62,7 @@ class Preference:
     margin: float = 0.0
     """Of SimPO: by how much the chosen answer is to lead, in ``beta`` times mean
     log-probabilities."""
-    from_start: bool = False
-    """Whether the reference is the adapter that the run began with, and not the base."""
+    reference: WhichModel = "base"
 
     by_sequence = True
     unit = "pairs"
@@ -77,7 +76,7 @@ class Preference:
         """As the protocol says."""
         if self.kind not in WITH_REFERENCE:
             return ()
-        return (Reference(REFERENCE, start=self.from_start),)
+        return (Reference(REFERENCE, self.reference),)
 
     @property
     def want(self) -> dict[str, Reader]:

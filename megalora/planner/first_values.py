@@ -125,7 +125,7 @@ def _lengths(config: RunConfig) -> list[int]:
     whole = replace(config.data, max_length=NO_LIMIT, eval=None)
     tokenizer = load_tokenizer(Path(config.model.path))
     # Of a pair the longer sequence counts.
-    split, _ = load_data(whole, tokenizer, pairs=config.objective.pairs)
+    split, _ = load_data(whole, tokenizer, objective=config.objective)
     return sorted(split.lengths.tolist())
 
 

@@ -105,7 +105,7 @@ def packing_of(config: RunConfig, mean_length: float | None) -> Packing | None:
     from megalora.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(Path(config.model.path))
-    split, _ = load_data(config.data, tokenizer, pairs=config.objective.pairs)
+    split, _ = load_data(config.data, tokenizer, objective=config.objective)
     ordered = sorted(split.row_lengths.tolist())
     lengths = []
     for i in range(batch):

@@ -55,7 +55,7 @@ class Inputs:
         folder = local_folder(config.model.path)
         shape, adapted = plan(config.lora, config.parallel, folder, config.train)
         tokenizer = load_tokenizer(folder)
-        splits = load_data(config.data, tokenizer, pairs=config.objective.pairs)
+        splits = load_data(config.data, tokenizer, objective=config.objective)
         return cls(shape, adapted, tokenizer, *splits)
 
 
@@ -98,7 +98,8 @@ class Run:
         batches = self.batches.of_step(number)
         load = self.stepper.load
         load.active = count_experts
-        sums = self.stepper.forward_backward(batches, self.optimizer)
+        mismatched = self.batches.mismatched_of_step(number)
+        sums = self.stepper.forward_backward(batches, self.optimizer, mismatched)
         with around_optimizer or nullcontext():
             norm = clip_and_step(self.optimizer)
         pieces = [norm, sums.flatten()]
@@ -119,14 +120,21 @@ class Run:
             self.expert_tokens = counts.reshape(load.num_layers, load.num_experts)
         # From now on A has a gradient too, which ``GradientCheck`` expects.
         self.stepper.b_has_moved |= lr > 0
-        means: list[float] = []
-        for total, count in zip(numbers[:num_sums:2], numbers[1:num_sums:2], strict=True):
-            # A batch without a target token has no loss to divide.
-            means.append(total / max(count, 1))
-        loss, *others = means
-        self.others = dict(zip(self.stepper.objective.metrics[1:], others, strict=True))
-        self.others |= balance
+        means = _means(self.stepper.objective.metrics, numbers[:num_sums])
+        loss = means.pop(self.stepper.objective.metrics[0])
+        self.others = means | balance
         return loss, grad_norm
+
+
+def _means(names: Sequence[str], numbers: Sequence[float]) -> dict[str, float]:
+    """Name -> mean, of a sum and a count each; the first one in any case."""
+    means: dict[str, float] = {}
+    for name, total, count in zip(names, numbers[::2], numbers[1::2], strict=True):
+        # A batch without a target token has no loss to divide. Of what it has none of, such as bad
+        # answers, there is nothing to report.
+        if count or not means:
+            means[name] = total / max(count, 1)
+    return means
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import numpy as np
 
 from megalora.config import RunConfig
 from megalora.data.batch import Batch, filler_of, flat_row
+from megalora.data.labelled import mismatched
 from megalora.data.mixture import mixture_indices
 from megalora.data.order import global_batch_indices
 from megalora.data.pack import Rows, measure_fill, rows_by_count, rows_by_tokens
@@ -66,6 +67,27 @@ class Batches:
         numbers = np.arange(len(self.eval.samples))
         rows = self._rows(self.eval, numbers)
         return self._flat(self.eval, numbers, rows[self.dp_rank])
+
+    def mismatched_of_step(self, step: int) -> list[Batch]:
+        """This rank's rows of prompts of the step with the answers to other ones, where the samples
+        are labelled answers; without any where they are not."""
+        indices, _ = self._rows_of_step(step)
+        return self._mismatched(self.train, indices)
+
+    def mismatched_of_eval(self) -> list[Batch]:
+        """The same of an evaluation."""
+        assert self.eval is not None
+        return self._mismatched(self.eval, np.arange(len(self.eval.samples)))
+
+    def _mismatched(self, split: Split, numbers: np.ndarray) -> list[Batch]:
+        if not split.labels:
+            return []
+        # Every rank reads the whole batch: which sequences there are depends on no layout.
+        samples = [split.samples[number] for number in numbers]
+        found = mismatched(samples, numbers.tolist(), split.max_length)
+        made = Split(split.source, split.max_length, found)
+        places = np.arange(len(found))
+        return self._flat(made, places, self._rows(made, places)[self.dp_rank])
 
     def num_tokens(self, step: int) -> int:
         """Tokens of the step's whole global batch, filler left out."""

@@ -46,6 +46,8 @@ class DeviceBatch:
     """[N] int64: the sequence that each of ``labels`` belongs to; None unless it was asked for."""
     targets: Tensor | None = None
     """[Q] int64: target tokens of each sequence of the whole row; likewise."""
+    values: Tensor | None = None
+    """[Q] float32: the label of each sequence; likewise."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,9 @@ def to_device(batches: list[Batch], part: Part, asked: Asked = TARGETS) -> list[
     The host picks the target tokens, so that it knows their number and need not ask the device.
     All numbers fit into int32.
     """
+    # Few objectives have mismatched sequences.
+    if not batches:
+        return []
     chunks = [local_chunks(batch.ends, part.cp_rank, part.cp_size) for batch in batches]
     pieces: list[Tensor] = []
     for batch, of_batch in zip(batches, chunks, strict=True):
@@ -146,6 +151,10 @@ def _host_pieces(batch: Batch, chunks: tuple[Chunk, ...], part: Part, asked: Ask
         if asked.sequences:
             pieces.append(own(batch.sequence_numbers)[places])
             pieces.append(torch.tensor(batch.targets))
+            # As the bits that an integer has: all of a row travels as one array.
+            values = torch.zeros(batch.num_sequences)
+            values[: len(batch.values)] = torch.tensor(batch.values)
+            pieces.append(values.view(torch.int32))
     # Every stage has routers, so that each gets them.
     if asked.routed:
         pieces.append(_of_tp_rank(own(_without_filler(batch)), part))
@@ -177,7 +186,7 @@ def _unpack(
 ) -> DeviceBatch:
     """The next row of those that ``to_device`` sent, on the device."""
     positions = next(parts).long()
-    tokens = labels = places = sequences = targets = None
+    tokens = labels = places = sequences = targets = values = None
     if part.first:
         tokens = next(parts).long()
     if part.last:
@@ -187,9 +196,13 @@ def _unpack(
         if asked.sequences:
             sequences = next(parts).long()
             targets = next(parts).long()
+            # A part of one array, which a view of other numbers must not be.
+            values = next(parts).clone().view(torch.float32)
     of_row = None
     if asked.routed:
         of_row = RowSequences(next(parts).long(), next(parts).long())
     bounds = tuple((next(parts), next(parts)) for _ in chunks)
     documents = Documents(chunks, positions, bounds, of_row)
-    return DeviceBatch(documents, tokens, labels, places, filler, number, sequences, targets)
+    return DeviceBatch(
+        documents, tokens, labels, places, filler, number, sequences, targets, values
+    )

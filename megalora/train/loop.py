@@ -93,7 +93,7 @@ def train(config: RunConfig, job: str | None = None) -> Path | None:
             notes += check_same_run(found.state, config, identity, adapted)
         notes += reference_notes(config.objective, found.state)
         tokenizer = load_tokenizer(folder)
-        splits = load_data(config.data, tokenizer, pairs=config.objective.pairs)
+        splits = load_data(config.data, tokenizer, objective=config.objective)
         samples = Samples.of(splits[0].samples)
         check_agreement("training samples", samples)
         # Raises where the warm-up is longer than the run.
@@ -234,7 +234,8 @@ def _evaluate(run: Run, now: Progress, metrics: Metrics, answers: Answers) -> bo
     same on every rank."""
     loss = None
     if run.batches.eval:
-        found, count = run.stepper.evaluate_all(run.batches.of_eval())
+        mismatched = run.batches.mismatched_of_eval()
+        found, count = run.stepper.evaluate_all(run.batches.of_eval(), mismatched)
         # Sums of two ranks may differ in their last bits, and all must decide alike.
         values = on_first_rank(lambda: found, "the evaluation failed")
         objective = run.stepper.objective

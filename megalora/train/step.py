@@ -23,15 +23,13 @@ from megalora.model.documents import unzigzag
 from megalora.model.expert_load import ExpertLoad
 from megalora.model.head import Outputs, Wanted, project
 from megalora.model.vocab_logits import Reader, logprob
-from megalora.objectives.objective import Objective, Sequences
+from megalora.objectives.objective import Objective, Reference, Sequences
 from megalora.parallel import Groups, megatron_groups
 from megalora.train.inputs import Asked, DeviceBatch, Part, to_device
-from megalora.train.references import Start, model_of, set_apart
+from megalora.train.references import Found, Start, model_of, set_apart
 
 Report = Callable[[Outputs, DeviceBatch], tuple[Tensor, Tensor, Tensor]]
 """Makes of what the head has read of a microbatch (loss, 1, what to report)."""
-References = Mapping[str, list[Tensor]]
-"""Name of a reference -> its ``[Q]`` of each microbatch; empty lists before the last stage."""
 
 
 class Stepper:
@@ -69,18 +67,23 @@ class Stepper:
         global batch."""
         return _mean(self.forward_backward(batches, optimizer)[0])
 
-    def forward_backward(self, batches: list[Batch], optimizer: Any) -> Tensor:
+    def forward_backward(
+        self, batches: list[Batch], optimizer: Any, mismatched: Sequence[Batch] = ()
+    ) -> Tensor:
         """Compute reduced gradients in every ``main_grad``; returns a row (sum, count) of the
         global batch for each of the objective's metrics, ``[M, 2]``, the loss first.
 
         They are float64 on the device: nothing here waits for it.
+
+        Args:
+            mismatched: rows for the references that read prompts with the answers to other ones.
         """
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
         self.chunks[0].config.grad_scale_func = optimizer.scale_loss
-        return self._sum(self._run(batches, forward_only=False))
+        return self._sum(self._run(batches, mismatched, forward_only=False))
 
     def evaluate(self, batches: list[Batch]) -> tuple[float, int]:
         """(mean loss, number of the objective's units) over all data-parallel ranks' batches;
@@ -89,16 +92,21 @@ class Stepper:
         return values[self.objective.evaluated[0]], count
 
     @torch.no_grad()
-    def evaluate_all(self, batches: list[Batch]) -> tuple[dict[str, float], int]:
+    def evaluate_all(
+        self, batches: list[Batch], mismatched: Sequence[Batch] = ()
+    ) -> tuple[dict[str, float], int]:
         """The same for each of the metrics that the objective evaluates, its loss first."""
         for chunk in self.chunks:
             chunk.eval()
-        sums = self._sum(self._run(batches, forward_only=True))
+        sums = self._sum(self._run(batches, mismatched, forward_only=True))
         values: dict[str, float] = {}
         counts: list[int] = []
         for name in self.objective.evaluated:
-            values[name], count = _mean(sums[self.objective.metrics.index(name)])
+            value, count = _mean(sums[self.objective.metrics.index(name)])
             counts.append(count)
+            # Of what there is none of, there is nothing to report but the loss.
+            if count or not values:
+                values[name] = value
         return values, counts[0]
 
     @torch.no_grad()
@@ -130,7 +138,7 @@ class Stepper:
         dist.all_reduce(sums, group=self.groups.dp_cp)
         return sums
 
-    def _run(self, batches: list[Batch], forward_only: bool) -> Tensor:
+    def _run(self, batches: list[Batch], mismatched: Sequence[Batch], forward_only: bool) -> Tensor:
         """(sum, count) of each metric on the last pipeline stage, ``[M, 2]``; zeros elsewhere."""
         objective = self.objective
         divisors = self._divisors(batches)
@@ -141,7 +149,7 @@ class Stepper:
         asked = Asked(sequences=objective.by_sequence, routed=balance is not None)
         # Once for all passes over these microbatches.
         inputs = to_device(batches, Part.of(self.groups), asked)
-        references = self._references(batches, inputs)
+        references = self._references(batches, inputs, list(mismatched))
 
         def report(outputs: Outputs, batch: DeviceBatch) -> tuple[Tensor, Tensor, Tensor]:
             loss = objective.loss(outputs, self._sequences(batch, references), divisors)
@@ -154,37 +162,43 @@ class Stepper:
         return total
 
     @torch.no_grad()
-    def _references(self, batches: list[Batch], inputs: list[DeviceBatch]) -> References:
+    def _references(
+        self, batches: list[Batch], inputs: list[DeviceBatch], mismatched: list[Batch]
+    ) -> Found:
         """What each of the objective's references finds in these microbatches."""
-        found: dict[str, list[Tensor]] = {}
-        if not self.objective.references:
-            return found
-        with set_apart(self.chunks, self.load):
-            for reference in self.objective.references:
-                with model_of(reference, self.chunks, self.start):
-                    found[reference.name] = self._schedule(
-                        batches, inputs, {"logprob": logprob}, self._sum_of_sequences,
-                        forward_only=True,
-                    )  # fmt: skip
+        others = to_device(mismatched, Part.of(self.groups), Asked(sequences=True))
+
+        def read(reference: Reference) -> list[Tensor]:
+            rows = (mismatched, others) if reference.mismatched else (batches, inputs)
+            return self._schedule(*rows, {"logprob": logprob}, self._sum_of_sequences, True)
+
+        found = Found()
+        if self.objective.references:
+            with set_apart(self.chunks, self.load):
+                for reference in self.objective.references:
+                    with model_of(reference, self.chunks, self.start):
+                        found.add(reference, read(reference), mismatched, self.groups.dp)
         return found
 
     def _sum_of_sequences(
         self, outputs: Outputs, batch: DeviceBatch
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Reports log-probabilities, added up over each sequence."""
-        sequences = self._sequences(batch, {})
+        sequences = self._sequences(batch, Found())
         assert sequences is not None, "sequences were asked for"
         sums = sequences.sums(outputs["logprob"])
         return sums.sum(), _one(), sums
 
-    def _sequences(self, batch: DeviceBatch, references: References) -> Sequences | None:
+    def _sequences(self, batch: DeviceBatch, references: Found) -> Sequences | None:
         """The sequences of a microbatch with what references have found; None where they were not
         asked for."""
-        if batch.sequences is None or batch.targets is None:
+        if batch.sequences is None or batch.targets is None or batch.values is None:
             return None
         # Microbatches report in their order, also under the interleaved schedule.
-        columns = {name: rows[batch.number] for name, rows in references.items()}
-        return Sequences(batch.sequences, batch.targets, self.groups.cp, columns)
+        columns = {name: rows[batch.number] for name, rows in references.sums.items()}
+        return Sequences(
+            batch.sequences, batch.targets, self.groups.cp, columns, references.means, batch.values
+        )
 
     def _divisors(self, batches: list[Batch]) -> dict[str, Tensor]:
         """Unit -> its number in the global batch, at least 1, before any pass. Every rank has whole

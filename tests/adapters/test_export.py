@@ -231,6 +231,10 @@ def test_the_card_says_what_it_is_and_how_to_load_it(
             ObjectiveConfig(name="dpo", reference="start"),
             "dpo, loss sigmoid; the reference is the adapter at the start",
         ),
+        (
+            ObjectiveConfig(name="kto", beta=0.2, desirable_weight=1.5),
+            "kto, beta 0.2, desirable_weight 1.5, undesirable_weight 1; the reference is the base",
+        ),
         (ObjectiveConfig(name="simpo", margin=0.4), "simpo, margin 0.4"),
         (ObjectiveConfig(name="simpo", margin=0.0), "simpo, margin 0"),
     ],
@@ -250,8 +254,9 @@ def test_the_card_of_preferences(
     )
     export(trained.folder, tmp_path / "mine")
     text = (tmp_path / "mine" / CARD).read_text()
-    assert "- Training data: `pairs.jsonl`, 50 pairs\n" in text
-    assert f"- Objective: {said}\n- Steps: 7 of 8 pairs, " in text
+    samples = "samples" if objective.name == "kto" else "pairs"
+    assert f"- Training data: `pairs.jsonl`, 50 {samples}\n" in text
+    assert f"- Objective: {said}\n- Steps: 7 of 8 {samples}, " in text
 
 
 def test_logits_of_every_export_are_the_same(bases: dict[str, Path], tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from tests.mutations.gpu_bugs import GPU_BUGS
 from tests.mutations.head_bugs import HEAD_BUGS
 from tests.mutations.install_bugs import INSTALL_BUGS
 from tests.mutations.kernel_bugs import KERNEL_BUGS
+from tests.mutations.kto_bugs import KTO_BUGS
 from tests.mutations.layer_bugs import LAYER_BUGS
 from tests.mutations.long_bugs import LONG_BUGS
 from tests.mutations.plan_bugs import PLAN_BUGS
@@ -63,6 +64,7 @@ EVERY_BUG = (
     + STAGE_BUGS
     + RECIPE_BUGS
     + PREFERENCE_BUGS
+    + KTO_BUGS
     + BALANCE_BUGS
     + RELORA_BUGS
     + AVERAGE_BUGS

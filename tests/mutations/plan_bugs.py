@@ -134,7 +134,7 @@ PLAN_BUGS: tuple[Bug, ...] = (
         "; in {machine.dtype}, so that {question.work.dtype} takes longer", "",
         f"{INIT_TEST} command_line_s_layout"),
     bug(0, "init: pairs measured as if they were chats", VALUES,
-        "pairs=config.objective.pairs", "pairs=False", f"{INIT_TEST} read_as_pairs"),
+        "objective=config.objective", "objective=None", f"{INIT_TEST} read_as_pairs"),
     bug(0, "init: one long sample decides", VALUES,
         "lengths[math.ceil(KEPT * len(lengths)) - 1]", "lengths[-1]", f"{INIT_TEST} one_long"),
     bug(0, "init: a sample longer than the model has positions", VALUES,

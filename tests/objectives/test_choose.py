@@ -4,6 +4,7 @@ import pytest
 
 from megalora.config import DataConfig, ModelConfig, ObjectiveConfig, RunConfig, TrainConfig
 from megalora.objectives.choose import objective_of
+from megalora.objectives.kto import KTO
 from megalora.objectives.preference import Preference
 from megalora.objectives.sft import SFT
 
@@ -30,10 +31,14 @@ def test_options_reach_the_objective() -> None:
     )
     assert found == Preference("robust", beta=0.3, label_smoothing=0.1, sft_weight=0.2)
     of_start = objective_of(config(name="dpo", reference="start"))
-    assert of_start == Preference("sigmoid", from_start=True)
-    assert [reference.start for reference in of_start.references] == [True]
-    assert [reference.start for reference in found.references] == [False]
+    assert of_start == Preference("sigmoid", reference="start")
+    assert [reference.model for reference in of_start.references] == ["start"]
+    assert [reference.model for reference in found.references] == ["base"]
     assert objective_of(config(name="simpo", margin=0.0)) == Preference("simpo", beta=2.0)
+    assert objective_of(config(name="kto")) == KTO()
+    assert objective_of(
+        config(name="kto", beta=0.3, desirable_weight=2, undesirable_weight=0.5, reference="start")
+    ) == KTO(beta=0.3, good_weight=2, bad_weight=0.5, reference="start")
     # Without a reference there is no pass for it.
     assert [bool(objective_of(config(name=n)).references) for n in ("dpo", "simpo", "orpo")] == [
         True, False, False,
@@ -49,6 +54,16 @@ def test_options_reach_the_objective() -> None:
         ({"name": "simpo", "reference": "start"}, "reference=start does nothing for .*name=simpo"),
         ({"name": "simpo", "loss": "ipo"}, "loss=ipo does nothing for objective.name=simpo"),
         ({"name": "dpo", "loss": "ipo", "label_smoothing": 0.1}, "nothing for objective.loss=ipo"),
+        ({"name": "dpo", "desirable_weight": 2}, "nothing for objective.name=dpo"),
+        ({"name": "kto", "loss": "ipo"}, "loss=ipo does nothing for objective.name=kto"),
+        ({"name": "kto", "undesirable_weight": -1}, "undesirable_weight must not be negative"),
+        (
+            {"name": "kto", "train": {"global_batch_size": 1}},
+            "kto needs train.global_batch_size of at least 2, got 1: it pairs each prompt",
+        ),
+        ({"name": "kto", "data": {"eval": 1}}, "kto needs data.eval of at least 2 samples, got 1"),
+        ({"name": "kto", "data": {"too_long": "split"}}, "split would make several answers of one"),
+        ({"name": "kto", "train": {"z_loss": 0.1}}, "train.z_loss is a term of sup"),
         ({"name": "dpo", "beta": 0.0}, "objective.beta must be above 0, got 0.0"),
         ({"name": "dpo", "beta": float("nan")}, "objective.beta must be above 0, got nan"),
         ({"name": "dpo", "sft_weight": -1.0}, "sft_weight must not be negative, got -1.0"),

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from trl.experimental.cpo.cpo_trainer import CPOTrainer
 from trl.experimental.orpo.orpo_trainer import ORPOTrainer
 from trl.trainer.dpo_trainer import DPOTrainer
+from trl.trainer.kto_trainer import KTOTrainer
 
 
 class Fixed(nn.Module):
@@ -76,3 +77,48 @@ def orpo(beta: float, chosen: Tensor, rejected: Tensor) -> Tensor:
     """[P] losses of mean log-probabilities ``[P]``, without the cross entropy."""
     me = SimpleNamespace(accelerator=accelerator(), beta=beta)
     return -ORPOTrainer.odds_ratio_loss(me, chosen, rejected)[0]
+
+
+def kto(
+    beta: float,
+    good_weight: float,
+    bad_weight: float,
+    good: Tensor,
+    mask: Tensor,
+    logprobs: Tensor,
+    reference: Tensor,
+) -> tuple[Tensor, float]:
+    """(mean loss of N samples, estimate of the divergence).
+
+    Args:
+        good: ``[N]`` bool.
+        mask: ``[2, N, S]``: whether there is a target token, in the samples and in the mismatched
+            sequences.
+        logprobs: ``[2, N, S]``, zero where ``mask`` is.
+    """
+    ids = torch.ones(mask.shape[1], mask.shape[2] + 1, dtype=torch.long)
+    first = torch.zeros(len(ids), 1, dtype=torch.long)
+    batch: dict[str, Any] = {"label": good}
+    for prefix, own in (("", mask[0]), ("KL_", mask[1])):
+        batch[f"{prefix}input_ids"] = batch[f"{prefix}attention_mask"] = ids
+        batch[f"{prefix}completion_mask"] = torch.cat([first, own.long()], 1)
+    me = SimpleNamespace(
+        accelerator=accelerator(), model=InTurn(logprobs), ref_model=InTurn(reference),
+        aux_loss_enabled=False, precompute_ref_logps=False, calculate_KL=True, loss_type="kto",
+        beta=beta, desirable_weight=good_weight, undesirable_weight=bad_weight,
+        _metrics=defaultdict(lambda: defaultdict(list)), _total_train_tokens=0,
+        _tp_size=1, args=SimpleNamespace(gradient_checkpointing_kwargs=None),
+    )  # fmt: skip
+    me._compute_kl_logps = lambda model, inputs: KTOTrainer._compute_kl_logps(me, model, inputs)
+    loss = KTOTrainer._compute_loss(me, me.model, batch, False)
+    return loss, me._metrics["train"]["kl"][0]
+
+
+class InTurn(Fixed):
+    """Answers for the mismatched sequences first, then for the samples, as KTO asks."""
+
+    def forward(self, **_: Any) -> SimpleNamespace:
+        self.asked = not getattr(self, "asked", False)
+        zero = torch.zeros_like(self.logprobs[0])
+        own = self.logprobs[1 if self.asked else 0]
+        return SimpleNamespace(log_probs=own, entropy=zero, mean_logits=zero)

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -103,6 +104,9 @@ class Oracle:
         """What each layer that has routed since the list was emptied adds to that loss."""
         self.reference: dict[str, Tensor] = {}
         """Weights of the model that preferences compare with, where they differ from the base's."""
+        self.moved: list[float] = []
+        """Of each batch of KTO, how much likelier mismatched sequences are than in the reference.
+        """
         self.margin = math.inf
         """The smallest lead, in router logits, of a chosen expert over the best that was not, of
         all tokens so far."""
@@ -208,6 +212,33 @@ class Oracle:
             total = total - F.logsigmoid(beta * delta)
         return total / len(samples)
 
+    def gain(self, sample: Any, weights: dict[str, Tensor]) -> Tensor:
+        """By how much a sequence is likelier than in the reference; log."""
+        (logprobs,) = self.sequence_logprobs(sample, weights)
+        with torch.no_grad():
+            (reference,) = self.sequence_logprobs(sample, self.reference)
+        return logprobs.sum() - reference.sum()
+
+    def kto_loss(
+        self, samples: list, beta: float, good_weight: float = 1.0, bad_weight: float = 1.0
+    ) -> Tensor:
+        """KTO's loss, a mean over answers that are good or bad (Ethayarajh et al. 2024)."""
+        merged = self.merged()
+        moved = 0.0
+        with torch.no_grad():
+            for place, sample in enumerate(samples):
+                other = samples[(place + 1) % len(samples)]
+                moved += self.gain(mismatched(sample, other), merged).item() / len(samples)
+        self.moved.append(moved)
+        total = torch.zeros((), dtype=torch.float64)
+        for sample in samples:
+            gain = self.gain(sample, merged) - max(moved, 0.0)
+            if sample.value == 1:
+                total = total + good_weight * (1 - torch.sigmoid(beta * gain))
+            else:
+                total = total + bad_weight * (1 - torch.sigmoid(-beta * gain))
+        return total / len(samples)
+
     def compare_with_start(self) -> None:
         """Let preferences compare with the adapter as it is now, and not with the base."""
         for name, weight in self.merged().items():
@@ -283,6 +314,20 @@ class Oracle:
             exp_avg[name] = optimizer.state[t]["exp_avg"]
             exp_avg_sq[name] = optimizer.state[t]["exp_avg_sq"]
         return Trained(losses, norms, gradients, adapter, exp_avg, exp_avg_sq, uneven)
+
+
+def mismatched(sample: Any, other: Any) -> Any:
+    """The prompt of one sample and the answer of another, which begins with what is learned."""
+    prompt = sample.input_ids[: first_learned(sample)].tolist()
+    begin = first_learned(other)
+    answer = other.input_ids[begin:].tolist()
+    learned = [False] * len(prompt) + other.loss_mask[begin:].tolist()
+    return SimpleNamespace(input_ids=prompt + answer, loss_mask=learned, second=0)
+
+
+def first_learned(sample: Any) -> int:
+    """Place of the first token in the loss."""
+    return next(place for place, learned in enumerate(sample.loss_mask) if place and learned)
 
 
 @dataclass(frozen=True)

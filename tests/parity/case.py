@@ -170,8 +170,9 @@ def expected(
     tokenizer = AutoTokenizer.from_pretrained(base)
     source = str(case.source(chats))
     pairs = config.objective.pairs
-    split = load_split(source, tokenizer, format="auto", pairs=pairs, **case.data)
-    whole = load_split(source, tokenizer, format="auto", pairs=pairs, max_length=256)
+    labels = config.objective.labelled
+    split = load_split(source, tokenizer, format="auto", pairs=pairs, labels=labels, **case.data)
+    whole = load_split(source, tokenizer, format="auto", pairs=pairs, labels=labels, max_length=256)
     # Pairs are not cut.
     if not pairs:
         compare_samples(split.samples, cut_by_hand(whole.samples, case))
@@ -204,6 +205,9 @@ def loss_by(oracle: Oracle, objective: ObjectiveConfig) -> Callable[[list[Any]],
     if objective.reference == "start":
         oracle.compare_with_start()
     assert objective.beta is not None
+    if objective.name == "kto":
+        good, bad = objective.desirable_weight, objective.undesirable_weight
+        return partial(oracle.kto_loss, beta=objective.beta, good_weight=good, bad_weight=bad)
     return partial(oracle.dpo_loss, beta=objective.beta)
 
 

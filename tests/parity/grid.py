@@ -17,7 +17,7 @@ from megalora.config import (
     RunConfig,
     TrainConfig,
 )
-from tests.paired import pairs_of
+from tests.paired import pairs_of, rated_of
 from tests.parity.models import ADAPTERS, MODELS, shape_of
 
 # Up to 8 ranks, which fork on a machine of two cores; sizes beyond these need more ranks.
@@ -49,9 +49,10 @@ OBJECTIVES = {
     "sft": ObjectiveConfig(),
     "dpo": ObjectiveConfig(name="dpo", beta=0.5),
     "dpo of start": ObjectiveConfig(name="dpo", beta=0.5, reference="start"),
+    "kto": ObjectiveConfig(name="kto", beta=0.5, desirable_weight=1.5, undesirable_weight=0.75),
 }
-"""A loss of tokens, and one of pairs of sequences that share a row, compared with the base and with
-the adapter that the run began with."""
+"""A loss of tokens; one of pairs of sequences that share a row, compared with the base and with the
+adapter that the run began with; and one of labelled answers, compared over the global batch."""
 
 BALANCE = {"off": 0.0, "on": 0.3}
 """Coefficient of the loss that keeps experts evenly used, with which it is not lost in the
@@ -124,7 +125,10 @@ class Case:
 
     def source(self, chats: Path) -> Path:
         """The file to train on: the chats, or the pairs beside them."""
-        return pairs_of(chats) if OBJECTIVES[self.objective].pairs else chats
+        objective = OBJECTIVES[self.objective]
+        if objective.labelled:
+            return rated_of(chats)
+        return pairs_of(chats) if objective.pairs else chats
 
     @property
     def question(self) -> tuple[str, str, int, str, str, str]:

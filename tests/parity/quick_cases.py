@@ -86,6 +86,12 @@ QUICK = (
     ),
     Case(4, ep=2, etp=2, model="mixed", recompute="selective", objective="dpo", balance="on"),
     Case(2, tp=2, ep=2, adapter="ranks", micro=3, objective="dpo of start"),
+    # Labelled answers, of which mismatched ones lie in rows of their own.
+    Case(2, micro=1, objective="kto"),
+    Case(2, ep=2, adapter="router", micro=3, objective="kto"),
+    Case(2, cp=2, ep=2, micro=PACKED, objective="kto"),
+    Case(4, pp=2, vpp=2, etp=2, recompute="full", objective="kto"),
+    Case(8, tp=2, pp=2, ep=2, model="shared", micro=PACKED, recompute="selective", objective="kto"),
     Case(4, pp=2, vpp=2, cp=2, micro=PACKED, recompute="full", objective="dpo of start"),
     *QUICK_OF_FAMILIES,
 )

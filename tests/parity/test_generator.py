@@ -78,7 +78,7 @@ def test_every_possible_pair_of_values_is_tested() -> None:
             if factor not in ("too_long", "head", "objective", "balance"):
                 possible |= {((factor, value), each) for each in of_samples}
     # So does each objective, but that pairs are never cut.
-    for objective in ("sft", "dpo", "dpo of start"):
+    for objective in ("sft", "dpo", "dpo of start", "kto"):
         of_loss = ("objective", objective)
         for factor, value in {value for pair in possible for value in pair}:
             is_cut = factor == "too_long" and value != "left_out"
@@ -102,7 +102,7 @@ def test_a_quick_case_for_every_value() -> None:
         **SIZES, "model": tuple(MODELS), "adapter": tuple(ADAPTERS),
         "recompute": ("off", "selective", "full", "full1+selective"), "micro": (1, 3, PACKED),
         "head": ("lean", "whole"), "stages": ("equal", "uneven"), 
-        "objective": ("sft", "dpo", "dpo of start"),
+        "objective": ("sft", "dpo", "dpo of start", "kto"),
         "balance": ("off", "on"),
         "too_long": ("left_out", "truncate_right", "truncate_left", "split"),
     }  # fmt: skip

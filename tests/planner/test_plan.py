@@ -63,6 +63,12 @@ def test_a_config_of_pairs_is_planned_with_its_reference() -> None:
     work = Workload.of(config)
     assert (work.sequences, work.references) == (2, 1)
     assert f"pairs of sequences of {work.sequence_length:,} tokens a step" in work.in_words
+    kto = load_config(
+        ROOT / "configs/sft/template.yaml", ["data.train=x.jsonl", "objective.name=kto"]
+    )
+    # Samples of one sequence; the reference's and the model's passes over mismatched ones beside.
+    assert Workload.of(kto) == replace(work, references=3, sequences=1)
+    assert "samples of" in Workload.of(kto).in_words
     simpo = load_config(
         ROOT / "configs/sft/template.yaml", ["data.train=x.jsonl", "objective.name=simpo"]
     )

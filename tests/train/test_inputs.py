@@ -5,12 +5,14 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from megalora.config import RunConfig
 from megalora.data.batch import FILLER, Batch, flat_row
+from megalora.data.chat import Encoded
 from megalora.model.documents import zigzag
 from megalora.train.inputs import Asked, Part, to_device
 from tests.distributed.ranks import run_ranks
@@ -89,6 +91,18 @@ def test_sequences_of_target_tokens(cp_size: int) -> None:
     # Nothing of it is sent where nobody asks.
     (plain,) = to_device([row], Part(True, True))
     assert plain.sequences is None and plain.targets is None
+
+
+def test_labels_travel_with_their_sequences() -> None:
+    """Also numbers that are not whole; rows of filler have none."""
+    samples: list[Encoded] = []
+    for value in (1.0, 0.0, -2.75):
+        ids = np.arange(3, dtype=np.int32)
+        samples.append(Encoded(ids, np.array([False, True, True]), value=value))
+    rows = [flat_row(part, filler=np.arange(9)) for part in (samples, [], samples[1:])]
+    arrived = to_device(rows, Part(False, True), Asked(sequences=True))
+    found = [one.values.tolist() for one in arrived if one.values is not None]
+    assert found == [[1.0, 0.0, -2.75], [], [0.0, -2.75]]
 
 
 def test_ranks_of_context_parallelism_get_the_parts_of_a_row() -> None:

@@ -65,7 +65,7 @@ def _what(facts: Facts) -> str:
         train = config["train"]
         # Checkpoints of earlier versions have no such section.
         objective = config.get("objective", {"name": "sft"})
-        samples = "samples" if objective["name"] == "sft" else "pairs"
+        samples = "pairs" if objective["name"] in ("dpo", "simpo", "orpo") else "samples"
         lines += [
             "",
             f"- Training data: `{config['data']['train']}`, {run['num_samples']:,} {samples}",
@@ -85,12 +85,15 @@ def _objective(options: dict[str, Any]) -> str:
         return "supervised fine-tuning"
     # The loss is one of several of DPO, and says nothing of the others.
     shown = [f"loss {options['loss']}"] if options["name"] == "dpo" else []
-    for name in ("beta", "label_smoothing", "sft_weight", "margin"):
+    names = ["beta", "label_smoothing", "sft_weight", "margin"]
+    if options["name"] == "kto":
+        names = ["beta", "desirable_weight", "undesirable_weight"]
+    for name in names:
         # null stands for a default; a label smoothing of 0 for none.
         if options[name] is not None and (name, options[name]) != ("label_smoothing", 0):
             shown.append(f"{name} {options[name]:g}")
     reference = ""
-    if options["name"] == "dpo":
+    if options["name"] in ("dpo", "kto"):
         # Checkpoints of earlier versions have no such option.
         is_start = options.get("reference") == "start"
         reference = f"; the reference is {'the adapter at the start' if is_start else 'the base'}"

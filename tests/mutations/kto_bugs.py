@@ -1,0 +1,227 @@
+"""Bugs in learning from labelled answers: data, mismatched sequences, passes, loss. The same form
+as ``bugs.py``."""
+
+from tests.mutations.bugs import Bug, bug
+
+LOSS = "megalora/objectives/kto.py"
+DATA = "megalora/data/labelled.py"
+STEP, REFERENCES = (f"megalora/train/{name}.py" for name in ("step", "references"))
+OF_LOSS = "tests/objectives/test_kto.py"
+OF_DATA = "tests/data/test_labelled.py"
+OF_RUN = "tests/train/test_kto.py"
+OF_CONFIG = "tests/objectives/test_choose.py"
+
+KTO_BUGS: tuple[Bug, ...] = (
+    # the loss
+    bug(
+        0,
+        "good and bad swapped",
+        LOSS,
+        "good = sequences.values > 0.5",
+        "good = sequences.values < 0.5",
+        f"{OF_LOSS} trl_s",
+    ),
+    bug(
+        0,
+        "weights of good and bad swapped",
+        LOSS,
+        "self.good_weight * is_good + self.bad_weight * (1 - is_good)",
+        "self.bad_weight * is_good + self.good_weight * (1 - is_good)",
+        f"{OF_LOSS} trl_s",
+    ),
+    bug(
+        0,
+        "an estimate below zero",
+        LOSS,
+        "kl = moved.clamp(min=0)",
+        "kl = moved",
+        f"{OF_LOSS} trl_s",
+    ),
+    bug(
+        0,
+        "an estimate with one sign for good and bad",
+        LOSS,
+        "kl - ratios)",
+        "-kl - ratios)",
+        f"{OF_LOSS} trl_s",
+    ),
+    bug(
+        0,
+        "labelled answers divided by those of their row",
+        LOSS,
+        '.sum() / divisors["samples"]',
+        ".mean()",
+        f"{OF_LOSS} trl_s",
+    ),
+    bug(
+        0,
+        "a reward without beta",
+        LOSS,
+        "rewards = self.beta * ratios",
+        "rewards = ratios",
+        f"{OF_LOSS} what_is_reported",
+    ),
+    bug(
+        0,
+        "rewards of good answers over all answers",
+        LOSS,
+        'good.sum().to(total.dtype)),\n            "bad_reward"',
+        'count),\n            "bad_reward"',
+        f"{OF_LOSS} what_is_reported",
+    ),
+    bug(
+        0,
+        "weights that reach no objective",
+        "megalora/objectives/choose.py",
+        "good_weight=options.desirable_weight,",
+        "good_weight=options.undesirable_weight,",
+        f"{OF_CONFIG} options_reach",
+    ),
+    # the passes
+    bug(
+        0,
+        "an estimate of matched answers",
+        STEP,
+        "(mismatched, others) if reference.mismatched else (batches, inputs)",
+        "(batches, inputs)",
+        f"{OF_RUN} estimate_is_of",
+    ),
+    bug(
+        0,
+        "an estimate of this rank alone",
+        REFERENCES,
+        "dist.all_reduce(total, group=dp)",
+        "pass",
+        f"{OF_RUN} estimate_is_of",
+    ),
+    bug(
+        0,
+        "an estimate of one row alone",
+        REFERENCES,
+        "total[0] += of_row.sum()",
+        "total[0] = of_row.sum()",
+        f"{OF_RUN} estimate_is_of",
+    ),
+    bug(
+        0,
+        "the model's own pass with the adapters off",
+        REFERENCES,
+        'if reference.model == "current":',
+        "if False:",
+        f"{OF_RUN} estimate_is_of",
+    ),
+    bug(
+        0,
+        "an evaluation without its mismatched answers",
+        "megalora/evaluate/judge.py",
+        "batches.mismatched_of_eval()",
+        "batches.of_eval()",
+        f"{OF_RUN} good_answers_gain",
+    ),
+    bug(
+        0,
+        "a number reported of no answer",
+        STEP,
+        "if count or not values:",
+        "if True:",
+        f"{OF_RUN} good_answers_alone",
+    ),
+    bug(
+        0,
+        "a label of another row of the batch",
+        "megalora/data/batch.py",
+        "values += [sample.value] * len(sample.sequences)",
+        "values = [sample.value] + values",
+        "tests/train/test_inputs.py labels_travel",
+    ),
+    bug(
+        0,
+        "a plan with one of three passes",
+        "megalora/config/objective.py",
+        '"kto": 3}',
+        '"kto": 1}',
+        f"{OF_RUN} three_passes",
+    ),
+    # data
+    bug(
+        0,
+        "an answer to its own prompt",
+        DATA,
+        "for step in range(1, len(numbers)):",
+        "for step in range(len(numbers)):",
+        f"{OF_DATA} next_answer",
+        ("if numbers[other] != numbers[place]:", "if True:"),
+    ),
+    bug(
+        0,
+        "the same sample twice taken for two",
+        DATA,
+        "if numbers[other] != numbers[place]:",
+        "if True:",
+        f"{OF_DATA} never_taken",
+    ),
+    bug(
+        0,
+        "a mismatched sequence longer than the limit",
+        DATA,
+        "min(begins[place], max(1, max_length - len(completion)))",
+        "begins[place]",
+        f"{OF_DATA} long_prompt",
+    ),
+    bug(
+        0,
+        "an answer that begins with the sample",
+        DATA,
+        "return 1 + int(np.argmax(",
+        "return 0 * int(np.argmax(",
+        f"{OF_DATA} next_answer",
+    ),
+    bug(
+        0,
+        "labels that leave the digest as it is",
+        "megalora/data/samples.py",
+        "if values.any():",
+        "if False:",
+        f"{OF_DATA} other_labels",
+    ),
+    bug(
+        0,
+        "a label that is not stored",
+        "megalora/data/tokens.py",
+        'value=float(record["value"]),',
+        "",
+        f"{OF_DATA} every_form",
+    ),
+    bug(
+        0,
+        "any text a good label",
+        DATA,
+        "label = _WORDS.get(value.strip().lower())",
+        "label = bool(value)",
+        f"{OF_DATA} labels",
+    ),
+    bug(
+        0,
+        "labelled answers from a store without labels",
+        "megalora/data/token_cache.py",
+        '        "labels": recipe.labels,\n',
+        "",
+        f"{OF_DATA} stored_apart",
+    ),
+    bug(
+        0,
+        "one labelled answer trained on alone",
+        "megalora/data/splits.py",
+        "if split is not None and split.labels and len(split.samples) < 2:",
+        "if False:",
+        f"{OF_DATA} columns_that_are",
+    ),
+    bug(
+        0,
+        "a batch of one labelled answer",
+        "megalora/config/run.py",
+        "self.train.global_batch_size >= 2,",
+        "True,",
+        f"{OF_CONFIG} means_nothing",
+    ),
+)
