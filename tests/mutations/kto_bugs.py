@@ -84,7 +84,7 @@ KTO_BUGS: tuple[Bug, ...] = (
         STEP,
         "(mismatched, others) if reference.mismatched else (batches, inputs)",
         "(batches, inputs)",
-        f"{OF_RUN} estimate_is_of",
+        "tests/parity/test_grid.py kto",
     ),
     bug(
         0,
