@@ -32,6 +32,8 @@ def rows(num_steps: int = 6, shift: float = 0.0) -> list[dict[str, Any]]:
                 "accuracy": 0.5 + 0.05 * step, "margin": 0.3 * step - 0.2,
                 "chosen_reward": 0.1 * step, "rejected_reward": 0.2 - 0.2 * step,
                 "chosen_cross_entropy": 3 - 0.1 * step,
+                "kl": 0.4 * step, "good_reward": 0.15 * step, "bad_reward": 0.1 - 0.3 * step,
+                "balance_loss": 1 + 0.5 / step,
             }
         )  # fmt: skip
     last = {"step": num_steps, "eval_loss": 2 + shift, "eval_accuracy": 0.9, "eval_margin": 1.7}
