@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from megalora.adapters.files import CONFIG, STATE_JSON, adapters_below, read_config
-from megalora.adapters.read.options import not_followed, not_plain
+from megalora.adapters.read.options import not_followed, not_plain, refused_options
 from megalora.adapters.read.weights import FLOATS, AdapterWeights
 from megalora.adapters.training_state import read_state
 from megalora.adapters.write.engines import ENGINES
@@ -36,7 +36,7 @@ class _Row:
     inputs: set[int] = field(default_factory=set)
     outputs: set[int] = field(default_factory=set)
     parameters: int = 0
-    norms: dict[str, list[float]] = field(default_factory=lambda: {"A": [], "B": []})
+    norms: dict[str, list[float]] = field(default_factory=lambda: {"A": [], "B": [], "M": []})
 
 
 def describe(adapter: Path) -> str:
@@ -55,7 +55,8 @@ def describe(adapter: Path) -> str:
         tensor = weights.tensor(name)
         num_bytes += tensor.nbytes
         factor = parse_factor(name)
-        if factor is None or tensor.dim() != 2 or info.dtype not in FLOATS:
+        dims = 1 if factor is not None and factor[1] == "M" else 2
+        if factor is None or tensor.dim() != dims or info.dtype not in FLOATS:
             other.append(name)
             continue
         num_parameters += tensor.numel()
@@ -134,6 +135,11 @@ def _config_lines(config: dict[str, Any]) -> list[str]:
             f" export refuse it: {why}"
         )
     for name, engine in ENGINES.items():
+        for key in refused_options(config, name):
+            lines.append(
+                f"{CONFIG}: {engine.title} does not load an adapter with {key}; merge it into the"
+                " base for that: megalora merge"
+            )
         for key, does in not_followed(config, name).items():
             lines.append(
                 f"{CONFIG}: {key}={shorten(config[key])} is not followed by {engine.title}, which"
@@ -155,11 +161,11 @@ def _add(
         row.layers.add(place.layer)
         if place.expert is not None:
             row.experts.add(place.expert)
-    # A is [rank, in], B is [out, rank].
+    # A is [rank, in], B is [out, rank], M is [out].
     if factor == "A":
         row.ranks.add(tensor.shape[0])
         row.inputs.add(tensor.shape[1])
-    else:
+    elif factor == "B":
         row.ranks.add(tensor.shape[1])
         row.outputs.add(tensor.shape[0])
     row.parameters += tensor.numel()

@@ -39,6 +39,7 @@ from megalora.hf.folder import INDEX, check_base_folder, local_folder, weight_sh
 from megalora.hf.json_file import read_hf_config, read_json_object
 from megalora.hf.safetensors import Stored, header_bytes, read_header
 from megalora.hf.tensor_names import EMBEDDING, LM_HEAD, published_name
+from megalora.lora.magnitude import with_lengths
 from megalora.lora.spec import Adapted, tensor_name
 from megalora.model.fields import model_shape
 from megalora.model.projections import HEAD, ways_to_store
@@ -268,21 +269,23 @@ def _read(base: BufferedReader, num_bytes: int) -> bytearray:
 
 
 def _merge_block(
-    base: BufferedReader,
-    out: BufferedWriter,
-    block: _Block,
-    dtype: torch.dtype,
+    base: BufferedReader, out: BufferedWriter, block: _Block, dtype: torch.dtype,
     factors: Mapping[str, Tensor],
-) -> MergedModule:
+) -> MergedModule:  # fmt: skip
     """Merge the rows that come next in ``base``. R: rank, O: out, I: in, P: those of O that are
     done at once."""
     a_RI = factors[tensor_name(block.module, "A")].float()
     b_OR = factors[tensor_name(block.module, "B")].float()
     products = torch.zeros(3, dtype=torch.float64)  # <kept, delta>, <delta, delta>, <lost, lost>
-    for b_PR in b_OR.split(max(1, BLOCK_BYTES // (4 * block.columns))):
+    m_O = factors.get(tensor_name(block.module, "M"))  # of DoRA alone
+    at_once = max(1, BLOCK_BYTES // (4 * block.columns))
+    for number, b_PR in enumerate(b_OR.split(at_once)):
         raw = _read(base, b_PR.shape[0] * block.columns * dtype.itemsize)
         w_PI = torch.frombuffer(raw, dtype=dtype).view(-1, block.columns).float()
         delta_PI = block.scale * (b_PR @ a_RI)
+        if m_O is not None:
+            m_P = m_O[number * at_once :][: len(w_PI)]
+            delta_PI = with_lengths(w_PI + delta_PI, m_P) - w_PI
         merged_PI = (w_PI + delta_PI).to(dtype)
         out.write(merged_PI.view(torch.uint8).numpy())  # NumPy has no bfloat16, but bytes
         # What the cast left of the delta. Sums in float64: they run over millions of elements.

@@ -21,7 +21,7 @@ from megalora.adapters.training_state import read_factors, read_state
 from megalora.adapters.write.form import export_form, factors_of, peft_tensors
 from megalora.lora.init import initial_a
 from megalora.lora.section import differing, settings
-from megalora.lora.spec import OUTER, Adapted, tensor_name
+from megalora.lora.spec import OUTER, Adapted, has_magnitudes, tensor_name
 from megalora.model.shape import ModelShape
 
 SEED = 0
@@ -48,6 +48,9 @@ def trained_form(adapter: Adapter, shape: ModelShape, *, fill: bool = False) -> 
         ValueError: every B is zero, or a checkpoint's files contradict each other.
     """
     is_checkpoint = all((adapter.folder / name).is_file() for name in (STATE_JSON, OPTIMIZER))
+    # No engine wants zeros of DoRA, whose magnitudes act without B, too.
+    if has_magnitudes(adapter.adapted) and not is_checkpoint:
+        return TrainedForm(adapter, [])
     form = _of_checkpoint(adapter, shape) if is_checkpoint else _without_padding(adapter, fill)
     tensors = form.adapter.tensors
     if not any(tensors[name].any() for name in tensors if ".lora_B." in name):
@@ -62,7 +65,7 @@ def _of_checkpoint(adapter: Adapter, shape: ModelShape) -> TrainedForm:
     dtypes: dict[str, torch.dtype] = {}
     for a in adapted:
         for expert, module in enumerate(a.hf_modules()):
-            for factor in ("A", "B"):
+            for factor in a.factors:
                 name = tensor_name(module, factor)
                 if name not in adapter.tensors:
                     raise _contradiction(adapter, f"{WEIGHTS} lacks {name}")

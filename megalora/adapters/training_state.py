@@ -17,7 +17,7 @@ from megalora.config import LoRAConfig
 from megalora.hf.json_file import read_json_object
 from megalora.lora.section import adapted_of, settings
 from megalora.lora.select import resolve
-from megalora.lora.spec import Adapted, expected_tensors
+from megalora.lora.spec import WITH_MAGNITUDE, Adapted, expected_tensors
 from megalora.model.shape import ModelShape
 
 Json = dict[str, Any]
@@ -225,12 +225,12 @@ def _is_row(row: Any) -> bool:
     """Whether a value is what ``lora.section.settings`` writes for a linear."""
     if not isinstance(row, list) or len(row) not in (4, 5):
         return False
-    module, layer, rank, scale, *shared = row
+    module, layer, rank, scale, *more = row
     # The head is in no layer: None.
     return (
         type(module) is str
         and type(layer) in (int, type(None))
         and type(rank) is int
         and type(scale) in (int, float)
-        and shared in ([], ["A"], ["B"])
+        and more in ([], ["A"], ["B"], ["".join(WITH_MAGNITUDE)])
     )

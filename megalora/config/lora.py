@@ -42,6 +42,10 @@ class LoRAConfig:
     down. The files hold a copy for each expert."""
     use_rslora: bool = False
     """Whether to scale by alpha / sqrt(rank) instead of alpha / rank (rsLoRA)."""
+    use_dora: bool = False
+    """Whether to train a magnitude for every row of each adapted weight beside A and B (DoRA):
+    ``y = m / |W + s B A| * (W x + s B A x)``. For attention, dense MLPs and shared experts; needs
+    ``lora.dropout=0``. Loads in PEFT; vLLM and SGLang need it merged (``megalora merge``)."""
 
     def __post_init__(self) -> None:
         ranks = {"rank": self.rank, **self.rank_pattern}
@@ -54,3 +58,9 @@ class LoRAConfig:
         for name, alpha in {"alpha": self.alpha, **self.alpha_pattern}.items():
             require(alpha > 0, f"lora: {name} must be an alpha above 0, got {alpha}")
         require(0 <= self.dropout < 1, f"lora.dropout must be in [0, 1), got {self.dropout}")
+        # Dropout acts on what B A reads and not on what W does: V x would be two products.
+        require(
+            not (self.use_dora and self.dropout),
+            f"lora.use_dora needs lora.dropout=0, got {self.dropout}: with dropout the base would"
+            " have to be computed twice",
+        )

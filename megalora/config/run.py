@@ -45,8 +45,34 @@ class RunConfig:
 
         if self.objective.name != "sft":
             self._check_answers()
+        if self.lora.use_dora:
+            self._check_dora()
         if self.train.relora is not None:
             self._check_relora()
+
+    def _check_dora(self) -> None:
+        """Options that need adapters to be ``W + s B A``."""
+        require(
+            self.checkpoint.serve is None,
+            "checkpoint.serve: vLLM does not load DoRA (lora.use_dora). Train without one of the"
+            " two, or merge checkpoints into the base: megalora merge",
+        )
+        require(
+            not self.objective.holds_start,
+            "objective.reference=start compares with the run's first adapter, whose norms"
+            " lora.use_dora would need as well: set objective.reference=base, or leave use_dora"
+            " out",
+        )
+        require(
+            self.train.relora is None,
+            "lora.use_dora: train.relora adds up B A of its cycles, which leaves DoRA's magnitudes"
+            " out. Train without one of the two",
+        )
+        require(
+            not self.train.ema_decay,
+            "lora.use_dora: train.ema_decay averages A and B, and no average of magnitudes belongs"
+            " to the norms of those. Train without one of the two",
+        )
 
     def _check_relora(self) -> None:
         """What cannot be had together with periodic merges."""

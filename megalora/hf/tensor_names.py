@@ -41,8 +41,10 @@ _OF_QUANTISED = re.compile(
 _WRAPPERS = re.compile(r"(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod|module)\.")
 # An adapter's name, such as .default, may stand before .weight.
 _FACTOR = re.compile(
-    r"(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.(?!weight$|bias$)[^.]+)?(?:\.weight)?"
+    r"(?P<module>.+)\.lora_(?P<factor>[AB]|magnitude_vector)(?:\.(?!weight$|bias$)[^.]+)?"
+    r"(?:\.weight)?"
 )
+_FACTOR_OF: dict[str, FactorName] = {"A": "A", "B": "B", "magnitude_vector": "M"}
 # Embeddings have factors of their own, without .weight.
 _PLAIN_FACTOR = re.compile(
     r"(?:base_model\.model\.)?(?P<module>.+)\."
@@ -54,7 +56,6 @@ _COPY_OF_VOCABULARY = re.compile(r".*\.(?:embed_tokens|lm_head)\.base_layer\.wei
 
 _OTHER = {
     r"lora_embedding_[AB](\..+)?": "an adapter of an embedding",
-    r"lora_magnitude_vector(\..+)?": "the magnitude of DoRA (use_dora)",
     r"lora_B(\..+)?\.bias": "a bias beside B (lora_bias)",
     r"(trainable_tokens|token_adapter).*": "trained rows of an embedding (trainable_token_indices)",
     r"modules_to_save\..+": "a whole trained weight (modules_to_save)",
@@ -172,7 +173,7 @@ def is_of_quantised(name: str) -> bool:
 
 
 def parse_factor(name: str) -> tuple[str, FactorName] | None:
-    """``(HF module name, "A" or "B")``; None for a name that is not a linear layer's LoRA factor.
+    """``(HF module name, "A", "B" or "M")``; None for a name that is not a linear layer's factor.
 
     >>> module = "base_model.model.model.layers.0._fsdp_wrapped_module.self_attn.q_proj"
     >>> parse_factor(f"{module}.lora_B.default.weight")
@@ -181,7 +182,8 @@ def parse_factor(name: str) -> tuple[str, FactorName] | None:
     match = _FACTOR.fullmatch(_WRAPPERS.sub("", name))
     if match is None:
         return None
-    factor: FactorName = "A" if match["factor"] == "A" else "B"
+    # M is called lora_magnitude_vector.
+    factor = _FACTOR_OF[match["factor"]]
     module = match["module"].removeprefix(PEFT_PREFIX)
     return "lm_head" if module == TINKER_HEAD else module, factor
 

@@ -14,6 +14,7 @@ from megalora.lora.coverage import check_coverage
 from megalora.lora.experts import expert_formats
 from megalora.lora.gather import take_parts
 from megalora.lora.inject import inject
+from megalora.lora.magnitude import refresh_norms
 from megalora.lora.shards import FactorShard
 from megalora.lora.spec import Adapted
 from megalora.model.build import MakeBase
@@ -79,12 +80,14 @@ def build_adapted(
     """
     model = adapt_base(make_base, shape, adapted, groups, **settings)
     check_coverage(model.adapted, model.shards)
+    refresh_norms(model.chunks, groups, start=True)
     return model
 
 
 def load_adapter(model: AdaptedModel, tensors: Mapping[str, Tensor]) -> None:
-    """Fill the adapters from whole tensors by name; raises ``ValueError`` when one is missing or
-    does not fit."""
+    """Fill the adapters from whole tensors by name; collective where there are magnitudes. Raises
+    ``ValueError`` when a tensor is missing or does not fit."""
     names = tensors.keys()
     with torch.no_grad():
         take_parts(names, tensors.__getitem__, model.shards, model.values(), where="the adapter")
+    refresh_norms(model.chunks, model.groups)

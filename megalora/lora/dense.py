@@ -1,4 +1,5 @@
-"""LoRA for Megatron's column- and row-parallel linears: attention, dense MLP, lm_head.
+"""LoRA for Megatron's column- and row-parallel linears: attention, dense MLP, lm_head; with
+magnitudes DoRA (``magnitude.py``).
 
 Shape legend:
     S  sequence      B  batch      R  sum of the ranks stacked in A
@@ -14,19 +15,25 @@ from torch.distributed import ProcessGroup
 
 from megalora.comm import gather_seq, scatter_seq
 from megalora.lora.factors import LoRAFactors
+from megalora.lora.magnitude import scale_rows
 
 
 class _DenseLoRA(nn.Module):
     """``base(x) + B A dropout(x)``; a subclass says how ``A x`` travels over tensor parallelism."""
 
-    def __init__(
-        self, base: nn.Module, factors: LoRAFactors, tp: ProcessGroup, dropout: float
-    ) -> None:
+    def __init__(self, base: Any, factors: LoRAFactors, tp: ProcessGroup, dropout: float) -> None:
         super().__init__()
         self.base = base
         self.factors = factors
         self.tp = tp
         self.dropout = dropout
+        # A function, because the parameter may still be moved or replaced.
+        factors.base_weight = lambda: self.base.weight
+        self.adds_bias = False
+        """Whether to add the bias here, behind the magnitudes, where the base would have."""
+        if len(factors.lora_M) and not base.skip_bias_add:
+            base.skip_bias_add = True
+            self.adds_bias = True
 
     def across_tp(self, h: Tensor) -> Tensor:
         """``A x`` of this rank's part of x, as the rows of ``out`` need it."""
@@ -40,7 +47,13 @@ class _DenseLoRA(nn.Module):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         # Megatron's linears return their bias instead of adding it, for their caller to fuse.
         out, bias = self.base(x, *args, **kwargs)
-        return add_low_rank(out, self.low_rank(x), self.factors.stacked_b()), bias
+        out = add_low_rank(out, self.low_rank(x), self.factors.stacked_b())
+        # A magnitude scales what the weight makes, and not the bias.
+        if len(self.factors.lora_M):
+            out = scale_rows(out, self.factors)
+        if self.adds_bias and bias is not None:
+            return out + bias, None
+        return out, bias
 
 
 class ColumnLoRA(_DenseLoRA):

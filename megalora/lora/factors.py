@@ -13,7 +13,7 @@ With more ranks than key/value heads, several ranks hold the same part of k's an
 ``shards.py`` describes what a rank holds of a factor, and what reductions read off a parameter.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -67,6 +67,10 @@ class LoRAFactors(nn.Module):
         self.lora_A = self._parameter("A", adapted[0], (self.stacked_rank, in_local), *place)
         self.lora_B = nn.ParameterDict()
         self.lora_M = nn.ParameterDict()
+        # Of DoRA alone; ``magnitude.py`` fills them in.
+        self.norms: dict[str, Tensor] = {}
+        self.squares: Tensor | None = None
+        self.base_weight: Callable[[], Any] | None = None
         for a in adapted:
             for factor in a.factors:
                 if factor != "A":

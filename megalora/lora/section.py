@@ -8,7 +8,7 @@ from typing import Any
 from megalora.config import LoRAConfig
 from megalora.lora.modules import projection_places
 from megalora.lora.select import resolve
-from megalora.lora.spec import Adapted, make_adapted
+from megalora.lora.spec import PLAIN, WITH_MAGNITUDE, Adapted, make_adapted
 from megalora.model.projections import Projection
 from megalora.model.shape import ModelShape
 
@@ -52,6 +52,9 @@ def lora_section(adapted: list[Adapted], shape: ModelShape) -> dict[str, Any]:
         section["alpha_pattern"] = alpha_pattern
     if any(a.shared for a in adapted):
         section["share_outer"] = True
+    # An adapter's folder has DoRA on all that it adapts, or on nothing.
+    if "M" in adapted[0].factors:
+        section["use_dora"] = True
     resolved = resolve(LoRAConfig(**section), shape)
     assert not differing(settings(resolved), settings(adapted)), section
     return section
@@ -59,12 +62,13 @@ def lora_section(adapted: list[Adapted], shape: ModelShape) -> dict[str, Any]:
 
 def settings(adapted: list[Adapted]) -> list[list[Any]]:
     """``[HF name, layer, rank, scale]`` of each, as JSON can hold it, and behind them "A" or "B"
-    where experts share that factor."""
+    where experts share that factor, "ABM" where there is a magnitude too."""
     rows: list[list[Any]] = []
     for a in adapted:
         row = [a.projection.hf, a.layer, a.rank, a.scale]
-        # No fifth entry without sharing: the rows that earlier versions wrote.
-        rows.append([*row, a.shared] if a.shared else row)
+        # No fifth entry without either: the rows that earlier versions wrote.
+        more = a.shared if a.factors == PLAIN else "".join(a.factors)
+        rows.append([*row, more] if more else row)
     return rows
 
 
@@ -74,21 +78,29 @@ def adapted_of(rows: list[list[Any]], shape: ModelShape) -> list[Adapted]:
     for projection, layer in projection_places(shape):
         known[layer, projection.hf] = projection
     adapted = []
-    for hf, layer, rank, scale, *shared in rows:
+    for hf, layer, rank, scale, *more in rows:
         if (layer, hf) not in known:
             raise ValueError(f"this model has no {hf.format(layer=layer, expert='*')}")
+        has_magnitude = more == ["".join(WITH_MAGNITUDE)]
         # Alpha as LoRA without rsLoRA has it: scale = alpha / rank.
         adapted.append(
             make_adapted(
-                known[layer, hf], layer, rank, scale * rank, scale, shape, share_outer=bool(shared)
+                known[layer, hf],
+                layer,
+                rank,
+                scale * rank,
+                scale,
+                shape,
+                WITH_MAGNITUDE if has_magnitude else PLAIN,
+                share_outer=bool(more) and not has_magnitude,
             )
         )
     return adapted
 
 
 def differing(ours: list[list[Any]], theirs: list[list[Any]]) -> list[str]:
-    """HF modules that only one of two lists of ``settings`` has, or both with different ranks or
-    scales, or shared by experts in one alone."""
+    """HF modules that only one of two lists of ``settings`` has, or both with different ranks,
+    scales or factors, or shared by experts in one alone."""
     our_table = _by_module(ours)
     their_table = _by_module(theirs)
     apart = []
@@ -103,10 +115,10 @@ def differing(ours: list[list[Any]], theirs: list[list[Any]]) -> list[str]:
 
 
 def _by_module(rows: list[list[Any]]) -> dict[tuple[str, int | None], tuple[int, float, list[Any]]]:
-    """(HF name, layer) -> (rank, scale, what experts share)"""
+    """(HF name, layer) -> (rank, scale, what experts share or which factors there are)"""
     found = {}
-    for hf, layer, rank, scale, *shared in rows:
-        found[hf, layer] = (rank, scale, shared)
+    for hf, layer, rank, scale, *more in rows:
+        found[hf, layer] = (rank, scale, more)
     return found
 
 

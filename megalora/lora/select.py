@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megalora.config import LoRAConfig, ParallelConfig, TrainConfig
+from megalora.hf.tensor_names import within_layer
 from megalora.lora.modules import projection_places
 from megalora.lora.patterns import Pattern, end_pattern
-from megalora.lora.spec import Adapted, lora_scale, make_adapted
+from megalora.lora.spec import PLAIN, WITH_MAGNITUDE, Adapted, has_dora, lora_scale, make_adapted
 from megalora.model.account import open_folder
 from megalora.model.shape import ModelShape
 
@@ -89,11 +90,16 @@ def resolve(lora: LoRAConfig, shape: ModelShape) -> list[Adapted]:
         if alpha_key is not None:
             alpha = float(lora.alpha_pattern[alpha_key])
         scale = lora_scale(alpha, rank, lora.use_rslora)
+        factors = WITH_MAGNITUDE if lora.use_dora else PLAIN
         adapted.append(
-            make_adapted(projection, layer, rank, alpha, scale, shape, share_outer=lora.share_outer)
+            make_adapted(
+                projection, layer, rank, alpha, scale, shape, factors, share_outer=lora.share_outer
+            )
         )
     for option in (targets, exclusions, ranks, alphas):
         _check_used(option, shape)
+    if lora.use_dora:
+        _check_dora(adapted)
     _check_left(lora, adapted)
     return adapted
 
@@ -110,6 +116,21 @@ def _check_left(lora: LoRAConfig, adapted: list[Adapted]) -> None:
         raise ValueError(
             "lora.share_outer=true is for routed experts, and none is adapted: add gate_proj,"
             " up_proj or down_proj to lora.target_modules, or leave lora.share_outer out"
+        )
+
+
+def _check_dora(adapted: list[Adapted]) -> None:
+    """Raise ``ValueError`` for linears that get no magnitude."""
+    without: list[str] = []
+    for a in adapted:
+        if not has_dora(a.projection):
+            without.append(within_layer(a.projection.hf).replace("{expert}", "*"))
+    if without:
+        names = ", ".join(dict.fromkeys(without))
+        raise ValueError(
+            f"lora.use_dora: {names} cannot have DoRA here (routed experts, the router and lm_head"
+            " have none in PEFT or in megalora). Set lora.target_modules to other linears, such as"
+            ' ["q_proj", "k_proj", "v_proj", "o_proj"]'
         )
 
 

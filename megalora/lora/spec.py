@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megalora.hf.tensor_names import FactorName, tensor_name
-from megalora.model.projections import Kind, Projection
+from megalora.model.projections import HEAD, Kind, Projection
 from megalora.model.shape import ModelShape
 
 
@@ -76,6 +76,12 @@ FACTORS: dict[FactorName, Factor] = {
 }
 
 
+PLAIN: tuple[FactorName, ...] = ("A", "B")
+"""Factors of a linear with LoRA."""
+WITH_MAGNITUDE: tuple[FactorName, ...] = ("A", "B", "M")
+"""Factors of a linear with DoRA."""
+
+
 SHARDINGS: dict[Kind, Sharding] = {
     "column": Sharding("tp", None, 0),
     "row": Sharding("tp", 1, None),
@@ -105,7 +111,7 @@ class Adapted:
     """Experts of the whole model; 0 where there are none."""
     max_shards: int | None = None
     """Largest number of parts that B can be cut into; None for as many as there are ranks."""
-    factors: tuple[FactorName, ...] = ("A", "B")
+    factors: tuple[FactorName, ...] = PLAIN
     """Factors of each of its linears, in the order of ``FACTORS``."""
     shared: FactorName | None = None
     """The factor that all experts of the layer share; None where each has its own."""
@@ -194,6 +200,16 @@ def expected_tensors(adapted: list[Adapted]) -> dict[str, tuple[int, ...]]:
     return tensors
 
 
+def has_dora(projection: Projection) -> bool:
+    """Whether a linear may have a magnitude: not routed experts, the router and lm_head."""
+    return projection.kind in ("column", "row") and projection not in HEAD
+
+
+def has_magnitudes(adapted: list[Adapted]) -> bool:
+    """Whether an adapter is DoRA's."""
+    return any("M" in a.factors for a in adapted)
+
+
 def trained_sizes(adapted: list[Adapted], group_size: int) -> list[tuple[FactorName, int]]:
     """(factor, elements) of each trained parameter of one module on one of ``group_size`` ranks, of
     one expert where there are several: one for the A's of its projections, a B of each."""
@@ -218,6 +234,7 @@ def lora_scale(alpha: float, rank: int, use_rslora: bool) -> float:
 
 def make_adapted(
     projection: Projection, layer: int | None, rank: int, alpha: float, scale: float, s: ModelShape,
+    factors: tuple[FactorName, ...] = PLAIN,
     *, share_outer: bool = False,
 ) -> Adapted:  # fmt: skip
     """``projection`` of one layer of the model ``s``, with these adapter settings.
@@ -230,5 +247,5 @@ def make_adapted(
     shared = OUTER.get(projection.kind) if share_outer else None
     return Adapted(
         projection, layer, rank, alpha, scale, out_features, in_features, experts, max_shards,
-        shared=shared,
+        factors, shared,
     )  # fmt: skip

@@ -12,23 +12,29 @@ from megalora.lora.factors import LoRAFactors
 
 @contextmanager
 def adapters_off(chunks: Iterable[nn.Module]) -> Iterator[None]:
-    """Inside the block the model is the base, bit for bit: every B is zero, and so is B A x.
+    """Inside the block the model is the base, bit for bit: every B is zero, and so is B A x; every
+    magnitude is its norm, which scales by 1.
 
     Values are put aside, not overwritten: the parameters point to one shared buffer of zeros, so
     that the block needs the memory of the largest B alone. Nothing may train in it.
     """
     parameters: list[nn.Parameter] = []
+    values: dict[nn.Parameter, Tensor] = {}
     for chunk in chunks:
         for module in chunk.modules():
             if isinstance(module, LoRAFactors):
                 parameters += module.lora_B.values()
+                for name, magnitude in module.lora_M.items():
+                    values[magnitude] = module.norms[name]
     # A rank without any adapter has nothing to switch off.
     if not parameters:
         yield
         return
     largest = max(parameter.numel() for parameter in parameters)
     zeros = parameters[0].data.new_zeros(largest)
-    with adapters_with({p: _first(zeros, p.shape) for p in parameters}):
+    for parameter in parameters:
+        values[parameter] = _first(zeros, parameter.shape)
+    with adapters_with(values):
         yield
 
 

@@ -10,7 +10,7 @@ frozen. Each adapter factor multiplies once more, for its own.
 
 from collections.abc import Iterable
 
-from megalora.lora.spec import Adapted
+from megalora.lora.spec import Adapted, has_magnitudes
 from megalora.model.formats.augmented import Augmented
 from megalora.planner.activations import head_input_needs_gradient
 from megalora.planner.gpus import attention_flops
@@ -36,6 +36,11 @@ GATED_FORWARD = 7
 like the next."""
 GATED_BACKWARD = 10
 """The same of its backward."""
+SCALED_FORWARD = 2
+"""Times that the output of a linear with DoRA is read or written by its scaling. Assumed, like the
+next."""
+SCALED_BACKWARD = 6
+"""The same of the gradients of the output and of the magnitudes."""
 
 
 EXPERTS = ("mlp.experts.gate_up", "mlp.experts.down")
@@ -102,6 +107,9 @@ class LayerCosts(Prices):
                     ledger, f"tensor parallel {part}", kind, "tp", b.tokens * width * self.e
                 )
         self._adapter((forward, backward), part, adapted, rows, sizes, live)
+        if has_magnitudes(adapted):
+            for ledger, passes in ((forward, SCALED_FORWARD), (backward, SCALED_BACKWARD)):
+                self.traffic(ledger, part, passes * rows[1] * outputs * self.e)
 
     def attention(
         self, forward: Ledger, backward: Ledger, modules: dict[str, list[Adapted]]

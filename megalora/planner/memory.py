@@ -33,6 +33,7 @@ from megalora.planner.state_bytes import (
     GRADIENT,
     buffers,
     has_room,
+    magnitude_bytes,
     optimizer_bytes,
     room_bytes,
     step_bytes,
@@ -195,7 +196,7 @@ def _state(
     always: tuple[Part, ...] = (
         Part("weights", base * e, "measured"),
         Part(ROOM, room_bytes(model, layout, work, chunks), "assumed"),
-        Part("adapters", adapters * e, "measured"),
+        Part("adapters", adapters * e + magnitude_bytes(model, p, chunks, e), "measured"),
         # Megatron keeps parameters, too, in a buffer of the size of that of their gradients.
         Part("buffer padding", (padded - adapters) * e, "measured"),
         Part("gradients", padded * GRADIENT, "measured"),

@@ -5,7 +5,7 @@ Symbols and what is assumed of a GPU as in ``activations.py``.
 
 from dataclasses import dataclass
 
-from megalora.lora.spec import Adapted
+from megalora.lora.spec import Adapted, has_magnitudes
 from megalora.planner.layouts import ParallelLayout
 from megalora.planner.microbatch import INT, STATISTIC, Microbatch
 from megalora.planner.shared_factors import copied_elements
@@ -60,8 +60,13 @@ class PlannedMLP:
 
 
 def low_rank(adapted: list[Adapted], rows: int, out_features: int, e: int) -> int:
-    """``add_low_rank``: h, rows R, and the stacked B, out R; both in the activations' dtype."""
-    return (rows + out_features) * stacked_rank(adapted) * e
+    """``add_low_rank``: h, rows R, and the stacked B, out R; both in the activations' dtype. DoRA
+    keeps the output before it is scaled, rows out, and two float32 for each feature: its factor
+    and its norm (which is there without a microbatch, too)."""
+    kept = (rows + out_features) * stacked_rank(adapted) * e
+    if has_magnitudes(adapted):
+        kept += rows * out_features * e + 2 * out_features * STATISTIC
+    return kept
 
 
 def mlp_bytes(mlp: PlannedMLP, is_moe: bool) -> int:

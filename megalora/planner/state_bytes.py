@@ -6,6 +6,7 @@ Symbols as in ``activations.py``; P adapter parameters of this rank.
 
 import math
 
+from megalora.config import ParallelConfig
 from megalora.model.formats.augmented import Augmented
 from megalora.model.formats.plain import PLAIN
 from megalora.planner.layouts import ParallelLayout
@@ -76,6 +77,19 @@ def step_bytes(
     tables = 2 * GRADIENT * max(over_tp, over_etp)
     square_roots = STATE * max(own_dense, own_expert)
     return max(tables, square_roots)
+
+
+def magnitude_bytes(model: PlannedModel, p: ParallelConfig, chunks: list[Chunk], e: int) -> int:
+    """What DoRA holds beside the adapters' ``e`` bytes a parameter: float32 magnitudes, and two
+    float32 numbers for each of them, its row's norm and the square of the base's."""
+    rows = 0
+    for chunk in chunks:
+        for layer in chunk.layers:
+            for adapted in model.modules_of(layer).values():
+                for a in adapted:
+                    if "M" in a.factors:
+                        rows += math.prod(a.shard_shape("M", p.tp))
+    return rows * (3 * STATE - e)
 
 
 def has_room(model: PlannedModel, layout: ParallelLayout, work: Workload) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megalora.adapters.files import CONFIG, WEIGHTS
 from megalora.adapters.read.copies import check_copies, copies_in
-from megalora.adapters.read.options import not_plain
+from megalora.adapters.read.options import not_plain, refused_options
 from megalora.adapters.read.rules import Rules
 from megalora.adapters.read.weights import FLOATS, TensorInfo
 from megalora.hf.json_file import read_hf_config
@@ -122,7 +122,8 @@ def _check_config(files: AdapterFiles) -> None:
     if type(config["r"]) is not int or config["r"] < 1:
         raise AdapterInvalid(f"{path}: r must be a positive whole number, got {config['r']!r}")
     # Options beyond plain LoRA, such as DoRA.
-    found = [f"{key}={shorten(config[key])}" for key in not_plain(config)]
+    options = [*not_plain(config), *refused_options(config, "vllm")]
+    found = [f"{key}={shorten(config[key])}" for key in options]
     if found:
         raise AdapterInvalid(
             f"{path}: vLLM does not serve {', '.join(found)}; train without, or merge into the base"

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megalora.config import RunConfig, TrainConfig
 from megalora.data.splits import Split, load_data
@@ -22,6 +22,7 @@ from megalora.data.tokenizer import load_tokenizer
 from megalora.hf.folder import local_folder
 from megalora.lora.adapted_model import AdaptedModel, build_adapted
 from megalora.lora.coverage import GradientCheck
+from megalora.lora.magnitude import refresh_norms
 from megalora.lora.select import plan
 from megalora.lora.spec import Adapted
 from megalora.model.attention import activate
@@ -101,7 +102,7 @@ class Run:
         mismatched = self.batches.mismatched_of_step(number)
         sums = self.stepper.forward_backward(batches, self.optimizer, mismatched)
         with around_optimizer or nullcontext():
-            norm = clip_and_step(self.optimizer)
+            norm = self._update()
         pieces = [norm, sums.flatten()]
         if self.stepper.balance is not None:
             pieces.append(self.stepper.balance.total())
@@ -124,6 +125,14 @@ class Run:
         loss = means.pop(self.stepper.objective.metrics[0])
         self.others = means | balance
         return loss, grad_norm
+
+    def _update(self) -> Tensor:
+        """Change the adapters by the reduced gradients, whose norm before clipping it returns;
+        collective."""
+        norm = clip_and_step(self.optimizer)
+        # Once a step: norms of rows do not change from one microbatch to the next.
+        refresh_norms(self.model.chunks, self.groups)
+        return norm
 
 
 def _means(names: Sequence[str], numbers: Sequence[float]) -> dict[str, float]:

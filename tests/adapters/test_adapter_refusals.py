@@ -163,7 +163,6 @@ def test_config_refused(tmp_path: Path, content: str | None, message: str) -> No
     "option",
     [
         # Each changes what the model computes beside scale * B A.
-        {"use_dora": True},
         {"bias": "all"},
         {"modules_to_save": ["lm_head"]},
         {"layer_replication": [[0, 2]]},
@@ -222,11 +221,12 @@ def test_experts_of_different_rank_are_refused(bases: dict[str, Path], tmp_path:
     ("add", "message"),
     [
         (
-            # DoRA's and an embedding's tensors.
-            {"base_model.model.lm_head.lora_magnitude_vector": torch.ones(4, 4)},
-            "lora_magnitude_vector is no LoRA factor of a",
+            # Of DoRA, on what has none here.
+            {"base_model.model.lm_head.lora_magnitude_vector": torch.ones(4)},
+            "megalora has DoRA on attention, dense MLPs and shared experts alone",
         ),
         (
+            # An embedding's.
             {"base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(2, 9)},
             "lora_embedding_A is no LoRA factor of a",
         ),

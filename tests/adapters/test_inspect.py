@@ -118,7 +118,7 @@ def test_what_is_no_lora_factor(tmp_path: Path) -> None:
     tensors = factors("model.layers.0.self_attn.v_proj", 4, 64, 96, 1.0, 1.0) | {
         "base_model.model.lm_head.base_layer.weight": torch.ones(7, 3),
         "base_model.model.model.layers.0.conv.lora_A.weight": torch.ones(4, 3, 1),
-        "base_model.model.model.layers.0.norm.lora_magnitude_vector": torch.ones(5),
+        "base_model.model.model.layers.0.norm.lora_diag": torch.ones(5),
     }
     head, _, line, *warnings = described(tmp_path, tensors)
     assert line.startswith("v_proj")
@@ -126,8 +126,8 @@ def test_what_is_no_lora_factor(tmp_path: Path) -> None:
     assert head.endswith(f" {4 * (64 + 96)} parameters, 0.0 MB")
     assert sorted(warnings) == [
         (
-            "no LoRA factor but the magnitude of DoRA (use_dora), which import, merge and export"
-            " refuse: base_model.model.model.layers.0.norm.lora_magnitude_vector"
+            "no LoRA factor but the diagonal of KaSA (kasa_config), which import, merge and export"
+            " refuse: base_model.model.model.layers.0.norm.lora_diag"
         ),
         (
             "not a factor of a linear, being F32 of 3 dimensions:"

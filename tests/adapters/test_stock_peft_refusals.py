@@ -15,11 +15,6 @@ pytestmark = IGNORED
 
 # Base, PEFT's options, and what the refusal says.
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "DoRA": (
-        "dense",
-        {"use_dora": True},
-        "use_dora=True is not plain LoRA, .*: DoRA scales every row",
-    ),
     # The base whose linears have biases.
     "bias of B": (
         "shared",

@@ -24,7 +24,13 @@ from tests.parity.models import SIZES, arch_of
 
 # With rslora the scale is alpha / sqrt(r), 6.9 here in the place of 4.
 RSLORA = replace(LORA, use_rslora=True)
+DORA = LoRAConfig(
+    rank=5, alpha=20.0, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], use_dora=True
+)
 CASES = {
+    "dora: tp2-ep2": ("biased", DORA, 2, {"tp": 2, "ep": 2}),
+    "dora: tp4-ep4": ("everything", replace(DORA, use_rslora=True), 4, {"tp": 4, "ep": 4}),
+    "dora: single": ("tiny", DORA, 1, {}),
     "qwen3: single": ("tiny", RSLORA, 1, {}),
     "qwen3: tp2-ep2": ("tiny", RSLORA, 2, {"tp": 2, "ep": 2}),
     "qwen3: pp2": ("tiny", LORA, 2, {"pp": 2}),

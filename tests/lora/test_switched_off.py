@@ -53,10 +53,22 @@ def losses(config: RunConfig, weights: Path) -> dict[str, Tensor]:
 def test_off_is_the_base(
     parallel: dict[str, int], dtype: str, tiny: Path, chats: Path, tmp_path: Path
 ) -> None:
-    lora: LoRAConfig = ADAPTERS["router"]
+    check_off(ADAPTERS["router"], parallel, dtype, tiny, chats, tmp_path)
+
+
+@pytest.mark.slow
+def test_magnitudes_off_are_the_base(tiny: Path, chats: Path, tmp_path: Path) -> None:
+    """In bfloat16 too, and of rows whose norms are sums over ranks."""
+    lora = LoRAConfig(rank=4, target_modules=["q_proj", "v_proj", "o_proj"], use_dora=True)
+    check_off(lora, {"tp": 2, "ep": 2}, "bfloat16", tiny, chats, tmp_path)
+
+
+def check_off(
+    lora: LoRAConfig, parallel: dict[str, int], dtype: str, tiny: Path, chats: Path, tmp_path: Path
+) -> None:
     config = make_config(tiny, chats, tmp_path, parallel, lora=lora, dtype=dtype)
     random_adapter(tmp_path / "start.safetensors", lora, tiny)
-    world = 4 if "tp" in parallel else 2
+    world = 4 if "pp" in parallel else 2
     for found in run_ranks(losses, world, config, tmp_path / "start.safetensors"):
         assert torch.equal(found["off"], found["base"])
         assert torch.equal(found["on"], found["again"])

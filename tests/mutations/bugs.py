@@ -337,8 +337,8 @@ BUGS = (
         6,
         "rsLoRA's scale not folded into alpha",
         FORM,
-        "make_adapted(projection, layer, r, s * r, s, shape)",
-        "make_adapted(projection, layer, r, own.alpha if own else s * r, s, shape)",
+        "make_adapted(projection, layer, r, s * r, s, shape, factors)",
+        "make_adapted(projection, layer, r, own.alpha if own else s * r, s, shape, factors)",
         f"{FILES} test_06",
     ),
     bug(

@@ -154,11 +154,17 @@ class Oracle:
         for module in self.modules():
             scale = self.scale[module] if isinstance(self.scale, dict) else self.scale
             delta = scale * self.factor(module, "B") @ self.factor(module, "A")
+            magnitude = self.factors.get(f"{PREFIX}{module}.lora_magnitude_vector")
             # transformers renames Mixtral's modules on loading
             module = module.replace(".block_sparse_moe.", ".mlp.")
             # transformers holds the experts of a layer in one tensor; all else has its own.
             if ".experts." not in module:
-                merged[f"{module}.weight"] = weights[f"{module}.weight"] + delta
+                whole = weights[f"{module}.weight"] + delta
+                if magnitude is not None:
+                    # DoRA (2402.09353): the norm of a row is taken for a constant, section 4.3.
+                    norms = whole.detach().norm(dim=1)
+                    whole = (magnitude / norms)[:, None] * whole
+                merged[f"{module}.weight"] = whole
                 continue
             stem, rest = module.split(".experts.")
             expert, projection = rest.split(".")
@@ -277,7 +283,9 @@ class Oracle:
             loss_of: what a batch adds up to; None for ``loss``.
         """
         of_a = [t for name, t in self.factors.items() if ".lora_A." in name]
-        of_b = [t for name, t in self.factors.items() if ".lora_B." in name]
+        # DoRA's magnitudes have the rate of B.
+        like_b = (".lora_B.", ".lora_magnitude_vector")
+        of_b = [t for name, t in self.factors.items() if any(part in name for part in like_b)]
         assert len(of_a) + len(of_b) == len(self.factors)
         groups = [{"params": of_a}, {"params": of_b, "lr": lr_b or lr}]
         optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=0.0, eps=eps)

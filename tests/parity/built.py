@@ -13,6 +13,7 @@ from megalora.config import LoRAConfig, RunConfig
 from megalora.hf.json_file import read_hf_config
 from megalora.lora.adapted_model import AdaptedModel
 from megalora.lora.gather import gather_tensors, read_tensors
+from megalora.lora.magnitude import refresh_norms
 from megalora.lora.select import resolve
 from megalora.lora.spec import Adapted
 from megalora.model.fields import model_shape
@@ -30,6 +31,7 @@ def built(config: RunConfig, weights: Path | None = None) -> Iterator[Run]:
             values = {p: p.data for p in model.parameters}
             with torch.no_grad():
                 read_tensors(weights, model.shards, values)
+            refresh_norms(model.chunks, model.groups)
 
     with assemble(config, prepare=fill) as run:
         # After step 1 a training demands a gradient of every adapter. Those that tests fill in may
@@ -75,6 +77,10 @@ def random_factors(
             # makes the delta independent of both. What experts share, the last one decides.
             factors[a.tensor_name("A", expert)] = a_factor / a.in_features**0.5
             factors[a.tensor_name("B", expert)] = 0.2 * b_factor / (a.scale * a.rank**0.5)
+            if "M" in a.factors:
+                # Far from the norms, which depend on the base.
+                magnitude = torch.rand(a.shape("M"), generator=generator)
+                factors[a.tensor_name("M", expert)] = 0.5 + magnitude
     return adapted, factors
 
 

@@ -21,6 +21,7 @@ from megalora.data.order import global_batch_indices
 from megalora.data.splits import load_split, split_off_eval
 from megalora.hf.json_file import read_hf_config
 from megalora.lora.gather import read_tensors
+from megalora.lora.magnitude import refresh_norms
 from megalora.lora.spec import Adapted
 from megalora.model.fields import model_shape
 from megalora.train import assemble, loop
@@ -117,6 +118,7 @@ def train_recording_gradients(config: RunConfig, start: Path, head: str = "lean"
         values = {p: p.data for p in model.parameters}
         with torch.no_grad():
             read_tensors(start, model.shards, values)
+        refresh_norms(model.chunks, model.groups)
         models.append(model)
         return model
 

@@ -58,6 +58,9 @@ ADAPTERS: dict[str, LoRAConfig] = {
     "router": LoRAConfig(rank=4, alpha=12.0, target_modules=[*NAMES, "gate", "lm_head"]),
     "some": LoRAConfig(rank=4, alpha=12.0, target_modules=["k_proj", "up_proj", "o_proj"],
                        layers="1-"),
+    # DoRA, on dense linears: ``adapter`` takes those of MLPs out where they are experts'.
+    "dora": LoRAConfig(rank=4, alpha=12.0, target_modules=NAMES, use_dora=True,
+                       rank_pattern={"q_proj": 3, "v_proj": 5}),
 }  # fmt: skip
 
 
@@ -83,6 +86,8 @@ def adapter(name: str, shape: ModelShape) -> LoRAConfig:
     # Without experts there is nothing to share, and asking for it is an error.
     if not shape.moe_layers:
         lora = replace(lora, share_outer=False)
+    if lora.use_dora and shape.moe_layers:
+        return replace(lora, target_modules=NAMES[:4])
     if shape.moe_layers or "gate" not in lora.target_modules:
         return lora
     # A target that matches nothing is an error, so it cannot stay.

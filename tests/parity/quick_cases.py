@@ -12,6 +12,7 @@ FAST = (
     Case(2, ep=2, model="idle", adapter="rslora"),
     Case(2, cp=2, ep=2, micro=PACKED, balance="on"),
     Case(2, tp=2, ep=2, adapter="ranks", micro=3, objective="dpo"),
+    Case(2, tp=2, model="dense", adapter="dora", micro=3),
 )
 """For ``make test``: each way of splitting a model once, but for ETP, which needs four ranks."""
 
@@ -93,6 +94,12 @@ QUICK = (
     Case(4, pp=2, vpp=2, etp=2, recompute="full", objective="kto"),
     Case(8, tp=2, pp=2, ep=2, model="shared", micro=PACKED, recompute="selective", objective="kto"),
     Case(4, pp=2, vpp=2, cp=2, micro=PACKED, recompute="full", objective="dpo of start"),
+    # DoRA: norms of rows that lie on several ranks, stages, parts of a row, replicated key heads.
+    Case(4, tp=2, ep=2, etp=2, adapter="dora", micro=3, recompute="selective"),
+    Case(4, tp=4, model="2 kv heads", adapter="dora", micro=3, recompute="full"),
+    Case(4, pp=2, vpp=2, tp=2, model="dense", adapter="dora", micro=PACKED),
+    Case(4, tp=2, cp=2, model="tied", adapter="dora", micro=PACKED, recompute="full1+selective"),
+    Case(4, pp=2, ep=2, model="mixed", adapter="dora", objective="dpo"),
     *QUICK_OF_FAMILIES,
 )
 """For ``make test-all``: the layouts README names, every value of every factor at least once, and

@@ -36,6 +36,8 @@ from tests.planner.counted import routing_of_calls, widened_norms
 DEFAULT = LoRAConfig(rank=3, alpha=6.0)
 SOME = LoRAConfig(rank=4, target_modules=["o_proj", "down_proj"], layers="2-")
 ONE = LoRAConfig(rank=4, target_modules=["q_proj"], layers="0")
+DORA = replace(DEFAULT, use_dora=True)
+ATTENTION_DORA = LoRAConfig(rank=4, target_modules=["q_proj", "o_proj"], use_dora=True)
 EXPERTS = LoRAConfig(rank=4, target_modules=["gate_proj"], layers="1")
 
 
@@ -124,6 +126,9 @@ CASES = [
     ("everything", 2, {"tp": 2, "ep": 2}, LORA),
     ("everything", 2, {"pp": 2}, LORA),
     ("tiny_dense", 2, {"tp": 2}, DEFAULT),
+    # DoRA keeps what it scales.
+    ("tiny_dense", 2, {"tp": 2}, DORA),
+    pytest.param("tiny", 2, {"pp": 2}, ATTENTION_DORA, marks=pytest.mark.slow),
     # Keys and values of the whole row, on heads with a norm and without.
     ("tiny", 2, {"cp": 2, "ep": 2}, DEFAULT),
     pytest.param("tiny", 2, {"cp": 2}, EXPERTS, marks=pytest.mark.slow),

@@ -6,17 +6,15 @@ Names are read as ``hf/tensor_names.py`` says, stacked experts are taken apart a
 folder that is ambiguous or contradicts itself is rejected, with the name of the tensor or option.
 """
 
-import difflib
-from collections import defaultdict
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from megalora.adapters.files import CONFIG, read_config
-from megalora.adapters.read.banks import BANKS, bank_factors, bank_linears, fused_linears, is_fused
+from megalora.adapters.read.banks import BANKS, bank_factors, bank_linears, is_fused
 from megalora.adapters.read.copies import check_copies, copies_in
+from megalora.adapters.read.linears import Adapter, Linears
 from megalora.adapters.read.options import refuse_variants
 from megalora.adapters.read.rules import Rules
 from megalora.adapters.read.stacked import DOWN, GATE_UP, ColumnOrder, Factors, StackedFile
@@ -30,18 +28,13 @@ from megalora.hf.tensor_names import (
     module_before_factor,
     parse_factor,
     parse_stack,
-    tensor_name,
 )
 from megalora.lora.modules import (
     expert_blocks,
     linear_modules,
     other_modules,
-    other_names,
     parameters_of,
 )
-from megalora.lora.select import ALIASES
-from megalora.lora.spec import Adapted, make_adapted
-from megalora.model.projections import Projection
 from megalora.model.shape import ModelShape
 
 _STACKS = ("", "base_layer", GATE_UP, DOWN)
@@ -49,21 +42,6 @@ _STACKS = ("", "base_layer", GATE_UP, DOWN)
 
 type Named = dict[FactorName, tuple[str, Tensor]]
 """Factor -> (name in the file, tensor)."""
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """What a folder adapts, and its tensors by their canonical names (``tensor_name``), every
-    one of them there."""
-
-    folder: Path
-    adapted: list[Adapted]
-    tensors: dict[str, Tensor]
-    absent: list[str]
-    """HF modules of experts that the file leaves out beside others of their layer; they stand in
-    ``tensors`` as zeros."""
-    notes: list[str] = field(default_factory=list)
-    """What the folder holds beside the factors, a line each."""
 
 
 def read_adapter(
@@ -83,7 +61,7 @@ def read_adapter(
     rules = Rules(folder, config, weights.where)
     copies = copies_in(weights, shape)
     notes = weights.notes + check_copies(weights, copies, shape, base)
-    linears = _Linears(weights, shape, rules)
+    linears = Linears(weights, shape, rules)
     groups = _Groups(weights, shape)
     passed_over = [name for name in weights.info if is_training_only(name)]
     if passed_over:
@@ -92,6 +70,9 @@ def read_adapter(
         if name in copies or name in passed_over:
             continue
         module, factor = _factor_of(weights, name)
+        if factor == "M":
+            linears.add_magnitude(module, name, _checked(weights, name, 1))
+            continue
         tensor = _checked(weights, name, 3 if groups.is_bank(module) else 2)
         if not groups.take(module, factor, name, tensor):
             linears.add(module, factor, tensor, also=[TINKER_HEAD] if TINKER_HEAD in name else [])
@@ -103,7 +84,7 @@ def read_adapter(
     known = {module: parameters_of(p, layer) for module, (p, layer, _) in linears.known.items()}
     known |= {module: (f"{module}.weight",) for module in other_modules(shape)}
     rules.check_targets(linears.factors.keys(), known)
-    return linears.adapter([*notes, *rules.notes()])
+    return linears.adapter([*notes, *rules.notes()], use_dora=bool(config.get("use_dora")))
 
 
 def _factor_of(weights: AdapterWeights, name: str) -> tuple[str, FactorName]:
@@ -127,13 +108,14 @@ def _factor_of(weights: AdapterWeights, name: str) -> tuple[str, FactorName]:
 
 
 def _checked(weights: AdapterWeights, name: str, dims: int) -> Tensor:
-    """The tensor, if it is a factor's: of floats, all finite, with so many dimensions or two."""
+    """The tensor, if it is a factor's: of floats, all finite, with so many dimensions, or two
+    where ``dims`` are three."""
     info = weights.info[name]
     path = weights.path_of(name)
-    if info.dtype not in FLOATS or len(info.shape) not in (2, dims):
+    if info.dtype not in FLOATS or len(info.shape) not in (min(dims, 2), dims):
+        what = "a magnitude is a vector" if dims == 1 else "a factor is a matrix"
         raise ValueError(
-            f"{path}: {name} is {info.dtype} of shape {info.shape}; a factor is a matrix in"
-            f" {', '.join(FLOATS)}"
+            f"{path}: {name} is {info.dtype} of shape {info.shape}; {what} in {', '.join(FLOATS)}"
         )
     tensor = weights.tensor(name)
     if not torch.isfinite(tensor).all():
@@ -190,143 +172,7 @@ class _Groups:
         return True
 
 
-class _Linears:
-    """Factors by linear, as they come in, and the check that they fit the model and each other."""
-
-    def __init__(self, weights: AdapterWeights, shape: ModelShape, rules: Rules) -> None:
-        self.weights = weights
-        self.shape = shape
-        self.rules = rules
-        self.where = weights.where
-        self.known = linear_modules(shape)
-        self.other_names = other_names(shape)
-        self.factors: dict[str, dict[FactorName, Tensor]] = defaultdict(dict)
-        self.scales: dict[str, float] = {}
-
-    def add(self, module: str, factor: FactorName, tensor: Tensor, *, also: list[str]) -> None:
-        """One factor of one linear. ``also``: other names by which the config may target it."""
-        own = self.other_names.get(module, module)
-        if own not in self.known:
-            raise ValueError(f"{self.where}: {self._what_is(module)}")
-        rank = tensor.shape[0 if factor == "A" else 1]
-        self._check_shape(own, factor, tensor, rank)
-        # PEFT compares patterns with the name that the file has.
-        scale = self.rules.scale(self.rules.looked_up(module), rank, tensor_name(module, factor))
-        self._keep(own, {factor: tensor}, scale, [*also, module])
-
-    def add_fused(self, module: str, a: Tensor, b: Tensor) -> None:
-        """Gate and up of one MLP or one expert in one adapter."""
-        rank = a.shape[0]
-        scale = self.rules.scale(module, rank, tensor_name(module, "A"))
-        for half, (own_a, own_b) in fused_linears(module, a, b).items():
-            self._check_shape(half, "A", own_a, rank)
-            self._check_shape(half, "B", own_b, rank)
-            self._keep(half, {"A": own_a, "B": own_b}, scale, [module])
-
-    def put(
-        self,
-        layer: int,
-        role: str,
-        factors: Factors,
-        scale: float,
-        also: list[str] | None = None,
-    ) -> None:
-        """All experts of one projection, from tensors that hold them all."""
-        for expert, (a, b) in enumerate(zip(*factors, strict=True)):
-            module = f"{experts_block(layer)}.{expert}.{role}"
-            own = self.other_names.get(module, module)
-            self._keep(own, {"A": a.contiguous(), "B": b.contiguous()}, scale, also or [])
-
-    def _check_shape(self, module: str, factor: FactorName, tensor: Tensor, rank: int) -> None:
-        projection, layer, _ = self.known[module]
-        fits = make_adapted(projection, layer, rank, 0.0, 0.0, self.shape).shape(factor)
-        if tuple(tensor.shape) != fits:
-            raise ValueError(
-                f"{self.where}: {tensor_name(module, factor)} is {tuple(tensor.shape)}, but this"
-                f" base model and rank need {fits}"
-            )
-
-    def _keep(
-        self, module: str, own: dict[FactorName, Tensor], scale: float, also: list[str]
-    ) -> None:
-        for factor in own:
-            if factor in self.factors[module]:
-                raise ValueError(f"{self.where}: two tensors are lora_{factor} of {module}")
-        self.factors[module] |= own
-        self.scales[module] = scale
-        projection, layer, _ = self.known[module]
-        self.rules.note([module, *also], parameters_of(projection, layer))
-
-    def _what_is(self, module: str) -> str:
-        """Of a module that is not adapted here: what it is instead."""
-        leaf = module.rsplit(".", 1)[-1]
-        if module in other_modules(self.shape):
-            return (
-                f"{module} has an adapter; megalora does not adapt it. Merge it with PEFT"
-                " (merge_and_unload), or train without it"
-            )
-        if leaf in ALIASES:
-            names = ", ".join(ALIASES[leaf])
-            return (
-                f"{module} is another stack's name for {names}, and the order of its rows is not in"
-                " the file. Write an A and a B for each of them under their Hugging Face names"
-            )
-        close = difflib.get_close_matches(module, self.known, n=1)
-        nearest = f"; the nearest is {close[0]}" if close else ""
-        return f"{module} is not a linear layer of this base model{nearest}"
-
-    def adapter(self, notes: list[str]) -> Adapter:
-        """Everything that came in, as one adapter, if it fits together."""
-        adapted: list[Adapted] = []
-        tensors: dict[str, Tensor] = {}
-        absent: list[str] = []
-        groups: dict[tuple[Projection, int | None], list[str]] = defaultdict(list)
-        for module, (projection, layer, _) in self.known.items():
-            if module in self.factors:
-                groups[projection, layer].append(module)
-        for (projection, layer), modules in groups.items():
-            a = self._one(projection, layer, modules)
-            adapted.append(a)
-            for module in a.hf_modules():
-                # An expert without factors beside others that have some: zeros, and named.
-                if module not in self.factors:
-                    absent.append(module)
-                for factor in ("A", "B"):
-                    tensors[tensor_name(module, factor)] = self._tensor(module, factor, a)
-        if not adapted:
-            raise ValueError(f"{self.where} holds no LoRA factor: it would be the base model")
-        return Adapter(self.weights.folder, adapted, tensors, absent, notes)
-
-    def _one(self, projection: Projection, layer: int | None, modules: list[str]) -> Adapted:
-        ranks = set()
-        scales = set()
-        for module in modules:
-            factors = self.factors[module]
-            for present, lacking in (("A", "B"), ("B", "A")):
-                if lacking not in factors:
-                    raise ValueError(
-                        f"{self.where} has lora_{present} of {module} and lacks its lora_{lacking}"
-                    )
-            ranks.add(factors["A"].shape[0])
-            scales.add(self.scales[module])
-        if len(ranks) > 1 or len(scales) > 1:
-            raise ValueError(
-                f"{self.where}: experts of layer {layer} have different ranks or scales in"
-                f" {projection.name} ({sorted(ranks)}; {sorted(scales)}); megalora and vLLM give"
-                " one to all experts of a projection"
-            )
-        rank = ranks.pop()
-        scale = scales.pop()
-        return make_adapted(projection, layer, rank, scale * rank, scale, self.shape)
-
-    def _tensor(self, module: str, factor: FactorName, a: Adapted) -> Tensor:
-        if module in self.factors:
-            return self.factors[module][factor]
-        any_tensor = next(iter(self.factors.values()))[factor]
-        return any_tensor.new_zeros(a.shape(factor))
-
-
-def _put_banks(linears: _Linears, banks: dict[tuple[int, str], Named]) -> None:
+def _put_banks(linears: Linears, banks: dict[tuple[int, str], Named]) -> None:
     for (layer, which), named in banks.items():
         a, b = _both(linears, named)
         names = f"{linears.where}: {named['A'][0]} and its lora_B"
@@ -337,12 +183,12 @@ def _put_banks(linears: _Linears, banks: dict[tuple[int, str], Named]) -> None:
             linears.put(layer, projection, of_one, scale, [own, experts_block(layer)])
 
 
-def _put_fused(linears: _Linears, fused: dict[str, Named]) -> None:
+def _put_fused(linears: Linears, fused: dict[str, Named]) -> None:
     for module, named in fused.items():
         linears.add_fused(module, *_both(linears, named))
 
 
-def _both(linears: _Linears, named: Named) -> Factors:
+def _both(linears: Linears, named: Named) -> Factors:
     if named.keys() != {"A", "B"}:
         raise ValueError(
             f"{linears.where}: {next(iter(named.values()))[0]} has no partner (lora_A and lora_B)"

@@ -1,9 +1,9 @@
 """List every option of PEFT's LoraConfig, what it does to the adapter, and who does not honour it.
 
-An adapter is read as ``W + scale * B A``. An option is honoured in that, or has no effect once
-training is over, or makes the adapter something else. megalora reads every folder by this table, so
-that import, merge and export refuse the last kind where it is set; a server is asked to load only
-what is left. A key that is not in the table is refused too.
+An adapter is read as ``W + scale * B A``, each row of which DoRA scales. An option is honoured in
+that, or has no effect once training is over, or makes the adapter something else. megalora reads
+every folder by this table, so that import, merge and export refuse the last kind where it is set; a
+server is asked to load only what is left. A key that is not in the table is refused too.
 
 ``Option.elsewhere`` says which engine accepts an option and then does not follow it: adapters
 written by megalora express the option in another way for it (``write/form.py``).
@@ -30,6 +30,8 @@ class Option:
     """Why a value other than PEFT's default (nothing, or false) is not ``W + scale * B A``."""
     elsewhere: Mapping[str, str] = field(default_factory=dict)
     """Engine (``write/engines.py``) -> what it does in place of honouring the option."""
+    refused_by: tuple[str, ...] = ()
+    """Engines that do not load an adapter with it."""
 
 
 HONOURED = Option("honoured")
@@ -49,6 +51,7 @@ OPTIONS: dict[str, Option] = {
     "r": HONOURED,
     "lora_alpha": HONOURED,
     "use_rslora": Option("honoured", elsewhere={"sglang": "scales by alpha / r"}),
+    "use_dora": Option("honoured", refused_by=("vllm", "sglang")),
     "rank_pattern": Option("honoured", elsewhere=_ONE_RANK),
     "alpha_pattern": Option("honoured", elsewhere=_ONE_RANK),
     "target_modules": HONOURED,
@@ -83,7 +86,6 @@ OPTIONS: dict[str, Option] = {
     # PEFT before 0.5.
     "merge_weights": WITHOUT_EFFECT,
     "enable_lora": WITHOUT_EFFECT,
-    "use_dora": _refused("DoRA scales every row of the adapted weight by a trained magnitude"),
     "lora_bias": _refused("it trains a bias beside B"),
     "modules_to_save": _refused("it trains whole weights beside the factors"),
     "trainable_token_indices": _refused("it trains rows of the embedding"),
@@ -147,6 +149,16 @@ def not_followed(config: dict[str, Any], engine: str) -> dict[str, str]:
     return found
 
 
+def refused_options(config: dict[str, Any], engine: str) -> list[str]:
+    """Options that are set and with which the engine does not load an adapter that megalora
+    computes."""
+    found: list[str] = []
+    for key, option in OPTIONS.items():
+        if config.get(key) and engine in option.refused_by:
+            found.append(key)
+    return found
+
+
 def refuse_variants(where: Path, config: dict[str, Any]) -> None:
     """Raise ``ValueError`` for the first option that makes the adapter something else than plain
     LoRA."""
@@ -206,6 +218,7 @@ _TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "alpha_pattern": (_maps(_is_alpha), "names and numbers above 0"),
     "auto_mapping": (lambda v: isinstance(v, dict), "an object"),
     "use_rslora": (lambda v: isinstance(v, bool), "true or false"),
+    "use_dora": (lambda v: isinstance(v, bool), "true or false"),
     "bias": (lambda v: isinstance(v, str), "none, all or lora_only"),
     "init_lora_weights": (lambda v: isinstance(v, bool | str), "true, false or a name"),
     "target_modules": (_name_or_names, "a name, or a list of names"),

@@ -6,7 +6,7 @@ from typing import Any
 
 from megalora.adapters.write.engines import ENGINES, VLLM_RANKS, vllm_max_rank
 from megalora.hf.tensor_names import within_layer
-from megalora.lora.spec import Adapted
+from megalora.lora.spec import Adapted, has_magnitudes
 
 _HARMLESS = (
     'PEFT 0.21 may warn of `rank_pattern` and `alpha_pattern` keys that "did not match any targeted'
@@ -58,7 +58,8 @@ def _what(facts: Facts) -> str:
     if run and "config" not in run:
         run = None  # an imported adapter that was not trained on
     made = "trained with megalora" if run else "made elsewhere and exported by megalora"
-    lines = [f"# {facts.folder_name}", "", f"A LoRA adapter for `{facts.base}`, {made}."]
+    method = "DoRA" if has_magnitudes(facts.adapted) else "LoRA"
+    lines = [f"# {facts.folder_name}", "", f"A {method} adapter for `{facts.base}`, {made}."]
     if run:
         config = run["config"]
         step = run["step"]
@@ -195,7 +196,12 @@ def _loading(facts: Facts) -> str:
             f"\n\n{_HARMLESS}"
         )
     # vLLM serves no adapter of a larger rank: better no command than one that fails.
-    if facts.layout == "per_expert" and rank <= VLLM_RANKS[-1]:
+    if has_magnitudes(facts.adapted):
+        sections.append(
+            "## Servers\n\nvLLM and SGLang do not load DoRA. Merge it into the base for them:\n\n"
+            f"```bash\nmegalora merge {facts.folder_name} --base {facts.base} --out merged\n```"
+        )
+    elif facts.layout == "per_expert" and rank <= VLLM_RANKS[-1]:
         sections.append(
             f"## vLLM\n\n```bash\nvllm serve {facts.base} --enable-lora --max-lora-rank"
             f" {vllm_max_rank(rank)} --lora-modules"

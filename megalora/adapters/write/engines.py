@@ -11,8 +11,9 @@ import warnings
 from dataclasses import dataclass
 from typing import Literal
 
-from megalora.lora.spec import Adapted
+from megalora.lora.spec import Adapted, has_magnitudes
 from megalora.model.families import FAMILIES
+from megalora.model.projections import ATTENTION
 from megalora.model.shape import ModelShape
 
 EngineName = Literal["peft", "vllm", "sglang"]
@@ -81,7 +82,17 @@ def check_engine(name: EngineName, layout: str, adapted: list[Adapted], shape: M
     if layout not in engine.layouts:
         raise ValueError(f"--layout {layout}: {engine.title} reads {' or '.join(engine.layouts)}")
     check_honoured(name, adapted, shape)
+    if name != "peft" and has_magnitudes(adapted):
+        raise ValueError(
+            f"{engine.title} does not load DoRA (lora.use_dora): no matrices of a low rank do what"
+            " a magnitude for each row does. Merge it into the base: megalora merge"
+        )
     experts = [a for a in adapted if a.projection.is_expert]
+    if name == "peft" and _dora_beside(adapted, shape):
+        raise ValueError(
+            f"{engine.title} takes DoRA on attention alone in a model with routed experts, and this"
+            " adapter has it on an MLP. Merge it into the base: megalora merge"
+        )
     if name == "peft" and not loads_in_peft(layout, adapted, shape):
         raise ValueError(
             f"{engine.title} cannot load adapters of {shape.model_type}'s experts, one for each:"
@@ -129,5 +140,16 @@ def loads_in_peft(layout: str, adapted: list[Adapted], shape: ModelShape) -> boo
     peft = FAMILIES[shape.model_type].peft
     if any(a.name in peft.not_honoured for a in adapted):
         return False
+    if _dora_beside(adapted, shape):
+        return False
     experts = any(a.projection.is_expert for a in adapted)
     return layout == "stacked" or not experts or peft.per_expert
+
+
+def _dora_beside(adapted: list[Adapted], shape: ModelShape) -> bool:
+    """Whether DoRA is on an MLP of a model with experts: PEFT 0.21 can name its linears as
+    parameters alone there (``form.module_entries``), and has no DoRA on parameters."""
+    for a in adapted:
+        if "M" in a.factors and shape.moe_layers and a.projection not in ATTENTION:
+            return True
+    return False

@@ -33,7 +33,7 @@ from megalora.adapters.read.stacked import DOWN, GATE_UP, Factors, pack, stacked
 from megalora.adapters.write.engines import FileFormat
 from megalora.hf.tensor_names import experts_block, within_layer
 from megalora.lora.section import most_common, without_noise
-from megalora.lora.spec import Adapted, make_adapted, tensor_name
+from megalora.lora.spec import PLAIN, Adapted, make_adapted, tensor_name
 from megalora.model.families import layer_projections
 from megalora.model.projections import DENSE_MLP, SHARED_EXPERT, SHARED_EXPERTS, Projection
 from megalora.model.shape import ModelShape
@@ -67,7 +67,8 @@ def export_form(adapted: list[Adapted], shape: ModelShape, *, uniform: bool = Fa
             needs_all = projection.is_expert or uniform
             if own or (needs_all and _group(projection) in present):
                 r, s = settings(projection, own)
-                pairs.append((make_adapted(projection, layer, r, s * r, s, shape), own))
+                factors = own.factors if own else PLAIN
+                pairs.append((make_adapted(projection, layer, r, s * r, s, shape, factors), own))
     # The head, behind the layers.
     for own in adapted:
         if own.layer is None:
@@ -86,10 +87,10 @@ def _group(projection: Projection) -> str:
 
 
 def num_tensors(adapted: list[Adapted], shape: ModelShape) -> int:
-    """Number of tensors in a checkpoint's adapter file: an A and a B for each linear."""
+    """Number of tensors in a checkpoint's adapter file: all factors of each linear."""
     count = 0
     for written, _ in export_form(adapted, shape):
-        count += 2 * len(written.hf_modules())
+        count += len(written.factors) * len(written.hf_modules())
     return count
 
 
@@ -100,12 +101,16 @@ def padded(pairs: list[Pair]) -> list[str]:
 
 def peft_tensors(pairs: list[Pair], trained: dict[str, Tensor]) -> dict[str, Tensor]:
     """The file's tensors from the trained ones, padded and folded as ``pairs`` say."""
-    dtype = next(iter(trained.values())).dtype
+    # Of the matrices: a magnitude is float32 whatever they are.
+    dtype = next(value.dtype for value in trained.values() if value.dim() > 1)
     tensors: dict[str, Tensor] = {}
     for written, own in pairs:
         for expert, module in enumerate(written.hf_modules()):
-            for factor in ("A", "B"):
+            for factor in written.factors:
                 name = tensor_name(module, factor)
+                if factor == "M":
+                    tensors[name] = trained[name]
+                    continue
                 if own is None:
                     tensors[name] = torch.zeros(written.shape(factor), dtype=dtype)
                     continue
@@ -175,7 +180,7 @@ def _either(name: str, other: str) -> str:
     return f"({re.escape(name)}|{re.escape(other)})"
 
 
-def peft_config(entries: list[_Entry], base: str) -> dict[str, Any]:
+def peft_config(entries: list[_Entry], base: str, use_dora: bool = False) -> dict[str, Any]:
     """``adapter_config.json``; what deviates from r and lora_alpha becomes a pattern."""
     default = [e for e in entries if e.decides_default] or entries
     rank, alpha = most_common([(e.rank, e.alpha) for e in default])
@@ -201,7 +206,7 @@ def peft_config(entries: list[_Entry], base: str) -> dict[str, Any]:
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
         "inference_mode": True,
         "r": rank, "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none", "use_rslora": False,
-        "use_dora": False,
+        "use_dora": use_dora,
         "fan_in_fan_out": False, "init_lora_weights": True, "modules_to_save": None,
         "target_modules": sorted(targets), "target_parameters": sorted(parameters) or None,
         "rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern,
@@ -297,7 +302,9 @@ def write_adapter(
         tensors = tensors | of_experts
         entries = entries + more
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / CONFIG).write_text(json.dumps(peft_config(entries, base), indent=2) + "\n")
+    # PEFT has DoRA on all that a folder adapts, or on nothing.
+    config = peft_config(entries, base, use_dora="M" in adapted[0].factors)
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     return padded(pairs)
 
 

@@ -13,6 +13,7 @@ from megalora.adapters.files import OPTIMIZER, RNG, STATE_KEYS
 from megalora.adapters.training_state import SavedState
 from megalora.lora.adapted_model import AdaptedModel
 from megalora.lora.gather import read_tensors
+from megalora.lora.magnitude import refresh_norms
 from megalora.train.optim import load_optimizer_state
 
 
@@ -33,6 +34,7 @@ def load_checkpoint(state: SavedState, model: AdaptedModel, optimizer: Any) -> l
     with torch.no_grad():
         for parameter, master in values["param"].items():
             parameter.copy_(master)
+    refresh_norms(model.chunks, model.groups)
     # An imported adapter was trained elsewhere and comes without generators.
     if state.imported_from is not None:
         return []

@@ -1,0 +1,194 @@
+"""Collect the factors of an adapter folder by linear, and check that they fit the model and each
+other."""
+
+import difflib
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from megalora.adapters.files import CONFIG
+from megalora.adapters.read.banks import fused_linears
+from megalora.adapters.read.rules import Rules
+from megalora.adapters.read.stacked import Factors
+from megalora.adapters.read.weights import AdapterWeights
+from megalora.hf.tensor_names import FactorName, experts_block, tensor_name
+from megalora.lora.modules import linear_modules, other_modules, other_names, parameters_of
+from megalora.lora.select import ALIASES
+from megalora.lora.spec import PLAIN, WITH_MAGNITUDE, Adapted, has_dora, make_adapted
+from megalora.model.projections import Projection
+from megalora.model.shape import ModelShape
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What a folder adapts, and its tensors by their canonical names (``tensor_name``), every
+    one of them there."""
+
+    folder: Path
+    adapted: list[Adapted]
+    tensors: dict[str, Tensor]
+    absent: list[str]
+    """HF modules of experts that the file leaves out beside others of their layer; they stand in
+    ``tensors`` as zeros."""
+    notes: list[str] = field(default_factory=list)
+    """What the folder holds beside the factors, a line each."""
+
+
+class Linears:
+    """Factors by linear, as they come in, and the check that they fit the model and each other."""
+
+    def __init__(self, weights: AdapterWeights, shape: ModelShape, rules: Rules) -> None:
+        self.weights = weights
+        self.shape = shape
+        self.rules = rules
+        self.where = weights.where
+        self.known = linear_modules(shape)
+        self.other_names = other_names(shape)
+        self.factors: dict[str, dict[FactorName, Tensor]] = defaultdict(dict)
+        self.scales: dict[str, float] = {}
+        self.wanted = PLAIN
+
+    def add(self, module: str, factor: FactorName, tensor: Tensor, *, also: list[str]) -> None:
+        """One factor of one linear. ``also``: other names by which the config may target it."""
+        own = self.other_names.get(module, module)
+        if own not in self.known:
+            raise ValueError(f"{self.where}: {self._what_is(module)}")
+        rank = tensor.shape[0 if factor == "A" else 1]
+        self._check_shape(own, factor, tensor, rank)
+        # PEFT compares patterns with the name that the file has.
+        scale = self.rules.scale(self.rules.looked_up(module), rank, tensor_name(module, factor))
+        self._keep(own, {factor: tensor}, scale, [*also, module])
+
+    def add_magnitude(self, module: str, name: str, tensor: Tensor) -> None:
+        """DoRA's magnitude of one dense linear."""
+        own = self.other_names.get(module, module)
+        if own not in self.known or not has_dora(self.known[own][0]):
+            raise ValueError(
+                f"{self.where}: {name} is a magnitude, and megalora has DoRA on attention, dense"
+                " MLPs and shared experts alone"
+            )
+        self._check_shape(own, "M", tensor, 1)
+        if "M" in self.factors[own]:
+            raise ValueError(f"{self.where}: two tensors are the magnitude of {own}")
+        # Float32 in training, whatever the file has.
+        self.factors[own]["M"] = tensor.float()
+
+    def add_fused(self, module: str, a: Tensor, b: Tensor) -> None:
+        """Gate and up of one MLP or one expert in one adapter."""
+        rank = a.shape[0]
+        scale = self.rules.scale(module, rank, tensor_name(module, "A"))
+        for half, (own_a, own_b) in fused_linears(module, a, b).items():
+            self._check_shape(half, "A", own_a, rank)
+            self._check_shape(half, "B", own_b, rank)
+            self._keep(half, {"A": own_a, "B": own_b}, scale, [module])
+
+    def put(
+        self,
+        layer: int,
+        role: str,
+        factors: Factors,
+        scale: float,
+        also: list[str] | None = None,
+    ) -> None:
+        """All experts of one projection, from tensors that hold them all."""
+        for expert, (a, b) in enumerate(zip(*factors, strict=True)):
+            module = f"{experts_block(layer)}.{expert}.{role}"
+            own = self.other_names.get(module, module)
+            self._keep(own, {"A": a.contiguous(), "B": b.contiguous()}, scale, also or [])
+
+    def _check_shape(self, module: str, factor: FactorName, tensor: Tensor, rank: int) -> None:
+        projection, layer, _ = self.known[module]
+        fits = make_adapted(projection, layer, rank, 0.0, 0.0, self.shape).shape(factor)
+        if tuple(tensor.shape) != fits:
+            raise ValueError(
+                f"{self.where}: {tensor_name(module, factor)} is {tuple(tensor.shape)}, but this"
+                f" base model and rank need {fits}"
+            )
+
+    def _keep(
+        self, module: str, own: dict[FactorName, Tensor], scale: float, also: list[str]
+    ) -> None:
+        for factor in own:
+            if factor in self.factors[module]:
+                raise ValueError(f"{self.where}: two tensors are lora_{factor} of {module}")
+        self.factors[module] |= own
+        self.scales[module] = scale
+        projection, layer, _ = self.known[module]
+        self.rules.note([module, *also], parameters_of(projection, layer))
+
+    def _what_is(self, module: str) -> str:
+        """Of a module that is not adapted here: what it is instead."""
+        leaf = module.rsplit(".", 1)[-1]
+        if module in other_modules(self.shape):
+            return (
+                f"{module} has an adapter; megalora does not adapt it. Merge it with PEFT"
+                " (merge_and_unload), or train without it"
+            )
+        if leaf in ALIASES:
+            names = ", ".join(ALIASES[leaf])
+            return (
+                f"{module} is another stack's name for {names}, and the order of its rows is not in"
+                " the file. Write an A and a B for each of them under their Hugging Face names"
+            )
+        close = difflib.get_close_matches(module, self.known, n=1)
+        nearest = f"; the nearest is {close[0]}" if close else ""
+        return f"{module} is not a linear layer of this base model{nearest}"
+
+    def adapter(self, notes: list[str], *, use_dora: bool) -> Adapter:
+        """Everything that came in, as one adapter, if it fits together."""
+        self.wanted = WITH_MAGNITUDE if use_dora else PLAIN
+        adapted: list[Adapted] = []
+        tensors: dict[str, Tensor] = {}
+        absent: list[str] = []
+        groups: dict[tuple[Projection, int | None], list[str]] = defaultdict(list)
+        for module, (projection, layer, _) in self.known.items():
+            if module in self.factors:
+                groups[projection, layer].append(module)
+        for (projection, layer), modules in groups.items():
+            a = self._one(projection, layer, modules)
+            adapted.append(a)
+            for module in a.hf_modules():
+                # An expert without factors beside others that have some: zeros, and named.
+                if module not in self.factors:
+                    absent.append(module)
+                for factor in self.wanted:
+                    tensors[tensor_name(module, factor)] = self._tensor(module, factor, a)
+        if not adapted:
+            raise ValueError(f"{self.where} holds no LoRA factor: it would be the base model")
+        return Adapter(self.weights.folder, adapted, tensors, absent, notes)
+
+    def _one(self, projection: Projection, layer: int | None, modules: list[str]) -> Adapted:
+        ranks = set()
+        scales = set()
+        for module in modules:
+            factors = self.factors[module]
+            for present, lacking in (("A", "B"), ("B", "A")):
+                if lacking not in factors:
+                    raise ValueError(
+                        f"{self.where} has lora_{present} of {module} and lacks its lora_{lacking}"
+                    )
+            if ("M" in factors) != ("M" in self.wanted):
+                has = "has" if "M" in factors else "lacks"
+                raise ValueError(
+                    f"{self.where} {has} the magnitude of {module}, and use_dora in {CONFIG} is"
+                    f" {'true' if 'M' in self.wanted else 'false'}"
+                )
+            ranks.add(factors["A"].shape[0])
+            scales.add(self.scales[module])
+        if len(ranks) > 1 or len(scales) > 1:
+            raise ValueError(
+                f"{self.where}: experts of layer {layer} have different ranks or scales in"
+                f" {projection.name} ({sorted(ranks)}; {sorted(scales)}); megalora and vLLM give"
+                " one to all experts of a projection"
+            )
+        rank = ranks.pop()
+        scale = scales.pop()
+        return make_adapted(projection, layer, rank, scale * rank, scale, self.shape, self.wanted)
+
+    def _tensor(self, module: str, factor: FactorName, a: Adapted) -> Tensor:
+        if module in self.factors:
+            return self.factors[module][factor]
+        any_tensor = next(iter(self.factors.values()))[factor]
+        return any_tensor.new_zeros(a.shape(factor))
