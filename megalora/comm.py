@@ -7,9 +7,10 @@ Forward and backward are each other's transpose:
     scatter_seq   reduce-scatter on dim 0    all-gather on dim 0
     sum_over      all-reduce                 all-reduce
 
-But for one, for a sum from which every rank computes the same loss, which counts once:
+But for two, for what every rank computes the same loss from, which counts once:
 
     sum_alike     all-reduce                 the gradient as it is
+    gather_alike  all-gather on dim 0        this rank's slice of the gradient
 
 A group of one changes nothing. Tensors are ``[S, ...]``: sequence first, as everywhere in Megatron.
 """
@@ -42,6 +43,10 @@ def _all_reduce(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return out
 
 
+def _own_slice(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    return x.chunk(group.size())[group.rank()]
+
+
 def _collective(forward_op: Callable[..., Tensor], backward_op: Callable[..., Tensor]):
     """A collective whose gradient is another one."""
 
@@ -68,6 +73,7 @@ gather_seq = _collective(all_gather, _reduce_scatter)
 scatter_seq = _collective(_reduce_scatter, all_gather)
 sum_over = _collective(_all_reduce, _all_reduce)
 sum_alike = _collective(_all_reduce, lambda gradient, group: gradient)
+gather_alike = _collective(all_gather, _own_slice)
 
 
 def gather_dim(x: Tensor, dim: int, group: dist.ProcessGroup, num_shards: int) -> Tensor:

@@ -38,7 +38,8 @@ def check_run(path: str | Path, overrides: Sequence[str], num_ranks: int) -> Run
     if base.is_dir():
         # Raises for targets that match nothing, and for layouts that do not fit the
         # model.
-        plan(config.lora, config.parallel, base, config.train)
+        scores = config.objective.num_scores
+        plan(config.lora, config.parallel, base, config.train, scores)
     else:
         check_model(config.model.path, "model.path")
     # Last, for the hub may take long to answer.

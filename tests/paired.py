@@ -14,7 +14,9 @@ def write_pairs(chats: Path) -> None:
         # Backwards, with one to three words more or less.
         other = " ".join([*words[:0:-1], *["perhaps"] * (i % 5)]) or "none"
         rejected = {"role": "assistant", "content": other}
-        rows.append({"chosen": [*prompt, answer], "rejected": [*prompt, rejected]})
+        chosen = [*prompt, answer]
+        # Margins of a reward model: no two neighbours have the same.
+        rows.append({"chosen": chosen, "rejected": [*prompt, rejected], "margin": 0.25 * (i % 4)})
     write_jsonl(pairs_of(chats), rows)
 
 
@@ -29,6 +31,21 @@ def write_rated(chats: Path) -> None:
 def rated_of(chats: Path) -> Path:
     """Where ``write_chats`` puts the chats with their labels."""
     return chats.with_name(f"{chats.stem}_rated.jsonl")
+
+
+def write_labels(chats: Path) -> None:
+    """Each chat with one of three labels, which the lengths of answers go with, in the file that
+    ``labelled_of`` names."""
+    rows = []
+    for row in read_jsonl(chats):
+        words = len(row["messages"][-1]["content"].split())
+        rows.append({"messages": row["messages"], "label": words % 3})
+    write_jsonl(labelled_of(chats), rows)
+
+
+def labelled_of(chats: Path) -> Path:
+    """Where ``write_chats`` puts the chats with labels."""
+    return chats.with_name(f"{chats.stem}_labelled.jsonl")
 
 
 def pairs_of(chats: Path) -> Path:

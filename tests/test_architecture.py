@@ -58,7 +58,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 wherever in a file it stands."""
 MEGATRON_SEAM = (
     "megalora/host.py", "megalora/megatron_patches.py", "megalora/parallel.py", "megalora/model/",
-    "megalora/lora/inject.py", "megalora/train/loop.py", "megalora/train/step.py",
+    "megalora/lora/inject.py", "megalora/train/loop.py", "megalora/train/known_shapes.py",
+    "megalora/train/step.py",
     "megalora/train/optim.py",
 )  # fmt: skip
 WITHOUT_TORCH = (
@@ -67,7 +68,8 @@ WITHOUT_TORCH = (
     "megalora/adapters/read/__init__.py", "megalora/adapters/read/options.py",
     "megalora/data/__init__.py", "megalora/data/messages.py", "megalora/data/sources.py",
     "megalora/data/pack.py",
-    "megalora/lora/__init__.py", "megalora/lora/spec.py", "megalora/lora/select.py", 
+    "megalora/lora/__init__.py", "megalora/lora/spec.py", "megalora/lora/trained_weight.py",
+    "megalora/lora/select.py",
     "megalora/lora/modules.py", "megalora/lora/patterns.py", "megalora/wording.py",
     "megalora/paths.py", "megalora/launching.py", "megalora/user_error.py", "megalora/preflight.py",
     "megalora/hf/__init__.py", "megalora/hf/folder.py", "megalora/hf/json_file.py",

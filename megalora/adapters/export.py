@@ -97,8 +97,9 @@ def export(
     folder = local_folder(named, "--base", weights=False)
     shape = model_shape(read_hf_config(folder))
     # As trained, without zeros that an earlier export wrote: each engine wants zeros of its own.
-    form = trained_form(read_adapter(source, shape, base=folder), shape)
+    form = trained_form(read_adapter(source, shape, base=folder, score=True), shape)
     adapter = _without(form.adapter, drop)
+    shape = adapter.shape_of(shape)
     layout = _layout(engine, layout, adapter, shape)
     formats = ENGINES[engine].layouts if engine else PEFT_LAYOUTS
     in_peft = loads_in_peft(layout, adapter.adapted, shape)
@@ -111,7 +112,7 @@ def export(
             run = read_json_object(source / STATE_JSON)
         facts = Facts(
             named, out.name, layout, engine, adapter.adapted, zeros, adapter.absent, list(drop),
-            in_peft, run,
+            in_peft, adapter.num_scores, run,
         )  # fmt: skip
         (temporary / CARD).write_text(card(facts))
         # With something left out, a server would rightly answer otherwise than the probe says.

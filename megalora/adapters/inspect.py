@@ -8,11 +8,17 @@ from typing import Any
 import torch
 
 from megalora.adapters.files import CONFIG, STATE_JSON, adapters_below, read_config
-from megalora.adapters.read.options import not_followed, not_plain, refused_options
+from megalora.adapters.read.options import (
+    has_score,
+    not_followed,
+    not_plain,
+    refused_options,
+)
 from megalora.adapters.read.weights import FLOATS, AdapterWeights
 from megalora.adapters.training_state import read_state
 from megalora.adapters.write.engines import ENGINES
 from megalora.hf.tensor_names import (
+    SCORE,
     described,
     is_of_experts,
     is_training_only,
@@ -50,11 +56,17 @@ def describe(adapter: Path) -> str:
     num_parameters = 0
     zero_b = 0
     not_finite = []
+    heads: list[str] = []
     # One tensor at a time: an adapter of all experts is larger than some hosts' memory.
     for name, info in weights.info.items():
         tensor = weights.tensor(name)
         num_bytes += tensor.nbytes
         factor = parse_factor(name)
+        # The head of a classifier or reward model has a line of its own, below the table.
+        if has_score(config) and parse_weight(name) == SCORE and tensor.dim() == 2:
+            num_parameters += tensor.numel()
+            heads.append(_head_line(tensor))
+            continue
         dims = 1 if factor is not None and factor[1] == "M" else 2
         if factor is None or tensor.dim() != dims or info.dtype not in FLOATS:
             other.append(name)
@@ -65,7 +77,38 @@ def describe(adapter: Path) -> str:
             zero_b += 1
         if not norm < float("inf"):  # NaN too
             not_finite.append(name)
-    lines = [
+    lines = _title(adapter, config, num_parameters, num_bytes)
+    for (name, _), row in rows.items():
+        lines.append(_line(name, row))
+    lines += heads
+    if zero_b:
+        lines.append(f"B is zero in {zero_b} tensors: these adapters do nothing")
+    if not_finite:
+        lines.append(f"NaN or infinite in {len(not_finite)} tensors, such as {not_finite[0]}")
+    lines += _other_lines(other, weights) + _config_lines(config) + weights.notes
+    return "\n".join(lines + _cycle_lines(adapter) + _below_lines(adapter))
+
+
+def _below_lines(adapter: Path) -> list[str]:
+    """A line about adapters in sub-folders, where there are any."""
+    below = adapters_below(adapter)
+    return [f"sub-folders with adapters of their own: {', '.join(below)}"] if below else []
+
+
+def _head_line(score: torch.Tensor) -> str:
+    """A line about the head of a classifier or reward model."""
+    rows, columns = score.shape
+    # NaN shows as such.
+    norm = torch.linalg.vector_norm(score.float()).item()
+    return (
+        f"{SCORE}.weight: {rows} x {columns}, norm {norm:.3f}: a score head in place of lm_head,"
+        " trained whole"
+    )
+
+
+def _title(adapter: Path, config: dict[str, Any], num_parameters: int, num_bytes: int) -> list[str]:
+    """What the folder is in a line, and the head of the table."""
+    return [
         (
             f"{adapter}: LoRA for {config.get('base_model_name_or_path')}, r={config['r']},"
             f" alpha={config['lora_alpha']}, {num_parameters:,} parameters,"
@@ -76,17 +119,6 @@ def describe(adapter: Path) -> str:
             f"{'parameters':>14}{'mean |A|':>10}{'mean |B|':>10}"
         ),
     ]
-    for (name, _), row in rows.items():
-        lines.append(_line(name, row))
-    if zero_b:
-        lines.append(f"B is zero in {zero_b} tensors: these adapters do nothing")
-    if not_finite:
-        lines.append(f"NaN or infinite in {len(not_finite)} tensors, such as {not_finite[0]}")
-    lines += _other_lines(other, weights) + _config_lines(config) + weights.notes
-    lines += _cycle_lines(adapter)
-    if below := adapters_below(adapter):
-        lines.append(f"sub-folders with adapters of their own: {', '.join(below)}")
-    return "\n".join(lines)
 
 
 def _cycle_lines(adapter: Path) -> list[str]:
@@ -130,6 +162,9 @@ def _config_lines(config: dict[str, Any]) -> list[str]:
     """Options that megalora refuses, and those that an engine reads and does not follow."""
     lines = []
     for key, why in not_plain(config).items():
+        # The head has a line of its own.
+        if key == "modules_to_save" and has_score(config):
+            continue
         lines.append(
             f"{CONFIG}: {key}={shorten(config[key])} is not plain LoRA, so that import, merge and"
             f" export refuse it: {why}"

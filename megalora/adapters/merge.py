@@ -14,7 +14,7 @@ How a base stores an adapted linear, in rows of the stored tensor seen as [rows,
 The packed ones are transformers 5's own layout, which ``save_pretrained(...,
 save_original_format=False)`` writes. An adapted lm_head that is tied to the embedding becomes a
 weight of its own, behind the other tensors of the embedding's file, and ``tie_word_embeddings``
-becomes false.
+becomes false. A classifier's score head takes the place of lm_head (``merge_score.py``).
 """
 
 import json
@@ -23,22 +23,23 @@ import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from io import BufferedReader, BufferedWriter
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from megalora.adapters.files import CONFIG
+from megalora.adapters.merge_head import Shard, add_lm_head, replace_lm_head, untie
 from megalora.adapters.merge_report import REPORT, MergedModule, MergeReport
+from megalora.adapters.merge_score import make_classifier
 from megalora.adapters.read.adapter import read_adapter
 from megalora.atomic_folder import check_new, check_space, whole_or_gone
 from megalora.hf.folder import INDEX, check_base_folder, local_folder, weight_shards
-from megalora.hf.json_file import read_hf_config, read_json_object
+from megalora.hf.json_file import read_hf_config
 from megalora.hf.safetensors import Stored, header_bytes, read_header
-from megalora.hf.tensor_names import EMBEDDING, LM_HEAD, published_name
+from megalora.hf.tensor_names import published_name
 from megalora.lora.magnitude import with_lengths
 from megalora.lora.spec import Adapted, tensor_name
 from megalora.model.fields import model_shape
@@ -71,15 +72,6 @@ class _Block:
     columns: int
 
 
-@dataclass(frozen=True)
-class _Shard:
-    """A file to write: its header, and in the order of its tensors where the base's file of that
-    name has their bytes."""
-
-    header: dict[str, Any]
-    tensors: list[Stored]
-
-
 def merge(adapter: Path, base: str, out: Path) -> MergeReport:
     """Write ``base``, a folder or hub name, with ``adapter`` merged into it to the folder ``out``,
     which must be new or empty.
@@ -98,12 +90,13 @@ def merge(adapter: Path, base: str, out: Path) -> MergeReport:
     check_new(out, folder)
     shape = model_shape(read_hf_config(folder))
     check_base_folder(folder)
-    read = read_adapter(adapter, shape, base=folder)
-    shards = {name: _Shard(*read_header(folder / name)) for name in weight_shards(folder)}
+    read = read_adapter(adapter, shape, base=folder, score=True)
+    shards = {name: Shard(*read_header(folder / name)) for name in weight_shards(folder)}
+    score = replace_lm_head(shards, read) if read.num_scores else None
     # The head's delta must not change the embedding: the two become weights of their own.
     untied = shape.tied_embeddings and any(a.projection in HEAD for a in read.adapted)
     if untied:
-        _add_lm_head(folder, shards)
+        add_lm_head(folder, shards)
     blocks = _find_blocks(folder, read.adapted, shape, shards)
     others = [path for path in sorted(folder.iterdir()) if _is_copied(path)]
     num_bytes = 0
@@ -118,7 +111,9 @@ def merge(adapter: Path, base: str, out: Path) -> MergeReport:
         for path in others:
             shutil.copyfile(path, temporary / path.name)
         if untied:
-            _untie(temporary, shards)
+            untie(temporary, shards)
+        if score is not None:
+            make_classifier(temporary, read, *score)
         report = MergeReport(adapter, base, out, num_bytes, tuple(merged), tuple(read.notes))
         (temporary / REPORT).write_text(json.dumps(report.to_json(), indent=1) + "\n")
     return report
@@ -144,34 +139,8 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _add_lm_head(folder: Path, shards: dict[str, _Shard]) -> None:
-    """Where a tied base has no lm_head, let it be the embedding's bytes once more, at the end of
-    the embedding's file."""
-    at: dict[str, tuple[str, Stored]] = {}
-    for name, shard in shards.items():
-        for tensor in shard.tensors:
-            at[published_name(tensor.name)] = (name, tensor)
-    if EMBEDDING not in at:
-        what = (
-            "its head alone; save the model anew with both" if LM_HEAD in at else "neither weight"
-        )
-        raise ValueError(f"{folder} ties lm_head to {EMBEDDING}, and has {what}")
-    if LM_HEAD in at:
-        return
-    name, embedding = at[EMBEDDING]
-    header = shards[name].header
-    tensors = shards[name].tensors
-    # safetensors allows no gap: the data of a file's tensors end where the last one does.
-    end = sum(tensor.num_bytes for tensor in tensors)
-    place = {"data_offsets": [end, end + embedding.num_bytes]}
-    shards[name] = _Shard(
-        header | {LM_HEAD: header[embedding.name] | place},
-        [*tensors, replace(embedding, name=LM_HEAD)],
-    )
-
-
 def _find_blocks(
-    folder: Path, adapted: list[Adapted], shape: ModelShape, shards: dict[str, _Shard]
+    folder: Path, adapted: list[Adapted], shape: ModelShape, shards: dict[str, Shard]
 ) -> dict[str, list[_Block]]:
     """Stored tensor -> what is merged into it; proves that every adapted module is there, and
     once."""
@@ -232,7 +201,7 @@ def _check_tensor(shard: Path, tensor: Stored, size: tuple[int, ...]) -> None:
 def _write_shard(
     source: Path,
     target: Path,
-    shard: _Shard,
+    shard: Shard,
     blocks: dict[str, list[_Block]],
     factors: Mapping[str, Tensor],
 ) -> Iterator[MergedModule]:
@@ -240,6 +209,9 @@ def _write_shard(
     with source.open("rb") as base, target.open("wb") as out:
         out.write(header_bytes(shard.header))
         for tensor in shard.tensors:
+            if tensor.name in shard.added:
+                out.write(shard.added[tensor.name].view(torch.uint8).numpy())
+                continue
             base.seek(tensor.start)
             # Bytes between adapted rows are copied as they are.
             written = 0
@@ -306,36 +278,6 @@ def _merge_block(
     survived = kept_delta / delta_delta
     error = math.sqrt(lost_lost / delta_delta)
     return MergedModule(block.module, name, math.sqrt(delta_delta), survived, error)
-
-
-def _untie(folder: Path, shards: dict[str, _Shard]) -> None:
-    """Say in the result's config and index that lm_head is a weight of its own."""
-    path = folder / "config.json"
-    config = read_json_object(path) | {"tie_word_embeddings": False}
-    path.write_text(json.dumps(config, indent=2) + "\n")
-    if not (folder / INDEX).is_file():
-        return  # a single file needs no index
-    index = read_json_object(folder / INDEX)
-    if LM_HEAD in index["weight_map"]:
-        return
-    name, lm_head = _find_lm_head(shards)
-    index["weight_map"][LM_HEAD] = name
-    added = {"total_size": lm_head.num_bytes, "total_parameters": math.prod(lm_head.shape)}
-    metadata = index.get("metadata", {})
-    for key, number in added.items():
-        # Not every tool that writes an index writes both.
-        if key in metadata:
-            metadata[key] += number
-    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-
-
-def _find_lm_head(shards: dict[str, _Shard]) -> tuple[str, Stored]:
-    """The file that lm_head is in, and its entry there."""
-    for name, shard in shards.items():
-        for tensor in shard.tensors:
-            if tensor.name == LM_HEAD:
-                return name, tensor
-    raise AssertionError("a merged lm_head is in one of the files")
 
 
 def _is_copied(path: Path) -> bool:

@@ -71,8 +71,9 @@ def import_adapter(
     check_new(out, source)
     folder = local_folder(base, "--base", weights=False)
     shape = model_shape(read_hf_config(folder))
-    form = trained_form(read_adapter(source, shape, order, folder), shape, fill=True)
+    form = trained_form(read_adapter(source, shape, order, folder, score=True), shape, fill=True)
     adapted = form.adapter.adapted
+    shape = form.adapter.shape_of(shape)
     tensors = form.adapter.tensors
     section = lora_section(adapted, shape)
     with whole_or_gone(out) as temporary:
@@ -84,7 +85,10 @@ def import_adapter(
             "imported_from": str(source),
             "base": base,
             "adapted": settings(adapted),
+            "num_scores": shape.num_scores,
         }
+        if not shape.num_scores:
+            del state["num_scores"]
         state["identity"] = _base_identity(folder)
         (temporary / STATE_JSON).write_text(json.dumps(state, indent=1) + "\n")
         lora = OmegaConf.create({"lora": section})

@@ -22,6 +22,7 @@ from megalora.adapters.write.form import export_form, factors_of, peft_tensors
 from megalora.lora.init import initial_a
 from megalora.lora.section import differing, settings
 from megalora.lora.spec import OUTER, Adapted, has_magnitudes, tensor_name
+from megalora.lora.trained_weight import trained_weights
 from megalora.model.shape import ModelShape
 
 SEED = 0
@@ -51,7 +52,13 @@ def trained_form(adapter: Adapter, shape: ModelShape, *, fill: bool = False) -> 
     # No engine wants zeros of DoRA, whose magnitudes act without B, too.
     if has_magnitudes(adapter.adapted) and not is_checkpoint:
         return TrainedForm(adapter, [])
-    form = _of_checkpoint(adapter, shape) if is_checkpoint else _without_padding(adapter, fill)
+    if is_checkpoint:
+        form = _of_checkpoint(adapter, shape)
+    else:
+        form = _without_padding(adapter, fill)
+        # What is trained whole has no zeros that mean nothing.
+        for weight in trained_weights(adapter.shape_of(shape)):
+            form.adapter.tensors[weight.tensor] = adapter.tensors[weight.tensor]
     tensors = form.adapter.tensors
     if not any(tensors[name].any() for name in tensors if ".lora_B." in name):
         raise ValueError(f"{adapter.folder}: every B is zero: this adapter does nothing")
@@ -62,6 +69,10 @@ def _of_checkpoint(adapter: Adapter, shape: ModelShape) -> TrainedForm:
     """What was trained, as the training state has it, in the dtype of the adapter's file."""
     state = read_state(adapter.folder)
     adapted = state.trained(shape)
+    whole = trained_weights(adapter.shape_of(shape))
+    # The optimizer's file holds the head too, of as many rows.
+    if state.num_scores != adapter.num_scores:
+        raise _contradiction(adapter, f"{WEIGHTS} has {adapter.num_scores} scores")
     dtypes: dict[str, torch.dtype] = {}
     for a in adapted:
         for expert, module in enumerate(a.hf_modules()):
@@ -70,7 +81,9 @@ def _of_checkpoint(adapter: Adapter, shape: ModelShape) -> TrainedForm:
                 if name not in adapter.tensors:
                     raise _contradiction(adapter, f"{WEIGHTS} lacks {name}")
                 dtypes[a.tensor_name(factor, expert)] = adapter.tensors[name].dtype
-    tensors = read_factors(adapter.folder, adapted, dtypes)
+    for weight in whole:
+        dtypes[weight.tensor] = adapter.tensors[weight.tensor].dtype
+    tensors = read_factors(adapter.folder, adapted, dtypes, whole)
     # The training state has the last cycle's adapter alone, the adapter's files the sum.
     if state.cycles:
         earlier = read_cycles(state_folder(adapter.folder), state.cycles, adapted)
@@ -80,7 +93,10 @@ def _of_checkpoint(adapter: Adapter, shape: ModelShape) -> TrainedForm:
     pairs = export_form(adapted, shape)
     if apart := differing(settings([w for w, _ in pairs]), settings(adapter.adapted)):
         raise _contradiction(adapter, f"{apart[0]} has another rank or scale in {CONFIG}")
-    for name, tensor in peft_tensors(pairs, tensors).items():
+    written = peft_tensors(pairs, tensors)
+    for weight in whole:
+        written[weight.tensor] = tensors[weight.tensor]
+    for name, tensor in written.items():
         if not torch.equal(tensor, adapter.tensors[name]):
             raise _contradiction(adapter, f"{name} has other values in {WEIGHTS}")
     return TrainedForm(replace(adapter, adapted=adapted, tensors=tensors), [])

@@ -2,7 +2,7 @@
 lie beside the optimizer's moments."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,12 @@ from torch import Tensor
 
 from megalora.adapters.best_loss import BestLoss, Evaluations
 from megalora.adapters.files import OPTIMIZER, STATE_JSON, STATE_KEYS
-from megalora.config import LoRAConfig
+from megalora.config import LoRAConfig, ObjectiveConfig
 from megalora.hf.json_file import read_json_object
 from megalora.lora.section import adapted_of, settings
 from megalora.lora.select import resolve
 from megalora.lora.spec import WITH_MAGNITUDE, Adapted, expected_tensors
+from megalora.lora.trained_weight import TrainedWeight
 from megalora.model.shape import ModelShape
 
 Json = dict[str, Any]
@@ -51,6 +52,16 @@ class SavedState:
     """Adapters that were merged into the base before this one (``cycles.py``)."""
     cycle_start: int = 0
     """Finished steps when the adapter began that is trained now."""
+    imported_scores: int = 0
+    """Numbers that an imported score head gives."""
+
+    @property
+    def num_scores(self) -> int:
+        """Numbers that the score head gives; 0 where there is none."""
+        options = {"objective": {}, **self.config}["objective"]
+        # Checkpoints of earlier versions have options that may be unknown now; none had a head.
+        scored = options.get("name") in ("classify", "reward")
+        return ObjectiveConfig(**options).num_scores if scored else self.imported_scores
 
     def trained(self, shape: ModelShape) -> list[Adapted]:
         """The projections that were trained, with their own ranks and scales.
@@ -94,6 +105,7 @@ def read_state(folder: Path) -> SavedState:
             imported_from=_text(path, state, "imported_from"),
             base=_text(path, state, "base"),
             adapted=_adapted(path, state),
+            imported_scores=_count(path, {"num_scores": 0, **state}, "num_scores"),
             **known,
         )
     return SavedState(
@@ -110,7 +122,10 @@ def read_state(folder: Path) -> SavedState:
 
 
 def read_factors(
-    folder: Path, adapted: list[Adapted], dtypes: Mapping[str, torch.dtype]
+    folder: Path,
+    adapted: list[Adapted],
+    dtypes: Mapping[str, torch.dtype],
+    whole: Sequence[TrainedWeight] = (),
 ) -> dict[str, Tensor]:
     """Trained factors by tensor name, from the float32 masters of a checkpoint.
 
@@ -118,6 +133,7 @@ def read_factors(
         adapted: what was trained, as ``SavedState.trained`` says.
         dtypes: tensor name -> the dtype to return it in. A parameter in training is its master,
             rounded to the parameter's dtype.
+        whole: weights that are trained whole.
 
     Raises:
         ValueError: the file cannot be read, or lacks a tensor, or holds one of another shape.
@@ -127,7 +143,7 @@ def read_factors(
     try:
         with safe_open(str(path), framework="pt") as file:
             there = set(file.keys())
-            for name, shape in expected_tensors(adapted).items():
+            for name, shape in expected_tensors(adapted, whole).items():
                 master = f"{STATE_KEYS[0]}.{name}"
                 if master not in there:
                     raise ValueError(f"{path} has no tensor {master}")

@@ -73,7 +73,7 @@ def bench_command(
     require(
         config.objective.name == "sft",
         f"bench measures the step of supervised fine-tuning; objective.name={config.objective.name}"
-        " is planned, and not measured yet. Measure with objective.name=sft",
+        " is not measured yet. Measure with objective.name=sft",
     )
     machine = find_machine(asked.gpu)
     imbalance = 1.0 if options.routing == "balanced" else asked.imbalance

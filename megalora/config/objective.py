@@ -11,20 +11,28 @@ _OPTIONS = {
     "simpo": ("beta", "label_smoothing", "sft_weight", "margin"),
     "orpo": ("beta", "sft_weight"),
     "kto": ("beta", "desirable_weight", "undesirable_weight", "reference"),
+    "reward": ("centre",),
+    "classify": ("num_labels", "labels"),
 }
 """Options that an objective reads; another one that is set would do nothing."""
+_PAIRS = ("dpo", "simpo", "orpo", "reward")
+"""Objectives of which a sample is a pair of answers."""
 _SMOOTHED = ("sigmoid", "robust")
 """Losses of DPO that have label smoothing."""
+MOST_LABELS = 1 << 20
+"""Numbers of labels travel as float32, which has all integers up to 2^24."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    name: Literal["sft", "dpo", "simpo", "orpo", "kto"] = "sft"
-    """``sft``: cross entropy of the assistant's tokens. ``dpo``, ``simpo`` and ``orpo`` learn from
-    pairs of a preferred and a rejected answer, of which ``train.global_batch_size`` counts pairs:
-    ``dpo`` compares with a reference, whose log-probabilities a pass of its own finds in every
-    step; ``simpo`` and ``orpo`` need none. ``kto`` learns from single answers that are labelled
-    good or bad, compared with a reference."""
+    name: Literal["sft", "dpo", "simpo", "orpo", "kto", "reward", "classify"] = "sft"
+    """``sft``: cross entropy of the assistant's tokens. ``dpo``, ``simpo``, ``orpo`` and ``reward``
+    learn from pairs of a preferred and a rejected answer, of which ``train.global_batch_size``
+    counts pairs: ``dpo`` compares with a reference, whose log-probabilities a pass of its own finds
+    in every step; the others need none. ``kto`` learns from single answers that are labelled good
+    or bad, compared with a reference. ``reward`` and ``classify`` train a score head in place of
+    lm_head: ``reward`` gives an answer a number by which the preferred one is to lead
+    (Bradley-Terry), ``classify`` gives a text or a conversation one of several labels."""
     reference: Literal["base", "start"] = "base"
     """Of ``dpo`` and ``kto``, what the model is compared with: ``base``, with the adapters switched
     off, or ``start``, the adapter as it was when the run began, such as an imported one. A second
@@ -46,7 +54,15 @@ class ObjectiveConfig:
     margin: float | None = None
     """Of ``simpo``: by how much the chosen answer is to lead, in ``objective.beta`` times mean
     log-probabilities. null is 0.5."""
-
+    centre: float | None = None
+    """Of ``reward``: weight of the square of the sum of a pair's scores, which keeps scores near
+    0. null leaves the term out."""
+    num_labels: int | None = None
+    """Of ``classify``: number of labels, which the data gives as numbers from 0 on. 1 learns the
+    numbers of the data themselves, by their squared error. null is that of ``objective.labels``."""
+    labels: list[str] | None = None
+    """Of ``classify``: names of the labels, in the order of their numbers. The data may hold names
+    or numbers."""
     desirable_weight: float = 1.0
     """Of ``kto``: weight of the good answers. The paper has the sums of weights of good and of bad
     ones between 1 : 1 and 4 : 3, so weigh up the rarer ones."""
@@ -59,6 +75,7 @@ class ObjectiveConfig:
         defaults = {
             "loss": "sigmoid", "beta": None, "label_smoothing": 0, "sft_weight": None,
             "margin": None, "reference": "base", "desirable_weight": 1, "undesirable_weight": 1,
+            "centre": None, "num_labels": None, "labels": None,
         }  # fmt: skip
         for option, default in defaults.items():
             value = getattr(self, option)
@@ -72,7 +89,8 @@ class ObjectiveConfig:
             self.beta is None or 0 < self.beta < float("inf"),
             f"objective.beta must be above 0, got {self.beta}",
         )
-        for option in ("sft_weight", "margin", "desirable_weight", "undesirable_weight"):
+        weights = ("sft_weight", "margin", "centre", "desirable_weight", "undesirable_weight")
+        for option in weights:
             value = getattr(self, option)
             require(
                 value is None or 0 <= value < float("inf"),
@@ -88,16 +106,58 @@ class ObjectiveConfig:
             f"objective.label_smoothing does nothing for objective.loss={self.loss}; only"
             f" {' and '.join(_SMOOTHED)} have it",
         )
+        if self.name == "classify":
+            self._check_labels()
+
+    def _check_labels(self) -> None:
+        names = self.labels
+        # Labels of the data alone would not say how many there are: rows may lack one.
+        require(
+            self.num_labels is not None or names is not None,
+            "objective.name=classify needs objective.labels, the names of the labels, or"
+            " objective.num_labels, their number",
+        )
+        require(
+            self.num_labels is None or 1 <= self.num_labels <= MOST_LABELS,
+            f"objective.num_labels must be from 1 to {MOST_LABELS:,}, got {self.num_labels}",
+        )
+        # Labels may have no names.
+        if names is None:
+            return
+        require(
+            len(names) >= 2 and len(set(names)) == len(names) and all(map(str.strip, names)),
+            f"objective.labels must be two or more different names, got {names}",
+        )
+        require(
+            self.num_labels in (None, len(names)),
+            f"objective.num_labels={self.num_labels} is not the number of objective.labels, which"
+            f" are {len(names)}; leave it out",
+        )
 
     @property
     def pairs(self) -> bool:
         """Whether a sample is a pair of answers."""
-        return self.name in ("dpo", "simpo", "orpo")
+        # Of a reward model too: its scores are compared.
+        return self.name in _PAIRS
 
     @property
     def labelled(self) -> bool:
         """Whether a sample says if its answer is good."""
         return self.name == "kto"
+
+    @property
+    def num_scores(self) -> int:
+        """Numbers that a score head gives a sequence; 0 for a language model."""
+        if self.name == "classify":
+            # One of the two is set, or both agree.
+            return self.num_labels or len(self.labels or ())
+        return int(self.name == "reward")
+
+    @property
+    def unread_tokens(self) -> int:
+        """Tokens of a sequence that take no place in a row: the last one is only a label, unless a
+        score is read from it."""
+        return 0 if self.num_scores else 1
 
     @property
     def sequences(self) -> int:

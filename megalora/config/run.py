@@ -27,8 +27,9 @@ class RunConfig:
     def __post_init__(self) -> None:
         # Here and not in a section: it takes two of them to see it.
         capacity = self.train.micro_batch_tokens
-        # The last token of a sequence is only a label. The two of a pair share a row.
-        needed = self.objective.sequences * (self.data.max_length - 1)
+        # The two of a pair share a row.
+        places = self.data.max_length - self.objective.unread_tokens
+        needed = self.objective.sequences * places
         sample = "a pair of sequences" if self.objective.pairs else "a sample"
         require(
             capacity is None or capacity >= needed,
@@ -42,9 +43,11 @@ class RunConfig:
             " rate of its own. Set train.steps, or leave the weights out to train on every sample"
             " once an epoch.",
         )
-
         if self.objective.name != "sft":
             self._check_answers()
+        # Without lm_head nothing has log-probabilities.
+        if self.objective.num_scores:
+            self._check_scored()
         if self.lora.use_dora:
             self._check_dora()
         if self.train.relora is not None:
@@ -63,6 +66,12 @@ class RunConfig:
             " lora.use_dora would need as well: set objective.reference=base, or leave use_dora"
             " out",
         )
+        # Nothing was compared with PEFT's of both.
+        require(
+            not self.objective.num_scores,
+            f"objective.name={self.objective.name} trains a score head, which is not there with"
+            " lora.use_dora yet: leave use_dora out",
+        )
         require(
             self.train.relora is None,
             "lora.use_dora: train.relora adds up B A of its cycles, which leaves DoRA's magnitudes"
@@ -80,6 +89,11 @@ class RunConfig:
             not self.objective.num_references,
             f"objective.name={self.objective.name} compares with the base, into which train.relora"
             " merges adapters: leave one of them out",
+        )
+        require(
+            not self.objective.num_scores,
+            f"objective.name={self.objective.name}: train.relora merges adapters and has no place"
+            " for a score head. Leave one of the two out",
         )
         require(
             not self.lora.share_outer,
@@ -124,6 +138,26 @@ class RunConfig:
             self.data.eval != 1 or isinstance(self.data.eval, float),
             f"objective.name={name} needs data.eval of at least 2 samples, got 1: {other}",
         )
+
+    def _check_scored(self) -> None:
+        """Options that need the log-probabilities of a language model."""
+        name = self.objective.name
+        require(
+            self.data.too_long in ("left_out", "truncate_left"),
+            f"data.too_long={self.data.too_long} would cut off the end of a text, from which"
+            f" objective.name={name} reads its score; it can be left_out or truncate_left",
+        )
+        unread = {
+            "log.samples": bool(self.log.samples),
+            "train.check_base=loss": self.train.check_base == "loss",
+            "checkpoint.serve": self.checkpoint.serve is not None,
+        }
+        for option, is_set in unread.items():
+            require(
+                not is_set,
+                f"{option} needs the head of a language model, which objective.name={name} replaces"
+                " by a score head; leave it out",
+            )
 
     def check_training(self) -> None:
         """Check what only a training needs, not a plan or an evaluation by the same config; raises

@@ -32,7 +32,8 @@ class Batch:
     filler: int = 0
     """Number of tokens of filler."""
     values: tuple[float, ...] = ()
-    """The label of each sequence."""
+    """What each sequence is compared with: the label of an answer or of a text, a value, the margin
+    of its pair; none where nothing is."""
 
     @property
     def num_sequences(self) -> int:

@@ -27,6 +27,7 @@ from megalora.data.columns import used_columns
 from megalora.data.encode_rows import EncodedChunk, RowEncoder
 from megalora.data.pairs import resolve
 from megalora.data.rows import Rows, open_rows
+from megalora.data.scored import Scoring, resolve_scored
 from megalora.data.tokens import SAMPLES, TOKENS, Header
 from megalora.wording import first_few
 
@@ -60,6 +61,8 @@ class Recipe:
     """Whether a row holds a preferred and a rejected answer."""
     labels: bool = False
     """Whether a row says if its answer is good."""
+    scoring: Scoring | None = None
+    """What a score head is to learn; None for a language model."""
 
 
 def build_store(recipe: Recipe, folder: Path, made_of: dict[str, Any]) -> None:
@@ -74,8 +77,13 @@ def build_store(recipe: Recipe, folder: Path, made_of: dict[str, Any]) -> None:
     # The first row decides for all, so that no row is read otherwise than the one before.
     first = next(next(rows.chunks()).rows())
     try:
-        columns = resolve(recipe.format, first.keys(), pairs=recipe.pairs, labels=recipe.labels)
-        encoder = RowEncoder(recipe.tokenizer, columns, recipe.allow_left_out, recipe.every_refusal)
+        if recipe.scoring is None:
+            columns = resolve(recipe.format, first.keys(), pairs=recipe.pairs, labels=recipe.labels)
+        else:
+            columns = resolve_scored(recipe.format, first.keys(), recipe.scoring)
+        encoder = RowEncoder(
+            recipe.tokenizer, columns, recipe.allow_left_out, recipe.every_refusal, recipe.scoring
+        )
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
     refused: dict[int, str] = {}

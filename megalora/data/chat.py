@@ -20,7 +20,7 @@ from megalora.data.messages import (
     arguments_as_text,
     function_of,
 )
-from megalora.data.reach import left_out, locate, refuse_what_is_left_out
+from megalora.data.reach import Marked, left_out, locate, refuse_what_is_left_out
 from megalora.data.spans import ends_with_special, learned_spans, unmarked_answers
 from megalora.data.template import ChatTemplate, RefusedByTemplate
 
@@ -46,7 +46,8 @@ class Encoded:
     """Number of answers that the template's own marks ({% generation %}) leave out, at least in
     part."""
     value: float = 0.0
-    """1 where the answer is a good one, 0 where it is a bad one or has no label."""
+    """1 where the answer is a good one, 0 where it is a bad one or has no label; what a score is
+    compared with: the number of a label, a value, or a pair's margin."""
     second: int = 0
     """Of a pair, which is one sample of two sequences: the first token of the rejected one, before
     which the chosen one ends. 0 where the sample is one sequence."""
@@ -91,15 +92,8 @@ def encode_conversation(
     conversation: Conversation, template: ChatTemplate, allow_left_out: Collection[str] = ()
 ) -> Encoded:
     """The same for a conversation with tools, documents or options; see ``encode``."""
-    # The conversation as this template prints it best, and its text.
     conversation = prepare(conversation, lambda: template.joiner)
-    template.check_options(conversation)
-    conversation = _with_known_reasoning(conversation, template)
-    conversation, text = _render(conversation, template)
-    _require_unicode(conversation, text)
-    # Everything has to be in the text ...
-    marked = locate(conversation, template, text)
-    missing = refuse_what_is_left_out(left_out(conversation, template, marked), allow_left_out)
+    conversation, text, marked, missing = _printed(conversation, template, allow_left_out)
     # ... of which the assistant's turns are learned.
     spans = learned_spans(conversation, template, marked)
     ids, mask = _tokenise(text, spans, template)
@@ -112,6 +106,30 @@ def encode_conversation(
         num_open=stops[:-1].count(False),
         num_unmarked=len(unmarked_answers(conversation, template, marked, spans)),
     )
+
+
+def encode_text(
+    conversation: Conversation, template: ChatTemplate, allow_left_out: Collection[str] = ()
+) -> Encoded:
+    """The tokens of a conversation of which nothing is learned, and which needs no answer."""
+    conversation = prepare(conversation, lambda: template.joiner, needs_answer=False)
+    _, text, _, missing = _printed(conversation, template, allow_left_out)
+    return Encoded(*_tokenise(text, [], template), missing)
+
+
+def _printed(
+    conversation: Conversation, template: ChatTemplate, allow_left_out: Collection[str]
+) -> tuple[Conversation, str, Marked, tuple[str, ...]]:
+    """The conversation as this template prints it best, its text, where its parts are, and kinds of
+    what is missing and may be."""
+    template.check_options(conversation)
+    conversation = _with_known_reasoning(conversation, template)
+    conversation, text = _render(conversation, template)
+    _require_unicode(conversation, text)
+    # Everything has to be in the text.
+    marked = locate(conversation, template, text)
+    missing = refuse_what_is_left_out(left_out(conversation, template, marked), allow_left_out)
+    return conversation, text, marked, missing
 
 
 def _with_known_reasoning(conversation: Conversation, template: ChatTemplate) -> Conversation:

@@ -67,17 +67,19 @@ def mapped(
     columns: Collection[str],
     allowed: Collection[Collection[str]],
     hint: str,
+    optional: Collection[str] = (),
 ) -> dict[str, str]:
     """A mapping of the user's, as a plain dict.
 
     Args:
         allowed: sets of main keys, of which the mapping must have one.
         hint: the mappings that there are, for messages.
+        optional: keys that may stand beside any of these sets.
     Raises:
         ValueError: the mapping has other keys, or it names a column that does not exist.
     """
     mapping = dict(format)
-    main = mapping.keys() - {"input", *_BESIDE}
+    main = mapping.keys() - {"input", *_BESIDE, *optional}
     # Alpaca's input is appended to the prompt, which whole conversations do not have.
     with_input = "input" in mapping and "prompt" not in mapping
     if main not in allowed or with_input:

@@ -32,12 +32,15 @@ class Conversation:
         return [i for i, message in enumerate(self.messages) if message["role"] == "assistant"]
 
 
-def prepare(conversation: Conversation, joiner: Callable[[], str]) -> Conversation:
+def prepare(
+    conversation: Conversation, joiner: Callable[[], str], *, needs_answer: bool = True
+) -> Conversation:
     """Clean the messages and decide which may be learned.
 
     Args:
         conversation: as read from a row.
         joiner: returns what stands between two text parts of one content.
+        needs_answer: whether there must be something to learn.
     Raises:
         ValueError: a malformed message, or no assistant message behind the context.
     """
@@ -50,7 +53,7 @@ def prepare(conversation: Conversation, joiner: Callable[[], str]) -> Conversati
         learned.append(message["role"] == "assistant" and behind_context and flag is not False)
     # Flags may still leave nothing to learn, which is counted (``num_no_target``), not refused.
     roles = [message["role"] for message in messages[conversation.num_context :]]
-    if "assistant" not in roles:
+    if needs_answer and "assistant" not in roles:
         raise ValueError(
             f"there is no assistant message to learn (roles: {', '.join(roles) or 'none'}); add one"
             " or remove the row"

@@ -16,6 +16,7 @@ from megalora.data.chunk import Chunk
 from megalora.data.columns import to_conversation
 from megalora.data.labelled import label_of, without_label
 from megalora.data.pairs import is_of_pairs, joined_pair, to_pair
+from megalora.data.scored import Scoring, scored_sample
 from megalora.data.template import ChatTemplate
 
 if TYPE_CHECKING:
@@ -85,12 +86,14 @@ class RowEncoder:
         columns: Mapping[str, str],
         allow_left_out: Collection[str],
         every_refusal: bool,
+        scoring: Scoring | None = None,
     ) -> None:
         """Raises ``ValueError`` for a tokenizer that cannot be used; see ``ChatTemplate``."""
         self.template = ChatTemplate(tokenizer)
         self.columns = columns
         self.allow_left_out = allow_left_out
         self.every_refusal = every_refusal
+        self.scoring = scoring
 
     def encode(self, chunk: Chunk) -> EncodedChunk:
         """Tokenise a chunk, up to its first refused row unless every refusal is asked for.
@@ -120,6 +123,10 @@ class RowEncoder:
 
     def _sample(self, row: Mapping[str, Any]) -> Encoded:
         """Raises ``ValueError`` for a row that is refused."""
+        if self.scoring is not None:
+            return scored_sample(
+                row, self.columns, self.template, self.allow_left_out, self.scoring
+            )
         if "label" in self.columns:
             conversation = to_conversation(row, without_label(self.columns), self.allow_left_out)
             encoded = encode_conversation(conversation, self.template, self.allow_left_out)

@@ -53,15 +53,20 @@ def resolve(
     return resolve_pair(format, columns) if pairs else resolve_columns(format, columns)
 
 
-def resolve_pair(format: str | Mapping[str, str], columns: Collection[str]) -> dict[str, str]:
+def resolve_pair(
+    format: str | Mapping[str, str], columns: Collection[str], optional: Collection[str] = ()
+) -> dict[str, str]:
     """Which column holds what, as ``resolve_columns`` says it, for rows of pairs.
 
+    Args:
+        optional: further keys that a mapping may have.
     Raises:
         ValueError: nothing is recognised, the mapping has other keys, or it names a column that
             does not exist.
     """
     if not isinstance(format, str):
-        return mapped(format, columns, ({"chosen", "rejected"}, {"prompt", *SIDES}), _HINT)
+        main = ({"chosen", "rejected"}, {"prompt", *SIDES})
+        return mapped(format, columns, main, _HINT, optional)
     if format != "auto":
         raise ValueError(f"data.format={format!r} is not known; use auto, or {_HINT}")
     for form in _FORMS:

@@ -126,7 +126,7 @@ def targets_of(samples: Sequence[Encoded]) -> np.ndarray:
 
 
 def values_of(samples: Sequence[Encoded]) -> np.ndarray:
-    """[samples] float64: the label of each sample."""
+    """[samples] float64: the label, the value or the margin of each sample."""
     if isinstance(samples, StoredSamples):
         return samples.record_of("value")
     return np.array([sample.value for sample in samples], np.float64)
@@ -151,7 +151,7 @@ def digest_of_samples(samples: Sequence[Encoded]) -> str:
     digest.update(digests.tobytes())
     digest.update(bounds.astype("<i8").tobytes())
     values = values_of(samples)
-    # Digests of samples without a label stay as they were.
+    # Digests of samples without any stay as they were.
     if values.any():
         digest.update(values.astype("<f8").tobytes())
     return f"samples:{digest.hexdigest()}"

@@ -18,6 +18,7 @@ from megalora.data.samples import (
     targets_of,
     template_counts,
 )
+from megalora.data.scored import Scoring
 from megalora.data.token_cache import cache_folder, stored_tokens
 from megalora.data.too_long import NOTHING_LEFT_OUT, Fit, fit
 
@@ -46,6 +47,8 @@ class Split:
     """Whether each sample is a pair of sequences."""
     labels: bool = False
     """Whether each sample says if its answer is good."""
+    scoring: Scoring | None = None
+    """What a score head is to learn of a sample; None for a language model."""
     parts: tuple["Split", ...] = ()
     """Where ``data.train`` is a list: the samples of each source, which stand one source behind the
     other in ``samples``."""
@@ -77,7 +80,13 @@ class Split:
     def summary(self) -> str:
         """One line for the log: how much data there is, and what was left out."""
         line = f"{self.source}: {len(self.samples):,} {'pairs' if self.pairs else 'samples'}, "
-        line += f"{_short(self.num_tokens)} tokens ({_short(self.num_target_tokens)} in the loss)"
+        if self.scoring is not None:
+            # Without the places behind the texts, each of which is in the loss.
+            places = self.num_target_tokens
+            line += f"{_short(self.num_tokens - places)} tokens ({_short(places)} scores)"
+        else:
+            num_targets = _short(self.num_target_tokens)
+            line += f"{_short(self.num_tokens)} tokens ({num_targets} in the loss)"
         if self.parts:
             return "\n  ".join([line, *(part.summary() for part in self.parts)])
         return "; ".join([line, *self.left_out()])
@@ -149,6 +158,7 @@ def load_data(
             workers=data.workers,
             pairs=objective.pairs,
             labels=objective.labelled,
+            scoring=Scoring.of(objective),
             every_refusal=every_refusal,
         )
 
@@ -180,6 +190,7 @@ def combined(parts: Sequence[Split]) -> Split:
         lengths=np.concatenate([part.lengths for part in parts]),
         pairs=parts[0].pairs,
         labels=parts[0].labels,
+        scoring=parts[0].scoring,
         parts=tuple(parts),
     )
 
@@ -196,6 +207,7 @@ def load_split(
     workers: int | None = None,
     pairs: bool = False,
     labels: bool = False,
+    scoring: Scoring | None = None,
     every_refusal: bool = False,
 ) -> Split:
     """The samples of a source, tokenised once and kept (``token_cache.py``).
@@ -210,27 +222,24 @@ def load_split(
         cache: folder for token stores; see ``cache_folder``.
         workers: processes that tokenise where there is no store yet; None for what pays.
         pairs, labels: whether a row holds two answers, or says if its answer is good.
+        scoring: what a score head is to learn of a row; None for a language model.
         every_refusal: try all rows and name all that are refused, instead of the first alone.
     Raises:
         ValueError: a row that cannot be read or tokenised, or of which something would be left out
             (with its number), or no sample is left.
     """
     # The limit is no part of the recipe: samples are stored whole.
-    how = (allow_left_out, workers, every_refusal, pairs, labels)
+    how = (allow_left_out, workers, every_refusal, pairs, labels, scoring)
     recipe = Recipe(source, tokenizer, format, *how)
     store = stored_tokens(recipe, cache_folder(cache))
-    samples, found = fit(store, max_length, too_long)
+    # The place to score, behind the text, is no token of it.
+    places = int(scoring is not None)
+    samples, found = fit(store, max_length, too_long, places)
     split = Split(
-        source,
-        max_length,
-        samples,
-        fit=found,
-        lengths=store.longest,
-        pairs=pairs,
-        labels=labels,
-        columns=store.header.columns,
+        source, max_length, samples, fit=found, lengths=store.longest - places, pairs=pairs,
+        labels=labels, scoring=scoring, columns=store.header.columns,
         unused_columns=tuple(store.header.unused_columns),
-    )
+    )  # fmt: skip
     if not split.samples:
         raise ValueError(_nothing_is_left(split, store.num_samples))
     return split
@@ -279,7 +288,10 @@ def split_off_eval(split: Split, eval: float, seed: int) -> tuple[Split, Split]:
     eval_samples = select(split.samples, np.flatnonzero(held_out))
     # What was left out of the source is said once, of the training samples.
     name = f"{split.source} (held out)"
-    held = Split(name, split.max_length, eval_samples, pairs=split.pairs, labels=split.labels)
+    held = Split(
+        name, split.max_length, eval_samples, pairs=split.pairs, labels=split.labels,
+        scoring=split.scoring,
+    )  # fmt: skip
     return _without(split, held_out), held
 
 

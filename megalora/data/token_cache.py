@@ -39,7 +39,8 @@ LAYOUT = 4
 """Version of the files of a store."""
 CODE = (
     "arrow_rows", "build_tokens", "chat", "chunk", "columns", "conversation", "encode_rows",
-    "json_rows", "labelled", "marks", "messages", "pairs", "reach", "rows", "sharegpt", "spans",
+    "json_rows", "labelled", "marks", "messages", "pairs", "reach", "rows", "scored", "sharegpt",
+    "spans",
     "template", "turns",
 )  # fmt: skip
 """Our files on which samples depend. Their text is part of a store's name: a version number that
@@ -165,6 +166,7 @@ def what_it_is_made_of(recipe: Recipe, cache: Path) -> dict[str, Any]:
         "format": format if isinstance(format, str) else dict(format),
         "pairs": recipe.pairs,
         "labels": recipe.labels,
+        "scoring": recipe.scoring.as_json() if recipe.scoring else None,
         "allow_left_out": sorted(recipe.allow_left_out),
         "code": _code_digest(CODE),
         "libraries": {name: version(name) for name in LIBRARIES},

@@ -82,22 +82,26 @@ NOTHING_LEFT_OUT = Fit("left_out", 0)
 """For samples that a test or a benchmark made, and for those held out of others."""
 
 
-def fit(store: TokenStore, max_length: int, how: TooLong) -> tuple[StoredSamples, Fit]:
+def fit(
+    store: TokenStore, max_length: int, how: TooLong, places: int = 0
+) -> tuple[StoredSamples, Fit]:
     """The samples of a store that can be trained on, in its order, and what became of the others.
 
     Args:
         max_length: in tokens, at least 2.
+        places: of each sequence that are none of its tokens, at its end.
     """
+    limit = max_length + places
     whole = StoredSamples.whole(store)
     # Each sequence of a pair has the limit for itself.
-    is_long = store.longest > max_length
+    is_long = store.longest > limit
     # All its messages are context, or flagged out of the loss.
     no_target = whole.pieces["targets"] == 0
     if how == "left_out":
         no_target &= ~is_long
     kept = np.flatnonzero(~is_long & ~no_target)
     counts = {
-        "longest": int(store.longest.max()),
+        "longest": int(store.longest.max()) - places,
         "num_too_long": int(is_long.sum()),
         "num_no_target": int(no_target.sum()),
     }
@@ -105,7 +109,7 @@ def fit(store: TokenStore, max_length: int, how: TooLong) -> tuple[StoredSamples
         return StoredSamples(whole.stores, whole.pieces[kept]), Fit(how, max_length, **counts)
     to_cut = np.flatnonzero(is_long & ~no_target)
     # Only these are read, to see where their targets stand.
-    cut = [_pieces(store, int(number), max_length, how) for number in to_cut]
+    cut = [_pieces(store, int(number), limit, how) for number in to_cut]
     pieces = np.concatenate([np.zeros(0, PIECE), *cut])
     learned = pieces[pieces["targets"] > 0]
     # Pieces take the place of their sample, in their order.
@@ -115,7 +119,7 @@ def fit(store: TokenStore, max_length: int, how: TooLong) -> tuple[StoredSamples
     # Splitting cuts nothing off, for no target lies in a piece that is left out.
     if how != "split":
         targets = whole.pieces["targets"][to_cut].sum()
-        counts["num_cut"] = int((store.lengths[to_cut] - max_length).sum())
+        counts["num_cut"] = int((store.lengths[to_cut] - limit).sum())
         counts["num_targets_cut"] = int(targets - learned["targets"].sum())
     return StoredSamples(whole.stores, together), Fit(how, max_length, **counts)
 

@@ -20,6 +20,8 @@ FactorName = Literal["A", "B", "M"]
 """A and B of LoRA, and M, the magnitude of DoRA."""
 
 LM_HEAD = "lm_head.weight"
+SCORE = "score"
+"""Module of the head of ``...ForSequenceClassification``."""
 EMBEDDING = "model.embed_tokens.weight"
 TINKER_HEAD = "model.unembed_tokens"
 PEFT_PREFIX = "base_model.model."
@@ -80,6 +82,15 @@ def tensor_name(hf_module: str, factor: FactorName) -> str:
     if factor == "M":
         return f"{PEFT_PREFIX}{hf_module}.lora_magnitude_vector"
     return f"{PEFT_PREFIX}{hf_module}.lora_{factor}.weight"
+
+
+def weight_name(hf_module: str) -> str:
+    """Name of a weight that is trained whole (``modules_to_save``) in an adapter's file.
+
+    >>> weight_name("score")
+    'base_model.model.score.weight'
+    """
+    return f"{PEFT_PREFIX}{hf_module}.weight"
 
 
 def experts_block(layer: int) -> str:

@@ -17,6 +17,7 @@ from megalora.lora.inject import inject
 from megalora.lora.magnitude import refresh_norms
 from megalora.lora.shards import FactorShard
 from megalora.lora.spec import Adapted
+from megalora.lora.trained_weight import TrainedWeight, trained_weights
 from megalora.model.build import MakeBase
 from megalora.model.shape import ModelShape
 from megalora.parallel import Groups
@@ -32,6 +33,11 @@ class AdaptedModel:
     """What this rank holds of each adapter tensor, by the tensor's name in an adapter file."""
     shape: ModelShape
     groups: Groups
+
+    @property
+    def whole(self) -> list[TrainedWeight]:
+        """Weights that are trained whole."""
+        return trained_weights(self.shape)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -79,7 +85,7 @@ def build_adapted(
         RuntimeError: a tensor is missing or surplus, which is a bug of ours.
     """
     model = adapt_base(make_base, shape, adapted, groups, **settings)
-    check_coverage(model.adapted, model.shards)
+    check_coverage(model.adapted, model.shards, model.whole)
     refresh_norms(model.chunks, groups, start=True)
     return model
 

@@ -2,7 +2,7 @@
 is trained."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,21 @@ from torch import Tensor, nn
 from megalora import host
 from megalora.lora.shards import FactorShard
 from megalora.lora.spec import FACTORS, Adapted, FactorName, expected_tensors
+from megalora.lora.trained_weight import TrainedWeight, trained_weights
 from megalora.model.shape import ModelShape
 from megalora.wording import first_few
 
 
-def check_coverage(adapted: list[Adapted], shards: list[FactorShard]) -> None:
+def check_coverage(
+    adapted: list[Adapted], shards: list[FactorShard], whole: Sequence[TrainedWeight] = ()
+) -> None:
     """Compare what the table demands with what exists over all ranks; raises ``RuntimeError`` that
     names what differs.
 
     A bit for each tensor of the table travels, not its name: names of 36,864 tensors from each of
     512 ranks are 1.4 GB.
     """
-    number = {name: i for i, name in enumerate(expected_tensors(adapted))}
+    number = {name: i for i, name in enumerate(expected_tensors(adapted, whole))}
     present: list[int] = []
     surplus: set[str] = set()
     for shard in shards:
@@ -58,9 +61,9 @@ def _unmarked(names: Iterable[str], marks: list[int]) -> list[str]:
     return [name for name, mark in zip(names, marks, strict=True) if not mark]
 
 
-def write_manifest(path: Path, adapted: list[Adapted]) -> None:
-    """Write a list of every adapted projection with its tensors counted, layer by layer; call it
-    after ``check_coverage``."""
+def write_manifest(path: Path, adapted: list[Adapted], whole: Sequence[TrainedWeight] = ()) -> None:
+    """Write a list of every adapted projection with its tensors counted, layer by layer, and of
+    weights that are trained whole; call it after ``check_coverage``."""
     rows = []
     total = {"tensors": 0, "parameters": 0}
     for a in adapted:
@@ -68,7 +71,12 @@ def write_manifest(path: Path, adapted: list[Adapted]) -> None:
         rows.append(row)
         for counted in total:
             total[counted] += row[counted]
-    path.write_text(json.dumps({"total": total, "adapted": rows}, indent=1) + "\n")
+    content: dict[str, Any] = {"total": total, "adapted": rows}
+    for weight in whole:
+        total["tensors"] += 1
+        total["parameters"] += weight.num_parameters
+        content.setdefault("whole", {})[weight.module] = weight.size
+    path.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def _manifest_row(a: Adapted) -> dict[str, Any]:
@@ -125,12 +133,17 @@ class _Parts:
 class GradientCheck:
     """Stops a run in which some group of factors cannot learn.
 
-    B's gradient is non-zero from the first step on, and a magnitude's; A's once a step has moved B
-    off zero. A group is one projection of one layer, all experts together: single experts may have
-    had no token.
+    B's gradient is non-zero from the first step on, and a magnitude's, and that of a weight that is
+    trained whole; A's once a step has moved B off zero. A group is one projection of one layer, all
+    experts together: single experts may have had no token.
     """
 
-    def __init__(self, adapted: list[Adapted], shards: list[FactorShard]) -> None:
+    def __init__(
+        self,
+        adapted: list[Adapted],
+        shards: list[FactorShard],
+        whole: Sequence[TrainedWeight] = (),
+    ) -> None:
         self.labels: list[str] = []
         self.expected: dict[FactorName, list[int]] = {}
         """Factor -> which projections have it."""
@@ -146,12 +159,18 @@ class GradientCheck:
                     self.expected.setdefault(factor, []).append(i)
         # Also on a rank that holds none of them.
         self.parts = {factor: _Parts() for factor in self.expected}
+        # A weight that is trained whole is a group by itself, without an A or a B.
+        self.whole = [weight.module for weight in whole]
+        self.whole_parts = _Parts()
         for shard in shards:
-            if shard.factor in self.parts:
+            if shard.factor is None:
+                self.whole_parts.add(self.whole.index(shard.module), shard)
+            elif shard.factor in self.parts:
                 self.parts[shard.factor].add(number[shard.module], shard)
-        for parts in self.parts.values():
+        for parts in (*self.parts.values(), self.whole_parts):
             parts.to(host.device())
         self.pending = set(self.expected)
+        self.whole_pending = bool(self.whole)
 
     def begin_again(self) -> None:
         """Look at the next gradients as at the first ones: the factors are new."""
@@ -160,16 +179,23 @@ class GradientCheck:
     def after_backward(self, b_has_moved: bool) -> None:
         """Look at ``main_grad`` once per factor; collective over the world until all factors have
         been seen."""
+        # It has a gradient from the first step on, whatever B is.
+        if self.whole_pending:
+            dead = _unmarked(self.whole, self._alive(self.whole_parts, len(self.whole)))
+            if dead:
+                raise RuntimeError(
+                    f"the gradient of {', '.join(dead)} is exactly zero: it would never train. This"
+                    " is a bug in the model or the layout; please report it."
+                )
+            self.whole_pending = False
         # Sorted, because every rank must enter the collectives in the same order.
         for factor in sorted(self.pending):
             # dL/dA is B^T times something: exactly zero as long as B is.
             if FACTORS[factor].like == "A" and not b_has_moved:
                 continue
-            alive = torch.zeros(len(self.labels), dtype=torch.int32, device=host.device())
-            self.parts[factor].mark_nonzero(alive)
-            dist.all_reduce(alive, op=dist.ReduceOp.MAX)
+            alive = self._alive(self.parts[factor], len(self.labels))
             labels = [self.labels[i] for i in self.expected[factor]]
-            dead = _unmarked(labels, alive[self.expected[factor]].tolist())
+            dead = _unmarked(labels, [alive[i] for i in self.expected[factor]])
             if dead:
                 raise RuntimeError(
                     f"the gradient of {factor} is exactly zero for {len(dead)} of"
@@ -178,10 +204,20 @@ class GradientCheck:
                 )
             self.pending.discard(factor)
 
+    @staticmethod
+    def _alive(parts: _Parts, count: int) -> list[int]:
+        """For each of so many groups, whether some rank has a gradient of it that is not zero;
+        collective over the world."""
+        alive = torch.zeros(count, dtype=torch.int32, device=host.device())
+        parts.mark_nonzero(alive)
+        dist.all_reduce(alive, op=dist.ReduceOp.MAX)
+        return alive.tolist()
+
 
 def trainable_summary(adapted: list[Adapted], shape: ModelShape) -> str:
     """Trainable and total parameters in the words of PEFT's ``print_trainable_parameters``."""
     trainable = sum(a.num_parameters() for a in adapted)
+    trainable += sum(weight.num_parameters for weight in trained_weights(shape))
     total = trainable + shape.num_parameters()
     return (
         f"trainable params: {trainable:,} || all params: {total:,} || trainable%:"

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from megalora.lora.spec import tensor_name
+from megalora.hf.tensor_names import SCORE, tensor_name, weight_name
 
 
 def initial_a(seed: int, hf_module: str, rank: int, in_features: int, cycle: int = 0) -> Tensor:
@@ -19,12 +19,24 @@ def initial_a(seed: int, hf_module: str, rank: int, in_features: int, cycle: int
     Args:
         cycle: above 0 for adapters that follow merged ones, each of which is drawn anew.
     """
-    key = f"{seed}:{tensor_name(hf_module, 'A')}"
+    generator = _generator(seed, tensor_name(hf_module, "A"), cycle)
+    bound = 1 / math.sqrt(in_features)
+    return torch.empty(rank, in_features).uniform_(-bound, bound, generator=generator)
+
+
+def initial_score(seed: int, num_scores: int, hidden: int, std: float) -> Tensor:
+    """The whole ``score.weight [num_scores, hidden]`` float32 on the CPU: normal with mean 0, as
+    transformers draws it, whose ``initializer_range`` is ``std``."""
+    generator = _generator(seed, weight_name(SCORE))
+    return torch.empty(num_scores, hidden).normal_(std=std, generator=generator)
+
+
+def _generator(seed: int, name: str, cycle: int = 0) -> torch.Generator:
+    """A generator of its own for every seed, tensor name and cycle."""
+    key = f"{seed}:{name}"
     if cycle:
         key = f"{cycle}:{key}"
     # Not torch's own hash of a string, which differs from process to process. One bit less: torch
     # takes seeds as signed 64-bit numbers.
     digest = hashlib.sha256(key.encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    bound = 1 / math.sqrt(in_features)
-    return torch.empty(rank, in_features).uniform_(-bound, bound, generator=generator)
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

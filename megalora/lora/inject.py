@@ -11,11 +11,14 @@ from megalora.config import LoRAConfig
 from megalora.lora.dense import ColumnLoRA, RowLoRA
 from megalora.lora.experts import ExpertsLoRA
 from megalora.lora.factors import LoRAFactors
+from megalora.lora.init import initial_score
 from megalora.lora.router import RouterLoRA
-from megalora.lora.shards import FactorShard
+from megalora.lora.shards import FactorShard, shard_of_whole
 from megalora.lora.spec import Adapted
+from megalora.lora.trained_weight import trained_weights
 from megalora.model.families import layer_projections
 from megalora.model.projections import HEAD
+from megalora.model.score_head import ScoreHead
 from megalora.model.shape import ModelShape
 from megalora.parallel import Groups
 
@@ -54,7 +57,21 @@ def inject(
         for module in chunk.modules():
             if isinstance(module, LoRAFactors):
                 shards.extend(module.shards())
+        # In place of lm_head, which ``make_chunks`` has left out of the last stage.
+        if shape.num_scores and chunk.post_process:
+            shards.append(_add_score(chunk, shape, groups, **settings))
     return shards
+
+
+def _add_score(
+    chunk: Any, shape: ModelShape, groups: Groups, *, seed: int, dtype: Any, device: Any
+) -> FactorShard:
+    """Give a last stage its score head."""
+    (weight,) = trained_weights(shape)
+    drawn = initial_score(seed, *weight.size, shape.initializer_range)
+    chunk.output_layer = ScoreHead(drawn.to(dtype=dtype, device=device), groups.tp)
+    weight.mark(chunk.output_layer.weight, groups.tp)
+    return shard_of_whole(weight, chunk.output_layer.weight)
 
 
 def _adapt_layer(

@@ -11,13 +11,14 @@ EMBEDDING = "model.embed_tokens"
 
 
 def projection_places(shape: ModelShape) -> Iterator[tuple[Projection, int | None]]:
-    """Every (projection, layer) that LoRA can adapt, in layer order; last the head, whose layer is
-    None."""
+    """Every (projection, layer) that LoRA can adapt, in layer order; last lm_head, whose layer is
+    None, unless a score head stands in its place."""
     for layer in range(shape.num_layers):
         for projection in layer_projections(shape, layer):
             yield projection, layer
-    for projection in HEAD:
-        yield projection, None
+    if not shape.num_scores:
+        for projection in HEAD:
+            yield projection, None
 
 
 def linear_modules(shape: ModelShape) -> dict[str, tuple[Projection, int | None, int | None]]:

@@ -3,7 +3,7 @@
 import difflib
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megalora.config import LoRAConfig, ParallelConfig, TrainConfig
@@ -12,6 +12,7 @@ from megalora.lora.modules import projection_places
 from megalora.lora.patterns import Pattern, end_pattern
 from megalora.lora.spec import PLAIN, WITH_MAGNITUDE, Adapted, has_dora, lora_scale, make_adapted
 from megalora.model.account import open_folder
+from megalora.model.families import FAMILIES
 from megalora.model.shape import ModelShape
 
 ALIASES = {
@@ -30,11 +31,19 @@ too, because vLLM and SGLang do not honour it."""
 
 
 def plan(
-    lora: LoRAConfig, parallel: ParallelConfig, folder: Path, train: TrainConfig | None = None
+    lora: LoRAConfig,
+    parallel: ParallelConfig,
+    folder: Path,
+    train: TrainConfig | None = None,
+    num_scores: int = 0,
 ) -> tuple[ModelShape, list[Adapted]]:
     """The model's sizes and its adapted projections, from the base's config.json and the headers of
-    its weights. Raises ``ValueError`` before any weights are read."""
-    shape = open_folder(folder).shape
+    its weights. Raises ``ValueError`` before any weights are read.
+
+    Args:
+        num_scores: numbers of a score head that stands in place of lm_head; 0 for a language model.
+    """
+    shape = replace(open_folder(folder).shape, num_scores=num_scores)
     if train is None:
         shape.check_layout(parallel)
     else:
@@ -57,7 +66,13 @@ def _check_mergeable(adapted: list[Adapted], shape: ModelShape) -> None:
 
 def resolve(lora: LoRAConfig, shape: ModelShape) -> list[Adapted]:
     """Every adapted projection of the model, in layer order; raises ``ValueError`` for anything
-    that matches nothing."""
+    that matches nothing, and for a score head that transformers' classes of the family lack."""
+    family = FAMILIES[shape.model_type]
+    if shape.num_scores and not family.has_classifier:
+        raise ValueError(
+            f"transformers has no {family.classifier}, so that nothing could load a score head of"
+            f" {shape.model_type} (objective.name)"
+        )
     layers = _selected_layers(lora.layers, shape.num_layers)
     everything = lora.target_modules == "all-linear"
     targets = _Option("target_modules", [] if everything else lora.target_modules)

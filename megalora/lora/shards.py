@@ -24,6 +24,7 @@ from torch.distributed import ProcessGroup
 
 from megalora.comm import sum_bucket
 from megalora.lora.spec import SHARDINGS, Adapted, FactorName
+from megalora.lora.trained_weight import TrainedWeight
 
 
 def cut(whole: Tensor, dim: int | None, num_shards: int, shard: int) -> Tensor:
@@ -50,7 +51,8 @@ class FactorShard:
     """Full name of the tensor in an adapter file."""
     module: str
     """HF name of its linear."""
-    factor: FactorName
+    factor: FactorName | None
+    """None for a weight that is trained whole."""
     parameter: nn.Parameter
     index: tuple[Any, ...]
     """Place of the tensor in the parameter: an expert's number on this rank, rows of stacked
@@ -102,6 +104,12 @@ def mark_parameter(parameter: Any, factor: FactorName, adapted: Adapted, groups:
     # Experts are stacked along a leading dimension of the parameter.
     parameter.partition_dim = -1 if split is None else split + int(is_expert)
     parameter.partition_stride = 1
+
+
+def shard_of_whole(weight: TrainedWeight, parameter: nn.Parameter) -> FactorShard:
+    """What a rank holds of a weight that is trained whole: all of it."""
+    every = (slice(None),)
+    return FactorShard(weight.tensor, weight.module, None, parameter, every, None, "tp", 1, 0)
 
 
 def sum_partial_gradients(parameters: Iterable[Any], group: ProcessGroup) -> None:

@@ -25,10 +25,12 @@ etp x ep x edp: data parallelism sums one part, tp the other.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from megalora.hf.tensor_names import FactorName, tensor_name
+from megalora.lora.trained_weight import TrainedWeight
 from megalora.model.projections import HEAD, Kind, Projection
 from megalora.model.shape import ModelShape
 
@@ -189,14 +191,18 @@ class Adapted:
         return total
 
 
-def expected_tensors(adapted: list[Adapted]) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every adapter tensor there must be."""
+def expected_tensors(
+    adapted: list[Adapted], whole: Sequence[TrainedWeight] = ()
+) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every adapter tensor there must be, weights that are trained whole last."""
     tensors: dict[str, tuple[int, ...]] = {}
     for a in adapted:
         # A before B of each expert, as files have them.
         for expert in range(max(1, a.num_experts)):
             for factor in a.factors:
                 tensors[a.tensor_name(factor, expert)] = a.shape(factor)
+    for weight in whole:
+        tensors[weight.tensor] = weight.size
     return tensors
 
 

@@ -1,6 +1,7 @@
 """Build a frozen Megatron GPTModel from a Hugging Face folder, cut for this rank."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -49,7 +50,10 @@ def build_model(
     """The model chunks of this rank (``parallel.vpp`` of them), weights loaded, every parameter
     frozen."""
     base = open_folder(folder)
-    assert base.shape == shape, f"{folder} holds {base.shape}, the run is planned for {shape}"
+    # The score head is none of the base's weights.
+    assert base.shape == replace(shape, num_scores=0), (
+        f"{folder} holds {base.shape}, the run is planned for {shape}"
+    )
     chunks = make_chunks(base.hf, config, parallel, shape, formats=formats)
     _mark_unwritten(chunks)
     load_weights(base, chunks)
@@ -163,10 +167,16 @@ def make_chunks(
         provider.finalize()
         # None is Megatron's way to say that a stage has one chunk.
         stages = range(parallel.vpp) if parallel.vpp > 1 else [None]
+        if shape.num_scores:
+            # Without lm_head the last stage needs no copy of a tied embedding either.
+            provider.share_embeddings_and_output_weights = False
         chunks = [provider.provide(vp_stage=stage) for stage in stages]
     inv_freq = inv_freq.to(host.device())
     for chunk in chunks:
         install_rotary(chunk, inv_freq)
+        if shape.num_scores and chunk.post_process:
+            # The place of the score head (``lora/inject.py``): lm_head stays out of memory.
+            chunk.output_layer = None
         chunk.requires_grad_(False)
     return chunks
 

@@ -28,6 +28,7 @@ from torch.distributed import ProcessGroup
 from megalora.comm import gather_seq
 from megalora.model.chunked_readers import read_chunks
 from megalora.model.head_chunk import CHUNK_BYTES, chunk_tokens
+from megalora.model.score_head import ScoreHead
 from megalora.model.token_logprobs import token_logprobs, wide
 from megalora.model.vocab_logits import Reader, logprob, logsumexp, mean_logit
 
@@ -115,10 +116,13 @@ def project(
     """What ``context`` wants of hidden states ``[S/t, B, H]``.
 
     Args:
-        output_layer: Megatron's, or the ``ColumnLoRA`` around it.
+        output_layer: Megatron's, or the ``ColumnLoRA`` around it; or a ``ScoreHead``, which gives
+            the ``scores`` of these positions.
         output_weight: of tied embeddings; None where the layer has its own.
     """
     assert not getattr(config, "use_mup", False), "the head does not scale logits"
+    if isinstance(output_layer, ScoreHead):
+        return {"scores": _select(output_layer(hidden_states), context.positions)}
     adapter = output_layer if hasattr(output_layer, "factors") else None
     base = output_layer if adapter is None else adapter.base
     group = base.tp_group

@@ -41,6 +41,10 @@ class ModelShape:
     """Whether the router scores by sigmoids and corrects its choice by a frozen bias per expert."""
     shared_gate: bool = True
     """Whether a shared expert's output is multiplied by a gate of its own, a vector of H."""
+    initializer_range: float = 0.02
+    """Standard deviation of new weights."""
+    num_scores: int = 0
+    """Numbers that a score head gives each token in place of lm_head; 0 where there is lm_head."""
     rotary_dim: int | None = None
     """Features of a head that the rotary embedding turns, the first ones; None for all."""
 
@@ -70,7 +74,9 @@ class ModelShape:
             moe += 3 * h * self.shared_intermediate + self.shared_gate * h
         num_dense = self.num_layers - len(self.moe_layers)
         mlps = len(self.moe_layers) * moe + num_dense * 3 * h * self.intermediate
-        embeddings = self.vocab * h * (1 if self.tied_embeddings else 2)
+        # A score head is trained and does not belong to the base.
+        one = self.tied_embeddings or self.num_scores
+        embeddings = self.vocab * h * (1 if one else 2)
         # Two norms per layer, and one before the head.
         return self.num_layers * (attention + 2 * h) + mlps + embeddings + h
 

@@ -4,6 +4,7 @@ from megalora.config import RunConfig, TrainConfig
 from megalora.objectives.kto import KTO
 from megalora.objectives.objective import Objective
 from megalora.objectives.preference import Preference
+from megalora.objectives.scored import Classify, Reward
 from megalora.objectives.sft import SFT
 
 
@@ -19,6 +20,10 @@ def objective_of(config: RunConfig) -> Objective:
             bad_weight=options.undesirable_weight,
             reference=options.reference,
         )
+    if options.name == "classify":
+        return Classify(options.num_scores)
+    if options.name == "reward":
+        return Reward(options.centre or 0.0)
     # As TRL has it; but for SimPO, whose paper has 2 to 2.5 and scales means by it, not sums.
     beta = 2.0 if options.name == "simpo" else 0.1
     # ORPO's loss has the cross entropy as a part of it.

@@ -37,7 +37,8 @@ class Sequences:
     """Name of a ``Reference`` over mismatched sequences -> scalar, the mean of such sums over the
     global batch."""
     values: Tensor = field(default_factory=lambda: torch.zeros(0))
-    """[Q] float32: the label of each sequence; zeros where none has one."""
+    """[Q] float32: what each sequence is compared with, its label, value or margin; zeros where it
+    has none."""
 
     def sums(self, values_N: Tensor) -> Tensor:
         """[Q] float64: sums over each sequence, over all ranks that share the row. Whatever is
@@ -97,7 +98,8 @@ class Objective(Protocol):
 
     @property
     def want(self) -> Mapping[str, Reader]:
-        """What the head must read from the logits, by the names under which ``loss`` finds it."""
+        """What the head must read from the logits, by the names under which ``loss`` finds it;
+        nothing where a score head stands in its place, of which ``loss`` finds ``scores``."""
         ...
 
     @property
@@ -133,7 +135,7 @@ class Objective(Protocol):
         """The loss of a microbatch's N target tokens.
 
         Args:
-            outputs: what ``want`` names, ``[N]`` each.
+            outputs: what ``want`` names, ``[N]`` each, or ``scores [N, C]`` of C labels.
             sequences: given where ``by_sequence`` says so.
             divisors: unit -> its number in the global batch, scalars, at least 1.
         """

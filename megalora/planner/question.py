@@ -92,6 +92,12 @@ class Question:
         # tokenizer may be readable.
         shape = model_shape(find_architecture(config.model.path))
         shape.check_balance(config.train.router_aux_loss_coef)
+        require(
+            not config.objective.num_scores,
+            f"objective.name={config.objective.name} is not planned yet: its score head stands in"
+            " place of lm_head and of the logits, which a plan counts. A plan for"
+            " objective.name=sft is an upper bound",
+        )
         # The table of the GPU that is planned for, whatever this machine is.
         work = replace(
             Workload.of(config, options.imbalance),

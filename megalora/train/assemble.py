@@ -54,7 +54,8 @@ class Inputs:
         """Read the base's headers, its tokenizer and the data; raises ``ValueError`` where the user
         can mend one of them."""
         folder = local_folder(config.model.path)
-        shape, adapted = plan(config.lora, config.parallel, folder, config.train)
+        scores = config.objective.num_scores
+        shape, adapted = plan(config.lora, config.parallel, folder, config.train, scores)
         tokenizer = load_tokenizer(folder)
         splits = load_data(config.data, tokenizer, objective=config.objective)
         return cls(shape, adapted, tokenizer, *splits)
@@ -171,7 +172,7 @@ def assemble(
         # Before the optimizer, which copies the adapters into its float32 masters.
         if prepare is not None:
             prepare(model)
-        check = GradientCheck(model.adapted, model.shards)
+        check = GradientCheck(model.adapted, model.shards, model.whole)
         objective = objective_of(config)
         dtype = getattr(torch, config.model.dtype)
         stepper, optimizer = make_stepper(

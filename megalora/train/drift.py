@@ -6,6 +6,7 @@ stay equal bit for bit, until a missing reduction or a faulty device lets them d
 a checkpoint holds the values of one rank, and the others train on different ones.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from megalora import host
 from megalora.lora.shards import FactorShard
 from megalora.lora.spec import FACTORS, Adapted, expected_tensors
+from megalora.lora.trained_weight import TrainedWeight
 from megalora.parallel import Groups
 from megalora.wording import first_few
 
@@ -53,8 +55,14 @@ class DriftCheck:
     tensors hashed one by one, to name those that do.
     """
 
-    def __init__(self, adapted: list[Adapted], shards: list[FactorShard], groups: Groups) -> None:
-        self.names = list(expected_tensors(adapted))
+    def __init__(
+        self,
+        adapted: list[Adapted],
+        shards: list[FactorShard],
+        groups: Groups,
+        whole: Sequence[TrainedWeight] = (),
+    ) -> None:
+        self.names = list(expected_tensors(adapted, whole))
         self.shards = shards
         # No factor is cut into more parts than this, so (tensor, part) -> tensor * width + part is
         # a place of its own.
@@ -70,6 +78,8 @@ class DriftCheck:
         self.tensor_places = _on_device(tensor_places)
         self.parameters = list(first)
         factor_number = _number_of_factors(adapted)
+        for weight in whole:
+            factor_number[weight.tensor] = len(FACTORS) * len(adapted) + whole.index(weight)
         num_shares = groups.ep.size()
         parameter_places: list[int] = []
         for shard in first.values():
@@ -79,7 +89,8 @@ class DriftCheck:
             place = (factor_number[shard.name] * num_shares + share) * self.width + shard.shard
             parameter_places.append(place)
         self.parameter_places = _on_device(parameter_places)
-        self.num_places = len(FACTORS) * len(adapted) * num_shares * self.width
+        num_groups = len(FACTORS) * len(adapted) + len(whole)
+        self.num_places = num_groups * num_shares * self.width
 
     def run(self, step: int, last_saved: Path | None) -> None:
         """Collective over the world; raises ``RuntimeError`` on every rank, with the names, when

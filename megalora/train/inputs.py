@@ -47,7 +47,7 @@ class DeviceBatch:
     targets: Tensor | None = None
     """[Q] int64: target tokens of each sequence of the whole row; likewise."""
     values: Tensor | None = None
-    """[Q] float32: the label of each sequence; likewise."""
+    """[Q] float32: the label, value or margin of each sequence; likewise."""
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,8 @@ def train(config: RunConfig, job: str | None = None) -> Path | None:
     with opened(Path(config.checkpoint.dir), job) as run_folder:
         found = find_checkpoint(config, restarted=run_folder.same_job)
         folder = local_folder(config.model.path)
-        shape, adapted = plan(config.lora, config.parallel, folder, config.train)
+        num_scores = config.objective.num_scores
+        shape, adapted = plan(config.lora, config.parallel, folder, config.train, num_scores)
         identity = identify(config, folder)
         notes = [*run_folder.notes, *found.notes]
         if note := unused_note(open_folder(folder)):
@@ -101,7 +102,7 @@ def train(config: RunConfig, job: str | None = None) -> Path | None:
         if found.state:
             check_same_samples(found.state, config, samples, splits[0].samples)
         questions = questions_of(config, *splits, tokenizer)
-        probe = Probe(probe_tokens(tokenizer), config.model.dtype, config.parallel)
+        probe = Probe(probe_tokens(tokenizer), config.model.dtype, config.parallel, num_scores)
         with assemble(config, Inputs(shape, adapted, tokenizer, *splits)) as run:
             shown = shown_samples(splits[0].samples, tokenizer)
             start = Start(identity, samples, found.state, notes, shown, tokenizer, questions)
@@ -213,7 +214,7 @@ def _open(
     if dist.get_rank() == 0:
         folder = Path(config.checkpoint.dir)
         save_config(config, folder / CONFIG)
-        write_manifest(folder / MANIFEST, model.adapted)
+        write_manifest(folder / MANIFEST, model.adapted, model.whole)
         write_about(folder, shown)
     metrics.say(opening(config, model, run.batches, now.saved))
     check = config.train.check_base

@@ -53,7 +53,8 @@ class Saver:
         self.samples = samples
         self.identity = identity
         self.serve = serve
-        self.drift = DriftCheck(run.model.adapted, run.model.shards, run.groups)
+        model = run.model
+        self.drift = DriftCheck(model.adapted, model.shards, run.groups, model.whole)
 
     def count_step(self, now: Progress) -> None:
         """Take note of a step that has been taken."""

@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor, nn
 
 from megalora import host
@@ -26,6 +25,7 @@ from megalora.model.vocab_logits import Reader, logprob
 from megalora.objectives.objective import Objective, Reference, Sequences
 from megalora.parallel import Groups, megatron_groups
 from megalora.train.inputs import Asked, DeviceBatch, Part, to_device
+from megalora.train.known_shapes import KnownShapes
 from megalora.train.references import Found, Start, model_of, set_apart
 
 Report = Callable[[Outputs, DeviceBatch], tuple[Tensor, Tensor, Tensor]]
@@ -130,6 +130,32 @@ class Stepper:
             losses += every[0]
         dist.all_reduce(losses, group=self.groups.pp)
         return unzigzag(all_gather(losses, cp), cp.size())
+
+    @torch.no_grad()
+    def sequence_scores(self, batches: list[Batch], num_scores: int) -> Tensor:
+        """``num_scores`` scores of every sequence of the first of ``batches``, ``[Q, C]``, on every
+        rank; needs a score head. ``batches`` as in ``token_losses``."""
+        for chunk in self.chunks:
+            chunk.eval()
+        num_sequences = batches[0].num_sequences
+
+        def report(outputs: Outputs, batch: DeviceBatch) -> tuple[Tensor, Tensor, Tensor]:
+            scores_NC = outputs["scores"]
+            # Sequences whose last token is on another context-parallel rank are zeros here.
+            own = scores_NC.new_zeros(num_sequences, num_scores)
+            # One place of each sequence has a score.
+            own.index_add_(0, batch.sequences, scores_NC)
+            return scores_NC.sum(), _one(), own
+
+        inputs = to_device(batches, Part.of(self.groups), Asked(sequences=True))
+        every = self._schedule(batches, inputs, {}, report, forward_only=True)
+        scores = torch.zeros(num_sequences, num_scores, device=host.device())
+        # Only the last stage has any; the sums hand them to all.
+        if every:
+            scores += every[0]
+        dist.all_reduce(scores, group=self.groups.pp)
+        dist.all_reduce(scores, group=self.groups.cp)
+        return scores
 
     def _sum(self, sums: Tensor) -> Tensor:
         """Sum in place over the pipeline, whose last stage has the numbers, over the parts of a
@@ -277,36 +303,6 @@ class Stepper:
         for name in ("tp", "etp"):
             partial_gradients = [p for p in self.parameters if p.sum_group == name]  # pyright: ignore[reportAttributeAccessIssue]
             sum_partial_gradients(partial_gradients, self.groups.named(name))
-
-
-class KnownShapes(P2PCommunicator):
-    """Megatron's communication between pipeline stages for microbatches of different lengths.
-
-    Megatron has neighbours send each other the shape before each tensor and wait for the device
-    until it is there, four times a microbatch. All stages of a pipeline read the same samples, so
-    each knows the shapes. The schedule receives forward and backward tensors in the order of
-    microbatches.
-    """
-
-    def __init__(
-        self, group: dist.ProcessGroup, config: Any, shapes: list[tuple[int, ...]]
-    ) -> None:
-        super().__init__(group, config)
-        self.coming_forward = iter(shapes)
-        self.coming_backward = iter(shapes)
-
-    def _communicate(
-        self, *, recv_prev: bool, recv_next: bool, tensor_shape: Any, **options: Any
-    ) -> Any:
-        assert not (recv_prev and recv_next), (
-            "only the interleaved schedule receives from both sides at once"
-        )
-        # From the previous stage come activations, from the next one gradients.
-        if recv_prev or recv_next:
-            tensor_shape = next(self.coming_forward if recv_prev else self.coming_backward)
-        return super()._communicate(
-            recv_prev=recv_prev, recv_next=recv_next, tensor_shape=tensor_shape, **options
-        )
 
 
 def _mean(sum_and_count: Tensor) -> tuple[float, int]:

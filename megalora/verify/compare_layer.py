@@ -100,7 +100,7 @@ class LayerComparison:
         floats: dict[str, dict[str, float]],
     ) -> None:
         """Embedding rows; final norm and head on the layer's input, for some rows of the
-        vocabulary."""
+        vocabulary; without the head where it is None."""
         # The reference's tables hold these rows alone: ids become places among them.
         rows = sorted({*inputs.tokens, *inputs.rows})
         self.reference.load_ends(rows)
@@ -111,8 +111,10 @@ class LayerComparison:
         theirs = [("embedding", embedded), ("final norm", hidden), ("head", logits)]
         ours = [("embedding", embedding.float())]
         normed = host_norm(self.config, norm, floats)(inputs.x_TH)
-        ours += [("final norm", normed), ("head", F.linear(normed, head.float()))]
-        self._compare(None, ours, theirs)
+        ours.append(("final norm", normed))
+        if head is not None:
+            ours.append(("head", F.linear(normed, head.float())))
+        self._compare(None, ours, theirs[: len(ours)])
 
     def route(self, number: int, inputs: r.Inputs, angles: Any) -> list[int]:
         """Compare rotary tables, run the reference up to its router, and return the experts that

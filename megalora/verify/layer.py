@@ -46,7 +46,8 @@ def check_layers(chunks: Sequence[Any], groups: Groups, folder: Path, dtype: tor
         loaded = Loaded(chunks, groups, labels)
         inputs = Inputs.make(*agreed(first.sizes))
         embedding = loaded.rows("embedding", inputs.tokens)
-        head = loaded.rows("head", inputs.rows)
+        has_head = loaded.has_head
+        head = loaded.rows("head", inputs.rows) if has_head else None
         norm = {name: loaded.whole(f"final_norm.{name}") for name in loaded.names("final_norm")}
         norm_floats = loaded.floats.get("final_norm", {})
         agreed(lambda: first.compare_ends(inputs, embedding, head, norm, norm_floats))
@@ -63,7 +64,8 @@ def check_layers(chunks: Sequence[Any], groups: Groups, folder: Path, dtype: tor
         error = agreed(lambda: first.largest)
     layers = ", ".join(f"{number} ({label})" for number, label in labels.items())
     return (
-        f"base: layer{'s' * (len(labels) > 1)} {layers}, embedding and head equal transformers' to"
+        f"base: layer{'s' * (len(labels) > 1)} {layers}, embedding and"
+        f" {'head' if has_head else 'final norm'} equal transformers' to"
         f" {error:.1e} in {time.perf_counter() - start:.1f} s"
     )
 

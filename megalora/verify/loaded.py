@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megalora import host
+from megalora.model.score_head import ScoreHead
 from megalora.parallel import Groups
 
 EXPERTS = "mlp.experts."
@@ -84,14 +85,22 @@ class Loaded:
             # Of ranks that hold the same module the first one's floats stay.
             self.floats = floats | self.floats if rank else dict(floats)
 
+    @property
+    def has_head(self) -> bool:
+        """Whether the model has lm_head, which a score head may replace."""
+        return any("head" in places for places in self.everywhere)
+
     def _take_ends(self, chunk: Any) -> None:
         """Embedding, final norm and head of a chunk that has them."""
         if chunk.pre_process:
             self._hold("embedding", chunk.embedding.word_embeddings.weight, 0, 1, self.groups.tp)
         if chunk.post_process:
             tied = chunk.share_embeddings_and_output_weights  # as the model's own forward decides
-            head = chunk.shared_embedding_or_output_weight() if tied else chunk.output_layer.weight
-            self._hold("head", head, 0, 1, self.groups.tp)
+            # A score head is trained: it is none of the base's tensors.
+            if not isinstance(chunk.output_layer, ScoreHead):
+                output = chunk.output_layer
+                head = chunk.shared_embedding_or_output_weight() if tied else output.weight
+                self._hold("head", head, 0, 1, self.groups.tp)
             self._take("final_norm", chunk.decoder.final_layernorm, gated=False)
 
     def _take(self, prefix: str, module: nn.Module, gated: bool) -> None:

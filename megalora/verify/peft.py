@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from megalora import host
 
@@ -22,8 +22,10 @@ from megalora.adapters.write.engines import check_honoured, hide_peft_warnings  
 from megalora.config import LoRAConfig, ModelConfig, ParallelConfig  # noqa: E402
 from megalora.hf.folder import local_folder  # noqa: E402
 from megalora.lora.adapted_model import build_adapted, load_adapter  # noqa: E402
+from megalora.lora.switched_off import adapters_off  # noqa: E402
 from megalora.model.account import open_folder  # noqa: E402
 from megalora.model.build import build_model  # noqa: E402
+from megalora.model.score_head import ScoreHead  # noqa: E402
 from megalora.model.shape import ModelShape  # noqa: E402
 from megalora.parallel import parallel_groups  # noqa: E402
 
@@ -80,12 +82,15 @@ def verify_peft(adapter: Path, base: str, *, atol: float) -> Report:
             f" {adapter} OUT"
         )
     tokens = probe_batch(shape.vocab)
-    read = whole_adapter(adapter, shape, folder)
+    read = whole_adapter(adapter, shape, folder, score=True)
     # A projection that PEFT ignores would look like a difference in the model.
     check_honoured("peft", read.adapted, shape)
-    ours, our_layers = _own_logits(folder, shape, read, tokens)
+    ours, our_layers, ours_without = _own_logits(folder, read.shape_of(shape), read, tokens)
     host.release_memory()  # PEFT's model takes as much
-    theirs, their_layers, unadapted = _peft_logits(adapter, folder, tokens)
+    theirs, their_layers, unadapted = _peft_logits(adapter, folder, tokens, read.num_scores)
+    if read.num_scores:
+        # What PEFT's base has for a score head is drawn anew at each start.
+        unadapted = ours_without
     first_layer = None
     for number, (our, their) in enumerate(zip(our_layers, their_layers, strict=True)):
         if not _largest(our - their) <= atol:
@@ -98,17 +103,23 @@ def verify_peft(adapter: Path, base: str, *, atol: float) -> Report:
 
 def _own_logits(
     folder: Path, shape: ModelShape, adapter: Adapter, tokens: Tensor
-) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
-    """Logits and every layer's output of megalora's model; nothing refers to the model
-    afterwards."""
+) -> tuple[Tensor, list[Tensor], Tensor]:  # fmt: skip
+    """Logits, or scores, and every layer's output of megalora's model, and its logits without the
+    adapter; nothing refers to the model afterwards."""
     with own_model(folder, shape, adapter) as model:
-        return _megatron_logits(model, tokens.to(host.device()))
+        tokens = tokens.to(host.device())
+        logits, layers = _megatron_logits(model, tokens)
+        with adapters_off([model]):
+            without, _ = _megatron_logits(model, tokens)
+        return logits, layers, without
 
 
-def whole_adapter(folder: Path, shape: ModelShape, base: Path | None = None) -> Adapter:
+def whole_adapter(
+    folder: Path, shape: ModelShape, base: Path | None = None, *, score: bool = False
+) -> Adapter:
     """``read_adapter`` of a folder that engines load: none of them takes a layer with adapters on
     some of its experts."""
-    adapter = read_adapter(folder, shape, base=base)
+    adapter = read_adapter(folder, shape, base=base, score=score)
     if adapter.absent:
         raise ValueError(
             f"{folder} lacks {len(adapter.absent)} linears of experts beside others of their"
@@ -146,9 +157,15 @@ def _largest(difference: Tensor) -> float:
 
 
 def _megatron_logits(chunk: Any, tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Logits ``[B, S, V]`` and every decoder layer's output ``[B, S, H]``."""
+    """Logits ``[B, S, V]`` and every decoder layer's output ``[B, S, H]``; of a score head, the
+    scores of each sample's last token ``[B, C]``."""
+
+    def last_scores(*, hidden_states: Tensor, output_layer: Any, **_: Any) -> Tensor:
+        return output_layer(hidden_states)[-1]
+
+    scored = isinstance(chunk.output_layer, ScoreHead)
     with _outputs_of(chunk.decoder.layers) as outputs:
-        logits = chunk(tokens, None, None).cpu()
+        logits = chunk(tokens, None, None, output_processor=last_scores if scored else None).cpu()
     # Megatron's layers put out [S, B, H].
     return logits, [output.transpose(0, 1) for output in outputs]
 
@@ -170,7 +187,7 @@ def _outputs_of(layers: Iterable[Any]) -> Iterator[list[Tensor]]:
 
 
 def _peft_logits(
-    adapter: Path, folder: Path, tokens: Tensor
+    adapter: Path, folder: Path, tokens: Tensor, num_scores: int
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     """Adapted logits, every decoder layer's output, and the base's logits, from transformers and
     PEFT as they are."""
@@ -179,7 +196,14 @@ def _peft_logits(
 
     logging.disable_progress_bar()
     hide_peft_warnings()
-    base: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if num_scores:
+        base: Any = AutoModelForSequenceClassification.from_pretrained(
+            folder, dtype=torch.float32, num_labels=num_scores
+        )
+        # No token of the probe is this one: each sample is scored at its last token.
+        base.config.pad_token_id = base.config.vocab_size
+    else:
+        base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model: Any = PeftModel.from_pretrained(base.to(host.device()), str(adapter)).eval()
     tokens = tokens.to(host.device())
     with _outputs_of(model.get_base_model().model.layers) as outputs:

@@ -17,7 +17,7 @@ STATE_TEST = "tests/adapters/test_training_state.py"
 
 # fmt: off
 ADAPTER_BUGS: tuple[Bug, ...] = (
-    bug(0, "a checkpoint's padding guessed", TRAINED, "if is_checkpoint else", "if False else",
+    bug(0, "a checkpoint's padding guessed", TRAINED, "if is_checkpoint:", "if False:",
         f"{STATE_TEST} rank_of_zeros"),
     bug(0, "a checkpoint's changed file exported", TRAINED,
         "if not torch.equal(tensor, adapter.tensors[name]):", "if False:",

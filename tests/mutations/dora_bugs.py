@@ -54,5 +54,6 @@ DORA_BUGS: tuple[Bug, ...] = (
     bug(0, "DoRA that is left out on experts", "megalora/lora/select.py",
         "if not has_dora(a.projection):", "if False:", f"{NORMS} refused"),
     bug(0, "a DoRA layer's output not planned", "megalora/planner/mlp_activations.py",
-        "kept += rows * out_features * e", "kept += 0", "tests/planner/test_activations.py tiny_dense"),
+        "kept += rows * out_features * e", "kept += 0",
+        "tests/planner/test_activations.py tiny_dense"),
 )  # fmt: skip

@@ -28,6 +28,7 @@ from tests.mutations.relora_bugs import RELORA_BUGS
 from tests.mutations.report_bugs import REPORT_BUGS
 from tests.mutations.row_bugs import ROW_BUGS
 from tests.mutations.run_bugs import RUN_BUGS
+from tests.mutations.score_bugs import SCORE_BUGS
 from tests.mutations.serve_bugs import SERVE_BUGS
 from tests.mutations.shared_bugs import SHARED_BUGS
 from tests.mutations.stage_bugs import STAGE_BUGS
@@ -61,6 +62,7 @@ EVERY_BUG = (
     + REPORT_BUGS
     + CONFIG_BUGS
     + SERVE_BUGS
+    + SCORE_BUGS
     + STAGE_BUGS
     + RECIPE_BUGS
     + PREFERENCE_BUGS

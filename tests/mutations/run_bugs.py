@@ -324,14 +324,14 @@ RUN_BUGS: tuple[Bug, ...] = (
         f"{TRAIN}/assemble.py",
         """        if prepare is not None:
             prepare(model)
-        check = GradientCheck(model.adapted, model.shards)
+        check = GradientCheck(model.adapted, model.shards, model.whole)
         objective = objective_of(config)
         dtype = getattr(torch, config.model.dtype)
         stepper, optimizer = make_stepper(
             config.train, dtype, model.chunks, groups, check, objective
         )
 """,
-        """        check = GradientCheck(model.adapted, model.shards)
+        """        check = GradientCheck(model.adapted, model.shards, model.whole)
         objective = objective_of(config)
         dtype = getattr(torch, config.model.dtype)
         stepper, optimizer = make_stepper(

@@ -6,6 +6,7 @@ from megalora.config import DataConfig, ModelConfig, ObjectiveConfig, RunConfig,
 from megalora.objectives.choose import objective_of
 from megalora.objectives.kto import KTO
 from megalora.objectives.preference import Preference
+from megalora.objectives.scored import Classify, Reward
 from megalora.objectives.sft import SFT
 
 
@@ -39,6 +40,8 @@ def test_options_reach_the_objective() -> None:
     assert objective_of(
         config(name="kto", beta=0.3, desirable_weight=2, undesirable_weight=0.5, reference="start")
     ) == KTO(beta=0.3, good_weight=2, bad_weight=0.5, reference="start")
+    assert objective_of(config(name="reward", centre=0.2)) == Reward(centre=0.2)
+    assert objective_of(config(name="classify", labels=["a", "b"])) == Classify(2)
     # Without a reference there is no pass for it.
     assert [bool(objective_of(config(name=n)).references) for n in ("dpo", "simpo", "orpo")] == [
         True, False, False,
@@ -71,6 +74,33 @@ def test_options_reach_the_objective() -> None:
         ({"name": "dpo", "train": {"z_loss": 0.1}}, "train.z_loss is a term of sup"),
         ({"name": "orpo", "train": {"label_smoothing": 0.1}}, "train.label_smoothing is a term"),
         ({"name": "dpo", "data": {"too_long": "split"}}, "too_long=split would cut one answer"),
+        ({"name": "classify"}, "needs objective.labels, the names of the labels, or objective.num"),
+        ({"name": "classify", "num_labels": 0}, "num_labels must be from 1 to 1,048,576, got 0"),
+        ({"name": "classify", "labels": ["one"]}, "two or more different names, got .'one'."),
+        ({"name": "classify", "labels": ["a", "a"]}, "two or more different names"),
+        ({"name": "classify", "labels": ["a", "b"], "num_labels": 3}, "3 is not the number of obj"),
+        ({"name": "classify", "num_labels": 2, "beta": 1.0}, "reads num_labels, labels"),
+        ({"name": "reward", "num_labels": 2}, "num_labels=2 does nothing for objective.name=rew"),
+        ({"name": "reward", "centre": -1.0}, "objective.centre must not be negative, got -1.0"),
+        ({"name": "reward", "data": {"too_long": "truncate_left"}}, "would cut one answer of a p"),
+        (
+            {"name": "classify", "num_labels": 2, "data": {"too_long": "truncate_right"}},
+            "cut off the end of a text, from which objective.name=classify reads its score",
+        ),
+        (
+            {"name": "classify", "num_labels": 2, "train": {"check_base": "loss"}},
+            "train.check_base=loss needs the head of a language model",
+        ),
+        ({"name": "classify", "num_labels": 2, "train": {"z_loss": 0.1}}, "train.z_loss is a term"),
+        (
+            {
+                "name": "classify",
+                "num_labels": 2,
+                "data": {"max_length": 100},
+                "train": {"micro_batch_tokens": 99},
+            },
+            "has no room for a sample .* at least 100",
+        ),
         (
             {"name": "dpo", "data": {"max_length": 100}, "train": {"micro_batch_tokens": 197}},
             "micro_batch_tokens=197 has no room for a pair of sequences .* at least 198",

@@ -11,6 +11,7 @@ from trl.experimental.cpo.cpo_trainer import CPOTrainer
 from trl.experimental.orpo.orpo_trainer import ORPOTrainer
 from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.kto_trainer import KTOTrainer
+from trl.trainer.reward_trainer import RewardTrainer
 
 
 class Fixed(nn.Module):
@@ -122,3 +123,15 @@ class InTurn(Fixed):
         zero = torch.zeros_like(self.logprobs[0])
         own = self.logprobs[1 if self.asked else 0]
         return SimpleNamespace(log_probs=own, entropy=zero, mean_logits=zero)
+
+
+def reward(scores: Tensor, margin: Tensor, centre: float | None) -> Tensor:
+    """Mean loss of P pairs; ``scores [2P, 1]``, chosen answers first; ``margin [P]``."""
+    model = Fixed(scores)
+    me = SimpleNamespace(
+        model=model, accelerator=accelerator(), _total_train_tokens=0, _tp_size=1,
+        _metrics=defaultdict(lambda: defaultdict(list)),
+        args=SimpleNamespace(center_rewards_coefficient=centre),
+    )  # fmt: skip
+    inputs = {"attention_mask": torch.ones(len(scores), 1), "margin": margin}
+    return RewardTrainer.compute_loss(me, model, inputs)

@@ -19,8 +19,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM
+from transformers.loss.loss_utils import ForSequenceClassificationLoss
 
 PREFIX = "base_model.model."
+SCORE = "base_model.model.score.weight"
 PARTS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 """Mixtral's name of an expert's linear -> what it computes, as other families call it."""
 
@@ -133,6 +135,9 @@ class Oracle:
         name, and is none."""
         found: dict[str, None] = {}
         for name in self.factors:
+            # A score head is trained whole.
+            if name == SCORE:
+                continue
             module = name.removeprefix(PREFIX).split(".lora_")[0]
             if ".experts." not in module or re.search(r"\.experts\.\d+\.", module):
                 found[module] = None
@@ -250,6 +255,37 @@ class Oracle:
         for name, weight in self.merged().items():
             self.reference[name] = weight.detach()
 
+    def scores(self, ids: Any, weights: dict[str, Tensor]) -> Tensor:
+        """[C] scores of a sequence of tokens: the score head on the last of them."""
+        row = torch.tensor(ids).long()[None]
+        output = functional_call(
+            self.model, weights, (row,), {"output_hidden_states": True}, tie_weights=False
+        )
+        # The last of them comes behind the final norm.
+        return output.hidden_states[-1][0, -1].double() @ self.factors[SCORE].T
+
+    def classify_loss(self, samples: list) -> Tensor:
+        """Mean cross entropy of the samples' labels, by transformers' own loss."""
+        merged = self.merged()
+        rows = [self.scores(sample.input_ids[:-1], merged) for sample in samples]
+        labels = torch.tensor([int(sample.value) for sample in samples])
+        config = SimpleNamespace(
+            problem_type="single_label_classification", num_labels=len(self.factors[SCORE])
+        )
+        return ForSequenceClassificationLoss(labels, torch.stack(rows), config)
+
+    def reward_loss(self, samples: list, centre: float) -> Tensor:
+        """Bradley-Terry with margins and the centring term, a mean over pairs."""
+        merged = self.merged()
+        total = torch.zeros((), dtype=torch.float64)
+        for sample in samples:
+            # Each sequence ends in the place that is scored, which is no token of it.
+            chosen = self.scores(sample.input_ids[: sample.second - 1], merged)[0]
+            rejected = self.scores(sample.input_ids[sample.second : -1], merged)[0]
+            total = total + torch.log1p((rejected - chosen + sample.value).exp())
+            total = total + centre * (chosen + rejected) ** 2
+        return total / len(samples)
+
     def loss(self, samples: list) -> Tensor:
         """Mean over the target tokens of all samples."""
         merged = self.merged()
@@ -282,11 +318,10 @@ class Oracle:
             lr_b: rate of B factors where it differs.
             loss_of: what a batch adds up to; None for ``loss``.
         """
-        of_a = [t for name, t in self.factors.items() if ".lora_A." in name]
-        # DoRA's magnitudes have the rate of B.
+        # DoRA's magnitudes have the rate of B, and a score head that of the A factors, as in PEFT.
         like_b = (".lora_B.", ".lora_magnitude_vector")
         of_b = [t for name, t in self.factors.items() if any(part in name for part in like_b)]
-        assert len(of_a) + len(of_b) == len(self.factors)
+        of_a = [t for name, t in self.factors.items() if not any(part in name for part in like_b)]
         groups = [{"params": of_a}, {"params": of_b, "lr": lr_b or lr}]
         optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=0.0, eps=eps)
         losses = []

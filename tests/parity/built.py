@@ -3,6 +3,7 @@ functions for ``run_ranks``."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from megalora.lora.gather import gather_tensors, read_tensors
 from megalora.lora.magnitude import refresh_norms
 from megalora.lora.select import resolve
 from megalora.lora.spec import Adapted
+from megalora.lora.trained_weight import trained_weights
 from megalora.model.fields import model_shape
 from megalora.train.assemble import Run, assemble
 from tests.parity.gradients import reduced_gradients
@@ -61,12 +63,13 @@ def adapter_of(config: RunConfig, weights: Path | None = None) -> dict[str, Tens
 
 
 def random_factors(
-    config: LoRAConfig, base: Path, seed: int = 0
+    config: LoRAConfig, base: Path, seed: int = 0, num_scores: int = 0
 ) -> tuple[list[Adapted], dict[str, Tensor]]:
     """What is adapted, and factors of which none is zero: every delta has a spread of about 0.2 of
-    its weight's."""
+    its weight's. ``num_scores``: of a score head, whose weight is among them."""
 
-    adapted = resolve(config, model_shape(read_hf_config(base)))
+    shape = replace(model_shape(read_hf_config(base)), num_scores=num_scores)
+    adapted = resolve(config, shape)
     generator = torch.Generator().manual_seed(seed)
     factors = {}
     for a in adapted:
@@ -81,6 +84,10 @@ def random_factors(
                 # Far from the norms, which depend on the base.
                 magnitude = torch.rand(a.shape("M"), generator=generator)
                 factors[a.tensor_name("M", expert)] = 0.5 + magnitude
+    for weight in trained_weights(shape):
+        # Scores have a spread of 1, as hidden states behind a norm have.
+        drawn = torch.randn(weight.size, generator=generator)
+        factors[weight.tensor] = drawn / shape.hidden**0.5
     return adapted, factors
 
 

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 
 from megalora.config import LoRAConfig, ObjectiveConfig, RunConfig
 from megalora.data.order import global_batch_indices
+from megalora.data.scored import Scoring
 from megalora.data.splits import load_split, split_off_eval
 from megalora.hf.json_file import read_hf_config
 from megalora.lora.gather import read_tensors
@@ -149,10 +150,10 @@ def train_recording_gradients(config: RunConfig, start: Path, head: str = "lean"
 
 
 def start_factors(
-    lora: LoRAConfig, base: Path, dtype: str
+    lora: LoRAConfig, base: Path, dtype: str, num_scores: int = 0
 ) -> tuple[list[Adapted], dict[str, Tensor]]:
     """What is adapted, and random float32 factors that ``dtype`` holds exactly."""
-    adapted, factors = random_factors(lora, base)
+    adapted, factors = random_factors(lora, base, num_scores=num_scores)
     for name, factor in factors.items():
         # Both sides start from the same numbers, so rounding at the start is no deviation.
         factors[name] = factor.to(getattr(torch, dtype)).float()
@@ -170,16 +171,18 @@ def expected(
     ``lr_b``: the learning rate of B factors, where it is another than ``LR``."""
     config = run_config(case, steps, base, chats, Path("unused"), dtype, seed)
     tokenizer = AutoTokenizer.from_pretrained(base)
+    objective = config.objective
     source = str(case.source(chats))
-    pairs = config.objective.pairs
-    labels = config.objective.labelled
-    split = load_split(source, tokenizer, format="auto", pairs=pairs, labels=labels, **case.data)
-    whole = load_split(source, tokenizer, format="auto", pairs=pairs, labels=labels, max_length=256)
-    # Pairs are not cut.
-    if not pairs:
+    what: dict[str, Any] = {
+        "pairs": objective.pairs, "labels": objective.labelled, "scoring": Scoring.of(objective),
+    }  # fmt: skip
+    split = load_split(source, tokenizer, format="auto", **what, **case.data)
+    whole = load_split(source, tokenizer, format="auto", **what, max_length=256)
+    # Pairs are not cut, nor are scored sequences.
+    if not (objective.pairs or objective.num_scores):
         compare_samples(split.samples, cut_by_hand(whole.samples, case))
     train_split, eval_split = split_off_eval(split, EVAL, seed)
-    adapted, factors = start_factors(config.lora, base, dtype)
+    adapted, factors = start_factors(config.lora, base, dtype, objective.num_scores)
     # alpha / r, or alpha / sqrt(r) with rslora: written out here, so that ours is not trusted.
     exponent = 0.5 if config.lora.use_rslora else 1.0
     scales = {}
@@ -204,6 +207,10 @@ def loss_by(oracle: Oracle, objective: ObjectiveConfig) -> Callable[[list[Any]],
     says so."""
     if objective.name == "sft":
         return oracle.loss
+    if objective.name == "classify":
+        return oracle.classify_loss
+    if objective.name == "reward":
+        return partial(oracle.reward_loss, centre=objective.centre or 0.0)
     if objective.reference == "start":
         oracle.compare_with_start()
     assert objective.beta is not None
@@ -233,7 +240,8 @@ def prepare_run(
     """The config, and the file of the adapter to start from."""
     config = run_config(case, steps, base, chats, out, dtype, seed)
     out.mkdir(exist_ok=True)
-    save_file(start_factors(config.lora, base, dtype)[1], out / "start.safetensors")
+    scores = config.objective.num_scores
+    save_file(start_factors(config.lora, base, dtype, scores)[1], out / "start.safetensors")
     return config, out / "start.safetensors"
 
 

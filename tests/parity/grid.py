@@ -17,8 +17,9 @@ from megalora.config import (
     RunConfig,
     TrainConfig,
 )
-from tests.paired import pairs_of, rated_of
-from tests.parity.models import ADAPTERS, MODELS, shape_of
+from megalora.lora.select import resolve
+from tests.paired import labelled_of, pairs_of, rated_of
+from tests.parity.models import ADAPTERS, MODELS, adapter, shape_of
 
 # Up to 8 ranks, which fork on a machine of two cores; sizes beyond these need more ranks.
 WORLDS = (1, 2, 4, 8)
@@ -50,9 +51,12 @@ OBJECTIVES = {
     "dpo": ObjectiveConfig(name="dpo", beta=0.5),
     "dpo of start": ObjectiveConfig(name="dpo", beta=0.5, reference="start"),
     "kto": ObjectiveConfig(name="kto", beta=0.5, desirable_weight=1.5, undesirable_weight=0.75),
+    "classify": ObjectiveConfig(name="classify", num_labels=3),
+    "reward": ObjectiveConfig(name="reward", centre=0.1),
 }
 """A loss of tokens; one of pairs of sequences that share a row, compared with the base and with the
-adapter that the run began with; and one of labelled answers, compared over the global batch."""
+adapter that the run began with; one of labelled answers, compared over the global batch; and both
+ways to use a score head."""
 
 BALANCE = {"off": 0.0, "on": 0.3}
 """Coefficient of the loss that keeps experts evenly used, with which it is not lost in the
@@ -121,11 +125,16 @@ class Case:
         limit = ROW_TOKENS + 1 if self.too_long == "left_out" else CUT_AT
         if OBJECTIVES[self.objective].pairs:
             limit = ROW_TOKENS // 2 + 1
+        if OBJECTIVES[self.objective].num_scores:
+            # The last token is read, and not only predicted.
+            limit -= 1
         return {"max_length": limit, "too_long": self.too_long}
 
     def source(self, chats: Path) -> Path:
-        """The file to train on: the chats, or the pairs beside them."""
+        """The file to train on: the chats, or what lies beside them."""
         objective = OBJECTIVES[self.objective]
+        if self.objective == "classify":
+            return labelled_of(chats)
         if objective.labelled:
             return rated_of(chats)
         return pairs_of(chats) if objective.pairs else chats
@@ -190,7 +199,11 @@ def accepted(case: Case) -> bool:
             train=TrainConfig(steps=1, global_batch_size=case.batch, **case.rows),
         )  # fmt: skip
         config.check_world(case.world)
-        shape_of(case.model).check_layout(config.parallel)
+        shape = shape_of(case.model)
+        shape.check_layout(config.parallel)
+        # A score head stands in place of lm_head, which then cannot be adapted.
+        scores = config.objective.num_scores
+        resolve(adapter(case.adapter, shape), replace(shape, num_scores=scores))
     except ValueError:
         return False
     return True
@@ -216,8 +229,8 @@ def variants(layout: Case) -> list[Case]:
         case = replace(layout, model=model, micro=micro)
         if not accepted(case):
             continue
-        for adapter, recompute in product(ADAPTERS, RECOMPUTE):
-            found.append(replace(case, adapter=adapter, recompute=recompute))
+        for name, recompute in product(ADAPTERS, RECOMPUTE):
+            found.append(replace(case, adapter=name, recompute=recompute))
     return found
 
 
@@ -259,12 +272,16 @@ def of_samples(case: Case) -> list[Case]:
     found = []
     for how, head, size in product(TOO_LONG, HEAD, stages):
         found.append(replace(case, too_long=how, head=head, stages=size))
-        # Pairs are whole.
+        # Pairs are whole, and so are scored sequences here.
         if how == "left_out":
             plain = found[-1]
-            for objective in OBJECTIVES:
-                if objective != "sft":
-                    found.append(replace(plain, objective=objective))
+            for objective, options in OBJECTIVES.items():
+                # A score head has no logits of the vocabulary, nor an lm_head to adapt.
+                other = replace(plain, objective=objective)
+                if objective == "sft" or (options.num_scores and head == "whole"):
+                    continue
+                if accepted(other):
+                    found.append(other)
     # A dense model has nothing to balance.
     if shape_of(case.model).moe_layers:
         found += [replace(variant, balance="on") for variant in found]

@@ -13,6 +13,7 @@ FAST = (
     Case(2, cp=2, ep=2, micro=PACKED, balance="on"),
     Case(2, tp=2, ep=2, adapter="ranks", micro=3, objective="dpo"),
     Case(2, tp=2, model="dense", adapter="dora", micro=3),
+    Case(2, tp=2, ep=2, adapter="ranks", micro=3, objective="classify"),
 )
 """For ``make test``: each way of splitting a model once, but for ETP, which needs four ranks."""
 
@@ -100,6 +101,22 @@ QUICK = (
     Case(4, pp=2, vpp=2, tp=2, model="dense", adapter="dora", micro=PACKED),
     Case(4, tp=2, cp=2, model="tied", adapter="dora", micro=PACKED, recompute="full1+selective"),
     Case(4, pp=2, ep=2, model="mixed", adapter="dora", objective="dpo"),
+    # A score head in place of lm_head: tied or not, its row on one context-parallel rank or two.
+    Case(1, model="tied", micro=3, objective="reward"),
+    Case(2, cp=2, ep=2, micro=PACKED, objective="reward"),
+    Case(4, tp=2, cp=2, adapter="rslora", micro=PACKED, objective="classify", balance="on"),
+    Case(4, pp=2, vpp=2, etp=2, recompute="full", objective="classify"),
+    Case(4, pp=2, tp=2, model="tied", micro=3, stages="uneven", objective="reward"),
+    Case(
+        8,
+        tp=2,
+        pp=2,
+        ep=2,
+        model="shared",
+        micro=PACKED,
+        recompute="selective",
+        objective="reward",
+    ),
     *QUICK_OF_FAMILIES,
 )
 """For ``make test-all``: the layouts README names, every value of every factor at least once, and

@@ -21,6 +21,13 @@ SIZES = {
 }
 
 
+NOT_SCORED = {
+    ("head", "whole"), ("adapter", "router"), ("model", "olmoe"), ("model", "glm4_moe"),
+}  # fmt: skip
+"""What no score head goes with: whole logits, an adapted lm_head, families of which transformers
+has no classifier."""
+
+
 def taken_by_the_config(model: str, world: int, **sizes: int) -> bool:
     """With a batch that any number of ranks and stages divides, so that only the layout can be
     refused."""
@@ -77,12 +84,15 @@ def test_every_possible_pair_of_values_is_tested() -> None:
         for factor, value in values:
             if factor not in ("too_long", "head", "objective", "balance"):
                 possible |= {((factor, value), each) for each in of_samples}
-    # So does each objective, but that pairs are never cut.
-    for objective in ("sft", "dpo", "dpo of start", "kto"):
+    # So does each objective, but that pairs are never cut, and that a score head stands where
+    # lm_head would be adapted, has no logits, and is not of every family.
+    for objective in ("sft", "dpo", "dpo of start", "kto", "classify", "reward"):
         of_loss = ("objective", objective)
         for factor, value in {value for pair in possible for value in pair}:
-            is_cut = factor == "too_long" and value != "left_out"
-            if factor not in ("objective", "balance") and not (is_cut and objective != "sft"):
+            is_scored = objective in ("classify", "reward")
+            is_other = objective != "sft" and factor == "too_long" and value != "left_out"
+            is_other |= is_scored and (factor, value) in NOT_SCORED
+            if factor not in ("objective", "balance") and not is_other:
                 possible.add(((factor, value), of_loss))
     # Balanced or not goes with everything, where there are experts.
     dense = {model for model in MODELS if not shape_of(model).moe_layers}
@@ -101,8 +111,8 @@ def test_a_quick_case_for_every_value() -> None:
     values_of = {
         **SIZES, "model": tuple(MODELS), "adapter": tuple(ADAPTERS),
         "recompute": ("off", "selective", "full", "full1+selective"), "micro": (1, 3, PACKED),
-        "head": ("lean", "whole"), "stages": ("equal", "uneven"), 
-        "objective": ("sft", "dpo", "dpo of start", "kto"),
+        "head": ("lean", "whole"), "stages": ("equal", "uneven"),
+        "objective": ("sft", "dpo", "dpo of start", "kto", "classify", "reward"),
         "balance": ("off", "on"),
         "too_long": ("left_out", "truncate_right", "truncate_left", "split"),
     }  # fmt: skip

@@ -6,28 +6,29 @@ Names are read as ``hf/tensor_names.py`` says, stacked experts are taken apart a
 folder that is ambiguous or contradicts itself is rejected, with the name of the tensor or option.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from megalora.adapters.files import CONFIG, read_config
 from megalora.adapters.read.banks import BANKS, bank_factors, bank_linears, is_fused
 from megalora.adapters.read.copies import check_copies, copies_in
 from megalora.adapters.read.linears import Adapter, Linears
+from megalora.adapters.read.named_tensors import checked, factor_of, score_of
 from megalora.adapters.read.options import refuse_variants
 from megalora.adapters.read.rules import Rules
 from megalora.adapters.read.stacked import DOWN, GATE_UP, ColumnOrder, Factors, StackedFile
-from megalora.adapters.read.weights import FLOATS, AdapterWeights
+from megalora.adapters.read.weights import AdapterWeights
 from megalora.hf.tensor_names import (
+    SCORE,
     TINKER_HEAD,
     FactorName,
-    described,
     experts_block,
     is_training_only,
-    module_before_factor,
-    parse_factor,
     parse_stack,
+    parse_weight,
+    weight_name,
 )
 from megalora.lora.modules import (
     expert_blocks,
@@ -45,7 +46,12 @@ type Named = dict[FactorName, tuple[str, Tensor]]
 
 
 def read_adapter(
-    folder: Path, shape: ModelShape, order: ColumnOrder | None = None, base: Path | None = None
+    folder: Path,
+    shape: ModelShape,
+    order: ColumnOrder | None = None,
+    base: Path | None = None,
+    *,
+    score: bool = False,
 ) -> Adapter:
     """Read a LoRA folder for a model of this shape; raises ``ValueError`` that says what in it
     cannot be meant.
@@ -54,10 +60,14 @@ def read_adapter(
         order: how the columns of stacked B's run, where the file does not say it.
         base: the base's folder, with whose weights those that PEFT saved beside the factors are
             compared, if it has any.
+        score: whether a score head in place of lm_head is read too, or refused.
     """
     config = read_config(folder)
-    refuse_variants(folder / CONFIG, config)
+    refuse_variants(folder / CONFIG, config, score=score)
     weights = AdapterWeights(folder)
+    heads = score_of(weights, config, shape)
+    # Beside a score head nothing of lm_head may be in the folder.
+    shape = replace(shape, num_scores=len(heads.get(weight_name(SCORE), ())))
     rules = Rules(folder, config, weights.where)
     copies = copies_in(weights, shape)
     notes = weights.notes + check_copies(weights, copies, shape, base)
@@ -67,13 +77,13 @@ def read_adapter(
     if passed_over:
         notes.append(f"passed over, as PEFT needs them in training alone: {', '.join(passed_over)}")
     for name in weights.info:
-        if name in copies or name in passed_over:
+        if name in copies or name in passed_over or (heads and parse_weight(name) == SCORE):
             continue
-        module, factor = _factor_of(weights, name)
+        module, factor = factor_of(weights, name)
         if factor == "M":
-            linears.add_magnitude(module, name, _checked(weights, name, 1))
+            linears.add_magnitude(module, name, checked(weights, name, 1))
             continue
-        tensor = _checked(weights, name, 3 if groups.is_bank(module) else 2)
+        tensor = checked(weights, name, 3 if groups.is_bank(module) else 2)
         if not groups.take(module, factor, name, tensor):
             linears.add(module, factor, tensor, also=[TINKER_HEAD] if TINKER_HEAD in name else [])
     stacked = StackedFile(weights.where, config, shape, rules, groups.stacks, order)
@@ -84,45 +94,8 @@ def read_adapter(
     known = {module: parameters_of(p, layer) for module, (p, layer, _) in linears.known.items()}
     known |= {module: (f"{module}.weight",) for module in other_modules(shape)}
     rules.check_targets(linears.factors.keys(), known)
-    return linears.adapter([*notes, *rules.notes()], use_dora=bool(config.get("use_dora")))
-
-
-def _factor_of(weights: AdapterWeights, name: str) -> tuple[str, FactorName]:
-    parsed = parse_factor(name)
-    if parsed is not None:
-        return parsed
-    module = module_before_factor(name)
-    where = (
-        f"{weights.path_of(name)}: {name} is no LoRA factor of a linear layer, which is all"
-        " megalora reads"
-    )
-    if ".lora_embedding_" in name:
-        raise ValueError(
-            f"{where}: {module} has an adapter; megalora does not adapt embeddings. Merge it with"
-            " PEFT (merge_and_unload), or train without it"
-        )
-    raise ValueError(
-        f"{where}: it is {described(name)}. Merge the adapter with PEFT (merge_and_unload), or"
-        " train without"
-    )
-
-
-def _checked(weights: AdapterWeights, name: str, dims: int) -> Tensor:
-    """The tensor, if it is a factor's: of floats, all finite, with so many dimensions, or two
-    where ``dims`` are three."""
-    info = weights.info[name]
-    path = weights.path_of(name)
-    if info.dtype not in FLOATS or len(info.shape) not in (min(dims, 2), dims):
-        what = "a magnitude is a vector" if dims == 1 else "a factor is a matrix"
-        raise ValueError(
-            f"{path}: {name} is {info.dtype} of shape {info.shape}; {what} in {', '.join(FLOATS)}"
-        )
-    tensor = weights.tensor(name)
-    if not torch.isfinite(tensor).all():
-        raise ValueError(
-            f"{path}: {name} has NaN or infinite values; the training that wrote it had diverged"
-        )
-    return tensor
+    use_dora = bool(config.get("use_dora"))
+    return linears.adapter([*notes, *rules.notes()], heads, use_dora=use_dora)
 
 
 class _Groups:

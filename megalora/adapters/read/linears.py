@@ -3,7 +3,7 @@ other."""
 
 import difflib
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -13,7 +13,13 @@ from megalora.adapters.read.banks import fused_linears
 from megalora.adapters.read.rules import Rules
 from megalora.adapters.read.stacked import Factors
 from megalora.adapters.read.weights import AdapterWeights
-from megalora.hf.tensor_names import FactorName, experts_block, tensor_name
+from megalora.hf.tensor_names import (
+    SCORE,
+    FactorName,
+    experts_block,
+    tensor_name,
+    weight_name,
+)
 from megalora.lora.modules import linear_modules, other_modules, other_names, parameters_of
 from megalora.lora.select import ALIASES
 from megalora.lora.spec import PLAIN, WITH_MAGNITUDE, Adapted, has_dora, make_adapted
@@ -34,6 +40,15 @@ class Adapter:
     ``tensors`` as zeros."""
     notes: list[str] = field(default_factory=list)
     """What the folder holds beside the factors, a line each."""
+
+    @property
+    def num_scores(self) -> int:
+        """Numbers that its score head gives; 0 where it has none."""
+        return len(self.tensors.get(weight_name(SCORE), ()))
+
+    def shape_of(self, base: ModelShape) -> ModelShape:
+        """The base's sizes with the score head."""
+        return replace(base, num_scores=self.num_scores)
 
 
 class Linears:
@@ -136,8 +151,8 @@ class Linears:
         nearest = f"; the nearest is {close[0]}" if close else ""
         return f"{module} is not a linear layer of this base model{nearest}"
 
-    def adapter(self, notes: list[str], *, use_dora: bool) -> Adapter:
-        """Everything that came in, as one adapter, if it fits together."""
+    def adapter(self, notes: list[str], heads: dict[str, Tensor], *, use_dora: bool) -> Adapter:
+        """Everything that came in, as one adapter, if it fits together; ``heads`` go with it."""
         self.wanted = WITH_MAGNITUDE if use_dora else PLAIN
         adapted: list[Adapted] = []
         tensors: dict[str, Tensor] = {}
@@ -157,7 +172,7 @@ class Linears:
                     tensors[tensor_name(module, factor)] = self._tensor(module, factor, a)
         if not adapted:
             raise ValueError(f"{self.where} holds no LoRA factor: it would be the base model")
-        return Adapter(self.weights.folder, adapted, tensors, absent, notes)
+        return Adapter(self.weights.folder, adapted, tensors | heads, absent, notes)
 
     def _one(self, projection: Projection, layer: int | None, modules: list[str]) -> Adapted:
         ranks = set()

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from megalora.hf.tensor_names import SCORE
 from megalora.wording import shorten
 
 
@@ -139,6 +140,19 @@ def not_plain(config: dict[str, Any]) -> dict[str, str]:
     return found
 
 
+def has_score(config: dict[str, Any]) -> bool:
+    """Whether the adapter has a score head, as PEFT saves those of classifiers and reward models,
+    and trains no other weight whole."""
+    saved = config.get("modules_to_save")
+    # PEFT lists both names that such a head has in any model.
+    return (
+        config.get("task_type") == "SEQ_CLS"
+        and isinstance(saved, list)
+        and SCORE in saved
+        and set(saved) <= {SCORE, "classifier"}
+    )
+
+
 def not_followed(config: dict[str, Any], engine: str) -> dict[str, str]:
     """Option -> what the engine does instead, for those that are set and that it does not
     follow."""
@@ -159,10 +173,22 @@ def refused_options(config: dict[str, Any], engine: str) -> list[str]:
     return found
 
 
-def refuse_variants(where: Path, config: dict[str, Any]) -> None:
+def refuse_variants(where: Path, config: dict[str, Any], *, score: bool = False) -> None:
     """Raise ``ValueError`` for the first option that makes the adapter something else than plain
-    LoRA."""
+    LoRA.
+
+    Args:
+        score: whether a score head is read.
+    """
     for key, why in not_plain(config).items():
+        if key == "modules_to_save" and has_score(config):
+            if score:
+                continue
+            raise ValueError(
+                f"{where}: a classifier or reward model (task_type SEQ_CLS): it has a score head in"
+                " place of lm_head and writes no text. Load it with PEFT, as its README.md says,"
+                " or merge it: megalora merge"
+            )
         raise ValueError(
             f"{where}: {key}={shorten(config[key])} is not plain LoRA, which is all megalora"
             f" computes: {why}"

@@ -36,6 +36,8 @@ class Facts:
     dropped: list[str]
     """Projections that were trained and left out."""
     loads_in_peft: bool
+    num_scores: int
+    """Numbers that its score head gives; 0 for a language model."""
     run: dict[str, Any] | None
     """``training_state/state.json`` of the checkpoint; None for an adapter made elsewhere."""
 
@@ -47,9 +49,10 @@ def card(facts: Facts) -> str:
 
 
 def _front_matter(facts: Facts) -> str:
+    tag = "text-classification" if facts.num_scores else "text-generation"
     return (
-        f"---\nbase_model: {facts.base}\nlibrary_name: peft\npipeline_tag: text-generation\ntags:"
-        " [lora, megalora]\n---"
+        f"---\nbase_model: {facts.base}\nlibrary_name: peft\npipeline_tag: {tag}\ntags: [lora,"
+        " megalora]\n---"
     )
 
 
@@ -66,7 +69,8 @@ def _what(facts: Facts) -> str:
         train = config["train"]
         # Checkpoints of earlier versions have no such section.
         objective = config.get("objective", {"name": "sft"})
-        samples = "pairs" if objective["name"] in ("dpo", "simpo", "orpo") else "samples"
+        is_paired = objective["name"] in ("dpo", "simpo", "orpo", "reward")
+        samples = "pairs" if is_paired else "samples"
         lines += [
             "",
             f"- Training data: `{config['data']['train']}`, {run['num_samples']:,} {samples}",
@@ -86,13 +90,14 @@ def _objective(options: dict[str, Any]) -> str:
         return "supervised fine-tuning"
     # The loss is one of several of DPO, and says nothing of the others.
     shown = [f"loss {options['loss']}"] if options["name"] == "dpo" else []
-    names = ["beta", "label_smoothing", "sft_weight", "margin"]
+    names = ["beta", "label_smoothing", "sft_weight", "margin", "centre"]
     if options["name"] == "kto":
         names = ["beta", "desirable_weight", "undesirable_weight"]
     for name in names:
-        # null stands for a default; a label smoothing of 0 for none.
-        if options[name] is not None and (name, options[name]) != ("label_smoothing", 0):
-            shown.append(f"{name} {options[name]:g}")
+        # null stands for a default; a label smoothing of 0 for none. Earlier versions lack some.
+        value = options.get(name)
+        if value is not None and (name, value) != ("label_smoothing", 0):
+            shown.append(f"{name} {value:g}")
     reference = ""
     if options["name"] in ("dpo", "kto"):
         # Checkpoints of earlier versions have no such option.
@@ -102,7 +107,10 @@ def _objective(options: dict[str, Any]) -> str:
 
 
 def _table(facts: Facts) -> str:
-    rows = ["| projection | rank | scale | layers | experts |", "|---|--:|--:|---|--:|"]
+    rows: list[str] = []
+    if facts.num_scores:
+        rows += [_score(facts), ""]
+    rows += ["| projection | rank | scale | layers | experts |", "|---|--:|--:|---|--:|"]
     # A row for each projection, and another where some of its layers have another rank or scale.
     groups: dict[tuple[str, int, float, int], list[int]] = {}
     for a in facts.adapted:
@@ -113,6 +121,22 @@ def _table(facts: Facts) -> str:
         numbers = ranges(layers)
         rows.append(f"| `{_short(hf)}` | {rank} | {scale:.6g} | {numbers} | {experts or ''} |")
     return "\n".join(rows)
+
+
+def _label_names(facts: Facts) -> list[str]:
+    """Names of the labels, in the order of their numbers; none where they have none."""
+    options = (facts.run or {}).get("config", {}).get("objective", {})
+    return list(options.get("labels") or ())
+
+
+def _score(facts: Facts) -> str:
+    """A line about the score head."""
+    # PEFT calls the labels by numbers unless the base is told their names.
+    size = f"`score.weight`, trained whole: {facts.num_scores:,} x hidden"
+    names = _label_names(facts)
+    if names:
+        return f"{size}; labels {', '.join(f'{i} {name}' for i, name in enumerate(names))}"
+    return size
 
 
 def _short(hf: str) -> str:
@@ -187,6 +211,8 @@ def _loading(facts: Facts) -> str:
     """How to load the file, for each engine that reads its layout."""
     rank = max(a.rank for a in facts.adapted)
     sections = []
+    if facts.num_scores:
+        return _loading_scores(facts) if facts.loads_in_peft else ""
     if facts.layout in ("per_expert", "stacked") and facts.loads_in_peft:
         sections.append(
             "## transformers and PEFT\n\n```python\nfrom peft import PeftModel\nfrom transformers"
@@ -217,3 +243,26 @@ def _loading(facts: Facts) -> str:
             f" --lora-paths {facts.folder_name}=./{facts.folder_name}\n```"
         )
     return "\n\n".join(sections)
+
+
+def _loading_scores(facts: Facts) -> str:
+    """How to load a classifier or reward model: neither its number of labels nor the padding token
+    is in the adapter's files."""
+    names = _label_names(facts)
+    # As Python code, which names may have to be escaped for.
+    more = ""
+    if names:
+        id2label = dict(enumerate(names))
+        label2id = {name: number for number, name in id2label.items()}
+        more = f", id2label={id2label!r}, label2id={label2id!r}"
+    return (
+        "## transformers and PEFT\n\n```python\nfrom peft import PeftModel\nfrom transformers"
+        " import AutoModelForSequenceClassification, AutoTokenizer\n\n"
+        f'tokenizer = AutoTokenizer.from_pretrained("{facts.base}")\n'
+        "base = AutoModelForSequenceClassification.from_pretrained(\n"
+        f'    "{facts.base}", num_labels={facts.num_scores}{more}\n)\n'
+        "# The score is read from the last token that is not this one.\n"
+        "base.config.pad_token_id = tokenizer.pad_token_id\n"
+        f'model = PeftModel.from_pretrained(base, "{facts.folder_name}")\n```'
+        f"\n\n{_HARMLESS}"
+    )

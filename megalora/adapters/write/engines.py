@@ -79,6 +79,12 @@ def check_engine(name: EngineName, layout: str, adapted: list[Adapted], shape: M
     """Raise ``ValueError`` where the engine would not load the adapter or would leave part of it
     out; ``adapted`` is without what the user dropped."""
     engine = ENGINES[name]
+    if shape.num_scores and name != "peft":
+        raise ValueError(
+            f"{engine.title} serves this adapter's base as a language model, without the score head"
+            " that was trained in place of lm_head. Merge it into a classifier's folder: megalora"
+            " merge"
+        )
     if layout not in engine.layouts:
         raise ValueError(f"--layout {layout}: {engine.title} reads {' or '.join(engine.layouts)}")
     check_honoured(name, adapted, shape)

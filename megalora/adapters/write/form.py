@@ -19,6 +19,7 @@ an adapter that was trained so can be written so.
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,10 @@ from torch import Tensor
 from megalora.adapters.files import CONFIG, WEIGHTS
 from megalora.adapters.read.stacked import DOWN, GATE_UP, Factors, pack, stacked_factors
 from megalora.adapters.write.engines import FileFormat
-from megalora.hf.tensor_names import experts_block, within_layer
+from megalora.hf.tensor_names import SCORE, experts_block, within_layer
 from megalora.lora.section import most_common, without_noise
 from megalora.lora.spec import PLAIN, Adapted, make_adapted, tensor_name
+from megalora.lora.trained_weight import TrainedWeight, trained_weights
 from megalora.model.families import layer_projections
 from megalora.model.projections import DENSE_MLP, SHARED_EXPERT, SHARED_EXPERTS, Projection
 from megalora.model.shape import ModelShape
@@ -87,8 +89,9 @@ def _group(projection: Projection) -> str:
 
 
 def num_tensors(adapted: list[Adapted], shape: ModelShape) -> int:
-    """Number of tensors in a checkpoint's adapter file: all factors of each linear."""
-    count = 0
+    """Number of tensors in a checkpoint's adapter file: all factors of each linear, and weights
+    that are trained whole."""
+    count = len(trained_weights(shape))
     for written, _ in export_form(adapted, shape):
         count += len(written.factors) * len(written.hf_modules())
     return count
@@ -180,8 +183,18 @@ def _either(name: str, other: str) -> str:
     return f"({re.escape(name)}|{re.escape(other)})"
 
 
-def peft_config(entries: list[_Entry], base: str, use_dora: bool = False) -> dict[str, Any]:
-    """``adapter_config.json``; what deviates from r and lora_alpha becomes a pattern."""
+def peft_config(
+    entries: list[_Entry],
+    base: str,
+    whole: Sequence[TrainedWeight] = (),
+    *,
+    use_dora: bool = False,
+) -> dict[str, Any]:
+    """``adapter_config.json``; what deviates from r and lora_alpha becomes a pattern.
+
+    Args:
+        whole: weights that are trained whole.
+    """
     default = [e for e in entries if e.decides_default] or entries
     rank, alpha = most_common([(e.rank, e.alpha) for e in default])
     settings: dict[str, set[tuple[int, float]]] = {}
@@ -202,12 +215,15 @@ def peft_config(entries: list[_Entry], base: str, use_dora: bool = False) -> dic
             rank_pattern[key] = e.rank
         if e.alpha != alpha:
             alpha_pattern[key] = e.alpha
+    saved = [weight.module for weight in whole]
+    # PEFT makes a classifier of the base where it reads this.
+    task = "SEQ_CLS" if SCORE in saved else "CAUSAL_LM"
     return {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
+        "peft_type": "LORA", "task_type": task, "base_model_name_or_path": base,
         "inference_mode": True,
         "r": rank, "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none", "use_rslora": False,
         "use_dora": use_dora,
-        "fan_in_fan_out": False, "init_lora_weights": True, "modules_to_save": None,
+        "fan_in_fan_out": False, "init_lora_weights": True, "modules_to_save": saved or None,
         "target_modules": sorted(targets), "target_parameters": sorted(parameters) or None,
         "rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern,
     }  # fmt: skip
@@ -301,9 +317,12 @@ def write_adapter(
         of_experts, more = _stacked(adapted, shape, trained)
         tensors = tensors | of_experts
         entries = entries + more
+    whole = trained_weights(shape)
+    for weight in whole:
+        tensors[weight.tensor] = trained[weight.tensor].contiguous()
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     # PEFT has DoRA on all that a folder adapts, or on nothing.
-    config = peft_config(entries, base, use_dora="M" in adapted[0].factors)
+    config = peft_config(entries, base, whole, use_dora="M" in adapted[0].factors)
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     return padded(pairs)
 

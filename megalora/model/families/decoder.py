@@ -93,6 +93,7 @@ def decoder_shape(hf: Config, **more: Any) -> ModelShape:
         "intermediate": hf["intermediate_size"],
         "vocab": hf["vocab_size"],
         "tied_embeddings": bool(hf.get("tie_word_embeddings")),
+        "initializer_range": _initializer_range(hf),
     } | more
     # Two configs of one dense model must have equal shapes, whatever they say about experts.
     if not values.get("moe_layers"):
@@ -103,6 +104,14 @@ def decoder_shape(hf: Config, **more: Any) -> ModelShape:
         for name in of_experts:
             values.pop(name, None)
     return ModelShape(**values)
+
+
+def _initializer_range(hf: Config) -> float:
+    """The standard deviation of new weights; transformers' default where the field says nothing."""
+    found = hf.get("initializer_range")
+    if isinstance(found, int | float) and 0 < found < 1:
+        return float(found)
+    return ModelShape.initializer_range
 
 
 def decoder_projections(shape: ModelShape, layer: int) -> tuple[Projection, ...]:

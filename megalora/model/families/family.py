@@ -97,6 +97,8 @@ class Family:
     model_type: str
     causal_lm: str
     """Name of transformers' class whose weights and function are meant."""
+    has_classifier: bool = True
+    """Whether transformers has a ``...ForSequenceClassification`` of this family."""
     title: str
     """Common name of the family, such as ``Qwen3-MoE``."""
 
@@ -143,3 +145,8 @@ class Family:
     """Modules whose outputs the check before step 1 compares, each where both sides have it."""
     peft: PeftSupport = PeftSupport()
     vllm: VllmSupport = VllmSupport()
+
+    @property
+    def classifier(self) -> str:
+        """Name of transformers' class with a score head in place of lm_head."""
+        return self.causal_lm.replace("ForCausalLM", "ForSequenceClassification")

@@ -105,6 +105,7 @@ def _layers_ahead(shape: ModelShape) -> str:
 FAMILY = Family(
     model_type="glm4_moe",
     causal_lm="Glm4MoeForCausalLM",
+    has_classifier=False,
     title="GLM-4.5 MoE",
     required=(*decoder.SIZES, *_EXPERT_SIZES, *_ROUTER),
     sizes={

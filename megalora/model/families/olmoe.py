@@ -61,6 +61,7 @@ def _parts() -> LayerParts:
 FAMILY = Family(
     model_type="olmoe",
     causal_lm="OlmoeForCausalLM",
+    has_classifier=False,
     title="OLMoE",
     required=(*decoder.SIZES, *_EXPERT_SIZES),
     sizes={**decoder.SIZES, **decoder.MORE_SIZES, **_EXPERT_SIZES},

@@ -25,6 +25,7 @@ change in the middle of a run."""
 ADDED = {
     "data.too_long": "left_out", "objective.name": "sft", "objective.reference": "base",
     "lora.share_outer": False, "train.relora": None, "train.ema_decay": 0.0,
+    "objective.num_labels": None, "objective.labels": None,
 }  # fmt: skip
 """Such options that checkpoints of earlier versions lack, and what they did then."""
 BY_CONTENT = ("model.path", "data.train", "data.eval")
@@ -178,6 +179,11 @@ def _check_import(
             f"{state.folder} was imported for the base {state.base}, this run has"
             f" model.path={config.model.path}, which is another ({what} differs). Import it for"
             " this one"
+        )
+    if state.num_scores != config.objective.num_scores:
+        raise ValueError(
+            f"{state.folder} holds a score head of {state.num_scores} labels, and this run"
+            f" (objective.name={config.objective.name}) trains one of {config.objective.num_scores}"
         )
     if apart := differing(settings(adapted), state.adapted):
         raise ValueError(
