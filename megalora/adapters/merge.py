@@ -40,7 +40,7 @@ from megalora.hf.folder import INDEX, check_base_folder, local_folder, weight_sh
 from megalora.hf.json_file import read_hf_config
 from megalora.hf.safetensors import Stored, header_bytes, read_header
 from megalora.hf.tensor_names import published_name
-from megalora.lora.magnitude import with_lengths
+from megalora.lora.row_lengths import with_lengths
 from megalora.lora.spec import Adapted, tensor_name
 from megalora.model.fields import model_shape
 from megalora.model.projections import HEAD, ways_to_store

@@ -167,8 +167,11 @@ class GradientCheck:
                 self.whole_parts.add(self.whole.index(shard.module), shard)
             elif shard.factor in self.parts:
                 self.parts[shard.factor].add(number[shard.module], shard)
-        for parts in (*self.parts.values(), self.whole_parts):
+        for parts in self.parts.values():
             parts.to(host.device())
+        # Most runs have none, and nothing to copy.
+        if self.whole:
+            self.whole_parts.to(host.device())
         self.pending = set(self.expected)
         self.whole_pending = bool(self.whole)
 

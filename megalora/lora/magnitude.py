@@ -69,13 +69,6 @@ def _gains(factors: LoRAFactors) -> Tensor:
     return torch.cat(blocks, dim=-1).flatten()
 
 
-def with_lengths(v_OI: Tensor, m_O: Tensor) -> Tensor:
-    """The merged weight: rows of ``V = W + s B A`` with the lengths ``m``."""
-    lengths_O1 = torch.linalg.vector_norm(v_OI, dim=1, keepdim=True)
-    # As in training, a row of zeros stays one.
-    return v_OI * (m_O[:, None] / lengths_O1.clamp_min(torch.finfo(lengths_O1.dtype).tiny))
-
-
 @torch.no_grad()
 def refresh_norms(chunks: Iterable[nn.Module], groups: Groups, *, start: bool = False) -> None:
     """Compute the norms of the adapters as they are now; collective over tensor parallelism.

@@ -67,12 +67,7 @@ def _check_mergeable(adapted: list[Adapted], shape: ModelShape) -> None:
 def resolve(lora: LoRAConfig, shape: ModelShape) -> list[Adapted]:
     """Every adapted projection of the model, in layer order; raises ``ValueError`` for anything
     that matches nothing, and for a score head that transformers' classes of the family lack."""
-    family = FAMILIES[shape.model_type]
-    if shape.num_scores and not family.has_classifier:
-        raise ValueError(
-            f"transformers has no {family.classifier}, so that nothing could load a score head of"
-            f" {shape.model_type} (objective.name)"
-        )
+    _check_head(shape)
     layers = _selected_layers(lora.layers, shape.num_layers)
     everything = lora.target_modules == "all-linear"
     targets = _Option("target_modules", [] if everything else lora.target_modules)
@@ -117,6 +112,16 @@ def resolve(lora: LoRAConfig, shape: ModelShape) -> list[Adapted]:
         _check_dora(adapted)
     _check_left(lora, adapted)
     return adapted
+
+
+def _check_head(shape: ModelShape) -> None:
+    """Raise ``ValueError`` for a score head on a family without classifiers."""
+    family = FAMILIES[shape.model_type]
+    if shape.num_scores and not family.has_classifier:
+        raise ValueError(
+            f"transformers has no {family.classifier}, so that nothing could load a score head of"
+            f" {shape.model_type} (objective.name)"
+        )
 
 
 def _check_left(lora: LoRAConfig, adapted: list[Adapted]) -> None:

@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megalora.config import LoRAConfig
 from megalora.lora.factors import LoRAFactors
-from megalora.lora.magnitude import refresh_norms, scale_rows, with_lengths
+from megalora.lora.magnitude import refresh_norms, scale_rows
+from megalora.lora.row_lengths import with_lengths
 from megalora.model.families import layer_projections
 from tests.lora.shapes import ATTENTION_NAMES, SHARED_SHAPE, adapt, refusal
 

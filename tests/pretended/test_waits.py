@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 METRICS = {"values to the host: megalora/train/assemble.py:Run.step": 1}
 """Loss and gradient norm, read together once a step."""
-ALIVE = {"values to the host: megalora/lora/coverage.py:GradientCheck.after_backward": 1}
+ALIVE = {"values to the host: megalora/lora/coverage.py:GradientCheck._alive": 1}
 """Whether every projection has a gradient: in the first step, and in the first after B has
 moved."""
 

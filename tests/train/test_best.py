@@ -90,9 +90,9 @@ def with_losses(config: RunConfig, losses: dict[int, float], spread: float = 0.0
     own = Stepper.evaluate_all
     asked: list[int] = []
 
-    def evaluate(self: Stepper, batches: Any, **options: Any) -> tuple[dict[str, float], int]:
+    def evaluate(self: Stepper, *batches: Any) -> tuple[dict[str, float], int]:
         # The model is evaluated all the same, as collectives must match.
-        _, count = own(self, batches, **options)
+        _, count = own(self, *batches)
         asked.append(len(asked))
         loss = losses[asked[-1]] + spread * dist.get_rank()
         return {self.objective.evaluated[0]: loss}, count

@@ -91,11 +91,15 @@ def read_adapter(
         linears.put(layer, projection, factors, scale)
     _put_banks(linears, groups.banks)
     _put_fused(linears, groups.fused)
-    known = {module: parameters_of(p, layer) for module, (p, layer, _) in linears.known.items()}
-    known |= {module: (f"{module}.weight",) for module in other_modules(shape)}
-    rules.check_targets(linears.factors.keys(), known)
+    rules.check_targets(linears.factors.keys(), _targetable(linears, shape))
     use_dora = bool(config.get("use_dora"))
     return linears.adapter([*notes, *rules.notes()], heads, use_dora=use_dora)
+
+
+def _targetable(linears: Linears, shape: ModelShape) -> dict[str, tuple[str, ...]]:
+    """Module -> its parameters, of all that an adapter's config may target."""
+    known = {module: parameters_of(p, layer) for module, (p, layer, _) in linears.known.items()}
+    return known | {module: (f"{module}.weight",) for module in other_modules(shape)}
 
 
 class _Groups:
