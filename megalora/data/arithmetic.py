@@ -1,6 +1,6 @@
 """Write a small chat data set of sums, so that a run can be tried without a download.
 
-``python -m megalora.data.arithmetic OUT --num 2000 --seed 0 [--pairs]``
+``python -m megalora.data.arithmetic OUT --num 2000 --seed 0 [--pairs | --labels]``
 """
 
 import argparse
@@ -11,11 +11,14 @@ from pathlib import Path
 from megalora.paths import user_path
 
 _OPERATORS = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
+_NAMES = {"+": "sum", "-": "difference", "*": "product"}
 _NUM_OPERANDS = 100
 _NUM_QUESTIONS = len(_OPERATORS) * _NUM_OPERANDS**2
 
 
-def write_arithmetic(path: str | Path, num_samples: int, seed: int, *, pairs: bool = False) -> None:
+def write_arithmetic(
+    path: str | Path, num_samples: int, seed: int, *, pairs: bool = False, labels: bool = False
+) -> None:
     """Write a JSONL file of different questions on two numbers below 100, and their answers.
 
     Args:
@@ -24,6 +27,7 @@ def write_arithmetic(path: str | Path, num_samples: int, seed: int, *, pairs: bo
         seed: the same seed gives the same file.
         pairs: write two answers to each question, a bare equation that is preferred (``chosen``)
             and the same number in a sentence (``rejected``).
+        labels: write the question alone (``text``) and what it asks for, by name (``label``).
     Raises:
         ValueError: num_samples is out of range.
     """
@@ -50,6 +54,8 @@ def write_arithmetic(path: str | Path, num_samples: int, seed: int, *, pairs: bo
                 "chosen": equation,
                 "rejected": [asked, {"role": "assistant", "content": sentence}],
             }
+        if labels:
+            row = {"text": asked["content"], "label": _NAMES[operator]}
         lines.append(json.dumps(row) + "\n")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text("".join(lines), encoding="utf-8")
@@ -62,12 +68,16 @@ def main() -> None:
         "--num", type=int, default=2000, help="number of questions (default %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0, help="(default %(default)s)")
-    parser.add_argument(
+    forms = parser.add_mutually_exclusive_group()
+    forms.add_argument(
         "--pairs", action="store_true", help="two answers to each question, one preferred"
+    )
+    forms.add_argument(
+        "--labels", action="store_true", help="the question and what it asks for: a label"
     )
     args = parser.parse_args()
     try:
-        write_arithmetic(args.out, args.num, args.seed, pairs=args.pairs)
+        write_arithmetic(args.out, args.num, args.seed, pairs=args.pairs, labels=args.labels)
     except ValueError as error:
         parser.error(str(error))
 
