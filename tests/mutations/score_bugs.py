@@ -113,7 +113,7 @@ SCORE_BUGS: tuple[Bug, ...] = (
         DATA,
         "ids = np.append(ids[: last + 1], np.int32(0))",
         "ids = np.append(ids[: max(last, 1)], np.int32(0))",
-        f"{OF_HEAD} those_of_peft",
+        f"{OF_DATA} text_ends",
     ),
     bug(
         0,

@@ -18,6 +18,7 @@ from megalora.data.order import global_batch_indices
 from megalora.data.splits import load_data
 from megalora.hf.json_file import read_hf_config
 from megalora.lora.init import initial_score
+from megalora.model import build
 from megalora.model.fields import model_shape
 from megalora.tiny import make_tiny
 from megalora.train.loop import train
@@ -201,16 +202,26 @@ def their_loss(model: Any, config: RunConfig, tokenizer: Any) -> Tensor:
 
 
 def held(config: RunConfig) -> tuple[list[str], list[str]]:
-    """(names of the parameters that are trained whole, names with the vocabulary's size); a rank
-    function."""
+    """(names of the parameters that are trained whole, names with the vocabulary's size, while the
+    base is loaded or afterwards); a rank function."""
+    large: list[str] = []
+    mark = build._mark_unwritten
+
+    def noted(chunks: list[Any]) -> None:
+        for chunk in chunks:
+            large.extend(name for name, p in chunk.named_parameters() if len(p) == 512)
+        mark(chunks)
+
+    # The rank's process ends with the function, so nothing puts it back.
+    build._mark_unwritten = noted
     with built(config) as run:
         whole = []
-        large = []
+        assert run.model.shape.vocab == 512
         for chunk in run.model.chunks:
             for name, parameter in chunk.named_parameters():
                 if parameter.requires_grad and ".lora_" not in name:
                     whole.append(name)
-                if run.model.shape.vocab in parameter.shape:
+                if run.model.shape.vocab in parameter.shape and name not in large:
                     large.append(name)
         return whole, large
 
