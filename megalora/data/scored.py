@@ -150,9 +150,12 @@ def _label(value: Any, column: str, scoring: Scoring) -> float:
     # What transformers takes for regression.
     if scoring.num_labels == 1:
         return _number(value, column)
-    # A name comes before a number: labels may be called "1" and "0".
-    if isinstance(value, str) and value in scoring.names:
-        return float(scoring.names.index(value))
+    # A name comes before a number, in JSON as in files of text: labels may be called "1" and "0".
+    names = {name: place for place, name in enumerate(scoring.names)}
+    if isinstance(value, bool):
+        names = {name.lower(): place for name, place in names.items()}
+    if (spelled := _spelled(value)) in names:
+        return float(names[spelled])
     # Of text files everything is a text; a truth value is 0 or 1.
     number = value
     if isinstance(value, str) and value.strip().isdecimal():
@@ -171,11 +174,22 @@ def _label(value: Any, column: str, scoring: Scoring) -> float:
     )
 
 
+def _spelled(value: Any) -> str:
+    """A label as a file of text has it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    # Columns of numbers come as floats where a value is missing.
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value)
+
+
 def _number(value: Any, column: str) -> float:
     """A finite number, which may be written as text."""
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
+        # The last one for an integer that no float holds.
         number = math.nan
     if not math.isfinite(number):
         raise ValueError(f"column {column!r} must hold a number, got {typed(value)}")

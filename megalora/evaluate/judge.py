@@ -1,10 +1,8 @@
-"""Evaluate an adapter and its base on the ranks of a world: one model, with its factors and then
-with zeros."""
+"""Evaluate an adapter and its base on the ranks of a world: one model, with its adapters and then
+with them switched off."""
 
 from dataclasses import replace
 from typing import Any
-
-import torch
 
 from megalora.adapters.read.adapter import read_adapter
 from megalora.adapters.trained import trained_form
@@ -17,6 +15,7 @@ from megalora.evaluate.verdict import Judged, Verdict, judge_answers, questions_
 from megalora.generate.generate import generate
 from megalora.generate.options import stop_tokens
 from megalora.lora.adapted_model import AdaptedModel, load_adapter
+from megalora.lora.switched_off import adapters_off
 from megalora.model.account import open_folder
 from megalora.objectives.choose import objective_of
 from megalora.parallel import Groups, parallel_groups
@@ -51,11 +50,10 @@ def judge(plan: Plan) -> Verdict:
         judged: dict[str, Judged] = {}
         if plan.adapter is not None:
             judged["adapter"] = _judge_one(plan, model, split, questions, tokenizer, start)
-            # Zeros in place of the factors: the base, in the memory that is there.
-            with torch.no_grad():
-                for parameter in model.parameters:
-                    parameter.zero_()
-        judged["base"] = _judge_one(plan, model, split, questions, tokenizer, start)
+        # The base in the memory that is there; not zeros everywhere, which magnitudes of DoRA would
+        # make of its linears, too.
+        with adapters_off(model.chunks):
+            judged["base"] = _judge_one(plan, model, split, questions, tokenizer, start)
         # Nothing may refer to the groups when they end.
         del model, start
     return Verdict(

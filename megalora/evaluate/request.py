@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from megalora.adapters.files import START
+from megalora.adapters.files import AVERAGED, START
 from megalora.adapters.latest import CHECKPOINT_NAME
 from megalora.chat.command import find_models
 from megalora.config import ParallelConfig, RunConfig
@@ -121,6 +121,11 @@ def plan_of(request: Request) -> Plan:
     file = config_file(request, adapter)
     config = config_of(request, base, file)
     config.parallel.data_parallel_sizes(request.nproc)
+    require(
+        not config.objective.num_scores,
+        f"{request.target}: objective.name={config.objective.name} is judged by a score head, which"
+        " eval does not read; the run's own evaluations are in its metrics.jsonl",
+    )
     # Sizes and tensors from headers; raises where the layout does not fit.
     open_folder(base).shape.check_layout(config.parallel)
     if config.objective.holds_start:
@@ -140,9 +145,15 @@ def config_file(request: Request, adapter: Path | None) -> Path | None:
         return Path(request.config)
     # A checkpoint lies in its run folder, which has the config with all defaults filled in. Beside
     # any other adapter a file of this name may be anything.
-    if adapter is None or not CHECKPOINT_NAME.fullmatch(adapter.absolute().name):
+    if adapter is None:
         return None
-    beside = adapter.absolute().parent / CONFIG
+    checkpoint = adapter.absolute()
+    # The moving average lies in its checkpoint.
+    if checkpoint.name == AVERAGED:
+        checkpoint = checkpoint.parent
+    if not CHECKPOINT_NAME.fullmatch(checkpoint.name):
+        return None
+    beside = checkpoint.parent / CONFIG
     return beside if beside.is_file() else None
 
 

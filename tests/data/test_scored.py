@@ -68,6 +68,23 @@ def test_labels_are_names_or_numbers(label: Any, value: float, tmp_path) -> None
     assert load(tmp_path, [{"text": "words", "label": label}]).samples[0].value == value
 
 
+@pytest.mark.parametrize(
+    ("names", "label", "value"),
+    [
+        (["1", "0"], 1, 0),
+        (["1", "0"], "1", 0),
+        (["1", "0"], 0.0, 1),
+        (["1", "2", "3", "4", "5"], 4, 3),
+        (["True", "False"], True, 0),
+        (["true", "false"], False, 1),
+    ],
+)
+def test_a_name_that_is_a_number_is_a_name(names: Any, label: Any, value: float, tmp_path) -> None:
+    """In JSON as in a file of texts: the places of the names would be other labels."""
+    named = ObjectiveConfig(name="classify", labels=names)
+    assert load(tmp_path, [{"text": "words", "label": label}], named).samples[0].value == value
+
+
 def test_one_label_is_a_value(tmp_path) -> None:
     one = ObjectiveConfig(name="classify", num_labels=1)
     split = load(tmp_path, [{"text": "words", "label": value} for value in (0.25, "-3")], one)

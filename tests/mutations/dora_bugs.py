@@ -53,6 +53,8 @@ DORA_BUGS: tuple[Bug, ...] = (
         "not (self.use_dora and self.dropout)", "True", f"{NORMS} dropout"),
     bug(0, "DoRA that is left out on experts", "megalora/lora/select.py",
         "if not has_dora(a.projection):", "if False:", f"{NORMS} refused"),
+    bug(0, "DoRA resumed as plain LoRA", "megalora/train/checkpoint/same_run.py",
+        '"lora.use_dora": False,', "", "tests/evaluate/test_variants.py base_of_dora"),
     bug(0, "a DoRA layer's output not planned", "megalora/planner/mlp_activations.py",
         "kept += rows * out_features * e", "kept += 0",
         "tests/planner/test_activations.py tiny_dense"),

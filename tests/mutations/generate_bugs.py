@@ -95,8 +95,8 @@ GENERATE_BUGS: tuple[Bug, ...] = (
         'raise ServerError("the server closed the connection before the answer ended")', "return",
         f"{OF_SERVERS} streams_that_break"),
     # eval
-    bug(0, "a base judged with its adapter", JUDGE, "parameter.zero_()", "parameter",
-        f"{OF_JUDGING} stock_peft_s_losses"),
+    bug(0, "a base judged with its adapter", JUDGE,
+        "adapters_off(model.chunks)", "adapters_off([])", f"{OF_JUDGING} stock_peft_s_losses"),
     bug(0, "answers that are stopped by nothing", JUDGE, "stop=stop_tokens(plan.base)", "stop=()",
         f"{OF_JUDGING} stock_peft_s_losses"),
     bug(0, "the expected answer among what is asked", QUESTIONS,
