@@ -28,7 +28,8 @@ class _DenseLoRA(nn.Module):
         self.tp = tp
         self.dropout = dropout
         # A function, because the parameter may still be moved or replaced.
-        factors.base_weight = lambda: self.base.weight
+        # Of ``base``, not of ``self``, which would keep itself alive through its factors.
+        factors.base_weight = lambda: base.weight
         self.adds_bias = False
         """Whether to add the bias here, behind the magnitudes, where the base would have."""
         if len(factors.lora_M) and not base.skip_bias_add:

@@ -206,9 +206,10 @@ def followed(losses: list[list[float]]) -> Evaluations:
     """A rank function: what a rank makes of evaluations of which it has losses of its own."""
     mine = iter(losses[dist.get_rank()])
     stepper = SimpleNamespace(
-        objective=SFT(), evaluate_all=lambda batches: ({"loss": next(mine)}, 1)
+        objective=SFT(), evaluate_all=lambda *batches: ({"loss": next(mine)}, 1)
     )
-    run: Any = SimpleNamespace(batches=SimpleNamespace(eval=True, of_eval=list), stepper=stepper)
+    batches = SimpleNamespace(eval=True, of_eval=list, mismatched_of_eval=list)
+    run: Any = SimpleNamespace(batches=batches, stepper=stepper)
     metrics: Any = SimpleNamespace(evaluation=lambda *given: None)
     answers: Any = SimpleNamespace(now=list)
     now = Progress(start=0, step=0, saved=None)
