@@ -116,7 +116,7 @@ KTO_BUGS: tuple[Bug, ...] = (
         "megalora/evaluate/judge.py",
         "batches.mismatched_of_eval()",
         "batches.of_eval()",
-        f"{OF_RUN} good_answers_gain",
+        f"{OF_RUN} good_answers_alone",
     ),
     bug(
         0,

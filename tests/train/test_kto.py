@@ -125,10 +125,16 @@ def test_a_resumed_run_and_one_of_good_answers_alone(
     # Of bad answers, of which there are none, nothing is reported.
     rows = [{**row, "label": True} for row in read_jsonl(rated_of(chats))]
     write_jsonl(tmp_path / "good.jsonl", rows)
-    run_ranks(train, 1, kto_config(tmp_path / "good.jsonl", tiny, tmp_path / "good", steps=1))
+    good = kto_config(tmp_path / "good.jsonl", tiny, tmp_path / "good", steps=3, lr=2e-3)
+    run_ranks(train, 1, good)
     assert records(tmp_path / "good", "good_reward")
     assert not records(tmp_path / "good", "bad_reward")
     assert not records(tmp_path / "good", "eval_bad_reward")
+    # Its estimate is above 0, so that an evaluation by itself can tell matched answers from others.
+    estimate = records(tmp_path / "good", "eval_kl")[-1]
+    (verdict,) = run_ranks(judged, 1, Request(target=str(tmp_path / "good")))
+    assert estimate > 1e-3
+    assert verdict.judged["adapter"].others["kl"] == pytest.approx(estimate, rel=1e-3)
 
 
 def test_three_passes_are_planned() -> None:
