@@ -1,9 +1,6 @@
 """A run that learns from pairs: the margin of held-out pairs grows, and a step counts tokens of
 experts once."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,8 +13,8 @@ from tests.jsonl import read_jsonl
 from tests.paired import pairs_of
 from tests.parity.built import built, random_adapter
 from tests.parity.runs import make_config, records
+from tests.recipes.run import run_recipe
 
-ROOT = Path(__file__).parents[2]
 DPO = ObjectiveConfig(name="dpo", beta=0.3)
 
 
@@ -114,24 +111,9 @@ def test_a_resumed_run_has_its_objective(tiny: Path, chats: Path, tmp_path: Path
 @pytest.mark.slow
 def test_the_example(tmp_path: Path) -> None:
     """``recipes/dpo/run.sh`` with few steps, in a copy: it writes below its own folder."""
-    (tmp_path / "recipes" / "dpo").mkdir(parents=True)
-    for name in ("run.sh", "train.yaml"):
-        text = (ROOT / "recipes" / "dpo" / name).read_text()
-        text = text.replace("steps: 30", "steps: 6").replace("eval_every: 10", "eval_every: 3")
-        (tmp_path / "recipes" / "dpo" / name).write_text(text)
-    environment = {
-        **os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "PYTHONPATH": f"{ROOT}:{ROOT}/kernels", "CUDA_VISIBLE_DEVICES": "",
-    }  # fmt: skip
-    done = subprocess.run(
-        ["bash", "recipes/dpo/run.sh"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "verified: stock PEFT computes the same model" in done.stdout
+    shorter = {"steps: 30": "steps: 6", "eval_every: 10": "eval_every: 3"}
+    printed = run_recipe("dpo", tmp_path, shorter)
+    assert "verified: stock PEFT computes the same model" in printed
     margins = records(tmp_path / "runs" / "dpo" / "run", "eval_margin")
     assert margins == sorted(margins) and margins[-1] > 1
     assert (tmp_path / "runs" / "dpo" / "run" / "report.html").stat().st_size > 10_000

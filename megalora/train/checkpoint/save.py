@@ -34,7 +34,6 @@ from megalora.lora.gather import gather_tensors
 from megalora.lora.section import settings
 from megalora.train.average import Average
 from megalora.train.checkpoint.identity import Identity, Samples
-from megalora.train.checkpoint.start import gather_start
 from megalora.train.checkpoint.writer import (
     checkpoint_name,
     point_best,
@@ -114,7 +113,7 @@ def _gather_copies(beside: Beside, model: AdaptedModel) -> dict[Path, dict[str, 
     # Every rank enters the same collectives: what is kept follows from the config.
     copies: dict[Path, dict[str, Tensor]] = {}
     if beside.start is not None:
-        copies[START] = gather_start(beside.start, model)
+        copies[START] = gather_tensors(model.shards, beside.start, model.groups) or {}
     if beside.average is not None:
         values = beside.average.values
         copies[AVERAGE] = gather_tensors(model.shards, values, model.groups) or {}

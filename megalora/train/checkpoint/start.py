@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from megalora.adapters.files import START
 from megalora.adapters.training_state import SavedState
 from megalora.lora.adapted_model import AdaptedModel
-from megalora.lora.gather import gather_tensors, read_tensors
+from megalora.lora.gather import read_tensors
 from megalora.train.references import Start
 
 
@@ -30,9 +30,3 @@ def start_of(state: SavedState | None, model: AdaptedModel) -> Start:
         with torch.no_grad():
             read_tensors(state.folder / START, model.shards, start)
     return start
-
-
-def gather_start(start: Start, model: AdaptedModel) -> dict[str, Tensor]:
-    """The whole tensors of all ranks, by name, for the first rank to write; empty elsewhere.
-    Collective."""
-    return gather_tensors(model.shards, start, model.groups) or {}
