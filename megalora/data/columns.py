@@ -5,7 +5,7 @@ are named once per data set as not used.
 """
 
 import difflib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, get_args
 
 from megalora.config import LeftOut, LeftOutOfText
@@ -44,22 +44,49 @@ def resolve_columns(format: str | Mapping[str, str], columns: Collection[str]) -
         ValueError: nothing is recognised, the mapping has other keys, or it names a column that
             does not exist.
     """
-    present = ", ".join(columns)
-    if isinstance(format, str):
-        if format != "auto":
-            raise ValueError(f"data.format={format!r} is not known; use auto, {_MAPPING_HINT}")
-        for form in _FORMS:
-            if all(column in columns for column in form.values()):
-                return dict(form)
-        hint = ""
-        if "chosen" in columns and "rejected" in columns:
-            hint = ", or learn from both answers with objective.name=dpo"
-        raise ValueError(
-            "data.format=auto looks for a column 'messages' or 'conversations', or 'prompt' and "
-            f"'completion', or 'instruction' and 'output'; there are {present}.\n"
-            f"  Say which column is which: {_MAPPING_HINT}{hint}"
-        )
-    return mapped(format, columns, ({"messages"}, {"prompt", "completion"}), _MAPPING_HINT)
+    # This hint is a list with an "or" of its own.
+    if isinstance(format, str) and format != "auto":
+        raise ValueError(f"data.format={format!r} is not known; use auto, {_MAPPING_HINT}")
+    also = ""
+    if "chosen" in columns and "rejected" in columns:
+        also = ", or learn from both answers with objective.name=dpo"
+    sought = (
+        "a column 'messages' or 'conversations', or 'prompt' and 'completion', or 'instruction' and"
+        " 'output'"
+    )
+    return by_form(format, columns, _FORMS, sought, _MAPPING_HINT, also)
+
+
+def by_form(
+    format: str | Mapping[str, str],
+    columns: Collection[str],
+    forms: Sequence[Mapping[str, str]],
+    sought: str,
+    hint: str,
+    also: str = "",
+    optional: Collection[str] = (),
+) -> dict[str, str]:
+    """The first of ``forms`` whose columns exist, or a mapping of the user's with the keys of one.
+
+    Args:
+        sought: what ``auto`` looks for, for its message.
+        hint: the mappings that there are, for messages.
+        also: what else the user may do, for its message.
+        optional: further keys that a mapping may have.
+    Raises:
+        ValueError: as ``resolve_columns`` says.
+    """
+    if not isinstance(format, str):
+        return mapped(format, columns, [set(form) for form in forms], hint, optional)
+    if format != "auto":
+        raise ValueError(f"data.format={format!r} is not known; use auto, or {hint}")
+    for form in forms:
+        if all(column in columns for column in form.values()):
+            return dict(form)
+    raise ValueError(
+        f"data.format=auto looks for {sought}; there are {', '.join(columns)}.\n"
+        f"  Say which column is which: {hint}{also}"
+    )
 
 
 def mapped(

@@ -16,7 +16,7 @@ import numpy as np
 from megalora.data.chat import Encoded
 from megalora.data.columns import (
     begins_with,
-    mapped,
+    by_form,
     messages_of,
     resolve_columns,
     to_conversation,
@@ -64,18 +64,8 @@ def resolve_pair(
         ValueError: nothing is recognised, the mapping has other keys, or it names a column that
             does not exist.
     """
-    if not isinstance(format, str):
-        main = ({"chosen", "rejected"}, {"prompt", *SIDES})
-        return mapped(format, columns, main, _HINT, optional)
-    if format != "auto":
-        raise ValueError(f"data.format={format!r} is not known; use auto, or {_HINT}")
-    for form in _FORMS:
-        if all(column in columns for column in form.values()):
-            return dict(form)
-    raise ValueError(
-        "data.format=auto looks for columns 'chosen' and 'rejected', because objective.name learns"
-        f" from pairs; there are {', '.join(columns)}.\n  Say which column is which: {_HINT}"
-    )
+    sought = "columns 'chosen' and 'rejected', because objective.name learns from pairs"
+    return by_form(format, columns, _FORMS, sought, _HINT, optional=optional)
 
 
 def to_pair(

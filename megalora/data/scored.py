@@ -20,7 +20,8 @@ import numpy as np
 
 from megalora.config import ObjectiveConfig
 from megalora.data.chat import Encoded, encode_text
-from megalora.data.columns import mapped, to_conversation
+from megalora.data.columns import by_form, to_conversation
+from megalora.data.labelled import without_label
 from megalora.data.pairs import joined_pair, resolve_pair, to_pair
 from megalora.data.template import ChatTemplate
 from megalora.wording import first_few, typed
@@ -73,18 +74,10 @@ def resolve_scored(
         if isinstance(format, str) and "margin" in columns:
             found["margin"] = "margin"
         return found
-    if not isinstance(format, str):
-        return mapped(format, columns, ({"text", "label"}, {"messages", "label"}), _HINT)
-    if format != "auto":
-        raise ValueError(f"data.format={format!r} is not known; use auto, or {_HINT}")
-    for form in _FORMS:
-        if all(column in columns for column in form.values()):
-            return dict(form)
-    raise ValueError(
-        "data.format=auto looks for columns 'text' or 'messages', and 'label', because"
-        f" objective.name=classify learns labels; there are {', '.join(columns)}.\n"
-        f"  Say which column is which: {_HINT}"
+    sought = (
+        "columns 'text' or 'messages', and 'label', because objective.name=classify learns labels"
     )
+    return by_form(format, columns, _FORMS, sought, _HINT)
 
 
 def scored_sample(
@@ -118,8 +111,7 @@ def scored_sample(
         encoded = _plain(row.get(columns["text"]), columns["text"], template.tokenizer)
     else:
         # All else of the row is read as for a language model.
-        rest = {key: column for key, column in columns.items() if key != "label"}
-        conversation = to_conversation(row, rest, allow_left_out)
+        conversation = to_conversation(row, without_label(columns), allow_left_out)
         encoded = encode_text(conversation, template, allow_left_out)
     return replace(_with_place(encoded, pad), value=label)
 

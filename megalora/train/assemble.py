@@ -131,8 +131,10 @@ class Run:
         """Change the adapters by the reduced gradients, whose norm before clipping it returns;
         collective."""
         norm = clip_and_step(self.optimizer)
-        # Once a step: norms of rows do not change from one microbatch to the next.
-        refresh_norms(self.model.chunks, self.groups)
+        # Once a step: norms of rows do not change from one microbatch to the next. Without DoRA
+        # there are none, and the search for them through all modules would be in vain.
+        if self.config.lora.use_dora:
+            refresh_norms(self.model.chunks, self.groups)
         return norm
 
 

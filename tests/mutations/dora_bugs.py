@@ -25,7 +25,7 @@ DORA_BUGS: tuple[Bug, ...] = (
     bug(0, "norms of row layers of one rank's columns", MAGNITUDE,
         "if factors.sharding.split_a is not None:", "if False:", GRID),
     bug(0, "norms that stay those of the start", "megalora/train/assemble.py",
-        "        refresh_norms(self.model.chunks, self.groups)\n", "", GRID),
+        "if self.config.lora.use_dora:", "if False:", GRID),
     bug(0, "norms of before after a resume", "megalora/train/checkpoint/load.py",
         "    refresh_norms(model.chunks, model.groups)\n", "", f"{TRAINED} goes_on"),
     bug(0, "norms without the product of W and B A", MAGNITUDE, "(2 * wa_OR + b_OR @ gram_RR)",
