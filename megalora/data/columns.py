@@ -178,7 +178,7 @@ def to_conversation(
         if num_context:
             num_context += len(with_system) - len(messages)
         messages = with_system
-    _refuse_unused(row, set(names.values()), allow_left_out, messages)
+    refuse_unused(row, set(names.values()), allow_left_out, messages)
     options = _json(held("chat_template_kwargs"), names["chat_template_kwargs"]) or {}
     if not isinstance(options, dict):
         raise ValueError(
@@ -211,10 +211,16 @@ def _main_messages(
     return [*prompt, *completion], len(prompt)
 
 
-def _refuse_unused(
+def refuse_unused(
     row: Mapping[str, Any], used: set[str], allowed: Collection[str], messages: list[Message]
 ) -> None:
-    """Raise ``ValueError`` for a column of the conversation that is neither used nor repeated."""
+    """Raise ``ValueError`` for a column of the conversation that is neither used nor repeated.
+
+    Args:
+        used: columns that are read.
+        allowed: ``data.allow_left_out``.
+        messages: what the row is read as.
+    """
     for column in CONVERSATION_COLUMNS:
         value = row.get(column)
         if column in used or column in allowed or value in (None, "", [], {}):

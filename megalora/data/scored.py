@@ -20,7 +20,7 @@ import numpy as np
 
 from megalora.config import ObjectiveConfig
 from megalora.data.chat import Encoded, encode_text
-from megalora.data.columns import by_form, to_conversation
+from megalora.data.columns import by_form, refuse_unused, to_conversation
 from megalora.data.labelled import without_label
 from megalora.data.pairs import joined_pair, resolve_pair, to_pair
 from megalora.data.template import ChatTemplate
@@ -77,7 +77,14 @@ def resolve_scored(
     sought = (
         "columns 'text' or 'messages', and 'label', because objective.name=classify learns labels"
     )
-    return by_form(format, columns, _FORMS, sought, _HINT)
+    found = by_form(format, columns, _FORMS, sought, _HINT)
+    # A text is read alone: what a mapping puts beside it would be left out.
+    if "text" in found and found.keys() != {"text", "label"}:
+        raise ValueError(
+            f"data.format={found}: nothing can stand beside a text but its label; map messages"
+            " where a row is a conversation"
+        )
+    return found
 
 
 def scored_sample(
@@ -108,7 +115,10 @@ def scored_sample(
         return replace(joined_pair(*sides), value=margin)
     label = _label(row.get(columns["label"]), columns["label"], scoring)
     if "text" in columns:
-        encoded = _plain(row.get(columns["text"]), columns["text"], template.tokenizer)
+        text = row.get(columns["text"])
+        encoded = _plain(text, columns["text"], template.tokenizer)
+        read = [{"role": "user", "content": text}]
+        refuse_unused(row, set(columns.values()), allow_left_out, read)
     else:
         # All else of the row is read as for a language model.
         conversation = to_conversation(row, without_label(columns), allow_left_out)

@@ -101,12 +101,26 @@ def test_one_label_is_a_value(tmp_path) -> None:
         ({"text": "words", "label": 0.5}, "float 0.5, which is not"),
         ({"text": "", "label": 0}, "column 'text' must hold a text"),
         ({"text": [USER], "label": 0}, "column 'text' must hold a text, got list"),
+        (
+            {"text": "words", "label": 0, "system": "Be kind."},
+            "column 'system' belongs to the conversation and would be left out",
+        ),
         ({"prompt": "words", "label": 0}, "looks for columns 'text' or 'messages', and 'label'"),
     ],
 )
 def test_rows_that_are_refused(row: dict[str, Any], message: str, tmp_path) -> None:
     with pytest.raises(ValueError, match=message):
         load(tmp_path, [row])
+
+
+def test_what_stands_beside_a_text(tmp_path) -> None:
+    """A column that repeats a part of it, one that is left out on purpose; none in a mapping."""
+    row = {"text": "some words", "label": 1, "input": "words", "system": "Be kind."}
+    split = load(tmp_path, [row], allow_left_out=["system"])
+    assert split.samples[0].value == 1
+    mapping = {"text": "text", "label": "label", "system": "system"}
+    with pytest.raises(ValueError, match="nothing can stand beside a text but its label"):
+        load(tmp_path, [row], format=mapping)
 
 
 def test_a_margin_is_of_both_sequences(tmp_path) -> None:

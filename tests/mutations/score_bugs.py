@@ -12,6 +12,14 @@ OF_FILES = "tests/adapters/test_score.py"
 GRID = "tests/parity/test_grid.py classify"
 
 SCORE_BUGS: tuple[Bug, ...] = (
+    bug(
+        0,
+        "a system message beside a text left out in silence",
+        DATA,
+        "        refuse_unused(row, set(columns.values()), allow_left_out, read)\n",
+        "",
+        "tests/data/test_scored.py rows_that_are_refused",
+    ),
     # the head
     bug(
         0,
