@@ -7,6 +7,8 @@ missing one costs its own row alone.
 Shape legend: T tokens    k experts per token    E experts of this rank    H hidden    M routed rows
 """
 
+import gc
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -260,26 +262,42 @@ def unsloth(setup: Setup) -> Iterator[Training]:
 def unsloth_model(setup: Setup) -> Iterator[nn.Module]:
     """Unsloth's model with its adapters. It loads folders only, so the shared weights go through
     one."""
-    # Before transformers, which it changes.
-    from unsloth import FastModel
+    # It counts its users through the network, which a lent machine lacks.
+    os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    with tempfile.TemporaryDirectory() as code:
+        # Where it writes the modules that it makes; otherwise below the working directory.
+        os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", os.path.join(code, "unsloth_code"))
+        # Before transformers, which it changes.
+        from unsloth import FastModel
 
-    with tempfile.TemporaryDirectory() as folder:
-        model = base_model(setup)
-        model.save_pretrained(folder)
-        _tokenizer().save_pretrained(folder)
-        del model
-        loaded, _ = FastModel.from_pretrained(
-            folder,
-            max_seq_length=setup.num_tokens,
-            dtype=setup.dtype,
-            load_in_4bit=False,
-            full_finetuning=False,
+        with tempfile.TemporaryDirectory() as folder:
+            model = base_model(setup)
+            model.save_pretrained(folder)
+            _tokenizer().save_pretrained(folder)
+            del model
+            # Where it puts the weights depends on the memory that is free.
+            gc.collect()
+            torch.cuda.empty_cache()
+            loaded, _ = FastModel.from_pretrained(
+                folder,
+                max_seq_length=setup.num_tokens,
+                dtype=setup.dtype,
+                load_in_4bit=False,
+                full_finetuning=False,
+                # Else it takes buffers for checkpoints, which would count as its peak.
+                use_gradient_checkpointing=False,
+            )
+        yield FastModel.get_peft_model(
+            loaded,
+            r=setup.rank,
+            lora_alpha=ALPHA_OVER_RANK * setup.rank,
+            lora_dropout=0,
+            bias="none",
+            # Those of the experts, which it finds by the names of the linears they stand for.
+            target_modules=[*ATTENTION, "gate_proj", "up_proj", "down_proj"],
+            use_gradient_checkpointing=False,
         )
-    yield FastModel.get_peft_model(
-        loaded, r=setup.rank, lora_alpha=ALPHA_OVER_RANK * setup.rank, lora_dropout=0, bias="none",
-        target_modules=[*ATTENTION, "gate_proj", "up_proj", "down_proj"],
-        use_gradient_checkpointing=False,
-    )  # fmt: skip
 
 
 def _tokenizer() -> Any:

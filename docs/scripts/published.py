@@ -99,7 +99,7 @@ CASES = (
     ),
     Case(
         "ms-swift", "LoRA r8 all-linear, 2 GPUs, 62 GiB", 2, {"rank": 8}, 2048, 16, {"ep": 2},
-        "dp2 micro8 full47+off",
+        "dp2 micro8 full",
         "the rates cannot tell them apart; two whole copies fit where layers are recomputed, and"
         " nobody waits for an all-to-all",
     ),
@@ -110,8 +110,8 @@ CASES = (
     ),
     Case(
         "verl (RL)", "LoRA r128, 8 x H100, 33.4 GiB", 8, {"rank": 128}, 4096, 64, None,
-        "dp8 ep8 micro2 full1+off",
-        "6.7 billion adapter parameters with gradients and optimizer: EP 8 shares them out; RL"
+        "dp8 ep4 micro2 full9+off",
+        "6.7 billion adapter parameters with gradients and optimizer: EP shares them out; RL"
         " leaves room for the sampler, which is not planned",
     ),
     Case(

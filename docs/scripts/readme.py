@@ -160,10 +160,10 @@ def numbers() -> str:
             "parity",
         ),
         (
-            "H100: PEFT's step over ours, 8 layers",
-            f"{_peft_step_over_ours():.2f}",
-            "python -m benchmarks.bench_train_gpu",
-            "gpu_model",
+            "H100: PEFT's and Unsloth's step over ours",
+            f"{_step_over_ours('peft'):.2f}, {_step_over_ours('unsloth'):.2f}",
+            "python -m benchmarks.peers",
+            "gpu_peers",
         ),
         (
             "H100: experts, LoRA over none",
@@ -194,18 +194,11 @@ def numbers() -> str:
     return "\n".join([*lines, "", *links])
 
 
-def _peft_step_over_ours() -> float:
-    """Stock PEFT's step over megalora's, of the same layers on the same GPU."""
-    rows = {}
-    for row in _results("gpu_model")["rows"]:
-        # Arms that could not run, or had no time left, have no step time.
-        if row["status"] == "ok":
-            rows[row["arm"]] = row
-    ours = rows["megalora"]
-    theirs = rows["peft"]
-    if ours["layers"] != theirs["layers"]:
-        raise ValueError("gpu_model.json compares models of different depth")
-    return theirs["step_ms"] / ours["step_ms"]
+def _step_over_ours(arm: str) -> float:
+    """A peer's step over megalora's in the same round, the median."""
+    [case] = _results("gpu_peers")["cases"]
+    [row] = [row for row in case["rows"] if row["arm"] == arm]
+    return row["over_megalora"]["step"]["median"]
 
 
 def _cost_of_lora() -> tuple[float, float]:

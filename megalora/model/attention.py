@@ -32,6 +32,12 @@ FLASH_IMPLEMENTATIONS = {"flash3": "FA3", "flash4": "FA4"}
 """Value of ``model.attention`` -> torch's name for the implementation."""
 MAX_FLASH_HEAD_DIM = 256
 """Largest head that torch's variable-length flash attention takes."""
+BATCH_FROM = 2048
+"""Tokens of a document from which a row of equal ones is one batch for ``auto``. torch then takes
+cuDNN's kernels on Hopper: 2.17 ms a layer, forward and backward, where its variable-length flash
+attention takes 3.48 (two documents of 4,096 tokens of Qwen3-30B-A3B on an H100;
+benchmarks/results/gpu_attention.json). cuDNN plans once for each length, which short documents of
+ever new lengths would not earn back."""
 
 
 def attend_reference(q: Tensor, k: Tensor, v: Tensor, chunk: Chunk, scale: float) -> Tensor:
@@ -87,6 +93,14 @@ def attend_flash(
     # Nothing but the result was asked for.
     assert isinstance(out, Tensor)
     return out
+
+
+def is_batch(chunk: Chunk) -> bool:
+    """Whether a chunk consists of whole documents of one length, each of ``BATCH_FROM`` tokens or
+    more."""
+    lengths = {end - start for start, end in pairwise(chunk.query_ends)}
+    # Of a document that began in an earlier chunk there are more keys than queries.
+    return chunk.query_ends == chunk.key_ends and len(lengths) == 1 and min(lengths) >= BATCH_FROM
 
 
 @cache
@@ -182,7 +196,7 @@ class DocumentAttention(nn.Module):
         for chunk, bounds, q in parts:
             k = k_TgD[chunk.first_key : chunk.stop]
             v = v_TgD[chunk.first_key : chunk.stop]
-            if flash:
+            if flash and not (self.implementation == "auto" and is_batch(chunk)):
                 outputs.append(attend_flash(q, k, v, chunk, bounds, scale))
             else:
                 outputs.append(attend_reference(q, k, v, chunk, scale))

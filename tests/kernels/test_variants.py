@@ -45,6 +45,15 @@ def test_rule_on_hopper(changed, tile):
     assert rule(replace(GATE_UP, **changed)) == Variant(*tile)
 
 
+def test_rule_walks_over_the_tiles_of_a_large_gathered_dgrad():
+    """As measured on an H100; with few rows, where it cannot, and elsewhere it does not."""
+    dgrad = replace(GATE_UP, op="dgrad", rows_per_expert=512)
+    assert rule(dgrad) == Variant(128, 256, 64, 8, 4, persistent=True)
+    for changed in ({"rows_per_expert": 511}, {"op": "forward"}, {"gathered": False}, {"rank": 65}):
+        assert not rule(replace(dgrad, **changed)).persistent, changed
+    assert not rule(dgrad, *limits(AMPERE)).persistent
+
+
 def test_rule_takes_smaller_tiles_and_fewer_stages_where_registers_and_shared_memory_are_scarce():
     # An A100 has 163 KB for a program: four stages of 128 x 128 take 128 KB. Ada has 99 KB: three.
     assert rule(GATE_UP, *limits(AMPERE)) == Variant(128, 128, 64, 8, 4)

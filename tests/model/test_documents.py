@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megalora.model.attention import attend_reference
+from megalora.model.attention import BATCH_FROM, attend_reference, is_batch
 from megalora.model.documents import Chunk, local_chunks, positions_of, unzigzag, zigzag
 
 # Documents that end inside, at the end of, and before a chunk's first token; one of a single token;
@@ -108,3 +108,27 @@ def test_the_longest_pieces_are_those_of_a_chunk(lengths: tuple[int, ...]) -> No
         assert chunk.longest_key == max(b - a for a, b in pairwise(chunk.key_ends))
         assert chunk.query_ends[-1] == chunk.stop - chunk.start
         assert chunk.key_ends[-1] == chunk.stop - chunk.first_key
+
+
+LONG = BATCH_FROM
+
+
+@pytest.mark.parametrize(
+    ("lengths", "size", "expected"),
+    [
+        ((LONG,), 1, [True]),
+        ((LONG, LONG), 1, [True]),
+        # Too short to earn back a plan; of two lengths; with a little filler behind.
+        ((LONG - 4, LONG - 4), 1, [False]),
+        ((2 * LONG, LONG), 1, [False]),
+        ((LONG, LONG, 4), 1, [False]),
+        # Chunks 0 and 3 of a row: the second begins inside of its document, or with one.
+        ((4 * LONG,), 2, [True, False]),
+        ((LONG, 2 * LONG, LONG), 2, [True, True]),
+    ],
+    ids=str,
+)
+def test_long_documents_of_one_length_are_a_batch(
+    lengths: tuple[int, ...], size: int, expected: list[bool]
+) -> None:
+    assert [is_batch(chunk) for chunk in local_chunks(ends_of(lengths), 0, size)] == expected

@@ -2,12 +2,14 @@
 today."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from megalora.config.file import load_config
 from megalora.model.fields import model_shape
+from megalora.planner.crossings import crossings_of
 from megalora.planner.gpus import find_machine
 from megalora.planner.layouts import ParallelLayout, check
 from megalora.planner.models import find_architecture
@@ -41,7 +43,9 @@ def test_a_config_is_what_the_planner_writes(path: Path) -> None:
     config.check_world(ranks)
     assert config.data.max_length == 1024 * int(found[3])
     machine = find_machine(found[2])
-    work = Workload.of(config, PlanOptions.imbalance)
+    # With the measured table of that GPU, as the command has it.
+    crossings = crossings_of(machine.name)
+    work = replace(Workload.of(config, PlanOptions.imbalance), crossings=crossings)
     shape = model_shape(find_architecture(config.model.path))
     layout = ParallelLayout.of(config, ranks)
     check(shape, layout, work)
