@@ -86,7 +86,7 @@ def describe(adapter: Path) -> str:
     if not_finite:
         lines.append(f"NaN or infinite in {len(not_finite)} tensors, such as {not_finite[0]}")
     lines += _other_lines(other, weights) + _config_lines(config) + weights.notes
-    return "\n".join(lines + _cycle_lines(adapter) + _below_lines(adapter))
+    return "\n".join(lines + _state_lines(adapter) + _below_lines(adapter))
 
 
 def _below_lines(adapter: Path) -> list[str]:
@@ -121,12 +121,16 @@ def _title(adapter: Path, config: dict[str, Any], num_parameters: int, num_bytes
     ]
 
 
-def _cycle_lines(adapter: Path) -> list[str]:
-    """A line for a checkpoint of a run with periodic merges."""
+def _state_lines(adapter: Path) -> list[str]:
+    """A line for a checkpoint whose ranks are not those that are trained."""
     if not (adapter / STATE_JSON).is_file():
         return []
     # Their ranks are in the table as one, so that its size would be a riddle.
-    cycles = read_state(adapter).cycles
+    state = read_state(adapter)
+    cycles = state.cycles
+    init = state.config.get("lora", {}).get("init", "lora")
+    if init != "lora":
+        return [f"lora.init={init}: half of each rank is trained, half is what it began as"]
     if not cycles:
         return []
     return [f"the sum of {cycles + 1} adapters, of which {cycles} were merged into the base before"]

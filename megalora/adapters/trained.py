@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from megalora.adapters.as_plain import as_plain
 from megalora.adapters.cycles import read_cycles, state_folder, summed
 from megalora.adapters.files import CONFIG, OPTIMIZER, STATE_JSON, WEIGHTS
 from megalora.adapters.read.adapter import Adapter
@@ -21,7 +22,7 @@ from megalora.adapters.training_state import read_factors, read_state
 from megalora.adapters.write.form import export_form, factors_of, peft_tensors
 from megalora.lora.init import initial_a
 from megalora.lora.section import differing, settings
-from megalora.lora.spec import OUTER, Adapted, has_magnitudes, tensor_name
+from megalora.lora.spec import FACTORS, OUTER, Adapted, has_magnitudes, tensor_name
 from megalora.lora.trained_weight import trained_weights
 from megalora.model.shape import ModelShape
 
@@ -77,7 +78,9 @@ def _of_checkpoint(adapter: Adapter, shape: ModelShape) -> TrainedForm:
     for a in adapted:
         for expert, module in enumerate(a.hf_modules()):
             for factor in a.factors:
-                name = tensor_name(module, factor)
+                # A0 and B0 have no names of their own in the file.
+                row = FACTORS[factor]
+                name = tensor_name(module, factor if row.trained else row.like)
                 if name not in adapter.tensors:
                     raise _contradiction(adapter, f"{WEIGHTS} lacks {name}")
                 dtypes[a.tensor_name(factor, expert)] = adapter.tensors[name].dtype
@@ -88,6 +91,7 @@ def _of_checkpoint(adapter: Adapter, shape: ModelShape) -> TrainedForm:
     if state.cycles:
         earlier = read_cycles(state_folder(adapter.folder), state.cycles, adapted)
         adapted, tensors = summed(adapted, earlier, tensors)
+    adapted, tensors = as_plain(adapted, tensors)
     # The adapter's files were written from these factors: writing them once more must give the
     # same, or somebody changed one of the two.
     pairs = export_form(adapted, shape)

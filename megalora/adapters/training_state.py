@@ -17,7 +17,7 @@ from megalora.config import LoRAConfig, ObjectiveConfig
 from megalora.hf.json_file import read_json_object
 from megalora.lora.section import adapted_of, settings
 from megalora.lora.select import resolve
-from megalora.lora.spec import WITH_MAGNITUDE, Adapted, expected_tensors
+from megalora.lora.spec import FACTORS_BY_NAME, Adapted, expected_tensors
 from megalora.lora.trained_weight import TrainedWeight
 from megalora.model.shape import ModelShape
 
@@ -248,5 +248,5 @@ def _is_row(row: Any) -> bool:
         and type(layer) in (int, type(None))
         and type(rank) is int
         and type(scale) in (int, float)
-        and more in ([], ["A"], ["B"], ["".join(WITH_MAGNITUDE)])
+        and more in ([], ["A"], ["B"], *[[name] for name in FACTORS_BY_NAME])
     )

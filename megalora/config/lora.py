@@ -1,9 +1,12 @@
 """The ``lora`` section: which linear layers get adapters, their rank and their scale."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
 from megalora.config.checks import require
+
+PISSA_NITER = "pissa_niter_"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +50,14 @@ class LoRAConfig:
     ``y = m / |W + s B A| * (W x + s B A x)``. For attention, dense MLPs and shared experts; needs
     ``lora.dropout=0``. Loads in PEFT; vLLM and SGLang need it merged (``megalora merge``)."""
 
+    init: str = "lora"
+    """How A and B begin. ``lora``: A uniform, B zero. ``pissa``: as the singular vectors of the
+    largest singular values of each weight, which the adapter then changes, and ``pissa_niter_N``
+    the same by N subspace iterations, which is faster and less exact. ``olora``: as the first
+    columns and rows of its QR decomposition. The base stays as published; files hold an adapter of
+    twice the rank for it. Not for lm_head; without use_dora, share_outer, train.relora and
+    train.ema_decay."""
+
     def __post_init__(self) -> None:
         ranks = {"rank": self.rank, **self.rank_pattern}
         # It may be unset, or a rule that needs the model's sizes.
@@ -64,3 +75,13 @@ class LoRAConfig:
             f"lora.use_dora needs lora.dropout=0, got {self.dropout}: with dropout the base would"
             " have to be computed twice",
         )
+        require(
+            re.fullmatch(rf"lora|pissa|{PISSA_NITER}[1-9]\d?|olora", self.init) is not None,
+            f"lora.init must be lora, pissa, {PISSA_NITER}N with N of 1 to 99, or olora, got"
+            f" {self.init}",
+        )
+        for option in ("use_dora", "share_outer"):
+            require(
+                self.init == "lora" or not getattr(self, option),
+                f"lora.init={self.init} is not there with lora.{option}: leave one of them out",
+            )

@@ -52,6 +52,22 @@ class RunConfig:
             self._check_dora()
         if self.train.relora is not None:
             self._check_relora()
+        if self.lora.init != "lora":
+            self._check_init()
+
+    def _check_init(self) -> None:
+        """What cannot be had with an adapter that begins as a part of the base."""
+        init = f"lora.init={self.lora.init}"
+        require(
+            self.train.relora is None,
+            f"{init}: train.relora begins anew with every cycle, from a base that the cycles before"
+            " have changed. Train without one of the two",
+        )
+        require(
+            not self.train.ema_decay,
+            f"{init}: train.ema_decay averages A and B apart, which are far from zero from the"
+            " start. Train without one of the two",
+        )
 
     def _check_dora(self) -> None:
         """Options that need adapters to be ``W + s B A``."""

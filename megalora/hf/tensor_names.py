@@ -16,8 +16,9 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-FactorName = Literal["A", "B", "M"]
-"""A and B of LoRA, and M, the magnitude of DoRA."""
+FactorName = Literal["A", "B", "M", "A0", "B0"]
+"""A and B of LoRA; M, the magnitude of DoRA; A0 and B0, what PiSSA or OLoRA began with, which no
+file of PEFT's has apart."""
 
 LM_HEAD = "lm_head.weight"
 SCORE = "score"

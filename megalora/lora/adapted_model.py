@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from megalora import host
 from megalora.config import LoRAConfig, ModelConfig, ParallelConfig
+from megalora.lora.base_factors import begin_from_base
 from megalora.lora.coverage import check_coverage
 from megalora.lora.experts import expert_formats
 from megalora.lora.gather import take_parts
 from megalora.lora.inject import inject
 from megalora.lora.magnitude import refresh_norms
 from megalora.lora.shards import FactorShard
-from megalora.lora.spec import Adapted
+from megalora.lora.spec import Adapted, has_start
 from megalora.lora.trained_weight import TrainedWeight, trained_weights
 from megalora.model.build import MakeBase
 from megalora.model.shape import ModelShape
@@ -41,8 +42,18 @@ class AdaptedModel:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """Every adapter parameter of this rank, once."""
+        """Every adapter parameter of this rank, once; also those that are not trained."""
         return list(dict.fromkeys(shard.parameter for shard in self.shards))
+
+    @property
+    def trained(self) -> list[FactorShard]:
+        """``shards`` without those of what stays as it began."""
+        return [shard for shard in self.shards if shard.parameter.requires_grad]
+
+    @property
+    def frozen(self) -> list[FactorShard]:
+        """The other ones."""
+        return [shard for shard in self.shards if not shard.parameter.requires_grad]
 
     def values(self) -> dict[nn.Parameter, Tensor]:
         """The adapter's values by parameter: what is read and written without autograd."""
@@ -77,16 +88,21 @@ def adapt_base(
 
 
 def build_adapted(
-    make_base: MakeBase, shape: ModelShape, adapted: list[Adapted], groups: Groups, **settings: Any
-) -> AdaptedModel:
+    make_base: MakeBase, shape: ModelShape, adapted: list[Adapted], groups: Groups,
+    *, resumed: bool = False, **settings: Any,
+) -> AdaptedModel:  # fmt: skip
     """``adapt_base``, then check that all ranks together hold every adapter tensor; collective.
 
+    Args:
+        resumed: the adapter will be filled in, so that nothing has to be computed for its start.
     Raises:
         RuntimeError: a tensor is missing or surplus, which is a bug of ours.
     """
     model = adapt_base(make_base, shape, adapted, groups, **settings)
     check_coverage(model.adapted, model.shards, model.whole)
     refresh_norms(model.chunks, groups, start=True)
+    if has_start(adapted) and not resumed:
+        begin_from_base(model.chunks, groups, settings["lora"].init, settings["seed"])
     return model
 
 

@@ -8,6 +8,7 @@ Shape legend:
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from megalora_kernels import add_low_rank
 from torch import Tensor, nn
@@ -41,8 +42,11 @@ class _DenseLoRA(nn.Module):
         raise NotImplementedError
 
     def low_rank(self, x: Tensor) -> Tensor:
-        """``A dropout(x)``, as the rows of ``out`` need it."""
+        """``A dropout(x)``, and ``A0 x`` behind it, as the rows of ``out`` need it."""
         h = F.linear(F.dropout(x, self.dropout, self.training), self.factors.lora_A)
+        # A0 takes away from what W makes of all of x.
+        if self.factors.lora_A0 is not None:
+            h = torch.cat([h, F.linear(x, self.factors.lora_A0)], dim=-1)
         return self.across_tp(h)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:

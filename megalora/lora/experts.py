@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ def expert_formats(
     for a in adapted:
         if a.projection.is_expert and a.layer is not None:
             # Gate and up are one fused weight whose A's are stacked: their ranks add up.
-            ranks[a.layer][a.projection.module.rpartition(".")[2]] += a.rank
+            ranks[a.layer][a.projection.module.rpartition(".")[2]] += a.product_rank
     # Of one rank, as the kernels will see it.
     features = shape.expert_intermediate // etp
     formats: dict[int, ExpertFormats] = {}
@@ -97,7 +98,8 @@ class ExpertsLoRA(nn.Module):
         self.dropout = dropout
         for name, factors in (("gate_up", gate_up), ("down", down)):
             if factors is not None:
-                base.check_room(name, factors.lora_A.shape[1])
+                base.check_room(name, sum(a.product_rank for a in factors.adapted))
+                factors.base_weight = partial(getattr, base, name)
 
     def forward(self, x: Tensor, routing: Routing, probs: Tensor) -> tuple[Tensor, None]:
         """x ``[T, H]`` as the dispatcher delivers it, probs ``[M]``; returns ``[T, H]``, None."""

@@ -5,6 +5,8 @@ says.
     lora_A         [R, in(/t)]              [E/ep, R, in(/n)]               all A's stacked (R rows)
     lora_B.NAME    [out_NAME(/t), r_NAME]   [E/ep, out_NAME(/n), r_NAME]    one B per projection
     lora_M.NAME    [out_NAME(/t)]           [E/ep, out_NAME(/n)]            its magnitude, for DoRA
+    lora_A0, _B0   as lora_A, lora_B        as lora_A, lora_B               what they began as,
+                                                                            frozen (PiSSA, OLoRA)
 
 Where experts share a factor (``Adapted.shared``), 1 stands for E/ep: A of gate and up, B of down.
 
@@ -67,13 +69,18 @@ class LoRAFactors(nn.Module):
         self.lora_A = self._parameter("A", adapted[0], (self.stacked_rank, in_local), *place)
         self.lora_B = nn.ParameterDict()
         self.lora_M = nn.ParameterDict()
+        self.lora_A0: nn.Parameter | None = None
+        self.lora_B0 = nn.ParameterDict()
+        if "A0" in adapted[0].factors:
+            sizes = (self.stacked_rank, in_local)
+            self.lora_A0 = self._parameter("A0", adapted[0], sizes, *place)
         # Of DoRA alone; ``magnitude.py`` fills them in.
         self.norms: dict[str, Tensor] = {}
         self.squares: Tensor | None = None
         self.base_weight: Callable[[], Any] | None = None
         for a in adapted:
             for factor in a.factors:
-                if factor != "A":
+                if FACTORS[factor].like == "B":
                     sizes = a.shard_shape(factor, self.group_size)
                     self.of(factor)[a.name] = self._parameter(factor, a, sizes, *place)
         self.reset_parameters()
@@ -111,7 +118,7 @@ class LoRAFactors(nn.Module):
         # each time.
         drawn = torch.empty(self.lora_A.shape, dtype=self.lora_A.dtype)
         for adapted, rows in self._rows():
-            for lead, expert in self._tensors("A"):
+            for lead, expert in self.tensors_of("A"):
                 # Every rank draws the whole A and keeps its own part.
                 module = adapted.factor_module("A", expert)
                 whole = initial_a(self.seed, module, adapted.rank, adapted.in_features, cycle)
@@ -122,6 +129,11 @@ class LoRAFactors(nn.Module):
             b.zero_()
         for m in self.lora_M.values():
             m.fill_(1)
+        # Until ``base_factors.py`` fills them in, with A and B.
+        if self.lora_A0 is not None:
+            self.lora_A0.zero_()
+        for b0 in self.lora_B0.values():
+            b0.zero_()
 
     def _lead(self, factor: FactorName) -> tuple[int, ...]:
         """Leading dimensions of a factor's parameter."""
@@ -129,7 +141,7 @@ class LoRAFactors(nn.Module):
             return ()
         return (1,) if factor == self.shared else (len(self.experts),)
 
-    def _tensors(self, factor: FactorName) -> list[tuple[tuple[int, ...], int | None]]:
+    def tensors_of(self, factor: FactorName) -> list[tuple[tuple[int, ...], int | None]]:
         """(index of the leading dimension, expert's number in the whole model) of each tensor of
         the factor on this rank; for a dense linear, one entry with neither, and without a number
         for a factor that experts share."""
@@ -152,7 +164,7 @@ class LoRAFactors(nn.Module):
         for adapted, rows in self._rows():
             for factor in adapted.factors:
                 parameters = self.of(factor)
-                for lead, expert in self._tensors(factor):
+                for lead, expert in self.tensors_of(factor):
                     if FACTORS[factor].like == "A":
                         yield self._shard(adapted, expert, factor, parameters, (*lead, rows))
                         continue
@@ -180,6 +192,8 @@ class LoRAFactors(nn.Module):
     def adapter(self) -> ExpertFactors:
         """The factors as the expert kernels take them: A's stacked, the B's and scales of all fused
         projections; of a factor that experts share, a copy for each expert."""
+        if self.lora_A0 is not None:
+            return self._adapter_with_start(self.lora_A0)
         # In the row order of the fused weight; a projection without an adapter keeps None and 0.
         b: dict[str, Tensor | None] = dict.fromkeys(self.names)
         scales = dict.fromkeys(self.names, 0.0)
@@ -188,6 +202,33 @@ class LoRAFactors(nn.Module):
             scales[a.name] = a.scale
         a_ERK = self._for_each_expert(self.lora_A, "A")
         return ExpertFactors(a_ERK, tuple(b.values()), tuple(scales.values()))
+
+    def _adapter_with_start(self, a0_ERK: Tensor) -> ExpertFactors:
+        """``[A; A0]`` and ``[B, -B0]`` of each projection, as one adapter of twice the rank."""
+        b: dict[str, Tensor | None] = dict.fromkeys(self.names)
+        scales = dict.fromkeys(self.names, 0.0)
+        stack: list[Tensor] = []
+        for adapted, rows in self._rows():
+            stack += [self.lora_A[:, rows], a0_ERK[:, rows]]
+            b[adapted.name] = torch.cat(self._with_start(adapted.name), dim=-1)
+            scales[adapted.name] = adapted.scale
+        return ExpertFactors(torch.cat(stack, dim=1), tuple(b.values()), tuple(scales.values()))
+
+    def _with_start(self, name: str) -> list[Tensor]:
+        """B of a projection, and -B0 where it has one."""
+        b: Any = self.lora_B[name]
+        return [b, -self.lora_B0[name]] if name in self.lora_B0 else [b]
+
+    def weight_of(self, name: str, place: int | None) -> Tensor:
+        """This rank's ``[out, in]`` of one projection's base weight, of the expert at ``place``
+        where there are several."""
+        assert self.base_weight is not None, "whoever wraps the base's module sets it"
+        weight = self.base_weight()
+        if place is not None:
+            weight = weight[place]
+        # Side by side within each row group, as in ``stacked_b``.
+        blocks = weight.unflatten(0, (self.row_groups, -1)).split(self.block_rows, dim=1)
+        return blocks[self.names.index(name)].flatten(0, 1)
 
     def _for_each_expert(self, parameter: Tensor, factor: FactorName) -> Tensor:
         """``[E/ep, ...]`` of a factor's parameter."""
@@ -199,7 +240,14 @@ class LoRAFactors(nn.Module):
 
     def stacked_b(self) -> Tensor:
         """``[..., out, R]``: the scaled B's as one block matrix in the base weight's row order;
-        zero where not adapted."""
+        zero where not adapted. With frozen B0's ``[..., out, 2 R]``: those behind them, negative.
+        """
+        if self.lora_A0 is None:
+            return self._block_matrix(self.lora_B)
+        return torch.cat([self._block_matrix(self.lora_B), -self._block_matrix(self.lora_B0)], -1)
+
+    def _block_matrix(self, of: nn.ParameterDict) -> Tensor:
+        """``[..., out, R]`` of the B's or B0's."""
         rows_of = {adapted.name: (adapted, rows) for adapted, rows in self._rows()}
         total = self.lora_A.shape[-2]
         lead = self.lora_A.shape[:-2]
@@ -210,9 +258,7 @@ class LoRAFactors(nn.Module):
                 continue
             adapted, rows = rows_of[name]
             # [out, r] -> [row_groups, block_rows, r]
-            b = (self.lora_B[name] * adapted.scale).view(
-                *lead, self.row_groups, block_rows, adapted.rank
-            )
+            b = (of[name] * adapted.scale).view(*lead, self.row_groups, block_rows, adapted.rank)
             # r columns at their place among the R of the stacked A; zeros elsewhere
             blocks.append(F.pad(b, (rows.start, total - rows.stop)))
         # Side by side within each row group, then the groups one below the other: [..., out, R]

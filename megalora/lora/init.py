@@ -19,7 +19,7 @@ def initial_a(seed: int, hf_module: str, rank: int, in_features: int, cycle: int
     Args:
         cycle: above 0 for adapters that follow merged ones, each of which is drawn anew.
     """
-    generator = _generator(seed, tensor_name(hf_module, "A"), cycle)
+    generator = generator_of(seed, tensor_name(hf_module, "A"), cycle)
     bound = 1 / math.sqrt(in_features)
     return torch.empty(rank, in_features).uniform_(-bound, bound, generator=generator)
 
@@ -27,11 +27,11 @@ def initial_a(seed: int, hf_module: str, rank: int, in_features: int, cycle: int
 def initial_score(seed: int, num_scores: int, hidden: int, std: float) -> Tensor:
     """The whole ``score.weight [num_scores, hidden]`` float32 on the CPU: normal with mean 0, as
     transformers draws it, whose ``initializer_range`` is ``std``."""
-    generator = _generator(seed, weight_name(SCORE))
+    generator = generator_of(seed, weight_name(SCORE))
     return torch.empty(num_scores, hidden).normal_(std=std, generator=generator)
 
 
-def _generator(seed: int, name: str, cycle: int = 0) -> torch.Generator:
+def generator_of(seed: int, name: str, cycle: int = 0) -> torch.Generator:
     """A generator of its own for every seed, tensor name and cycle."""
     key = f"{seed}:{name}"
     if cycle:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from megalora_kernels import add_low_rank
 from torch import Tensor, nn
@@ -23,11 +24,14 @@ class RouterLoRA(nn.Module):
         self.base = base
         self.factors = factors
         self.dropout = dropout
+        factors.base_weight = lambda: base.weight
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         # TopKRouter.forward in two steps, with the delta between them.
         logits = self.base.gating(x)
         h = F.linear(F.dropout(x, self.dropout, self.training), self.factors.lora_A)
+        if self.factors.lora_A0 is not None:
+            h = torch.cat([h, F.linear(x, self.factors.lora_A0)], dim=-1)
         # Logits are float32 where a family routes in float32, whatever the adapter's dtype.
         logits = add_low_rank(logits, h.to(logits.dtype), self.factors.stacked_b().to(logits.dtype))
         return self.base.routing(logits, padding_mask=padding_mask)

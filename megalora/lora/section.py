@@ -8,7 +8,7 @@ from typing import Any
 from megalora.config import LoRAConfig
 from megalora.lora.modules import projection_places
 from megalora.lora.select import resolve
-from megalora.lora.spec import PLAIN, WITH_MAGNITUDE, Adapted, make_adapted
+from megalora.lora.spec import FACTORS_BY_NAME, PLAIN, Adapted, make_adapted
 from megalora.model.projections import Projection
 from megalora.model.shape import ModelShape
 
@@ -62,7 +62,7 @@ def lora_section(adapted: list[Adapted], shape: ModelShape) -> dict[str, Any]:
 
 def settings(adapted: list[Adapted]) -> list[list[Any]]:
     """``[HF name, layer, rank, scale]`` of each, as JSON can hold it, and behind them "A" or "B"
-    where experts share that factor, "ABM" where there is a magnitude too."""
+    where experts share that factor, the names of all factors where there are more than A and B."""
     rows: list[list[Any]] = []
     for a in adapted:
         row = [a.projection.hf, a.layer, a.rank, a.scale]
@@ -81,7 +81,7 @@ def adapted_of(rows: list[list[Any]], shape: ModelShape) -> list[Adapted]:
     for hf, layer, rank, scale, *more in rows:
         if (layer, hf) not in known:
             raise ValueError(f"this model has no {hf.format(layer=layer, expert='*')}")
-        has_magnitude = more == ["".join(WITH_MAGNITUDE)]
+        factors = FACTORS_BY_NAME.get("".join(more), PLAIN)
         # Alpha as LoRA without rsLoRA has it: scale = alpha / rank.
         adapted.append(
             make_adapted(
@@ -91,8 +91,8 @@ def adapted_of(rows: list[list[Any]], shape: ModelShape) -> list[Adapted]:
                 scale * rank,
                 scale,
                 shape,
-                WITH_MAGNITUDE if has_magnitude else PLAIN,
-                share_outer=bool(more) and not has_magnitude,
+                factors,
+                share_outer=bool(more) and factors == PLAIN,
             )
         )
     return adapted

@@ -10,9 +10,19 @@ from megalora.config import LoRAConfig, ParallelConfig, TrainConfig
 from megalora.hf.tensor_names import within_layer
 from megalora.lora.modules import projection_places
 from megalora.lora.patterns import Pattern, end_pattern
-from megalora.lora.spec import PLAIN, WITH_MAGNITUDE, Adapted, has_dora, lora_scale, make_adapted
+from megalora.lora.spec import (
+    PLAIN,
+    WITH_MAGNITUDE,
+    WITH_START,
+    Adapted,
+    FactorName,
+    has_dora,
+    lora_scale,
+    make_adapted,
+)
 from megalora.model.account import open_folder
 from megalora.model.families import FAMILIES
+from megalora.model.projections import HEAD
 from megalora.model.shape import ModelShape
 
 ALIASES = {
@@ -99,17 +109,17 @@ def resolve(lora: LoRAConfig, shape: ModelShape) -> list[Adapted]:
             rank, alpha = _of_experts(lora, shape)
         if alpha_key is not None:
             alpha = float(lora.alpha_pattern[alpha_key])
-        scale = lora_scale(alpha, rank, lora.use_rslora)
-        factors = WITH_MAGNITUDE if lora.use_dora else PLAIN
+        own = (rank, alpha, lora_scale(alpha, rank, lora.use_rslora))
+        factors = _factors_of(lora)
         adapted.append(
-            make_adapted(
-                projection, layer, rank, alpha, scale, shape, factors, share_outer=lora.share_outer
-            )
+            make_adapted(projection, layer, *own, shape, factors, share_outer=lora.share_outer)
         )
     for option in (targets, exclusions, ranks, alphas):
         _check_used(option, shape)
     if lora.use_dora:
         _check_dora(adapted)
+    if lora.init != "lora":
+        _check_init(lora, adapted)
     _check_left(lora, adapted)
     return adapted
 
@@ -152,6 +162,38 @@ def _check_dora(adapted: list[Adapted]) -> None:
             " have none in PEFT or in megalora). Set lora.target_modules to other linears, such as"
             ' ["q_proj", "k_proj", "v_proj", "o_proj"]'
         )
+
+
+def _factors_of(lora: LoRAConfig) -> tuple[FactorName, ...]:
+    """Factors of every linear that ``lora`` adapts."""
+    if lora.use_dora:
+        return WITH_MAGNITUDE
+    return PLAIN if lora.init == "lora" else WITH_START
+
+
+def _check_init(lora: LoRAConfig, adapted: list[Adapted]) -> None:
+    """Raise ``ValueError`` for linears that cannot begin as a part of the base's weight."""
+    for a in adapted:
+        name = within_layer(a.projection.hf).replace("{expert}", "*")
+        if a.projection in HEAD:
+            raise ValueError(
+                f"lora.init={lora.init}: {name} cannot begin so here, with a vocabulary that ranks"
+                " share and an embedding that it may be tied to. Leave it out of"
+                " lora.target_modules"
+            )
+        # The kernels of experts drop out what both A and A0 read, and A0 must read all of it.
+        if a.projection.is_expert and lora.dropout:
+            raise ValueError(
+                f"lora.init={lora.init}: {name} needs lora.dropout=0, got {lora.dropout}; attention"
+                " and dense MLPs do not"
+            )
+        smallest = min(a.out_features, a.in_features)
+        if a.rank > smallest:
+            raise ValueError(
+                f"lora.init={lora.init}: {name} is {a.out_features} x {a.in_features} and has no"
+                f" {a.rank} singular values. Give it a rank of up to {smallest} (lora.rank,"
+                " lora.rank_pattern)"
+            )
 
 
 def _of_experts(lora: LoRAConfig, shape: ModelShape) -> tuple[int, float]:

@@ -75,6 +75,9 @@ FACTORS: dict[FactorName, Factor] = {
     # In bfloat16 a magnitude could not be the norm of its row, so training would not start from
     # the base. Decay would pull it to zero, which is far from the base too.
     "M": Factor("B", is_vector=True, float32=True, decays=False),
+    # The pair that A and B began as, where that is a part of the base (``base_factors.py``).
+    "A0": Factor("A", trained=False),
+    "B0": Factor("B", trained=False),
 }
 
 
@@ -82,6 +85,10 @@ PLAIN: tuple[FactorName, ...] = ("A", "B")
 """Factors of a linear with LoRA."""
 WITH_MAGNITUDE: tuple[FactorName, ...] = ("A", "B", "M")
 """Factors of a linear with DoRA."""
+WITH_START: tuple[FactorName, ...] = ("A", "B", "A0", "B0")
+"""Factors of a linear that began as a part of the base."""
+FACTORS_BY_NAME = {"".join(factors): factors for factors in (WITH_MAGNITUDE, WITH_START)}
+"""As a checkpoint's state names them, where they are more than A and B."""
 
 
 SHARDINGS: dict[Kind, Sharding] = {
@@ -121,6 +128,11 @@ class Adapted:
     @property
     def name(self) -> str:
         return self.projection.name
+
+    @property
+    def product_rank(self) -> int:
+        """Rank of what is added to the base: ``B A``, or ``[B, -B0] [A; A0]``."""
+        return 2 * self.rank if "A0" in self.factors else self.rank
 
     def hf_module(self, expert: int | None = None) -> str:
         """Full HF module name, such as ``model.layers.3.mlp.experts.7.gate_proj``."""
@@ -214,6 +226,11 @@ def has_dora(projection: Projection) -> bool:
 def has_magnitudes(adapted: list[Adapted]) -> bool:
     """Whether an adapter is DoRA's."""
     return any("M" in a.factors for a in adapted)
+
+
+def has_start(adapted: Sequence[Adapted]) -> bool:
+    """Whether an adapter began as a part of the base, which it has beside A and B."""
+    return any("A0" in a.factors for a in adapted)
 
 
 def trained_sizes(adapted: list[Adapted], group_size: int) -> list[tuple[FactorName, int]]:

@@ -20,9 +20,9 @@ class RankCount:
     """Bytes and shapes of one rank's model as built."""
 
     base_bytes: int
-    """Frozen parameters."""
+    """Frozen parameters of the base."""
     adapter_bytes: int
-    """Parameters that are trained."""
+    """Adapters' parameters, and a score head."""
     buffer_bytes: int
     """Registered buffers: those of routers with a correction bias (GLM)."""
     num_tensors: int
@@ -74,7 +74,8 @@ def _count(chunks: list[Any], num_tensors: int) -> RankCount:
         for name, parameter in chunk.named_parameters():
             assert parameter.device.type == "meta", f"{name} was allocated in earnest"
             shapes[f"{i}.{name}"] = tuple(parameter.shape)
-            if parameter.requires_grad:
+            # Factors that are not trained belong to the adapter all the same.
+            if parameter.requires_grad or ".lora_" in name:
                 adapter_bytes += parameter.nbytes
             else:
                 base_bytes += parameter.nbytes

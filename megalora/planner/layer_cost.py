@@ -54,10 +54,15 @@ class LayerCosts(Prices):
                  rows: tuple[float, float], sizes: tuple[float, float],
                  live: bool = True) -> None:  # fmt: skip
         """A of ``rows[0]``, B of ``rows[1]``; in backward once for the factor itself and once for
-        its input, which A's gets only where it is ``live``."""
+        its input, which A's gets only where it is ``live``. A0 needs no gradient itself, B0 gets
+        one with B's."""
         rank = stacked_rank(adapted)
-        for ledger, of_a, of_b in zip(ledgers, (1, 1 + live), (1, 2), strict=True):
-            self.gemm(ledger, part, rows[0], rank, sizes[0], of_a)
+        trained = sum(a.rank for a in adapted)
+        for ledger, own, live_input, of_b in zip(
+            ledgers, (0, 1), (True, live), (1, 2), strict=True
+        ):
+            self.gemm(ledger, part, rows[0], trained, sizes[0], own + live_input)
+            self.gemm(ledger, part, rows[0], rank - trained, sizes[0], live_input)
             self.gemm(ledger, part, rows[1], sizes[1], rank, of_b)
         if rank:
             self._dropout(ledgers, part, rows[0] * sizes[0], live)

@@ -32,6 +32,7 @@ from megalora.planner.pass_bytes import (
 from megalora.planner.state_bytes import (
     GRADIENT,
     buffers,
+    frozen_elements,
     has_room,
     magnitude_bytes,
     optimizer_bytes,
@@ -193,10 +194,11 @@ def _state(
         # Each chunk has buffers of its own, a dense one and one of experts, padded at their ends.
         padded += sum(buffers(count, layout))
         optimizer += optimizer_bytes(count, layout, work)
+    held = adapters + frozen_elements(model, p, chunks)
     always: tuple[Part, ...] = (
         Part("weights", base * e, "measured"),
         Part(ROOM, room_bytes(model, layout, work, chunks), "assumed"),
-        Part("adapters", adapters * e + magnitude_bytes(model, p, chunks, e), "measured"),
+        Part("adapters", held * e + magnitude_bytes(model, p, chunks, e), "measured"),
         # Megatron keeps parameters, too, in a buffer of the size of that of their gradients.
         Part("buffer padding", (padded - adapters) * e, "measured"),
         Part("gradients", padded * GRADIENT, "measured"),

@@ -1,5 +1,7 @@
-"""Count the copies of factors that routed experts share, which are made for the kernels."""
+"""Count the copies of routed experts' factors, which are made for the kernels: of those that they
+share, and of those that are put together with what they began as."""
 
+import math
 from collections.abc import Iterable
 
 from megalora.config import ParallelConfig
@@ -8,10 +10,14 @@ from megalora.planner.weights import PlannedModel
 
 
 def copied_elements(model: PlannedModel, p: ParallelConfig, adapted: Iterable[Adapted]) -> int:
-    """Elements of the copies that experts of a rank have of what they share in one module."""
+    """Elements of the copies that experts of a rank have of factors of one module."""
     total = 0
     for a in adapted:
         # A of gate and up, B of down: H wide.
         if a.shared:
             total += a.num_experts // p.ep * a.rank * model.shape.hidden
+        # ``[A; A0]`` and ``[B, -B0]``.
+        if a.num_experts and "A0" in a.factors:
+            for factor in a.factors:
+                total += a.num_experts // p.ep * math.prod(a.shard_shape(factor, p.etp))
     return total

@@ -7,6 +7,7 @@ Symbols as in ``activations.py``; P adapter parameters of this rank.
 import math
 
 from megalora.config import ParallelConfig
+from megalora.lora.spec import FACTORS
 from megalora.model.formats.augmented import Augmented
 from megalora.model.formats.plain import PLAIN
 from megalora.planner.layouts import ParallelLayout
@@ -14,6 +15,7 @@ from megalora.planner.weights import (
     AdapterCount,
     Chunk,
     PlannedModel,
+    group_and_experts,
     shared_elements,
     stacked_rank,
 )
@@ -90,6 +92,20 @@ def magnitude_bytes(model: PlannedModel, p: ParallelConfig, chunks: list[Chunk],
                     if "M" in a.factors:
                         rows += math.prod(a.shard_shape("M", p.tp))
     return rows * (3 * STATE - e)
+
+
+def frozen_elements(model: PlannedModel, p: ParallelConfig, chunks: list[Chunk]) -> int:
+    """Elements of factors that are not trained: what an adapter began as."""
+    total = 0
+    for chunk in chunks:
+        for layer in chunk.layers:
+            for adapted in model.modules_of(layer).values():
+                group, experts = group_and_experts(adapted[0], p)
+                for a in adapted:
+                    for factor in a.factors:
+                        if not FACTORS[factor].trained:
+                            total += experts * math.prod(a.shard_shape(factor, group))
+    return total
 
 
 def has_room(model: PlannedModel, layout: ParallelLayout, work: Workload) -> bool:

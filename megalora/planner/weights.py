@@ -21,8 +21,9 @@ ALIGNMENT = 64
 
 
 def stacked_rank(adapted: Iterable[Adapted]) -> int:
-    """R: the ranks of the projections whose A's one module stacks, added up."""
-    return sum(a.rank for a in adapted)
+    """R: the ranks of the projections whose A's one module stacks, added up; with what they began
+    as, where that is beside them."""
+    return sum(a.product_rank for a in adapted)
 
 
 @dataclass(frozen=True)
@@ -270,7 +271,7 @@ def _adapters_of(model: PlannedModel, p: ParallelConfig, layer: int | None) -> A
     separate = p.ep > 1 or p.etp != p.tp
     for adapted in model.modules_of(layer).values():
         is_expert = adapted[0].projection.is_expert
-        group, lead = _group_and_experts(adapted[0], p)
+        group, lead = group_and_experts(adapted[0], p)
         for factor, size in trained_sizes(adapted, group):
             # What experts share is there once, whole, and reduced as a dense parameter.
             is_shared = factor == adapted[0].shared
@@ -284,7 +285,7 @@ def _adapters_of(model: PlannedModel, p: ParallelConfig, layer: int | None) -> A
     return total
 
 
-def _group_and_experts(a: Adapted, p: ParallelConfig) -> tuple[int, int]:
+def group_and_experts(a: Adapted, p: ParallelConfig) -> tuple[int, int]:
     """(size of the group that splits an adapter's factors, how many experts' factors a rank holds
     in one tensor: 1 outside of experts)."""
     if a.projection.is_expert:
@@ -313,7 +314,7 @@ def _shared_of(model: PlannedModel, p: ParallelConfig, layer: int | None) -> tup
     expert = 0
     for adapted in model.modules_of(layer).values():
         for a in adapted:
-            group, lead = _group_and_experts(a, p)
+            group, lead = group_and_experts(a, p)
             for factor in a.factors:
                 size = math.prod(a.shape(factor)) if FACTORS[factor].trained else 0
                 # Whole on every rank of the stage, and summed over TP as a dense one.

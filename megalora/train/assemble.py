@@ -156,6 +156,7 @@ def assemble(
     *,
     make_base: MakeBase | None = None,
     prepare: Callable[[AdaptedModel], None] | None = None,
+    resumed: bool = False,
 ) -> Iterator[Run]:
     """The run of ``config`` on the ranks of the initialised world, for one block; collective.
 
@@ -164,13 +165,16 @@ def assemble(
         make_base: makes the frozen base; None to load the folder of ``model.path``.
         prepare: called with the model before the optimizer copies the adapters: to fill them or to
             change what the model does.
+        resumed: as in ``build_adapted``.
 
     Raises:
         ValueError: for anything in the config, the data or the base that the user can mend.
     """
     inputs = inputs or Inputs.read(config)
     with parallel_groups(config.parallel, config.train.seed) as groups:
-        model = build_for_training(config, inputs.shape, inputs.adapted, groups, make_base)
+        model = build_for_training(
+            config, inputs.shape, inputs.adapted, groups, make_base, resumed=resumed
+        )
         # Before the optimizer, which copies the adapters into its float32 masters.
         if prepare is not None:
             prepare(model)
@@ -190,6 +194,8 @@ def build_for_training(
     adapted: list[Adapted],
     groups: Groups,
     make_base: MakeBase | None = None,
+    *,
+    resumed: bool = False,
 ) -> AdaptedModel:
     """The base with adapters and recomputation on this rank, without an optimizer; collective.
 
@@ -202,7 +208,7 @@ def build_for_training(
     if make_base is None:
         make_base = partial(build_model, folder=local_folder(config.model.path))
     model = build_adapted(
-        make_base, shape, adapted, groups,
+        make_base, shape, adapted, groups, resumed=resumed,
         model=config.model, parallel=config.parallel, lora=config.lora, seed=config.train.seed,
         rows_per_expert=shape.rows_per_expert(config),
     )  # fmt: skip

@@ -103,7 +103,8 @@ def train(config: RunConfig, job: str | None = None) -> Path | None:
             check_same_samples(found.state, config, samples, splits[0].samples)
         questions = questions_of(config, *splits, tokenizer)
         probe = Probe(probe_tokens(tokenizer), config.model.dtype, config.parallel, num_scores)
-        with assemble(config, Inputs(shape, adapted, tokenizer, *splits)) as run:
+        inputs = Inputs(shape, adapted, tokenizer, *splits)
+        with assemble(config, inputs, resumed=found.state is not None) as run:
             shown = shown_samples(splits[0].samples, tokenizer)
             start = Start(identity, samples, found.state, notes, shown, tokenizer, questions)
             return _fit(run, probe, start)

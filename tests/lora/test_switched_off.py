@@ -63,6 +63,11 @@ def test_magnitudes_off_are_the_base(tiny: Path, chats: Path, tmp_path: Path) ->
     check_off(lora, {"tp": 2, "ep": 2}, "bfloat16", tiny, chats, tmp_path)
 
 
+@pytest.mark.slow
+def test_what_an_adapter_began_as_is_off_too(tiny: Path, chats: Path, tmp_path: Path) -> None:
+    check_off(ADAPTERS["begun"], {"tp": 2, "ep": 2}, "bfloat16", tiny, chats, tmp_path)
+
+
 def check_off(
     lora: LoRAConfig, parallel: dict[str, int], dtype: str, tiny: Path, chats: Path, tmp_path: Path
 ) -> None:

@@ -4,6 +4,7 @@ from tests.mutations.adapter_bugs import ADAPTER_BUGS
 from tests.mutations.average_bugs import AVERAGE_BUGS
 from tests.mutations.balance_bugs import BALANCE_BUGS
 from tests.mutations.base_bugs import BASE_BUGS
+from tests.mutations.begun_bugs import BEGUN_BUGS
 from tests.mutations.bugs import BUGS as MODEL_BUGS
 from tests.mutations.compiled_bugs import COMPILED_BUGS
 from tests.mutations.config_bugs import CONFIG_BUGS
@@ -71,5 +72,6 @@ EVERY_BUG = (
     + RELORA_BUGS
     + AVERAGE_BUGS
     + DORA_BUGS
+    + BEGUN_BUGS
     + SHARED_BUGS
 )

@@ -24,7 +24,8 @@ LAYER_BUGS: tuple[Bug, ...] = (
     bug(0, "another layer's format", BACKEND, "formats.get(layer, BOTH_PLAIN)",
         "formats.get(layer + 1, BOTH_PLAIN)", f"{FORMATS} weights_lie"),
     bug(0, "room for one of gate and up", "megalora/lora/experts.py",
-        'rpartition(".")[2]] += a.rank', 'rpartition(".")[2]] = a.rank', f"{FORMATS} weights_lie"),
+        'rpartition(".")[2]] += a.product_rank', 'rpartition(".")[2]] = a.product_rank',
+        f"{FORMATS} weights_lie"),
     bug(0, "too little room overlooked", "megalora/model/experts.py",
         "stored.room < rank:", "False:", f"{FORMATS} larger"),
     # in the model

@@ -185,8 +185,8 @@ PREFERENCE_BUGS: tuple[Bug, ...] = (
         0,
         "a start that trains along",
         START,
-        "start[parameter] = value.clone()",
-        "start[parameter] = value",
+        "start[shard.parameter] = shard.parameter.data.clone()",
+        "start[shard.parameter] = shard.parameter.data",
         f"{OF_START} copy_is_planned",
     ),
     bug(

@@ -99,7 +99,9 @@ class Oracle:
         # Copies: training changes them, and several oracles start from the same factors.
         self.factors: dict[str, Tensor] = {}
         for name, t in factors.items():
-            self.factors[name] = t.clone().double().requires_grad_()
+            # What an adapter began as stays so.
+            is_trained = re.search(r"\.lora_[AB]0\.", name) is None
+            self.factors[name] = t.clone().double().requires_grad_(is_trained)
         self.scale = scale
         self.balance = balance
         self.routed: list[Tensor] = []
@@ -159,6 +161,8 @@ class Oracle:
         for module in self.modules():
             scale = self.scale[module] if isinstance(self.scale, dict) else self.scale
             delta = scale * self.factor(module, "B") @ self.factor(module, "A")
+            if f"{PREFIX}{module}.lora_A0.weight" in self.factors:
+                delta = delta - scale * self.factor(module, "B0") @ self.factor(module, "A0")
             magnitude = self.factors.get(f"{PREFIX}{module}.lora_magnitude_vector")
             # transformers renames Mixtral's modules on loading
             module = module.replace(".block_sparse_moe.", ".mlp.")
@@ -322,6 +326,7 @@ class Oracle:
         like_b = (".lora_B.", ".lora_magnitude_vector")
         of_b = [t for name, t in self.factors.items() if any(part in name for part in like_b)]
         of_a = [t for name, t in self.factors.items() if not any(part in name for part in like_b)]
+        of_a = [t for t in of_a if t.requires_grad]
         groups = [{"params": of_a}, {"params": of_b, "lr": lr_b or lr}]
         optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=0.0, eps=eps)
         losses = []
@@ -354,6 +359,8 @@ class Oracle:
         exp_avg_sq = {}
         for name, t in self.factors.items():
             adapter[name] = t.detach()
+            if not t.requires_grad:
+                continue
             exp_avg[name] = optimizer.state[t]["exp_avg"]
             exp_avg_sq[name] = optimizer.state[t]["exp_avg_sq"]
         return Trained(losses, norms, gradients, adapter, exp_avg, exp_avg_sq, uneven)

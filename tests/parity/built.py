@@ -80,6 +80,12 @@ def random_factors(
             # makes the delta independent of both. What experts share, the last one decides.
             factors[a.tensor_name("A", expert)] = a_factor / a.in_features**0.5
             factors[a.tensor_name("B", expert)] = 0.2 * b_factor / (a.scale * a.rank**0.5)
+            if "A0" in a.factors:
+                a_factor = torch.randn(a.shape("A0"), generator=generator)
+                b_factor = torch.randn(a.shape("B0"), generator=generator)
+                factors[a.tensor_name("A0", expert)] = a_factor / a.in_features**0.5
+                b0 = 0.2 * b_factor / (a.scale * a.rank**0.5)
+                factors[a.tensor_name("B0", expert)] = b0
             if "M" in a.factors:
                 # Far from the norms, which depend on the base.
                 magnitude = torch.rand(a.shape("M"), generator=generator)

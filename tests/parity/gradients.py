@@ -20,7 +20,8 @@ def reduced_gradients(model: AdaptedModel, optimizer: Any) -> dict[str, Tensor] 
     """
     gradients = {}
     # Zeros outside the slice, so that a sum over ranks puts the slices together.
-    for p in model.parameters:
+    for shard in model.trained:
+        p = shard.parameter
         gradients[p] = torch.zeros(p.shape, dtype=torch.float32, device=p.device)
     for part in optimizer.chained_optimizers:
         for parameter in getattr(part, "model_param_group_index_map", ()):
@@ -35,4 +36,4 @@ def reduced_gradients(model: AdaptedModel, optimizer: Any) -> dict[str, Tensor] 
             if p.allreduce is allreduce:  # type: ignore
                 of_group.append(gradient)
         sum_bucket(of_group, group)
-    return gather_tensors(model.shards, gradients, model.groups)
+    return gather_tensors(model.trained, gradients, model.groups)

@@ -61,6 +61,9 @@ ADAPTERS: dict[str, LoRAConfig] = {
     # DoRA, on dense linears: ``adapter`` takes those of MLPs out where they are experts'.
     "dora": LoRAConfig(rank=4, alpha=12.0, target_modules=NAMES, use_dora=True,
                        rank_pattern={"q_proj": 3, "v_proj": 5}),
+    # A and B beside a pair that stays as it is, which the grid draws as it draws them.
+    "begun": LoRAConfig(rank=4, alpha=12.0, target_modules=[*NAMES, "gate"], init="olora",
+                        rank_pattern={"q_proj": 3, "v_proj": 5, "up_proj": 2}),
 }  # fmt: skip
 
 

@@ -67,6 +67,12 @@ QUICK = (
     Case(4, tp=2, ep=4, adapter="shared outer", micro=3, recompute="full"),
     Case(8, tp=2, pp=2, ep=2, etp=2, adapter="shared outer", model="mixed", recompute="selective"),
     Case(4, cp=2, ep=2, adapter="shared outer", model="shared", micro=PACKED),
+    # A frozen pair beside A and B, on every kind of linear.
+    Case(2, tp=2, ep=2, adapter="begun", micro=3),
+    Case(4, tp=2, ep=2, etp=2, adapter="begun", model="shared", micro=3, recompute="selective"),
+    Case(4, tp=4, ep=4, adapter="begun", model="2 kv heads", micro=3),
+    Case(2, pp=2, vpp=2, adapter="begun", model="mixed", recompute="full"),
+    Case(2, cp=2, ep=2, adapter="begun", micro=PACKED, objective="dpo"),
     # Pairs, whose two sequences may lie on different context-parallel ranks.
     Case(2, adapter="router", micro=3, objective="dpo"),
     Case(2, cp=2, ep=2, micro=PACKED, objective="dpo"),

@@ -85,6 +85,7 @@ class Case:
     balanced: bool = False
     """Whether a loss keeps experts evenly used."""
     share_outer: bool = False
+    init: str = "lora"
 
     @property
     def name(self) -> str:
@@ -93,6 +94,7 @@ class Case:
         name = f"{self.world} {sizes} micro{self.micro} {self.recompute} {self.model} {self.dtype}"
         name += " balanced" if self.balanced else ""
         name += " dropout" if self.dropout else ""
+        name += "" if self.init == "lora" else f" {self.init}"
         return f"{name} share outer" if self.share_outer else name
 
     def config(self, folder: Path, chats: Path) -> RunConfig:
@@ -104,7 +106,9 @@ class Case:
         }
         config = make_config(
             base, chats, folder / "run", self.parallel, self.recompute,
-            lora=LoRAConfig(rank=RANK, dropout=self.dropout, share_outer=self.share_outer),
+            lora=LoRAConfig(
+                rank=RANK, dropout=self.dropout, share_outer=self.share_outer, init=self.init
+            ),
             dtype=self.dtype, router_aux_loss_coef=0.01 * self.balanced, **sizes
         )  # fmt: skip
         # The batches of the count are made by hand; the config must be one that could run.

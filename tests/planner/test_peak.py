@@ -61,6 +61,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.param(Case(2, {"tp": 2}, micro=2, balanced=True), marks=pytest.mark.slow),
         # Nothing of a recomputed layer may outlive its backward.
         pytest.param(Case(2, {"ep": 2}, recompute="full"), marks=pytest.mark.slow),
+        pytest.param(Case(2, {"tp": 2, "ep": 2}, init="olora"), marks=pytest.mark.slow),
+        pytest.param(Case(1, {}, init="olora", model="dense"), marks=pytest.mark.slow),
         pytest.param(Case(2, {"ep": 2}, share_outer=True), marks=pytest.mark.slow),
         pytest.param(Case(2, {"tp": 2, "ep": 2}, share_outer=True), marks=pytest.mark.slow),
         pytest.param(Case(2, {"ep": 2}, dropout=0.3, share_outer=True), marks=pytest.mark.slow),

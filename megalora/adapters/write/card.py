@@ -81,6 +81,13 @@ def _what(facts: Facts) -> str:
             ),
             f"- Base weights and adapter in {config['model']['dtype']}",
         ]
+        # Checkpoints of earlier versions have no such option.
+        init = config.get("lora", {}).get("init", "lora")
+        if init != "lora":
+            lines.append(
+                f"- Start: {init}. Half of every rank is what the other half began as, negative,"
+                " so that the file fits the base as published"
+            )
     return "\n".join(lines)
 
 

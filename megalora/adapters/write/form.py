@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megalora.adapters.as_plain import as_plain, plain_form
 from megalora.adapters.files import CONFIG, WEIGHTS
 from megalora.adapters.read.stacked import DOWN, GATE_UP, Factors, pack, stacked_factors
 from megalora.adapters.write.engines import FileFormat
@@ -92,7 +93,7 @@ def num_tensors(adapted: list[Adapted], shape: ModelShape) -> int:
     """Number of tensors in a checkpoint's adapter file: all factors of each linear, and weights
     that are trained whole."""
     count = len(trained_weights(shape))
-    for written, _ in export_form(adapted, shape):
+    for written, _ in export_form(plain_form(adapted), shape):
         count += len(written.factors) * len(written.hf_modules())
     return count
 
@@ -305,6 +306,7 @@ def write_adapter(
 ) -> list[str]:  # fmt: skip
     """Write the two files that PEFT loads, from whole trained tensors by HF name; return what was
     added as zeros (``padded``)."""
+    adapted, trained = as_plain(adapted, trained)
     # Stacked, experts have entries and tensors of their own; all else is written as always.
     linears = [a for a in adapted if not (layout == "stacked" and a.projection.is_expert)]
     pairs = export_form(linears, shape, uniform=layout in ("uniform", "shared_outer"))

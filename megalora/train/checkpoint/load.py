@@ -26,14 +26,16 @@ def load_checkpoint(state: SavedState, model: AdaptedModel, optimizer: Any) -> l
     values: dict[str, dict[nn.Parameter, Tensor]] = {}
     for key in STATE_KEYS:
         values[key] = {}
-        for parameter in model.parameters:
-            values[key][parameter] = torch.zeros_like(parameter, dtype=torch.float32)
-        read_tensors(state.folder / OPTIMIZER, model.shards, values[key], prefix=f"{key}.")
+        for shard in model.trained:
+            values[key][shard.parameter] = torch.zeros_like(shard.parameter, dtype=torch.float32)
+        read_tensors(state.folder / OPTIMIZER, model.trained, values[key], prefix=f"{key}.")
     # Every rank has read its parts of whole tensors, and takes the slices that it owns.
     load_optimizer_state(optimizer, values, state.step - state.cycle_start)
     with torch.no_grad():
         for parameter, master in values["param"].items():
             parameter.copy_(master)
+        prefix = f"{STATE_KEYS[0]}."
+        read_tensors(state.folder / OPTIMIZER, model.frozen, model.values(), prefix=prefix)
     refresh_norms(model.chunks, model.groups)
     # An imported adapter was trained elsewhere and comes without generators.
     if state.imported_from is not None:

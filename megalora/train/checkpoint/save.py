@@ -32,6 +32,7 @@ from megalora.first_rank import on_first_rank
 from megalora.lora.adapted_model import AdaptedModel
 from megalora.lora.gather import gather_tensors
 from megalora.lora.section import settings
+from megalora.lora.spec import has_start
 from megalora.train.average import Average
 from megalora.train.checkpoint.identity import Identity, Samples
 from megalora.train.checkpoint.writer import (
@@ -113,7 +114,7 @@ def _gather_copies(beside: Beside, model: AdaptedModel) -> dict[Path, dict[str, 
     # Every rank enters the same collectives: what is kept follows from the config.
     copies: dict[Path, dict[str, Tensor]] = {}
     if beside.start is not None:
-        copies[START] = gather_tensors(model.shards, beside.start, model.groups) or {}
+        copies[START] = gather_tensors(model.trained, beside.start, model.groups) or {}
     if beside.average is not None:
         values = beside.average.values
         copies[AVERAGE] = gather_tensors(model.shards, values, model.groups) or {}
@@ -190,11 +191,18 @@ def _whole_optimizer_state(model: AdaptedModel, optimizer: Any) -> dict[str, Ten
     collective."""
     state: dict[str, Tensor] = {}
     # One at a time, because each is as large as the adapters in float32.
+    trained = model.trained
+    parameters = list(dict.fromkeys(shard.parameter for shard in trained))
     for key in STATE_KEYS:
-        values = optimizer_state(optimizer, key, model.parameters, model.groups)
-        whole = gather_tensors(model.shards, values, model.groups) or {}
+        values = optimizer_state(optimizer, key, parameters, model.groups)
+        whole = gather_tensors(trained, values, model.groups) or {}
         for name, tensor in whole.items():
             state[f"{key}.{name}"] = tensor
+    # What is not trained has no moments, and is its own master. All ranks have such, or none.
+    if has_start(model.adapted):
+        whole = gather_tensors(model.frozen, model.values(), model.groups) or {}
+        for name, tensor in whole.items():
+            state[f"{STATE_KEYS[0]}.{name}"] = tensor
     return state
 
 

@@ -23,10 +23,11 @@ def start_of(state: SavedState | None, model: AdaptedModel) -> Start:
         ValueError: the checkpoint's copy is damaged or of another adapter.
     """
     start: dict[nn.Parameter, Tensor] = {}
-    for parameter, value in model.values().items():
-        start[parameter] = value.clone()
+    # What is not trained is the same at every step.
+    for shard in model.trained:
+        start[shard.parameter] = shard.parameter.data.clone()
     # A fresh run and an imported adapter begin here; a run's own checkpoint lies behind its start.
     if state is not None and state.imported_from is None:
         with torch.no_grad():
-            read_tensors(state.folder / START, model.shards, start)
+            read_tensors(state.folder / START, model.trained, start)
     return start
