@@ -1,10 +1,14 @@
-"""Run the steps of ``gpu_steps.py`` on one GPU, one after the other, within a given time.
+"""Run the steps of ``gpu_steps.py`` on one GPU within a given time: those that check values at
+once, then those that time something one after the other.
 
     bash benchmarks/gpu_all.sh                     every usual step, the most telling first
     bash benchmarks/gpu_all.sh tests kernels       these alone
     bash benchmarks/gpu_all.sh --seconds 200       a second call: continues where the first stopped
     bash benchmarks/gpu_all.sh --again tune        one step anew, then what is missing
     bash benchmarks/gpu_all.sh --dry               the same path at tiny sizes on a CPU
+
+Checks of values mostly compile kernels, which takes a core for each of their processes, and a GPU
+that is busy does not change what they find.
 
 Each step has its share of the time and is stopped at its end; what it leaves over goes to the next.
 It writes its JSON into the results' folder case by case, and a log beside it. A step that fails is
@@ -26,12 +30,13 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
-from benchmarks.gpu_machine import ROOT, Machine, check_machine, install_wheels, probe
+from benchmarks.gpu_machine import ROOT, Machine, Program, check_machine, install_wheels, probe
 from benchmarks.gpu_outcomes import Outcome, Record
-from benchmarks.gpu_steps import SECONDS, STEPS, Step, limits, named
+from benchmarks.gpu_steps import SECONDS, STEPS, Step, groups, limits, named
 
 RESERVE_S = 8
 """Seconds that are kept for the summary."""
@@ -42,43 +47,64 @@ LEAST_S = 15
 def run_steps(
     machine: Machine, record: Record, steps: Sequence[Step], seconds: float, archive: Path | None
 ) -> None:
-    """Run steps within ``seconds``; after each, record its outcome and pack the archive anew."""
+    """Run steps within ``seconds``, those that check values at once and the others one by one;
+    after each, record its outcome and pack the archive anew."""
     start = time.monotonic()
     ends = limits(steps, max(0.0, seconds))
-    for step in steps:
-        left_s = ends[step.name] - (time.monotonic() - start)
-        outcome = run_step(machine, step, record, left_s)
-        record.put(step.name, outcome)
-        why = f", {outcome.why}" if outcome.why else ""
-        print(f"   {step.name}: {outcome.result}{why}, {outcome.seconds} s", flush=True)
-        if archive:
-            pack(machine.results, archive)
+    for group in groups(steps):
+        # Steps of one group end at one moment.
+        left_s = ends[group[0].name] - (time.monotonic() - start)
+        for step, outcome in run_at_once(machine, group, record, left_s):
+            record.put(step.name, outcome)
+            why = f", {outcome.why}" if outcome.why else ""
+            print(f"   {step.name}: {outcome.result}{why}, {outcome.seconds} s", flush=True)
+            if archive:
+                pack(machine.results, archive)
 
 
-def run_step(machine: Machine, step: Step, record: Record, left_s: float) -> Outcome:
-    """Run a step if it can be run in the time left, and say what became of it."""
+def run_at_once(
+    machine: Machine, steps: Sequence[Step], record: Record, left_s: float
+) -> Iterator[tuple[Step, Outcome]]:
+    """Run steps beside each other if they can be run in the time left, and say what became of
+    each."""
+    programs: list[tuple[Step, Program]] = []
+    # Programs that still run when this is left are ended.
+    with ExitStack() as running:
+        for step in steps:
+            if outcome := why_not(machine, step, record, left_s):
+                yield step, outcome
+                continue
+            calls = record.outcomes[step.name].calls
+            if not calls:
+                # A file of another run, such as one whose results were committed.
+                (machine.results / step.result).unlink(missing_ok=True)
+                machine.log_of(step).unlink(missing_ok=True)
+            print(f"== {step.name} (at most {left_s:.0f} s): {step.shows}", flush=True)
+            # Where this call is ended in the middle, the next one goes on with what the step has
+            # written.
+            record.put(
+                step.name, Outcome("stopped", "the call was ended while it ran", calls=calls + 1)
+            )
+            programs.append((step, running.enter_context(machine.started(step, left_s))))
+        for step, program in programs:
+            outcome = program.outcome()
+            outcome.calls = record.outcomes[step.name].calls
+            yield step, outcome
+
+
+def why_not(machine: Machine, step: Step, record: Record, left_s: float) -> Outcome | None:
+    """What becomes of a step that cannot be run in the time left; None where it can."""
     before = record.outcomes[step.name]
     if why := machine.missing(step):
         return Outcome("not run", why, calls=before.calls)
     needs_s = LEAST_S if machine.dry else max(LEAST_S, step.least_s)
-    if left_s < needs_s:
-        # What earlier calls found still holds.
-        if before.calls:
-            return before
-        why = f"{max(0.0, left_s):.0f} s were left of the {needs_s:g} that it needs"
-        return Outcome("not reached", why)
-    if not before.calls:
-        # A file of another run, such as one whose results were committed.
-        (machine.results / step.result).unlink(missing_ok=True)
-        machine.log_of(step).unlink(missing_ok=True)
-    print(f"== {step.name} (at most {left_s:.0f} s): {step.shows}", flush=True)
-    # Where this call is ended in the middle, the next one goes on with what the step has written.
-    record.put(
-        step.name, Outcome("stopped", "the call was ended while it ran", calls=before.calls + 1)
-    )
-    outcome = machine.run(step, left_s)
-    outcome.calls = before.calls + 1
-    return outcome
+    if left_s >= needs_s:
+        return None
+    # What earlier calls found still holds.
+    if before.calls:
+        return before
+    why = f"{max(0.0, left_s):.0f} s were left of the {needs_s:g} that it needs"
+    return Outcome("not reached", why)
 
 
 def pack(results: Path, archive: Path) -> None:

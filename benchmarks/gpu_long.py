@@ -1,7 +1,7 @@
 """Check what long rows rest on, on one GPU: attention by document, packing, the chunked loss,
 context parallelism, memory.
 
-    python -m benchmarks.gpu_long [--budget-seconds 90] [--out FILE] [--dry]
+    python -m benchmarks.gpu_long [--only CHECK ...] [--budget-seconds 90] [--out FILE] [--dry]
 
 Seven checks, each in a process of its own that has its share of the time: an error of CUDA, which
 spoils a process, or one that hangs costs its own check alone. A check prints one line, and the
@@ -78,6 +78,7 @@ CHECKS = (
     Check("flash4", 10, _flash4),
 )
 """Those that others need come first."""
+NAMES = [check.name for check in CHECKS]
 
 
 def run_here(check: Check, device: torch.device, dry: bool) -> dict[str, Any]:
@@ -135,13 +136,14 @@ def limit_of(check: Check, left: Sequence[Check], seconds: float) -> float:
 def run(device: torch.device, args: argparse.Namespace) -> int:
     """Run every check that time allows and no earlier call has seen pass; the exit code."""
     budget = Budget(args.budget_seconds)
-    settings = {"dry": args.dry}
+    settings = {"dry": args.dry, "only": args.only}
     record = earlier(args.out, "gpu_long", device, settings) or {"rows": []}
     rows = {}
     for row in record["rows"]:
         if not row["status"].startswith("FAILED"):
             rows[row["check"]] = row
-    todo = [check for check in CHECKS if check.name not in rows]
+    asked = [check for check in CHECKS if check.name in (args.only or NAMES)]
+    todo = [check for check in asked if check.name not in rows]
     for number, check in enumerate(todo):
         limit_s = limit_of(check, todo[number:], budget.left())
         if limit_s >= LEAST_SECONDS:
@@ -149,7 +151,7 @@ def run(device: torch.device, args: argparse.Namespace) -> int:
             print(f"{check.name}: {row['status']}: {row['line']}", flush=True)
         # After each: the script may be ended at any time.
         ordered = [rows[known.name] for known in CHECKS if known.name in rows]
-        left = [known.name for known in CHECKS if known.name not in rows]
+        left = [known.name for known in asked if known.name not in rows]
         save(args.out, "gpu_long", device, settings=settings, rows=ordered, not_reached=left)
     failed = [name for name, row in rows.items() if row["status"].startswith("FAILED")]
     return int(bool(failed))
@@ -164,8 +166,10 @@ def main(given: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu_long.json"))
     parser.add_argument("--dry", action="store_true", help="tiny sizes on a CPU")
-    names = [check.name for check in CHECKS]
-    parser.add_argument("--check", choices=names, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--only", nargs="+", choices=NAMES, metavar="CHECK", help=f"of {', '.join(NAMES)}"
+    )
+    parser.add_argument("--check", choices=NAMES, help=argparse.SUPPRESS)
     parser.add_argument("--row", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(given)
     device = the_gpu(parser, args.dry)

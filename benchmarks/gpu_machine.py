@@ -11,6 +11,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,10 +104,9 @@ class Machine:
             return f"no module {', '.join(absent)}: benchmarks/README.md says what to bring"
         return ""
 
-    def run(self, step: Step, limit_s: float) -> Outcome:
-        """Run a step's program for at most ``limit_s`` and say what became of it."""
-        begun = time.monotonic()
-        cpu_begun = cpu_of_children()
+    @contextmanager
+    def started(self, step: Step, limit_s: float) -> Iterator["Program"]:
+        """Start a step's program, which may take ``limit_s``, and end it with the block."""
         log = self.log_of(step)
         # The program ends by itself before its limit, with its JSON written.
         budget_s = max(1.0, limit_s - step.margin_s)
@@ -117,12 +118,19 @@ class Machine:
                 command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT,
                 start_new_session=True,
             )  # fmt: skip
-            code = _wait(process, limit_s)
-        seconds = round(time.monotonic() - begun, 1)
-        cpu_s = round(cpu_of_children() - cpu_begun, 1)
-        return Outcome(*self._judge(step, code, limit_s, log), seconds=seconds, cpu_s=cpu_s)
+        try:
+            yield Program(self, step, process, limit_s)
+        finally:
+            # Where this process is being ended, as by Ctrl-C, which does not reach the program's
+            # own session.
+            _end(process)
 
-    def _judge(self, step: Step, code: int | None, limit_s: float, log: Path) -> tuple[str, str]:
+    def run(self, step: Step, limit_s: float) -> Outcome:
+        """Run a step's program for at most ``limit_s`` and say what became of it."""
+        with self.started(step, limit_s) as program:
+            return program.outcome()
+
+    def judge(self, step: Step, code: int | None, limit_s: float, log: Path) -> tuple[str, str]:
         """Result and reason of an ``Outcome``."""
         if code is None:
             return "stopped", f"stopped after {limit_s:.0f} s; see {log.name}"
@@ -137,6 +145,30 @@ class Machine:
         except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
             return "failed", f"{step.result} is no record: {error}"
         return ("part", f"{len(left)} cases not reached, first {left[0]}") if left else ("ok", "")
+
+
+class Program:
+    """A step's program that runs."""
+
+    def __init__(
+        self, machine: Machine, step: Step, process: subprocess.Popen[bytes], limit_s: float
+    ) -> None:
+        self.machine = machine
+        self.step = step
+        self.process = process
+        self.limit_s = limit_s
+        self.begun = time.monotonic()
+        self.cpu_begun = cpu_of_children()
+
+    def outcome(self) -> Outcome:
+        """Wait for its end, at most until its limit, and say what became of it."""
+        left_s = max(0.0, self.limit_s - (time.monotonic() - self.begun))
+        code = _wait(self.process, left_s)
+        seconds = round(time.monotonic() - self.begun, 1)
+        cpu_s = round(cpu_of_children() - self.cpu_begun, 1)
+        log = self.machine.log_of(self.step)
+        verdict = self.machine.judge(self.step, code, self.limit_s, log)
+        return Outcome(*verdict, seconds=seconds, cpu_s=cpu_s)
 
 
 def cpu_of_children() -> float:
@@ -158,10 +190,6 @@ def _wait(process: subprocess.Popen[bytes], limit_s: float) -> int | None:
     except subprocess.TimeoutExpired:
         _end(process)
         return None
-    except BaseException:
-        # This process is being ended, as by Ctrl-C, which does not reach the program's own session.
-        _end(process)
-        raise
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -27,7 +27,8 @@ class Outcome:
     seconds: float = 0.0
     """Duration in the last call that ran it."""
     cpu_s: float = 0.0
-    """Processor time in that call."""
+    """Processor time in that call; of steps that ran at once, that of those which ended before it
+    counts too."""
     calls: int = 0
     """Number of calls that ran it."""
 

@@ -1,5 +1,5 @@
-"""List the steps of ``gpu_all.sh``, the most telling first, with the share of its time that each
-may take. Shares are what an H100 with 16 cores needed.
+"""List the steps of ``gpu_all.sh``, checks of values and then the most telling first, with the
+share of its time that each may take. Shares are what an H100 with 16 cores needed.
 
 Standard library only: the driver that reads this table runs before anything is known to be
 installed.
@@ -50,6 +50,8 @@ class Step:
     """Seconds on a GPU without which it is not started."""
     usual: bool = True
     """Whether it is run where no step is named."""
+    values: bool = False
+    """Whether it checks values and times nothing: such steps run at once, before the others."""
 
 
 def program(module: str, *options: str) -> tuple[str, ...]:
@@ -65,39 +67,39 @@ TUNED = {"MEGALORA_TUNED": f"{RESULTS}/gpu_tuned.json"}
 (``gpu_machine.Machine.environment_of``)."""
 
 STEPS = (
+    # Together they took 105 s of 16 cores, nearly all of it to compile kernels for each rank.
     Step(
-        "tests", 50, "the real training step runs, kernels are right in bfloat16, nothing waits",
-        "gpu_tests.json", program("gpu_tests"), modules=("pytest",),
+        "tests", 125, "the real training step runs, kernels are right in bfloat16, nothing waits",
+        "gpu_tests.json", program("gpu_tests"), modules=("pytest",), values=True,
+    ),
+    Step(
+        "shared", 125, "layouts whose ranks share the GPU against float64",
+        "gpu_shared.json", program("shared_gpu", "--at-once", "10"), modules=TESTS,
+        interpreted=False, values=True,
+    ),
+    Step(
+        "packed", 125, "attention by document, packed rows against padded ones",
+        "gpu_packed.json", program("gpu_long", "--only", "attention", "packed"), modules=MEGATRON,
+        interpreted=False, values=True,
+    ),
+    Step(
+        "cp", 125, "a row that two ranks share against one alone",
+        "gpu_cp.json", program("gpu_long", "--only", "cp"), modules=MEGATRON, interpreted=False,
+        values=True,
     ),
     Step(
         "anchors", 15, "what this GPU does at best: memory, L2, dense GEMM",
         "gpu_anchors.json", program("anchors"), margin_s=2,
     ),
-    # A point takes 7 s, and compiling its variants about as much.
+    # Unsloth compiles for a minute; an adapter for each of Bridge's experts takes 3 s a step.
     Step(
-        "tune", 75, "which variant of the grouped GEMM is fastest for which product",
-        "gpu_tuned.json", program("tune"),
-    ),
-    Step(
-        "kernels-tuned", 40, "the base's TFLOP/s and the cost of LoRA with the table just written",
-        "gpu_kernels_tuned.json", program("bench_grouped_lora", "--quick"), environment=TUNED,
-        after="gpu_tuned.json",
-    ),
-    # The first pair takes 70 s, mostly for imports and for drawing weights.
-    Step(
-        "peers", 75, "Megatron-Bridge's LoRA, PEFT, Unsloth, grouped_mm beside ours",
+        "peers", 150, "PEFT, Unsloth, Megatron-Bridge's LoRA, grouped_mm beside ours",
         "gpu_peers.json", program("peers"), environment=TUNED,
     ),
-    # All cases at once take 50 s on 16 cores, and the oracle 15 s.
     Step(
-        "shared", 75, "layouts whose ranks share the GPU against float64",
-        "gpu_shared.json", program("shared_gpu", "--at-once", "10"), modules=TESTS,
-        interpreted=False,
-    ),
-    # Seven checks, each with its own process.
-    Step(
-        "long", 95, "attention by document, packing, chunked loss, context parallelism, memory",
-        "gpu_long.json", program("gpu_long"), modules=MEGATRON, interpreted=False,
+        "model", 70,
+        "a 30B-shaped model: tokens/s, launches, waits, gaps, memory beside the planner's",
+        "gpu_model.json", program("bench_train_gpu"), environment=TUNED,
     ),
     # A layout takes a minute.
     Step(
@@ -106,11 +108,20 @@ STEPS = (
         interpreted=False, least_s=75,
     ),
     Step(
-        "model", 35,
-        "a 30B-shaped model: tokens/s, launches, waits, gaps, memory beside the planner's",
-        "gpu_model.json", program("bench_train_gpu"), environment=TUNED,
+        "long", 60, "speed of attention by document, the chunked loss, memory at 32k tokens",
+        "gpu_long.json", program("gpu_long", "--only", "speed", "loss", "memory", "flash4"),
+        modules=MEGATRON, interpreted=False,
     ),
-    # The last two fit in what others leave over, or in a second call: both were measured before.
+    # A point takes 7 s, and compiling its variants about as much.
+    Step(
+        "tune", 20, "which variant of the grouped GEMM is fastest for which product",
+        "gpu_tuned.json", program("tune"),
+    ),
+    Step(
+        "kernels-tuned", 20, "the base's TFLOP/s and the cost of LoRA with the table just written",
+        "gpu_kernels_tuned.json", program("bench_grouped_lora", "--quick"), environment=TUNED,
+        after="gpu_tuned.json",
+    ),
     Step(
         "kernels", 2, "the kernels again, with the untuned rule",
         "gpu_kernels.json", program("bench_grouped_lora", "--quick"), environment=UNTUNED,
@@ -130,7 +141,7 @@ STEPS = (
         "gpu_all_tests.json", program("gpu_tests", "--all"), modules=TESTS, usual=False,
     ),
 )  # fmt: skip
-"""Shares of the usual ones add up to ``SECONDS``."""
+"""Shares of the usual ones add up to ``SECONDS``, those of steps that run at once counted once."""
 
 
 def named(names: Sequence[str]) -> list[Step]:
@@ -159,17 +170,27 @@ def command_of(step: Step, results: Path, budget_s: float, dry: bool) -> list[st
     return [filled.get(word, word) for word in words]
 
 
+def groups(steps: Sequence[Step]) -> list[list[Step]]:
+    """Return the steps in the order they run in: those of the first group, if any, check values and
+    run at once, every other step is a group of its own."""
+    at_once = [step for step in steps if step.values]
+    alone = [[step] for step in steps if not step.values]
+    return [at_once, *alone] if at_once else alone
+
+
 def limits(steps: Sequence[Step], seconds: float) -> dict[str, float]:
     """Return for each step the second, counted from now, by which it must have ended.
 
     Shares are scaled so that together they take ``seconds``. A step that ends early leaves its rest
     to the next, since the moments stay where they are.
     """
-    # Only the steps of this call: a few named ones share all of the time.
-    whole = sum(step.share for step in steps)
+    # A group takes the longest of its shares. Only the steps of this call: a few named ones share
+    # all of the time.
+    shares = [max(step.share for step in group) for group in groups(steps)]
     ends: dict[str, float] = {}
     passed = 0
-    for step in steps:
-        passed += step.share
-        ends[step.name] = seconds * passed / whole
+    for group, share in zip(groups(steps), shares, strict=True):
+        passed += share
+        for step in group:
+            ends[step.name] = seconds * passed / sum(shares)
     return ends

@@ -81,6 +81,8 @@ READERS: dict[str, Callable[[dict[str, Any]], list[Line]]] = {
     "gpu_model.json": gpu_lines.of_model,
     "gpu_peers.json": gpu_lines.of_peers,
     "gpu_shared.json": gpu_lines.of_shared,
+    "gpu_packed.json": gpu_lines.of_long,
+    "gpu_cp.json": gpu_lines.of_long,
     "gpu_long.json": gpu_lines.of_long,
     "gpu_calibration.json": gpu_lines.of_calibration,
     "gpu_layouts.json": gpu_lines.of_layouts,

@@ -23,12 +23,12 @@ from benchmarks.train_arms import Setup
 
 ARMS = {
     "megalora": "benchmarks.peer_megatron:megalora",
-    "bridge per expert": "benchmarks.peer_megatron:bridge_per_expert",
     "peft": "benchmarks.peer_transformers:peft",
+    "unsloth": "benchmarks.peer_transformers:unsloth",
+    "bridge per expert": "benchmarks.peer_megatron:bridge_per_expert",
     "bridge default": "benchmarks.peer_megatron:bridge_default",
     "bridge grouped": "benchmarks.peer_megatron:bridge_grouped",
     "grouped_mm composed": "benchmarks.peer_megatron:composed",
-    "unsloth": "benchmarks.peer_transformers:unsloth",
 }
 """Arm to the function that builds it, the most wanted first: time may run out."""
 

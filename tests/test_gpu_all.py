@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from benchmarks import gpu_all, gpu_machine, gpu_steps, gpu_tests
-from benchmarks.gpu_machine import Machine
+from benchmarks.gpu_machine import Machine, Program
 from benchmarks.gpu_outcomes import Outcome, Record
-from benchmarks.gpu_steps import BUDGET, OUT, STEPS, Step, limits, named
-from tests.waiting import PATIENCE_S, Clock, is_running, said_by, time_is_up_when
+from benchmarks.gpu_steps import BUDGET, OUT, STEPS, Step, groups, limits, named
+from tests.waiting import PATIENCE_S, Clock, is_running, said_by, time_is_up_when, wait_until
 
 ROOT = Path(__file__).parents[1]
 # A program that keeps to the rules: it writes what it was told, how often it was called, and which
@@ -30,6 +30,9 @@ path = pathlib.Path(out)
 calls = json.loads(path.read_text())["calls"] + 1 if path.is_file() else 1
 path.write_text(json.dumps({"calls": calls, "budget": float(budget), "not_reached": left}))
 """
+
+
+SLEEPS = f"time.sleep({PATIENCE_S})"
 
 
 def step(name: str, code: str = WRITES, *words: str, share: int = 10, **how) -> Step:
@@ -69,38 +72,83 @@ def written(machine: Machine, name: str) -> dict:
 
 def test_the_table_shares_out_the_time():
     usual = named([])
-    # Shares are seconds of a run of nine minutes.
-    assert sum(step.share for step in usual) == gpu_steps.SECONDS == 540
-    assert [step.name for step in usual][:4] == ["tests", "anchors", "tune", "kernels-tuned"]
+    # Shares are seconds of a run of nine minutes; those of the first group are one.
+    at_once, *alone = groups(usual)
+    assert [step.name for step in at_once] == ["tests", "shared", "packed", "cp"]
+    assert {step.share for step in at_once} == {125}
+    assert 125 + sum(step.share for [step] in alone) == gpu_steps.SECONDS == 540
+    assert [step.name for [step] in alone][:3] == ["anchors", "peers", "model"]
     assert len({step.result for step in STEPS}) == len(STEPS)
     for step in STEPS:
         assert step.result.startswith("gpu_"), "what --archive takes"
-    # Ends from the start of the call. Of two steps of 50 and 15 s alone, 130 s are 100 and 30.
+    # Ends from the start of the call. Of two steps of 125 and 15 s alone, 280 s are 250 and 30.
     ends = limits(usual, 540)
-    assert ends["tests"] == 50 and ends["calibration"] == 540
-    assert limits(named(["tests", "anchors"]), 130) == {"tests": 100, "anchors": 130}
+    assert ends["tests"] == ends["cp"] == 125 and ends["calibration"] == 540
+    assert limits(named(["tests", "anchors"]), 280) == {"tests": 250, "anchors": 280}
+    assert groups(named(["anchors"])) == [named(["anchors"])]
     # The last two may live on what the others leave over.
     for step in usual[:-2]:
         assert step.share >= step.least_s, f"{step.name} would never be reached"
-    with pytest.raises(ValueError, match="no step is called 'kernel'; there are tests, anchors"):
+    with pytest.raises(ValueError, match="no step is called 'kernel'; there are tests, shared,"):
         named(["kernel"])
 
 
 def test_what_a_step_leaves_over_goes_to_the_next(machine, clock, monkeypatch):
     """Both have half of 2000 s, and a margin in which no case is begun."""
-    run_program = Machine.run
+    outcome = Program.outcome
 
-    def run_for_three_seconds(self: Machine, step: Step, limit_s: float) -> Outcome:
+    def after_three_seconds(self: Program) -> Outcome:
         clock.now_s += 3
-        return run_program(self, step, limit_s)
+        return outcome(self)
 
-    monkeypatch.setattr(Machine, "run", run_for_three_seconds)
+    monkeypatch.setattr(Program, "outcome", after_three_seconds)
     steps = [step("quick"), step("next", margin_s=5)]
     assert results_of(run(machine, steps, 2000.0)) == {"quick": "ok", "next": "ok"}
     # Half, less the usual margin of 8 s.
     assert written(machine, "quick")["budget"] == 1000 - 8
     # Its own half and what the first has left of its own.
     assert written(machine, "next")["budget"] == 2000 - 3 - 5
+
+
+def test_checks_of_values_run_at_once(machine):
+    """Each waits for a file that the other writes; the step that times something comes after both
+    and finds both files."""
+    meets = """
+import pathlib, sys, time
+out, budget, mine, other = sys.argv[1:]
+pathlib.Path(mine).touch()
+end = time.monotonic() + 60
+while not pathlib.Path(other).exists():
+    assert time.monotonic() < end, "the other one never began"
+    time.sleep(0.01)
+pathlib.Path(out).write_text('{"not_reached": []}')
+"""
+    a, b = (str(machine.results / name) for name in "ab")
+    alone = f"import os, sys; assert os.path.exists({a!r}) and os.path.exists({b!r});"
+    alone += "open(sys.argv[1], 'w').write('{}')"
+    steps = [step("timed", alone), step("one", meets, a, b, values=True)]
+    steps += [
+        step("two", meets, b, a, values=True),
+        step("none", modules=("no.such",), values=True),
+    ]
+    found = results_of(run(machine, steps))
+    assert found == {"one": "ok", "two": "ok", "none": "not run", "timed": "ok"}
+
+
+def test_what_runs_at_once_ends_together(machine, monkeypatch):
+    """Where one cannot be judged, and this process is about to end, no other runs on."""
+    pid = machine.results / "pid"
+    writes = f"open({str(pid)!r}, 'w').write(str(os.getpid()))"
+    endless = f"import os, time; {writes}; {SLEEPS}"
+
+    def interrupted(self: Program) -> Outcome:
+        wait_until(said_by(pid))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Program, "outcome", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(machine, [step("one", values=True), step("endless", endless, values=True)])
+    assert not is_running(int(pid.read_text()))
 
 
 def test_failures_are_named_and_the_others_go_on(machine, capsys):
@@ -124,9 +172,6 @@ def test_failures_are_named_and_the_others_go_on(machine, capsys):
     assert "no gpu_silent.json" in record.outcomes["silent"].why
     assert record.outcomes["later"].why == "gpu_silent.json is not there"
     assert "broken: failed, exit code 3" in capsys.readouterr().out
-
-
-SLEEPS = f"time.sleep({PATIENCE_S})"
 
 
 def test_a_step_beyond_its_share_is_stopped_with_all_it_started(machine, monkeypatch):

@@ -141,13 +141,21 @@ def test_a_failed_check_stops_no_other_and_is_run_again(tmp_path, ran, capsys):
     assert verdicts["long: cp"] == "FAILED" and verdicts["long: memory"] == "ok"
     ran.clear()
     assert gpu_long.main(["--dry", "--out", str(out)]) == 1 and ran == ["cp"]
+    ran.clear()
+    named = ["--only", "memory", "speed"]
+    assert gpu_long.main(["--dry", "--out", str(tmp_path / "two.json"), *named]) == 0
+    assert ran == ["speed", "memory"]
 
 
 def test_what_there_is_no_time_for_is_named(tmp_path, ran):
-    args = argparse.Namespace(dry=True, budget_seconds=0.0, out=tmp_path / "gpu_long.json")
+    out = tmp_path / "gpu_long.json"
+    args = argparse.Namespace(dry=True, budget_seconds=0.0, out=out, only=None)
     assert gpu_long.run(CPU, args) == 0 and not ran
-    record = json.loads(args.out.read_text())
-    assert record["not_reached"] == [check.name for check in gpu_long.CHECKS]
+    assert json.loads(out.read_text())["not_reached"] == gpu_long.NAMES
+    args.only = ["cp", "loss"]
+    assert gpu_long.run(CPU, args) == 0
+    # In the order of the checks; the others were not asked for.
+    assert json.loads(out.read_text())["not_reached"] == ["loss", "cp"]
     # Twice its share, and never more than is left.
     first, last = gpu_long.CHECKS[0], gpu_long.CHECKS[-1]
     assert gpu_long.limit_of(first, gpu_long.CHECKS, 100.0) == pytest.approx(20.0)

@@ -96,7 +96,7 @@ def test_a_script_that_is_ended_ends_its_step(sign, code, tmp_path):
         (
             ["kernel"],
             {},
-            "gpu_all.sh: no step is called 'kernel'; there are tests, anchors, tune,",
+            "gpu_all.sh: no step is called 'kernel'; there are tests, shared, packed,",
         ),
         (["--again", "tuna"], {}, "gpu_all.sh: no step is called 'tuna'; there are"),
         # A machine without a GPU, and one without torch.

@@ -1,6 +1,7 @@
 """Wait for what a thread or a process does, however long that takes."""
 
 import itertools
+import math
 import subprocess
 import time
 from collections.abc import Callable
@@ -36,7 +37,8 @@ def time_is_up_when(
 
     class Popen(subprocess.Popen):
         def wait(self, timeout: float | None = None) -> int:
-            if timeout is None or limit_s not in (None, timeout):
+            # To a hundredth: some of a limit has passed before it is waited for.
+            if timeout is None or not math.isclose(timeout, limit_s or timeout, rel_tol=0.01):
                 return super().wait(timeout)
             # A process that ends by itself meanwhile would be waited for in vain.
             wait_until(lambda: happened() or self.poll() is not None)
