@@ -66,6 +66,8 @@ def experts_with_dropout(
         if adapter is None:
             return grouped_lora(x, weight, routing.offsets_E, backend=backend)
         num_rows = weight.N if isinstance(weight, AugmentedWeight) else weight.shape[1]
+        if adapter.gain is not None:
+            raise ValueError(f"expert_mlp: gains go with dropout 0, got {dropout}")
         b = adapter.whole_b(num_rows)
         dropped = F.dropout(x, dropout)
         return grouped_lora(

@@ -29,6 +29,12 @@ from .grouped_gemm import (
 )
 from .lora_wgrad import lora_wgrad_loop, lora_wgrad_triton
 from .routing import Routing
+from .row_gain import (
+    gain_gradient_loop,
+    gain_gradient_triton,
+    gain_rows_loop,
+    gain_rows_triton,
+)
 from .shrink import shrink_loop, shrink_triton
 from .sums import Shapes, Sums, TorchSums, TritonSums
 from .swiglu import swiglu_loop, swiglu_triton
@@ -75,18 +81,29 @@ class Passes:
     swiglu: Callable[..., None]
     swiglu_backward: Callable[..., None]
     wgrad: Callable[..., None]
+    gain_rows: Callable[..., None]
+    gain_gradient: Callable[..., None]
     combine: Callable[..., torch.Tensor]
     sums: type[TorchSums] | type[TritonSums]
 
 
 IN_TORCH = Passes(
-    shrink_loop, swiglu_loop, swiglu_backward_loop, lora_wgrad_loop, combine_ref, TorchSums
+    shrink_loop,
+    swiglu_loop,
+    swiglu_backward_loop,
+    lora_wgrad_loop,
+    gain_rows_loop,
+    gain_gradient_loop,
+    combine_ref,
+    TorchSums,
 )
 IN_TRITON = Passes(
     shrink_triton,
     swiglu_triton,
     swiglu_backward_triton,
     lora_wgrad_triton,
+    gain_rows_triton,
+    gain_gradient_triton,
     combine_triton,
     TritonSums,
 )
@@ -169,8 +186,12 @@ class Engine:
             dh_MI, y_MJ, p_M, self.routing, rows.x, s_MR, ds_MQ, sums, da, db
         )
         if blocks is not None:
-            self.passes.shrink(rows.x, blocks, self.routing, self._padded(rows), scale=scale)
+            self.shrink_beside(rows, blocks, scale)
         return rows
+
+    def shrink_beside(self, rows: Rows, factors: Factors, scale: RankScale) -> None:
+        """Fill S beside rows that are there."""
+        self.passes.shrink(rows.x, factors, self.routing, self._padded(rows), scale=scale)
 
     def _padded(self, rows: Rows) -> torch.Tensor | None:
         """S with the columns that pad it."""

@@ -56,6 +56,9 @@ class ExpertFactors:
     """``[E, N / len(b), r]`` each; None for a projection without adapter."""
     scale: tuple[float, ...]
     """alpha / r of each."""
+    gain: torch.Tensor | None = None
+    """``[E, N]``, float32 or x's dtype: what each row of the adapted weight is multiplied by
+    (DoRA); None for 1."""
 
     def ranks(self) -> list[tuple[int, int, int]]:
         """(projection, first and last + 1 row of A) of those that have an adapter."""
@@ -110,6 +113,11 @@ class ExpertFactors:
                 weight_ENK[:, : weight_ENK.shape[1] // len(self.b)],
                 self.a[:, start:stop],
                 self.b[i],
+            )
+        if self.gain is not None and self.gain.shape != weight_ENK.shape[:2]:
+            raise ValueError(
+                f"{what}: gain is {tuple(self.gain.shape)}, want one number for each row of the"
+                f" weight, {tuple(weight_ENK.shape[:2])}"
             )
         ranks = [stop - start for _, start, stop in self.ranks()]
         if not ranks or self.a.shape[1] != sum(ranks):

@@ -20,7 +20,6 @@ Shape legend: T tokens or rows of x   M routed rows   E experts   H hidden   I i
 J = 2I   R rank of gate and up stacked   Q rank of down
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,11 +29,14 @@ from torch.utils.checkpoint import checkpoint
 from .augmented_weight import AugmentedWeight
 from .backend import choose
 from .dropout import experts_with_dropout
-from .engine import Rows, Weight, make_engine
-from .expert_factors import UNSCALED, ExpertFactors, Factors, RankScale
+from .engine import Rows, Weight
+from .expert_factors import ExpertFactors
+from .expert_node import Operands, Static, gradients_of_b
 from .expert_operands import check_operands
 from .grouped_gemm import grouped_gemm_ref
 from .routing import Routing
+from .row_gain import gain_rows_ref
+from .scaled_experts import ScaledExperts
 from .shrink import shrink_ref
 from .sums import Sums
 from .swiglu import swiglu_ref
@@ -58,9 +60,10 @@ def expert_mlp_ref(
         if adapter is None:
             return grouped_gemm_ref(x, w_EKN, routing)
         s_MR = shrink_ref(F.dropout(x, dropout), adapter.a, routing)
-        return grouped_gemm_ref(
+        y = grouped_gemm_ref(
             x, w_EKN, routing, s_MR, (adapter.whole_b(weight_ENK.shape[1]).transpose(1, 2),)
         )
+        return y if adapter.gain is None else gain_rows_ref(y, adapter.gain, routing)
 
     y_MH = linear(swiglu_ref(linear(x_MH, gate_up_EJH, gate_up), p_M), down_EHI, down)
     if routing.slots_TK is None:
@@ -73,87 +76,14 @@ def expert_mlp_ref(
 # ---- 2. autograd ---------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Static:
-    """What the node needs besides tensors that autograd tracks."""
-
-    backend: str
-    recompute: bool
-    num_rows: int
-    joined: tuple[AugmentedWeight | None, AugmentedWeight | None]
-    scales: tuple[tuple[float, ...], tuple[float, ...]]
-    blocks: tuple[int, int]
-    """Number of projections of gate_up and of down that tensors follow for."""
-
-
-class _Operands:
-    """The node's tensors by name, from the flat list autograd passes: forward's and backward's way
-    to the same view."""
-
-    def __init__(self, static: _Static, tensors: tuple[torch.Tensor | None, ...]) -> None:
-        x, p, offsets, source, slots, w1, w2, a1, a2, *b = tensors
-        assert p is not None and offsets is not None
-        self.x = x
-        self.p = p
-        self.routing = Routing(offsets, static.num_rows, source, slots)
-        n = static.blocks[0]
-        given = zip((w1, w2), static.joined, strict=True)
-        # A joined weight is not among the saved tensors.
-        self.weight1, self.weight2 = (Weight.of(joined or w) for w, joined in given)  # pyright: ignore[reportArgumentType]
-        self.adapter1 = None if a1 is None else ExpertFactors(a1, tuple(b[:n]), static.scales[0])
-        self.adapter2 = None if a2 is None else ExpertFactors(a2, tuple(b[n:]), static.scales[1])
-        self.engine = make_engine(static.backend, self.routing)
-
-        self.a1, self.blocks1, self.scale1 = _factors(self.adapter1)
-        self.a2, self.blocks2, self.scale2 = _factors(self.adapter2)
-
-    def gradient_shapes(
-        self, before_swiglu: bool, wants_a1: bool, wants_b2: bool
-    ) -> list[tuple[int, int] | None]:
-        """(rows, columns) of the gradients that are computed, in the order of a1, a2 and the
-        B's."""
-
-        def shape_of(t: torch.Tensor | None, computed: bool) -> tuple[int, int] | None:
-            return (t.shape[1], t.shape[2]) if t is not None and computed else None
-
-        b1, b2 = (
-            () if adapter is None else adapter.b for adapter in (self.adapter1, self.adapter2)
-        )
-        factors = [shape_of(self.a1, wants_a1), shape_of(self.a2, before_swiglu)]
-        return [
-            *factors,
-            *(shape_of(b, before_swiglu) for b in b1),
-            *(shape_of(b, wants_b2) for b in b2),
-        ]
-
-    def gate_up(self) -> tuple[torch.Tensor, Rows]:
-        assert self.x is not None
-        factors = None if self.a1 is None else (self.a1,)
-        rows = self.engine.shrink(
-            self.x, factors, self.weight1, self.routing.source_M, scale=self.scale1
-        )
-        return self.engine.linear(rows, self.weight1, self.blocks1), rows
-
-
-def _factors(
-    adapter: ExpertFactors | None,
-) -> tuple[torch.Tensor | None, Factors | None, RankScale]:
-    """A, the B's as a product with S or a shrink takes them, and the scale of S's columns."""
-    return (
-        (None, None, UNSCALED)
-        if adapter is None
-        else (adapter.a, adapter.blocks(), adapter.rank_scale())
-    )
-
-
 FLAT = 9  # tensors before the B's: x, p, offsets, source, slots, w1, w2, a1, a2
 FIRST_FACTOR = 8  # place of a1 among the inputs; the static part stands first
 
 
 class _ExpertMLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, static: _Static, *tensors: torch.Tensor | None) -> torch.Tensor:
-        o = _Operands(static, tensors)
+    def forward(ctx: Any, static: Static, *tensors: torch.Tensor | None) -> torch.Tensor:
+        o = Operands(static, tensors)
         y_MJ, rows = o.gate_up()
         inner = o.engine.swiglu(y_MJ, o.p, o.a2, o.weight2, o.scale2)
         out = o.engine.combine(o.engine.linear(inner, o.weight2, o.blocks2))
@@ -180,7 +110,7 @@ class _ExpertMLP(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *douts: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         *kept, y_MJ, s1, s2 = ctx.saved_tensors
-        o = _Operands(ctx.static, tuple(kept))
+        o = Operands(ctx.static, tuple(kept))
         _, wants_b2 = ctx.wants_b
         _, wants_dx, *_ = ctx.needs_input_grad
         wants_a1 = ctx.needs_input_grad[FIRST_FACTOR]
@@ -190,7 +120,7 @@ class _ExpertMLP(torch.autograd.Function):
         db1 = db[: ctx.static.blocks[0]]
         db2 = db[ctx.static.blocks[0] :]
         if wants_b2:
-            _gradients_of_b2(o, s2, dout, db2)
+            gradients_of_b(o, o.adapter2, s2, dout, db2, o.routing.source_M)
         dy = dx = None
         if ctx.before_swiglu:
             if y_MJ is None:
@@ -207,21 +137,8 @@ class _ExpertMLP(torch.autograd.Function):
         )
 
 
-def _gradients_of_b2(
-    o: _Operands, s2: torch.Tensor, dout: torch.Tensor, places: list[torch.Tensor | None]
-) -> None:
-    """dB of down: S and the output's gradient, both for as many projections as the weight's rows
-    are."""
-    assert o.adapter2 is not None
-    blocks = dout.chunk(len(places), 1)
-    for i, start, stop in o.adapter2.ranks():
-        place = places[i]
-        assert place is not None
-        o.engine.wgrad(s2[:, start:stop], blocks[i], place.transpose(1, 2), o.routing.source_M)
-
-
 def _through_swiglu(
-    o: _Operands, dout: torch.Tensor, y_MJ: torch.Tensor, s1: torch.Tensor | None,
+    o: Operands, dout: torch.Tensor, y_MJ: torch.Tensor, s1: torch.Tensor | None,
     sums: Sums, da2: torch.Tensor | None, db1: list[torch.Tensor | None],
 ) -> Rows:  # fmt: skip
     """From the output's gradient to that of [gate | up] and dS1; dp, dA2 and dB1 go to ``sums``."""
@@ -317,7 +234,7 @@ def _apply(
     a1, a2 = (None if adapter is None else adapter.a for adapter in adapters)
     s1, s2 = (() if adapter is None else adapter.scale for adapter in adapters)
     joined = (weights[0].joined, weights[1].joined)
-    static = _Static(backend, recompute, routing.num_rows, joined, (s1, s2), (len(b1), len(b2)))
+    static = Static(backend, recompute, routing.num_rows, joined, (s1, s2), (len(b1), len(b2)))
     w1, w2 = (w.w_ENK for w in weights)
     # One value per row or expert: kernels take these as contiguous, which they nearly always are.
     per_row = (
@@ -325,4 +242,7 @@ def _apply(
         for t in (p_M, routing.offsets_E, routing.source_M, routing.slots_TK)
     )
     tensors = (x_TH, *per_row, w1, w2, a1, a2, *b1, *b2)
+    gains = [None if adapter is None else adapter.gain for adapter in adapters]
+    if any(gain is not None for gain in gains):
+        return ScaledExperts.apply(static, *gains, *tensors)  # pyright: ignore[reportReturnType]
     return _ExpertMLP.apply(static, *tensors)  # pyright: ignore[reportReturnType]

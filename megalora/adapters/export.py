@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megalora.adapters.files import CARD, PROBE, STATE_JSON, read_config
+from megalora.adapters.files import CARD, PARTS, PROBE, STATE_JSON, read_config
 from megalora.adapters.named_base import is_on_this_machine
 from megalora.adapters.read.adapter import Adapter, read_adapter
 from megalora.adapters.trained import trained_form
@@ -15,13 +15,15 @@ from megalora.adapters.write.engines import (
     ENGINES,
     PEFT_LAYOUTS,
     EngineName,
+    check_dora,
     check_engine,
     loads_in_peft,
 )
-from megalora.adapters.write.form import write_adapter
+from megalora.adapters.write.parts import write_in_parts
 from megalora.atomic_folder import check_new, whole_or_gone
 from megalora.hf.folder import local_folder
 from megalora.hf.json_file import read_hf_config, read_json_object
+from megalora.lora.spec import in_parts
 from megalora.model.fields import model_shape
 from megalora.model.shape import ModelShape
 
@@ -41,6 +43,11 @@ class Export:
             f"wrote {self.out}; README.md in it says what it is and how to load it",
             *coverage(self.facts.adapted),
         ]
+        if in_parts(self.facts.adapted):
+            lines.append(
+                f"in it are the folders {' and '.join(PARTS)}, which PEFT loads together: it has"
+                " DoRA on all that a folder adapts, or on nothing"
+            )
         if not self.facts.loads_in_peft:
             lines.append(
                 "note: PEFT 0.21 cannot load adapters of this model's experts in this layout;"
@@ -104,7 +111,7 @@ def export(
     formats = ENGINES[engine].layouts if engine else PEFT_LAYOUTS
     in_peft = loads_in_peft(layout, adapter.adapted, shape)
     with whole_or_gone(out) as temporary:
-        zeros = write_adapter(
+        zeros = write_in_parts(
             temporary, adapter.adapted, shape, adapter.tensors, named, formats[layout]
         )
         run = None
@@ -134,6 +141,8 @@ def _layout(
             f"--layout {layout}: it must be one of {', '.join(layouts)}, or --for an engine that"
             " reads it"
         )
+    else:
+        check_dora(adapter.adapted, shape)
     return layout
 
 

@@ -11,6 +11,13 @@ from megalora.wording import shorten
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 """The two files that PEFT, vLLM and SGLang load."""
+LORA = "LORA"
+"""``peft_type`` of an adapter that PEFT reads, all linears of which have DoRA or none."""
+PART_DORA = "LORA_PART_DORA"
+"""``peft_type`` of an adapter with DoRA on some linears. PEFT has ``use_dora`` for all that a
+folder adapts: it would give the others magnitudes of its own. It does not load this name."""
+PARTS = ("dora", "lora")
+"""Two folders with the same adapter as PEFT loads it: linears with DoRA, and all others."""
 CARD = "README.md"
 """Model card: what the adapter is and how to load it."""
 PROBE = "probe.json"
@@ -42,6 +49,14 @@ def adapters_below(folder: Path) -> list[str]:
     """Names of the sub-folders that are adapters, as ``save_pretrained`` leaves them for named
     ones."""
     return sorted(child.name for child in folder.iterdir() if (child / CONFIG).is_file())
+
+
+def parts_of(folder: Path) -> list[Path]:
+    """The folders of an adapter that lies in two (``PARTS``); empty for any other."""
+    if (folder / CONFIG).is_file():
+        return []
+    parts = [folder / part for part in PARTS]
+    return parts if all((part / CONFIG).is_file() for part in parts) else []
 
 
 def check_adapter_folder(folder: Path) -> None:
@@ -80,11 +95,22 @@ def check_regular(path: Path) -> None:
 
 
 def read_config(adapter: Path) -> dict[str, Any]:
-    """A PEFT LoRA folder's ``adapter_config.json``; raises ``ValueError`` for another folder."""
+    """A PEFT LoRA folder's ``adapter_config.json``; raises ``ValueError`` for another folder.
+
+    Of an adapter in two parts it is that of the part with DoRA, as ``PART_DORA``."""
+    if parts := parts_of(adapter):
+        configs = [read_config(part) for part in parts]
+        names = {config.get("base_model_name_or_path") for config in configs}
+        if len(names) > 1:
+            raise ValueError(
+                f"{adapter}: {' and '.join(PARTS)} name different bases:"
+                f" {', '.join(sorted(map(str, names)))}"
+            )
+        return {**configs[0], "peft_type": PART_DORA}
     check_adapter_folder(adapter)
     path = adapter / CONFIG
     config = read_json_object(path)
-    if config.get("peft_type") != "LORA":
+    if config.get("peft_type") not in (LORA, PART_DORA):
         raise ValueError(
             f"{path}: peft_type is {shorten(config.get('peft_type'))}; megalora reads LORA only"
         )

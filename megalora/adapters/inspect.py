@@ -7,7 +7,14 @@ from typing import Any
 
 import torch
 
-from megalora.adapters.files import CONFIG, STATE_JSON, adapters_below, read_config
+from megalora.adapters.files import (
+    CONFIG,
+    PART_DORA,
+    STATE_JSON,
+    adapters_below,
+    parts_of,
+    read_config,
+)
 from megalora.adapters.read.options import (
     has_score,
     not_followed,
@@ -49,6 +56,8 @@ def describe(adapter: Path) -> str:
     """A table with a row per projection: ranks, sizes, coverage, norms of A and B; then what looks
     wrong."""
     config = read_config(adapter)
+    if parts := parts_of(adapter):
+        return "\n\n".join(describe(part) for part in parts)
     weights = AdapterWeights(adapter)
     rows: dict[tuple[str, bool], _Row] = defaultdict(_Row)
     other: list[str] = []
@@ -165,6 +174,11 @@ def _sort(name: str, weights: AdapterWeights) -> str:
 def _config_lines(config: dict[str, Any]) -> list[str]:
     """Options that megalora refuses, and those that an engine reads and does not follow."""
     lines = []
+    if config["peft_type"] == PART_DORA:
+        lines.append(
+            f"{CONFIG}: some linears have DoRA, which PEFT has on all of a folder or on none;"
+            " megalora export writes two folders that it loads together"
+        )
     for key, why in not_plain(config).items():
         # The head has a line of its own.
         if key == "modules_to_save" and has_score(config):

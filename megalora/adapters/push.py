@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megalora.adapters.files import CARD, CONFIG, PROBE, STATE, WEIGHTS, read_config
+from megalora.adapters.files import CARD, CONFIG, PART_DORA, PROBE, STATE, WEIGHTS, read_config
 from megalora.adapters.named_base import is_on_this_machine
 from megalora.wording import first_few
 
@@ -36,7 +36,14 @@ def check_push(source: Path, repo: str, base: str | None) -> str:
         validate_repo_id(repo)
     except HFValidationError as error:
         raise ValueError(str(error)) from None
-    named = str(read_config(source).get("base_model_name_or_path") or "")
+    config = read_config(source)
+    # The hub's loaders look for one adapter in a repository.
+    if config["peft_type"] == PART_DORA:
+        raise ValueError(
+            f"{source} has DoRA on some linears, which PEFT loads from two folders. Export it"
+            " (megalora export) and push its folders dora and lora to a repository each"
+        )
+    named = str(config.get("base_model_name_or_path") or "")
     if is_export(source) and base not in (None, named):
         raise ValueError(
             f"{source} is an export, and its card names the base {named}; export the checkpoint"

@@ -50,9 +50,6 @@ def trained_form(adapter: Adapter, shape: ModelShape, *, fill: bool = False) -> 
         ValueError: every B is zero, or a checkpoint's files contradict each other.
     """
     is_checkpoint = all((adapter.folder / name).is_file() for name in (STATE_JSON, OPTIMIZER))
-    # No engine wants zeros of DoRA, whose magnitudes act without B, too.
-    if has_magnitudes(adapter.adapted) and not is_checkpoint:
-        return TrainedForm(adapter, [])
     if is_checkpoint:
         form = _of_checkpoint(adapter, shape)
     else:
@@ -61,7 +58,9 @@ def trained_form(adapter: Adapter, shape: ModelShape, *, fill: bool = False) -> 
         for weight in trained_weights(adapter.shape_of(shape)):
             form.adapter.tensors[weight.tensor] = adapter.tensors[weight.tensor]
     tensors = form.adapter.tensors
-    if not any(tensors[name].any() for name in tensors if ".lora_B." in name):
+    # A magnitude acts without B, too.
+    acts = has_magnitudes(form.adapter.adapted)
+    if not acts and not any(tensors[name].any() for name in tensors if ".lora_B." in name):
         raise ValueError(f"{adapter.folder}: every B is zero: this adapter does nothing")
     return form
 
@@ -132,11 +131,12 @@ def _without_padding(adapter: Adapter, fill: bool) -> TrainedForm:
         alive_Er = a_Eri.abs().amax(2).bool() | b_Eor.abs().amax(1).bool()
         used = alive_Er.any(0).nonzero()
         where = a.name if a.layer is None else f"layer {a.layer} {a.name}"
-        if not len(used):
+        has_magnitude = "M" in a.factors
+        if not len(used) and not has_magnitude:
             notes.append(f"{where}: zeros, not adapted")
             continue
         # Padding is at the end: zeros in front of a living rank are not, and stay.
-        rank = int(used[-1]) + 1
+        rank = int(used[-1]) + 1 if len(used) else a.rank
         if rank < a.rank:
             notes.append(f"{where}: rank {rank}; {a.rank - rank} of {a.rank} are zeros in the file")
         adapted.append(replace(a, rank=rank, alpha=a.scale * rank))
@@ -155,15 +155,23 @@ def _without_padding(adapter: Adapter, fill: bool) -> TrainedForm:
         for place in range(len(a_Eri)):
             own_a = a_Eri[place, :rank].clone()
             own_b = b_Eor[place, :, :rank].clone()
-            if fill and idle_Er[place].any():
-                idle = idle_Er[place]
-                module = a.factor_module("A", place)
-                own_a[idle] = initial_a(SEED, module, rank, a.in_features).to(own_a)[idle]
-                own_b[:, idle] = 0
+            if fill:
+                _draw_idle(a, place, idle_Er[place], own_a, own_b)
             # Of a shared factor every expert gives the same.
             tensors[a.tensor_name("A", place)] = own_a
             tensors[a.tensor_name("B", place)] = own_b
+            if has_magnitude:
+                name = a.tensor_name("M", place)
+                tensors[name] = adapter.tensors[name]
     return TrainedForm(replace(adapter, adapted=adapted, tensors=tensors), notes)
+
+
+def _draw_idle(a: Adapted, place: int, idle_r: Tensor, own_a: Tensor, own_b: Tensor) -> None:
+    """Draw the idle rows of an expert's A anew, beside columns of zeros in its B."""
+    if idle_r.any():
+        drawn = initial_a(SEED, a.factor_module("A", place), len(own_a), a.in_features)
+        own_a[idle_r] = drawn.to(own_a)[idle_r]
+        own_b[:, idle_r] = 0
 
 
 def _experts_share(adapter: Adapter) -> bool:
@@ -172,6 +180,9 @@ def _experts_share(adapter: Adapter) -> bool:
     for a in adapter.adapted:
         if a.num_experts < 2:
             continue
+        # With DoRA none do (``lora.share_outer``).
+        if "M" in a.factors:
+            return False
         a_Eri, b_Eor = factors_of(a, adapter.tensors)
         outer = a_Eri if OUTER[a.projection.kind] == "A" else b_Eor
         if not (outer == outer[:1]).all():

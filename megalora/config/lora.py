@@ -45,10 +45,12 @@ class LoRAConfig:
     down. The files hold a copy for each expert."""
     use_rslora: bool = False
     """Whether to scale by alpha / sqrt(rank) instead of alpha / rank (rsLoRA)."""
-    use_dora: bool = False
+    use_dora: bool | list[str] = False
     """Whether to train a magnitude for every row of each adapted weight beside A and B (DoRA):
-    ``y = m / |W + s B A| * (W x + s B A x)``. For attention, dense MLPs and shared experts; needs
-    ``lora.dropout=0``. Loads in PEFT; vLLM and SGLang need it merged (``megalora merge``)."""
+    ``y = m / |W + s B A| * (W x + s B A x)``. ``true`` for all of ``lora.target_modules``, or a
+    list of names or expressions for some of them, the others having plain LoRA. For attention,
+    MLPs, shared and routed experts; needs ``lora.dropout=0``. PEFT loads DoRA on attention;
+    vLLM and SGLang need it merged, and so does DoRA on experts (``megalora merge``)."""
 
     init: str = "lora"
     """How A and B begin. ``lora``: A uniform, B zero. ``pissa``: as the singular vectors of the

@@ -6,10 +6,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from megalora_kernels import Routing, prefers_grouped_mm
+from megalora_kernels import ExpertFactors, Routing, prefers_grouped_mm
 from torch import Tensor, nn
 
 from megalora.lora.factors import LoRAFactors
+from megalora.lora.magnitude import gains
 from megalora.lora.spec import Adapted
 from megalora.model.formats import ExpertFormats, WeightFormat
 from megalora.model.formats.augmented import Augmented
@@ -81,6 +82,7 @@ class ExpertsLoRA(nn.Module):
         gate_up B  [E/ep, I/n, r] each  dim 0 over EP, 1 over ETP    whole
         down A     [E/ep, r, I/n]       dim 0 over EP, 2 over ETP    whole
         down B     [E/ep, H, r]         dim 0 over EP                partial over ETP
+        M          as B, without r      as B                         as B
 
     Under ETP the experts' output is a partial sum that the dispatcher reduces, and the delta is a
     part of it. Nothing is communicated here.
@@ -99,15 +101,23 @@ class ExpertsLoRA(nn.Module):
         for name, factors in (("gate_up", gate_up), ("down", down)):
             if factors is not None:
                 base.check_room(name, sum(a.product_rank for a in factors.adapted))
+                # Looked up when it is needed: the parameter may still be moved or replaced.
                 factors.base_weight = partial(getattr, base, name)
 
     def forward(self, x: Tensor, routing: Routing, probs: Tensor) -> tuple[Tensor, None]:
         """x ``[T, H]`` as the dispatcher delivers it, probs ``[M]``; returns ``[T, H]``, None."""
-        gate_up = self.gate_up.adapter() if self.gate_up is not None else None
-        down = self.down.adapter() if self.down is not None else None
+        gate_up = _operands(self.gate_up)
+        down = _operands(self.down)
         # The kernels draw dropout masks themselves and do not know of ``training``.
         dropout = self.dropout if self.training else 0.0
         return self.base.compute(x, routing, probs, gate_up, down, dropout), None
 
     def backward_dw(self) -> None:
         """Megatron's hook for delayed weight gradients; LoRA's are never delayed."""
+
+
+def _operands(factors: LoRAFactors | None) -> ExpertFactors | None:
+    """What the kernels take of an adapter, DoRA's gains included."""
+    if factors is None:
+        return None
+    return factors.adapter(gains(factors) if len(factors.lora_M) else None)

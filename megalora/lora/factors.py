@@ -189,9 +189,13 @@ class LoRAFactors(nn.Module):
             parameter.shard,
         )
 
-    def adapter(self) -> ExpertFactors:
+    def adapter(self, gain: Tensor | None = None) -> ExpertFactors:
         """The factors as the expert kernels take them: A's stacked, the B's and scales of all fused
-        projections; of a factor that experts share, a copy for each expert."""
+        projections; of a factor that experts share, a copy for each expert.
+
+        Args:
+            gain: DoRA's of every row, float32 ``[E/ep, out]``; None without magnitudes.
+        """
         if self.lora_A0 is not None:
             return self._adapter_with_start(self.lora_A0)
         # In the row order of the fused weight; a projection without an adapter keeps None and 0.
@@ -201,7 +205,7 @@ class LoRAFactors(nn.Module):
             b[a.name] = self._for_each_expert(self.lora_B[a.name], "B")
             scales[a.name] = a.scale
         a_ERK = self._for_each_expert(self.lora_A, "A")
-        return ExpertFactors(a_ERK, tuple(b.values()), tuple(scales.values()))
+        return ExpertFactors(a_ERK, tuple(b.values()), tuple(scales.values()), gain)
 
     def _adapter_with_start(self, a0_ERK: Tensor) -> ExpertFactors:
         """``[A; A0]`` and ``[B, -B0]`` of each projection, as one adapter of twice the rank."""

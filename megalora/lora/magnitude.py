@@ -9,11 +9,17 @@ Neither V nor B A is made, for with the row w of W and the row b of s B
 
 Norms change only when the optimizer steps, so they are computed once a step, not in every pass.
 
-    kind      m, |V| on one rank    norm                                    gradient of m
-    column    [out/t]               local                                   whole
-    row       [out]                 squares are partial sums over TP        partial: S/t tokens
+    kind            m, |V| on one rank    norm                               gradient of m
+    column          [out/t]               local                              whole
+    row             [out]                 squares are partial sums over TP   partial: S/t tokens
+    expert_column   [E/ep, out/n]         local                              whole
+    expert_row      [E/ep, out]           partial sums over ETP              partial over ETP
 
-Shape legend:
+Each expert has magnitudes of its own. Its rows are scaled by the kernels
+(``megalora_kernels/scaled_experts.py``): under ETP the output of down is a partial sum, and a
+multiple of a sum is the sum of multiples.
+
+Shape legend, with E local experts in front where there are several:
     S  sequence      B  batch      O  rows of the fused weight on this rank
     I  its columns   R  sum of the ranks stacked in A
 """
@@ -52,21 +58,22 @@ def _times(u: Tensor, g_O: Tensor) -> Tensor:
 
 def scale_rows(u: Tensor, factors: LoRAFactors) -> Tensor:
     """``g * u``, where u ``[S, B, O]`` is the adapted linear's output without its bias."""
-    return _ScaleRows.apply(u, _gains(factors))
+    return _ScaleRows.apply(u, gains(factors))
 
 
-def _gains(factors: LoRAFactors) -> Tensor:
-    """g as float32 ``[O]`` in the order of the base weight's rows; 1 where a row is not adapted."""
+def gains(factors: LoRAFactors) -> Tensor:
+    """g as float32 ``[O]``, of experts ``[E, O]``, in the order of the base weight's rows; 1 where
+    a row is not adapted."""
     blocks: list[Tensor] = []
     for name, block_rows in zip(factors.names, factors.block_rows, strict=True):
-        sizes = (factors.row_groups, block_rows)
+        sizes = (*factors.lora_A.shape[:-2], factors.row_groups, block_rows)
         if name in factors.lora_M:
             m: Any = factors.lora_M[name]
             blocks.append((m / factors.norms[name]).view(sizes))
         else:
             blocks.append(torch.ones(sizes, device=factors.lora_A.device))
     # Side by side within each row group, as in ``stacked_b``.
-    return torch.cat(blocks, dim=-1).flatten()
+    return torch.cat(blocks, dim=-1).flatten(-2)
 
 
 @torch.no_grad()
@@ -96,8 +103,8 @@ def refresh_norms(chunks: Iterable[nn.Module], groups: Groups, *, start: bool = 
 
 
 def _squared_norms(factors: LoRAFactors) -> Tensor:
-    """``|V|^2`` of this rank's columns, float32 ``[O]``."""
-    assert factors.base_weight is not None, "only dense linears have magnitudes"
+    """``|V|^2`` of this rank's columns, float32 ``[O]``, of experts ``[E, O]``."""
+    assert factors.base_weight is not None, "a layer with magnitudes gives its weight"
     weight = factors.base_weight()
     if factors.squares is None:
         # Of W alone, which never changes.
@@ -116,10 +123,12 @@ def _keep_norms(factors: LoRAFactors, squares_O: Tensor, start: bool) -> None:
     # A row of zeros has the norm 0: with the smallest number instead it stays 0 and not NaN.
     tiny = torch.finfo(torch.float32).tiny
     norms_O = squares_O.clamp_min(tiny).sqrt()
-    rows = norms_O.view(factors.row_groups, -1).split(factors.block_rows, dim=-1)
+    groups = norms_O.unflatten(-1, (factors.row_groups, -1))
+    rows = groups.split(factors.block_rows, dim=-1)
     for name, of_projection in zip(factors.names, rows, strict=True):
         if name in factors.lora_M:
-            factors.norms[name] = of_projection.flatten()
+            # A copy: a view would keep rows without magnitudes, too.
+            factors.norms[name] = of_projection.flatten(-2).clone()
             if start:
                 m: Any = factors.lora_M[name]
                 m.copy_(factors.norms[name])

@@ -3,12 +3,13 @@
 import math
 import re
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 from megalora.config import LoRAConfig
 from megalora.lora.modules import projection_places
 from megalora.lora.select import resolve
-from megalora.lora.spec import FACTORS_BY_NAME, PLAIN, Adapted, make_adapted
+from megalora.lora.spec import FACTORS_BY_NAME, PLAIN, Adapted, has_magnitudes, make_adapted
 from megalora.model.projections import Projection
 from megalora.model.shape import ModelShape
 
@@ -52,12 +53,27 @@ def lora_section(adapted: list[Adapted], shape: ModelShape) -> dict[str, Any]:
         section["alpha_pattern"] = alpha_pattern
     if any(a.shared for a in adapted):
         section["share_outer"] = True
-    # An adapter's folder has DoRA on all that it adapts, or on nothing.
-    if "M" in adapted[0].factors:
-        section["use_dora"] = True
+    if has_magnitudes(adapted):
+        section["use_dora"] = _use_dora(adapted_layers, uses_of_name)
     resolved = resolve(LoRAConfig(**section), shape)
     assert not differing(settings(resolved), settings(adapted)), section
     return section
+
+
+def _use_dora(
+    adapted_layers: Mapping[Projection, Mapping[int | None, Adapted]], uses_of_name: Counter[str]
+) -> bool | list[str]:
+    """``lora.use_dora`` of these projections: true where all have it."""
+    entries: list[str] = []
+    everywhere = True
+    for projection, own in adapted_layers.items():
+        layers = [layer for layer, a in own.items() if "M" in a.factors]
+        everywhere = everywhere and len(layers) == len(own)
+        if layers:
+            # Layers that are not adapted may be named all the same.
+            named = None if len(layers) == len(own) else layers
+            entries.append(_key(projection, named, uses_of_name[projection.name] == 1))
+    return everywhere or entries
 
 
 def settings(adapted: list[Adapted]) -> list[list[Any]]:

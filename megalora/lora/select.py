@@ -84,6 +84,7 @@ def resolve(lora: LoRAConfig, shape: ModelShape) -> list[Adapted]:
     exclusions = _Option("exclude_modules", lora.exclude_modules)
     ranks = _Option("rank_pattern", lora.rank_pattern)
     alphas = _Option("alpha_pattern", lora.alpha_pattern)
+    doras = _Option("use_dora", [] if isinstance(lora.use_dora, bool) else lora.use_dora)
     adapted = []
     for projection, layer in projection_places(shape):
         # Patterns only look at names; rank and alpha follow from what they find.
@@ -96,6 +97,7 @@ def resolve(lora: LoRAConfig, shape: ModelShape) -> list[Adapted]:
         is_excluded = exclusions.first(base) is not None
         rank_key = ranks.first(base)
         alpha_key = alphas.first(base)
+        has_magnitude = lora.use_dora is True or doras.first(base) is not None
         # The head is in no layer, so ``layers`` does not speak of it.
         in_layers = layer is None or layer in layers
         if not is_target or is_excluded or not in_layers:
@@ -110,11 +112,11 @@ def resolve(lora: LoRAConfig, shape: ModelShape) -> list[Adapted]:
         if alpha_key is not None:
             alpha = float(lora.alpha_pattern[alpha_key])
         own = (rank, alpha, lora_scale(alpha, rank, lora.use_rslora))
-        factors = _factors_of(lora)
+        factors = _factors_of(lora, has_magnitude)
         adapted.append(
             make_adapted(projection, layer, *own, shape, factors, share_outer=lora.share_outer)
         )
-    for option in (targets, exclusions, ranks, alphas):
+    for option in (targets, exclusions, ranks, alphas, doras):
         _check_used(option, shape)
     if lora.use_dora:
         _check_dora(adapted)
@@ -150,23 +152,35 @@ def _check_left(lora: LoRAConfig, adapted: list[Adapted]) -> None:
 
 
 def _check_dora(adapted: list[Adapted]) -> None:
-    """Raise ``ValueError`` for linears that get no magnitude."""
+    """Raise ``ValueError`` for linears that get no magnitude, or where none is left that has
+    one."""
+    with_magnitude = [a for a in adapted if "M" in a.factors]
+    if adapted and not with_magnitude:
+        raise ValueError(
+            "lora.use_dora: none of its entries is adapted; name some of lora.target_modules"
+        )
     without: list[str] = []
-    for a in adapted:
+    for a in with_magnitude:
         if not has_dora(a.projection):
-            without.append(within_layer(a.projection.hf).replace("{expert}", "*"))
+            without.append(within_layer(a.projection.hf))
+        # The kernels take a gain for each expert's rows, and one A or B would lie below all.
+        if a.shared:
+            raise ValueError(
+                f"lora.share_outer: {a.name} of routed experts has DoRA, whose rows need an A and a"
+                " B of their own. Leave the experts out of lora.use_dora, or share_outer out"
+            )
     if without:
         names = ", ".join(dict.fromkeys(without))
         raise ValueError(
-            f"lora.use_dora: {names} cannot have DoRA here (routed experts, the router and lm_head"
-            " have none in PEFT or in megalora). Set lora.target_modules to other linears, such as"
-            ' ["q_proj", "k_proj", "v_proj", "o_proj"]'
+            f"lora.use_dora: {names} cannot have DoRA here (the router and lm_head have none in"
+            " megalora). Name the linears that shall have it, such as"
+            ' lora.use_dora=["q_proj", "k_proj", "v_proj", "o_proj"]'
         )
 
 
-def _factors_of(lora: LoRAConfig) -> tuple[FactorName, ...]:
-    """Factors of every linear that ``lora`` adapts."""
-    if lora.use_dora:
+def _factors_of(lora: LoRAConfig, has_magnitude: bool) -> tuple[FactorName, ...]:
+    """Factors of a linear that ``lora`` adapts."""
+    if has_magnitude:
         return WITH_MAGNITUDE
     return PLAIN if lora.init == "lora" else WITH_START
 

@@ -219,18 +219,23 @@ def expected_tensors(
 
 
 def has_dora(projection: Projection) -> bool:
-    """Whether a linear may have a magnitude: not routed experts, the router and lm_head."""
-    return projection.kind in ("column", "row") and projection not in HEAD
+    """Whether a linear may have a magnitude: not the router and lm_head."""
+    return projection.kind != "router" and projection not in HEAD
 
 
 def has_magnitudes(adapted: list[Adapted]) -> bool:
-    """Whether an adapter is DoRA's."""
+    """Whether an adapter has DoRA, on some linears at least."""
     return any("M" in a.factors for a in adapted)
 
 
 def has_start(adapted: Sequence[Adapted]) -> bool:
     """Whether an adapter began as a part of the base, which it has beside A and B."""
     return any("A0" in a.factors for a in adapted)
+
+
+def in_parts(adapted: list[Adapted]) -> bool:
+    """Whether some linears of an adapter have DoRA and others have none."""
+    return len({"M" in a.factors for a in adapted}) == 2
 
 
 def trained_sizes(adapted: list[Adapted], group_size: int) -> list[tuple[FactorName, int]]:

@@ -244,6 +244,7 @@ class StageCosts(LayerCosts):
         for chunk in chunks:
             count = adapter_parameters(self.model, self.p, chunk)
             alike[count, shared_elements(self.model, self.p, chunk)] += 1
+            self.norms(to, chunk)
         for (count, shared), times in alike.items():
             # Buffers of dense and of expert adapters, each sharded over its data-parallel group.
             for elements, group in zip(buffers(count, self.layout), ("dp_cp", "edp"), strict=True):

@@ -10,14 +10,14 @@ frozen. Each adapter factor multiplies once more, for its own.
 
 from collections.abc import Iterable
 
-from megalora.lora.spec import Adapted, has_magnitudes
+from megalora.lora.spec import Adapted
 from megalora.model.formats.augmented import Augmented
 from megalora.planner.activations import head_input_needs_gradient
 from megalora.planner.gpus import attention_flops
 from megalora.planner.hardware import Kind
 from megalora.planner.ledger import Ledger
 from megalora.planner.microbatch import PAIR, STATISTIC
-from megalora.planner.prices import Prices
+from megalora.planner.row_scaling import RowScaling
 from megalora.planner.shared_factors import copied_elements
 from megalora.planner.weights import attention_widths, stacked_rank
 
@@ -36,18 +36,13 @@ GATED_FORWARD = 7
 like the next."""
 GATED_BACKWARD = 10
 """The same of its backward."""
-SCALED_FORWARD = 2
-"""Times that the output of a linear with DoRA is read or written by its scaling. Assumed, like the
-next."""
-SCALED_BACKWARD = 6
-"""The same of the gradients of the output and of the magnitudes."""
 
 
 EXPERTS = ("mlp.experts.gate_up", "mlp.experts.down")
 """Megatron modules of routed experts."""
 
 
-class LayerCosts(Prices):
+class LayerCosts(RowScaling):
     """Seconds of the parts of a layer. Each method adds to the ledgers it is given."""
 
     def _adapter(self, ledgers: Iterable[Ledger], part: str, adapted: list[Adapted],
@@ -112,9 +107,7 @@ class LayerCosts(Prices):
                     ledger, f"tensor parallel {part}", kind, "tp", b.tokens * width * self.e
                 )
         self._adapter((forward, backward), part, adapted, rows, sizes, live)
-        if has_magnitudes(adapted):
-            for ledger, passes in ((forward, SCALED_FORWARD), (backward, SCALED_BACKWARD)):
-                self.traffic(ledger, part, passes * rows[1] * outputs * self.e)
+        self.scale(forward, backward, part, adapted, rows[1] * outputs)
 
     def attention(
         self, forward: Ledger, backward: Ledger, modules: dict[str, list[Adapted]]
@@ -241,6 +234,7 @@ class LayerCosts(Prices):
             once_more += h
         self.traffic(backward, "experts", rows * once_more)
         self._experts_dropout((forward, backward), big, small, h, inner)
+        self.scale_experts(forward, backward, modules, self._columns(small))
 
     def _experts_dropout(
         self, ledgers: tuple[Ledger, Ledger], big: int, small: int, h: int, inner: int

@@ -5,8 +5,9 @@ Symbols and what is assumed of a GPU as in ``activations.py``.
 
 from dataclasses import dataclass
 
-from megalora.lora.spec import Adapted, has_magnitudes
+from megalora.lora.spec import Adapted
 from megalora.planner.layouts import ParallelLayout
+from megalora.planner.magnitudes import dense_scaling, kept_for_scaling
 from megalora.planner.microbatch import INT, STATISTIC, Microbatch
 from megalora.planner.shared_factors import copied_elements
 from megalora.planner.weights import PlannedModel, stacked_rank
@@ -60,13 +61,8 @@ class PlannedMLP:
 
 
 def low_rank(adapted: list[Adapted], rows: int, out_features: int, e: int) -> int:
-    """``add_low_rank``: h, rows R, and the stacked B, out R; both in the activations' dtype. DoRA
-    keeps the output before it is scaled, rows out, and two float32 for each feature: its factor
-    and its norm (which is there without a microbatch, too)."""
-    kept = (rows + out_features) * stacked_rank(adapted) * e
-    if has_magnitudes(adapted):
-        kept += rows * out_features * e + 2 * out_features * STATISTIC
-    return kept
+    """``add_low_rank``: h, rows R, and the stacked B, out R; both in the activations' dtype."""
+    return (rows + out_features) * stacked_rank(adapted) * e
 
 
 def mlp_bytes(mlp: PlannedMLP, is_moe: bool) -> int:
@@ -161,9 +157,10 @@ def _routing(mlp: PlannedMLP, moved: bool) -> int:
 def experts_bytes(mlp: PlannedMLP, live: bool) -> int:
     """``expert_mlp``: rows as an all-to-all delivered them N H e (without one they are the norm's
     output), [gate | up] M 2 I / n e unless recomputed, S of gate and up and of down M (R + r) e,
-    probabilities M e, an int32 a row, slots N min(k, E / ep) and E / ep offsets. With an all-to-all
-    also which tokens were sent and which rows a token's results are summed from:
-    (T / t) min(k, ep) int32 each.
+    probabilities M e, an int32 a row, slots N min(k, E / ep) and E / ep offsets. DoRA keeps u of
+    gate_up in place of [gate | up], and a float32 factor and norm for each row of E / ep experts'
+    weights. With an all-to-all also which tokens were sent and which rows a token's results are
+    summed from: (T / t) min(k, ep) int32 each.
 
     ``live``: whether the rows or their probabilities need a gradient.
     """
@@ -180,6 +177,9 @@ def experts_bytes(mlp: PlannedMLP, live: bool) -> int:
     local_experts = s.num_experts // p.ep
     total = batch.rows * (per_row * batch.element_bytes + mlp.score_bytes + INT)
     total += (batch.received * min(s.top_k, local_experts) + local_experts) * INT
+    gates = 2 * s.expert_intermediate // p.etp
+    for adapted, features in ((gate_up, gates), (down, s.hidden)):
+        total += kept_for_scaling(adapted, p, local_experts * features)
     if p.ep * p.etp > 1:
         total += 2 * batch.own_tokens * min(s.top_k, p.ep) * INT
         # A's gradient reads the rows, and so does computing gate_up again.
@@ -250,6 +250,9 @@ def _gated_mlp(mlp: PlannedMLP, name: str, intermediate: int) -> int:
     # fc1 computes all tokens on this rank's features, fc2's adapter its own tokens in full width.
     total = low_rank(fc1, batch.tokens, 2 * features, e)
     total += low_rank(fc2, batch.own_tokens, mlp.model.shape.hidden, e)
+    p = mlp.layout.parallel
+    total += dense_scaling(fc1, p, batch.tokens, 2 * features, e)
+    total += dense_scaling(fc2, p, batch.own_tokens, mlp.model.shape.hidden, e)
     if fc1 and mlp.has_dropout:
         total += batch.dropped(batch.own_tokens * mlp.model.shape.hidden, mlp.live)
     product_is_live = mlp.live or bool(fc1)

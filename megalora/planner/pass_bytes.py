@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 
 from megalora.config import Level, ParallelConfig
+from megalora.lora.spec import has_magnitudes
 from megalora.model.head_chunk import CHUNK_BYTES, chunk_tokens
 from megalora.planner import activations
 from megalora.planner.dropout_backward import experts_backward_with_dropout, experts_have_dropout
@@ -289,6 +290,10 @@ def _experts_backward(
     modules = model.modules_of(layer)
     gate_up = modules.get("mlp.experts.gate_up", [])
     down = modules.get("mlp.experts.down", [])
+    # With DoRA perhaps more before dX: dH, [gate | up] made again from u, the gradient of down's u.
+    before = 0
+    if has_magnitudes([*gate_up, *down]):
+        before = i + 2 * i * has_magnitudes(gate_up) + s.hidden * has_magnitudes(down)
     rank = stacked_rank(gate_up)
     # The experts' input and the layer's output, as gradients; or, with grouped_mm, dH if larger.
     result = 2 * own
@@ -296,7 +301,7 @@ def _experts_backward(
         result = max(2 * own, rows * i)
     # Each factor's gradient once, in its parameter's dtype.
     factors = s.num_experts // p.ep * (s.hidden + i) * (rank + stacked_rank(down))
-    workspace = own + rows * (s.hidden + 2 * i + rank) + result + factors
+    workspace = own + rows * (max(s.hidden, before) + 2 * i + rank) + result + factors
     again = rows * (2 * i + rank)
     moved = 0
     if p.ep * p.etp > 1:

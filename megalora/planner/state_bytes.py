@@ -11,6 +11,7 @@ from megalora.lora.spec import FACTORS
 from megalora.model.formats.augmented import Augmented
 from megalora.model.formats.plain import PLAIN
 from megalora.planner.layouts import ParallelLayout
+from megalora.planner.magnitudes import magnitudes_on_rank
 from megalora.planner.weights import (
     AdapterCount,
     Chunk,
@@ -90,7 +91,7 @@ def magnitude_bytes(model: PlannedModel, p: ParallelConfig, chunks: list[Chunk],
             for adapted in model.modules_of(layer).values():
                 for a in adapted:
                     if "M" in a.factors:
-                        rows += math.prod(a.shard_shape("M", p.tp))
+                        rows += magnitudes_on_rank(a, p)
     return rows * (3 * STATE - e)
 
 

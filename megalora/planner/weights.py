@@ -63,10 +63,10 @@ class PlannedModel:
         kinds = []
         for layer in range(self.shape.num_layers):
             # Layers are alike when their MLPs are of one sort and the same projections are adapted
-            # with the same ranks.
+            # with the same ranks, and with magnitudes or without.
             ranks = []
             for adapted in self.modules_of(layer).values():
-                ranks.extend((a.projection.module, a.name, a.rank) for a in adapted)
+                ranks.extend((a.projection.module, a.name, a.rank, a.factors) for a in adapted)
             likeness = (self.shape.is_moe(layer), tuple(ranks))
             kinds.append(first.setdefault(likeness, layer))
         return kinds

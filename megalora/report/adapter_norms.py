@@ -34,6 +34,8 @@ def measure(checkpoint: Path, manifest: dict[str, Any]) -> Norms:
 
         |s B A|_F^2 = s^2 sum((B^T B) * (A A^T))      matrices of rank x rank alone
 
+    What magnitudes of DoRA change besides depends on the base, and is not in them.
+
     Args:
         manifest: the run's, which has the scale of every projection; where it lacks one, the scale
             of ``adapter_config.json`` is taken.
@@ -51,7 +53,8 @@ def measure(checkpoint: Path, manifest: dict[str, Any]) -> Norms:
     try:
         with safe_open(checkpoint / WEIGHTS, framework="pt") as file:
             names = _pairs(file.keys())
-            left_out = len(file.keys()) - 2 * len(names)
+            of_dora = sum(name.endswith("magnitude_vector") for name in file.keys())  # noqa: SIM118
+            left_out = len(file.keys()) - 2 * len(names) - of_dora
             for module, (a_name, b_name) in names.items():
                 found = parse_in_layer(module)
                 if found is None:
@@ -69,7 +72,7 @@ def measure(checkpoint: Path, manifest: dict[str, Any]) -> Norms:
 
 
 def _pairs(names: list[str]) -> dict[str, tuple[str, str]]:
-    """Module -> names of its A and B, where it has both."""
+    """Module -> names of its A and B, where it has both, and perhaps a magnitude (DoRA)."""
     found: dict[str, dict[str, str]] = defaultdict(dict)
     for name in names:
         parsed = parse_factor(name)
@@ -78,7 +81,7 @@ def _pairs(names: list[str]) -> dict[str, tuple[str, str]]:
             found[module][factor] = name
     pairs: dict[str, tuple[str, str]] = {}
     for module, factors in found.items():
-        if len(factors) == 2:
+        if factors.keys() >= {"A", "B"}:
             pairs[module] = (factors["A"], factors["B"])
     return pairs
 

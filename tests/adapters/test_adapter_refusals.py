@@ -223,7 +223,7 @@ def test_experts_of_different_rank_are_refused(bases: dict[str, Path], tmp_path:
         (
             # Of DoRA, on what has none here.
             {"base_model.model.lm_head.lora_magnitude_vector": torch.ones(4)},
-            "megalora has DoRA on attention, dense MLPs and shared experts alone",
+            "megalora has DoRA on attention, MLPs, shared experts and each routed expert",
         ),
         (
             # An embedding's.

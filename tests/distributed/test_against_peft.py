@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 from peft.utils import transformers_weight_conversion
+from safetensors.torch import save_file
 
-from megalora.adapters.files import WEIGHTS
-from megalora.adapters.write.form import write_adapter
+from megalora.adapters.files import WEIGHTS, parts_of
+from megalora.adapters.write.parts import write_in_parts
 from megalora.config import LoRAConfig, ParallelConfig
 from megalora.hf.json_file import read_hf_config
 from megalora.lora.select import plan
@@ -27,7 +28,10 @@ RSLORA = replace(LORA, use_rslora=True)
 DORA = LoRAConfig(
     rank=5, alpha=20.0, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], use_dora=True
 )
+# DoRA on attention, plain LoRA on experts, router and head.
+IN_PARTS = replace(LORA, use_dora=DORA.target_modules)
 CASES = {
+    "in parts: single": ("everything", IN_PARTS, 1, {}),
     "dora: tp2-ep2": ("biased", DORA, 2, {"tp": 2, "ep": 2}),
     "dora: tp4-ep4": ("everything", replace(DORA, use_rslora=True), 4, {"tp": 4, "ep": 4}),
     "dora: single": ("tiny", DORA, 1, {}),
@@ -40,6 +44,10 @@ CASES = {
 }
 
 
+IN_PARTS_IN_RANKS = {
+    "tp2-ep2": ("tiny", replace(IN_PARTS, use_rslora=True), 2, {"tp": 2, "ep": 2}),
+    "tp2-ep2-etp2": ("everything", IN_PARTS, 4, {"tp": 2, "ep": 2, "etp": 2}),
+}
 NAMED = {arch_of({}), "qwen2_moe"}
 """Families that ``CASES`` has under other names."""
 OTHER_FAMILIES = []
@@ -84,6 +92,17 @@ def test_gradients_of_stock_peft(
     check_gradients(base, lora, world, parallel, chats, tmp_path)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", IN_PARTS_IN_RANKS)
+def test_gradients_of_two_folders_of_stock_peft(
+    name: str, chats: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    model, lora, world, parallel = IN_PARTS_IN_RANKS[name]
+    base: Path = request.getfixturevalue(model)
+    check_gradients(base, lora, world, parallel, chats, tmp_path)
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("family", OTHER_FAMILIES)
 def test_gradients_of_stock_peft_in_every_family(family: str, chats: Path, tmp_path: Path) -> None:
@@ -111,11 +130,13 @@ def check_gradients(
     _, factors = random_factors(lora, base)
     folder = tmp_path / "adapter"
     folder.mkdir()
-    write_adapter(folder, adapted, shape, factors, str(base))
+    write_in_parts(folder, adapted, shape, factors, str(base))
+    save_file(factors, tmp_path / WEIGHTS)
 
-    expected_loss, expected = PeftOracle(base, folder).gradients(first_batch(base, chats))
+    folders = parts_of(folder) or [folder]
+    expected_loss, expected = PeftOracle(base, *folders).gradients(first_batch(base, chats))
     config = config_of(base, chats, tmp_path / "run", parallel, lora)
-    loss, found = run_ranks(first_gradients, world, config, folder / WEIGHTS)[0]
+    loss, found = run_ranks(first_gradients, world, config, tmp_path / WEIGHTS)[0]
     # The limits of the grid: ``LIMITS`` in tests/parity/case.py says where they come from.
     assert loss == pytest.approx(expected_loss, rel=1e-6)
     assert of_largest(found, expected) <= 1e-5

@@ -64,8 +64,8 @@ class Experts:
     w1: Any
     w2: Any
     leaves: Tensors
-    """x, p and, as far as there are adapters, a1, gate, up, a2, down: everything that wants a
-    gradient."""
+    """x, p and, as far as there are adapters, a1, gate, up, a2, down, gain1 and gain2: everything
+    that wants a gradient."""
     dout: torch.Tensor
     adapted: tuple[str, ...] = ("gate", "up", "down")
     masks: Tensors = field(default_factory=dict)
@@ -85,9 +85,12 @@ class Experts:
                 leaves["a1"],
                 (leaves.get("gate"), leaves.get("up")),
                 (SCALES["gate"], SCALES["up"]),
+                leaves.get("gain1"),
             )
         if "a2" in leaves:
-            found["down"] = ExpertFactors(leaves["a2"], (leaves["down"],), (SCALES["down"],))
+            found["down"] = ExpertFactors(
+                leaves["a2"], (leaves["down"],), (SCALES["down"],), leaves.get("gain2")
+            )
         return found
 
     def joined(self) -> "Experts":
@@ -205,8 +208,9 @@ def _experts(
     adapted: tuple[str, ...] = ("gate", "up", "down"), H: int = 24, inner: int = 40,
     p_dtype: torch.dtype | None = None,
     seed: int = 0,
+    gains: tuple[str, ...] = (),
 ) -> Experts:  # fmt: skip
-    """Random operands that make outputs and gradients of order 1."""
+    """Random operands that make outputs and gradients of order 1. ``gains``: gain1, gain2."""
     g = torch.Generator().manual_seed(seed)
     E = routing.num_experts
 
@@ -229,6 +233,11 @@ def _experts(
     if "down" in adapted:
         leaves["a2"] = normal(E, RANKS["down"], inner, size=inner**-0.5)
         leaves["down"] = normal(E, H, RANKS["down"])
+    for name in gains:
+        width = 2 * inner if name == "gain1" else H
+        # Around 1 and never near 0, float32 where x is of half precision.
+        gain = 0.5 + torch.rand(E, width, generator=g, dtype=torch.float64)
+        leaves[name] = gain.to(torch.float32 if dtype.itemsize == 2 else dtype)
     for t in leaves.values():
         t.requires_grad_()
     return Experts(routing, rows, w1, w2, leaves, normal(num_tokens, H), adapted)
@@ -261,6 +270,11 @@ def _forward(case: Experts, v: Tensors, m: int, e: int, t: int) -> Tensors:
         if name in case.adapted:
             kept[f"s_{name}"] = v["a1"][e, case.a_rows(name)] @ kept["x"]
             kept[name] = kept[name] + SCALES[name] * (v[name][e] @ kept[f"s_{name}"])
+    if "gain1" in v:
+        gain = v["gain1"][e]
+        kept["unscaled"] = torch.cat([kept["gate"], kept["up"]])
+        kept["gate"] = gain[:inner] * kept["gate"]
+        kept["up"] = gain[inner:] * kept["up"]
     kept["sigmoid"] = 1 / (1 + torch.exp(-kept["gate"]))
     # h = silu(gate) * up * p, with silu(g) = g * sigmoid(g).
     h = kept["gate"] * kept["sigmoid"] * kept["up"] * v["p"][m]
@@ -269,6 +283,9 @@ def _forward(case: Experts, v: Tensors, m: int, e: int, t: int) -> Tensors:
     if "down" in case.adapted:
         kept["s_down"] = v["a2"][e] @ kept["h"]
         kept["y"] = kept["y"] + SCALES["down"] * (v["down"][e] @ kept["s_down"])
+    if "gain2" in v:
+        kept["unscaled down"] = kept["y"]
+        kept["y"] = v["gain2"][e] * kept["y"]
     return kept
 
 
@@ -288,6 +305,9 @@ def _backward(
     if case.masks:
         mask_x = case.masks["x"][m]
         mask_h = case.masks["h"][m]
+    if "gain2" in v:
+        grads["gain2"][e] += dy * kept["unscaled down"]
+        dy = dy * v["gain2"][e]
     # y = W2 h + s B (A (mask h)): h gets a gradient from both terms.
     dh = dy @ v["w2"][e]
     if "down" in case.adapted:
@@ -305,6 +325,10 @@ def _backward(
     silu_slope = sigmoid + gate * sigmoid * (1 - sigmoid)
     d = {"gate": dh * p * up * silu_slope, "up": dh * p * gate * sigmoid}
     inner = gate.numel()
+    if "gain1" in v:
+        grads["gain1"][e] += torch.cat([d["gate"], d["up"]]) * kept["unscaled"]
+        d["gate"] = d["gate"] * v["gain1"][e, :inner]
+        d["up"] = d["up"] * v["gain1"][e, inner:]
     # w1 is [gate | up] along its rows; += because k rows share the token.
     grads["x"][t] += d["gate"] @ v["w1"][e, :inner] + d["up"] @ v["w1"][e, inner:]
     for name in ("gate", "up"):

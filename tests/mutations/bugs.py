@@ -393,7 +393,7 @@ BUGS = (
         6,
         "an expert without adapter imported as zeros",
         TRAINED,
-        "if fill and idle_Er[place].any():",
+        "if idle_r.any():",
         "if False:",
         "tests/adapters/test_import.py without_adapter",
     ),

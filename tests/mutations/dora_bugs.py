@@ -46,7 +46,7 @@ DORA_BUGS: tuple[Bug, ...] = (
     bug(0, "a block merged with the first rows' magnitudes", MERGE, "m_O[number * at_once :]",
         "m_O[0:]", f"{FILES} small_blocks"),
     bug(0, "use_dora left out of the file", "megalora/adapters/write/form.py",
-        'use_dora="M" in adapted[0].factors', "use_dora=False", f"{FILES} export"),
+        "use_dora=has_dora", "use_dora=False", f"{FILES} export"),
     bug(0, "vLLM given DoRA", "megalora/adapters/write/engines.py",
         'name != "peft" and has_magnitudes(adapted)', "False", f"{FILES} servers"),
     bug(0, "DoRA beside dropout", "megalora/config/lora.py",
@@ -55,7 +55,7 @@ DORA_BUGS: tuple[Bug, ...] = (
         "if not has_dora(a.projection):", "if False:", f"{NORMS} refused"),
     bug(0, "DoRA resumed as plain LoRA", "megalora/train/checkpoint/same_run.py",
         '"lora.use_dora": False,', "", "tests/evaluate/test_variants.py base_of_dora"),
-    bug(0, "a DoRA layer's output not planned", "megalora/planner/mlp_activations.py",
-        "kept += rows * out_features * e", "kept += 0",
+    bug(0, "a DoRA layer's output not planned", "megalora/planner/magnitudes.py",
+        "return rows * features * e + kept", "return kept",
         "tests/planner/test_activations.py tiny_dense"),
 )  # fmt: skip

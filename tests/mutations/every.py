@@ -12,6 +12,7 @@ from tests.mutations.data_bugs import DATA_BUGS
 from tests.mutations.dispatch_bugs import DISPATCH_BUGS
 from tests.mutations.docs_bugs import DOCS_BUGS
 from tests.mutations.dora_bugs import DORA_BUGS
+from tests.mutations.expert_dora_bugs import EXPERT_DORA_BUGS
 from tests.mutations.family_bugs import FAMILY_BUGS
 from tests.mutations.generate_bugs import GENERATE_BUGS
 from tests.mutations.gpu_bugs import GPU_BUGS
@@ -73,5 +74,6 @@ EVERY_BUG = (
     + AVERAGE_BUGS
     + DORA_BUGS
     + BEGUN_BUGS
+    + EXPERT_DORA_BUGS
     + SHARED_BUGS
 )

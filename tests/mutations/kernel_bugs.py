@@ -183,7 +183,7 @@ KERNEL_BUGS: tuple[Bug, ...] = (
         0,
         "dS of gate and up without its scale",
         ENGINE,
-        "self.passes.shrink(rows.x, blocks, self.routing, self._padded(rows), scale=scale)",
+        "self.shrink_beside(rows, blocks, scale)",
         "self.passes.shrink(rows.x, blocks, self.routing, self._padded(rows))",
         f"{MLP_TEST} triton",
     ),

@@ -8,6 +8,7 @@ that belong to no tensor of the file.
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,22 +26,29 @@ PART = {
 
 
 class PeftOracle:
-    """A base model and an adapter folder; every sample runs alone and unpadded, in float64."""
+    """A base model and an adapter folder, or several that act together, each under its own name;
+    every sample runs alone and unpadded, in float64."""
 
-    def __init__(self, base: Path, adapter: Path) -> None:
+    def __init__(self, base: Path, *folders: Path) -> None:
         # "eager" computes expert after expert, without the limits that grouped products set to
         # dtypes and alignment.
         model = AutoModelForCausalLM.from_pretrained(
             base, dtype=torch.float64, experts_implementation="eager"
         )
         # PEFT makes factors in float32, whatever the base's dtype; eval() turns dropout off.
-        self.model = (
-            PeftModel.from_pretrained(model, str(adapter), is_trainable=True).double().eval()
-        )
-        with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
-            self.shapes = {}
-            for name in file.keys():  # noqa: SIM118
-                self.shapes[name] = file.get_slice(name).get_shape()
+        peft: Any = None
+        self.shapes = {}
+        for folder in folders:
+            how = {"adapter_name": folder.name, "is_trainable": True}
+            if peft is None:
+                peft = PeftModel.from_pretrained(model, str(folder), **how)
+            else:
+                peft.load_adapter(str(folder), **how)
+            with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+                for name in file.keys():  # noqa: SIM118
+                    self.shapes[name] = file.get_slice(name).get_shape(), folder.name
+        peft.base_model.set_adapter([folder.name for folder in folders])
+        self.model = peft.double().eval()
 
     def loss(self, samples: list) -> Tensor:
         """Mean over the target tokens of all samples."""
@@ -65,11 +73,13 @@ class PeftOracle:
             if parameter.grad is not None:
                 trained[name] = parameter.grad
         found = {}
-        for name, shape in self.shapes.items():
-            found[name] = self._of_tensor(name, shape, trained)
+        for name, (shape, folder) in self.shapes.items():
+            found[name] = self._of_tensor(name, shape, trained, folder)
         return loss.item(), found
 
-    def _of_tensor(self, name: str, shape: list[int], trained: dict[str, Tensor]) -> Tensor:
+    def _of_tensor(
+        self, name: str, shape: list[int], trained: dict[str, Tensor], adapter: str
+    ) -> Tensor:
         # transformers renames Mixtral's modules on loading
         name = name.replace(".block_sparse_moe.", ".mlp.")
         if match := EXPERT.fullmatch(name):
@@ -79,12 +89,12 @@ class PeftOracle:
             factor = match[4]
             # PEFT wraps gate_up first, then down around it
             inner = "" if projection == "down" else ".base_layer"
-            fused = trained.get(f"{experts}{inner}.lora_{factor}.default.weight")
+            fused = trained.get(f"{experts}{inner}.lora_{factor}.{adapter}.weight")
             if fused is None:  # one of the two was not adapted, so nothing is wrapped twice
-                fused = trained[f"{experts}.lora_{factor}.default.weight"]
+                fused = trained[f"{experts}.lora_{factor}.{adapter}.weight"]
             return _of_expert(fused, expert, projection, factor, shape)
         stem, factor = name.removesuffix(".weight").rsplit(".", 1)
-        return trained[f"{stem}.{factor}.default.weight"]
+        return trained[f"{stem}.{factor}.{adapter}.weight"]
 
 
 def _of_expert(

@@ -156,7 +156,7 @@ class Oracle:
         """Every adapted weight as ``W + scale * B A``, by transformers' parameter name."""
         # Tied weights appear under both names: an adapter of the head asks for lm_head.weight.
         weights = dict(self.model.named_parameters(remove_duplicate=False))
-        deltas: dict[str, dict[int, Tensor]] = {}
+        deltas: dict[str, dict[int, tuple[Tensor, Tensor | None]]] = {}
         merged: dict[str, Tensor] = {}
         for module in self.modules():
             scale = self.scale[module] if isinstance(self.scale, dict) else self.scale
@@ -169,16 +169,15 @@ class Oracle:
             # transformers holds the experts of a layer in one tensor; all else has its own.
             if ".experts." not in module:
                 whole = weights[f"{module}.weight"] + delta
-                if magnitude is not None:
-                    # DoRA (2402.09353): the norm of a row is taken for a constant, section 4.3.
-                    norms = whole.detach().norm(dim=1)
-                    whole = (magnitude / norms)[:, None] * whole
-                merged[f"{module}.weight"] = whole
+                merged[f"{module}.weight"] = with_magnitude(whole, magnitude)
                 continue
             stem, rest = module.split(".experts.")
             expert, projection = rest.split(".")
             projection = PARTS.get(projection, projection)
-            deltas.setdefault(f"{stem}.experts.{projection}", {})[int(expert)] = delta
+            deltas.setdefault(f"{stem}.experts.{projection}", {})[int(expert)] = (
+                delta,
+                magnitude,
+            )
         # Gate and up are one tensor there: what belongs to a layer's experts is put together first.
         stems = {key.rsplit(".", 1)[0] for key in deltas}
         for stem in stems:
@@ -189,8 +188,11 @@ class Oracle:
                 if projection.startswith(stem + "."):
                     name = projection.removeprefix(stem + ".")
                     # Names of a file come in the order of text: expert 10 before expert 2.
-                    in_order = [of_experts[e] for e in range(len(of_experts))]
-                    parts[name] = parts[name] + torch.stack(in_order)
+                    in_order = []
+                    for expert, weight in enumerate(parts[name]):
+                        delta, magnitude = of_experts[expert]
+                        in_order.append(with_magnitude(weight + delta, magnitude))
+                    parts[name] = torch.stack(in_order)
             merged[f"{stem}.gate_up_proj"] = torch.cat(
                 [parts["gate_proj"], parts["up_proj"]], dim=1
             )
@@ -364,6 +366,15 @@ class Oracle:
             exp_avg[name] = optimizer.state[t]["exp_avg"]
             exp_avg_sq[name] = optimizer.state[t]["exp_avg_sq"]
         return Trained(losses, norms, gradients, adapter, exp_avg, exp_avg_sq, uneven)
+
+
+def with_magnitude(whole: Tensor, magnitude: Tensor | None) -> Tensor:
+    """The rows of ``W + s B A`` with these lengths, if there are any (DoRA, 2402.09353)."""
+    if magnitude is None:
+        return whole
+    # The norm of a row is taken for a constant, section 4.3.
+    norms = whole.detach().norm(dim=1)
+    return (magnitude / norms)[:, None] * whole
 
 
 def mismatched(sample: Any, other: Any) -> Any:

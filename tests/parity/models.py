@@ -58,9 +58,11 @@ ADAPTERS: dict[str, LoRAConfig] = {
     "router": LoRAConfig(rank=4, alpha=12.0, target_modules=[*NAMES, "gate", "lm_head"]),
     "some": LoRAConfig(rank=4, alpha=12.0, target_modules=["k_proj", "up_proj", "o_proj"],
                        layers="1-"),
-    # DoRA, on dense linears: ``adapter`` takes those of MLPs out where they are experts'.
+    # DoRA on all linears, with norms of each expert, and on some of them.
     "dora": LoRAConfig(rank=4, alpha=12.0, target_modules=NAMES, use_dora=True,
-                       rank_pattern={"q_proj": 3, "v_proj": 5}),
+                       rank_pattern={"q_proj": 3, "v_proj": 5, "up_proj": 2}),
+    "some dora": LoRAConfig(rank=4, alpha=12.0, target_modules=[*NAMES, "gate", "lm_head"],
+                            use_dora=["q_proj", "o_proj", "up_proj"]),
     # A and B beside a pair that stays as it is, which the grid draws as it draws them.
     "begun": LoRAConfig(rank=4, alpha=12.0, target_modules=[*NAMES, "gate"], init="olora",
                         rank_pattern={"q_proj": 3, "v_proj": 5, "up_proj": 2}),
@@ -89,8 +91,6 @@ def adapter(name: str, shape: ModelShape) -> LoRAConfig:
     # Without experts there is nothing to share, and asking for it is an error.
     if not shape.moe_layers:
         lora = replace(lora, share_outer=False)
-    if lora.use_dora and shape.moe_layers:
-        return replace(lora, target_modules=NAMES[:4])
     if shape.moe_layers or "gate" not in lora.target_modules:
         return lora
     # A target that matches nothing is an error, so it cannot stay.

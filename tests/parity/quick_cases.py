@@ -107,6 +107,11 @@ QUICK = (
     Case(4, pp=2, vpp=2, tp=2, model="dense", adapter="dora", micro=PACKED),
     Case(4, tp=2, cp=2, model="tied", adapter="dora", micro=PACKED, recompute="full1+selective"),
     Case(4, pp=2, ep=2, model="mixed", adapter="dora", objective="dpo"),
+    # Of each expert, also of those without tokens; DoRA beside plain linears.
+    Case(2, ep=2, model="idle", adapter="dora", recompute="full"),
+    Case(2, tp=2, etp=2, adapter="some dora", micro=PACKED, recompute="selective"),
+    Case(4, pp=2, vpp=2, ep=2, model="7 layers", adapter="some dora", micro=3, stages="uneven"),
+    Case(4, cp=2, ep=2, model="shared", adapter="some dora", micro=PACKED, objective="kto"),
     # A score head in place of lm_head: tied or not, its row on one context-parallel rank or two.
     Case(1, model="tied", micro=3, objective="reward"),
     Case(2, cp=2, ep=2, micro=PACKED, objective="reward"),

@@ -86,6 +86,7 @@ class Case:
     """Whether a loss keeps experts evenly used."""
     share_outer: bool = False
     init: str = "lora"
+    dora: bool = False
 
     @property
     def name(self) -> str:
@@ -95,6 +96,7 @@ class Case:
         name += " balanced" if self.balanced else ""
         name += " dropout" if self.dropout else ""
         name += "" if self.init == "lora" else f" {self.init}"
+        name += " dora" if self.dora else ""
         return f"{name} share outer" if self.share_outer else name
 
     def config(self, folder: Path, chats: Path) -> RunConfig:
@@ -107,7 +109,8 @@ class Case:
         config = make_config(
             base, chats, folder / "run", self.parallel, self.recompute,
             lora=LoRAConfig(
-                rank=RANK, dropout=self.dropout, share_outer=self.share_outer, init=self.init
+                rank=RANK, dropout=self.dropout, share_outer=self.share_outer, init=self.init,
+                use_dora=self.dora,
             ),
             dtype=self.dtype, router_aux_loss_coef=0.01 * self.balanced, **sizes
         )  # fmt: skip

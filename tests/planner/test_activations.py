@@ -134,6 +134,8 @@ CASES = [
     ("tiny", 2, {"tp": 2, "ep": 2}, BEGUN),
     pytest.param("tiny", 1, {}, BEGUN, marks=pytest.mark.slow),
     pytest.param("everything", 2, {"pp": 2}, BEGUN, marks=pytest.mark.slow),
+    pytest.param("tiny", 2, {"tp": 2, "ep": 2}, DORA, marks=pytest.mark.slow),
+    pytest.param("tiny", 4, {"tp": 2, "ep": 2, "etp": 2}, DORA, marks=pytest.mark.slow),
     # Keys and values of the whole row, on heads with a norm and without.
     ("tiny", 2, {"cp": 2, "ep": 2}, DEFAULT),
     pytest.param("tiny", 2, {"cp": 2}, EXPERTS, marks=pytest.mark.slow),

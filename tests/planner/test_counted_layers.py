@@ -153,6 +153,14 @@ SHARED = (
     Case("qwen3_moe", "tp2 ep2 etp2", EVERYTHING, "full", share_outer=True),
 )
 """Experts that share A of gate and up and B of down."""
+WITH_DORA = (
+    Case("qwen3_moe", "one rank", EVERYTHING, "off", dora=True),
+    Case("qwen3_moe", "one rank", "mlp.experts.down", "selective", dora=True),
+    Case("qwen3_moe", "tp2 ep2 etp2", EVERYTHING, "full", dora=True),
+    # Magnitudes of q alone.
+    Case("qwen2_moe", "tp2", NOTHING, "off", dora=True),
+)
+"""Rows of dense linears and of experts that are scaled, also beside some that are not."""
 
 
 def cases_asked_for(item: pytest.Item) -> Iterator[Case]:
@@ -225,6 +233,12 @@ def test_dropout(case: Case, quick: dict[str, Any]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("case", SHARED, ids=lambda case: case.name)
 def test_share_outer(case: Case, quick: dict[str, Any]) -> None:
+    compare([case], quick)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", WITH_DORA, ids=lambda case: case.name)
+def test_dora(case: Case, quick: dict[str, Any]) -> None:
     compare([case], quick)
 
 

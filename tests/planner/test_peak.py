@@ -66,6 +66,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.param(Case(2, {"ep": 2}, share_outer=True), marks=pytest.mark.slow),
         pytest.param(Case(2, {"tp": 2, "ep": 2}, share_outer=True), marks=pytest.mark.slow),
         pytest.param(Case(2, {"ep": 2}, dropout=0.3, share_outer=True), marks=pytest.mark.slow),
+        # Experts whose rows are scaled: down is computed again, beside the gradients of its rows.
+        pytest.param(Case(1, {}, dora=True), marks=pytest.mark.slow),
+        pytest.param(Case(1, {}, recompute="selective", dora=True), marks=pytest.mark.slow),
+        pytest.param(Case(2, {"ep": 2}, recompute="full", dora=True), marks=pytest.mark.slow),
+        pytest.param(Case(1, {}, model="dense", dora=True), marks=pytest.mark.slow),
     ],
     ids=lambda case: case.name,
 )

@@ -8,7 +8,7 @@ from typing import Any
 
 from megalora.config import LoRAConfig
 from megalora.lora.select import resolve
-from megalora.lora.spec import Adapted
+from megalora.lora.spec import Adapted, has_dora
 from megalora.model.families import FAMILIES, layer_projections
 from megalora.model.fields import model_shape
 from megalora.model.projections import HEAD, Projection
@@ -47,6 +47,8 @@ class Case:
     dtype: str = "bfloat16"
     dropout: bool = False
     share_outer: bool = False
+    dora: bool = False
+    """On every linear that may have it."""
 
     @property
     def name(self) -> str:
@@ -56,6 +58,8 @@ class Case:
             words.append("dropout")
         if self.share_outer:
             words.append("share outer")
+        if self.dora:
+            words.append("dora")
         return ", ".join(words)
 
     @property
@@ -75,9 +79,11 @@ class Case:
 
     def adapted(self) -> list[Adapted]:
         shape = model_shape(config_of(self.family))
+        with_dora = [p.name for p in projections(shape) if has_dora(p)]
         lora = LoRAConfig(
-            rank=RANK, alpha=8.0, target_modules=targets(shape), share_outer=self.share_outer
-        )
+            rank=RANK, alpha=8.0, target_modules=targets(shape), share_outer=self.share_outer,
+            use_dora=list(dict.fromkeys(with_dora)) if self.dora else False,
+        )  # fmt: skip
         found = resolve(lora, shape)
         if self.adapters == NOTHING:
             return [a for a in found if a.name == "q_proj" and a.layer == 0]
@@ -160,6 +166,7 @@ def cases_of(family: str) -> Iterator[Case]:
                 if shape.moe_layers or "ep" not in layout:
                     yield Case(family, layout, adapters, recompute)
                     yield Case(family, layout, adapters, recompute, dropout=True)
+                    yield Case(family, layout, adapters, recompute, dora=True)
         for module in modules(shape):
             yield Case(family, "one rank", module, recompute)
             yield Case(family, "one rank", module, recompute, dropout=True)
@@ -168,6 +175,9 @@ def cases_of(family: str) -> Iterator[Case]:
             for layout in ("one rank", "tp2 ep2 etp2"):
                 yield Case(family, layout, EVERYTHING, recompute, share_outer=True)
             yield Case(family, "one rank", "mlp.experts.down", recompute, share_outer=True)
+            for module in ("mlp.experts.gate_up", "mlp.experts.down"):
+                yield Case(family, "one rank", module, recompute, dora=True)
+            yield Case(family, "one rank", EVERYTHING, recompute, many_rows=True, dora=True)
             # Recomputed with dropout, copies lie in an object that torch's hooks do not see.
             if recompute == "off":
                 yield Case(family, "one rank", EVERYTHING, "off", dropout=True, share_outer=True)

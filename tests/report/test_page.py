@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from megalora.report.adapter_norms import measure
 from megalora.report.heat_map import levels_of
@@ -153,6 +154,23 @@ def test_norms_are_those_of_the_products(run: Path) -> None:
     third = norm("mlp.experts.2.gate_proj", 0.5)
     np.testing.assert_allclose(found.experts, [[first, np.nan, third]])
     assert found.expert_layers == [3] and found.left_out == 0
+
+
+def test_magnitudes_take_no_norms_away(run: Path, tmp_path: Path) -> None:
+    """Of DoRA, whose linears have three tensors."""
+    manifest = json.loads((run / "manifest.json").read_text())
+    before = measure(run / "step_000006", manifest)
+    tensors = factors()
+    for name in list(tensors):
+        if name.endswith(".lora_B.weight"):
+            magnitude = name.replace("lora_B.weight", "lora_magnitude_vector")
+            tensors[magnitude] = torch.ones(len(tensors[name]))
+    shutil.copytree(run / "step_000006", tmp_path / "step")
+    save_file(tensors, tmp_path / "step" / "adapter_model.safetensors")
+    after = measure(tmp_path / "step", manifest)
+    np.testing.assert_array_equal(after.dense, before.dense)
+    np.testing.assert_array_equal(after.experts, before.experts)
+    assert after.left_out == before.left_out == 0
 
 
 def test_nothing_comes_from_outside(run: Path) -> None:

@@ -19,6 +19,8 @@ from tests.parity.runs import make_config, records
 DORA = LoRAConfig(
     rank=4, alpha=12.0, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], use_dora=True
 )
+ON_EXPERTS = LoRAConfig(rank=4, alpha=12.0, use_dora=True)
+IN_PARTS = LoRAConfig(rank=4, alpha=12.0, use_dora=["q_proj", "up_proj", "down_proj"])
 WEIGHTS = "adapter_model.safetensors"
 OPTIMIZER = "training_state/optimizer.safetensors"
 
@@ -27,21 +29,30 @@ def resumed(config: RunConfig, out: Path, at: Path) -> RunConfig:
     return replace(config, checkpoint=CheckpointConfig(dir=str(out), resume=str(at)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("parallel", "rest"),
+    ("lora", "parallel", "rest"),
     [
-        pytest.param({}, {"tp": 2, "ep": 2}, marks=pytest.mark.slow),
-        pytest.param({"tp": 2, "pp": 2}, {"pp": 2, "vpp": 2}, marks=pytest.mark.slow),
+        (DORA, {}, {"tp": 2, "ep": 2}),
+        (DORA, {"tp": 2, "pp": 2}, {"pp": 2, "vpp": 2}),
+        # Experts: each rank has others, and parts of the rows of gate and up.
+        (ON_EXPERTS, {"tp": 2, "ep": 2, "etp": 2}, {"ep": 2}),
+        (IN_PARTS, {}, {"tp": 2, "etp": 2}),
     ],
 )
 def test_a_run_goes_on_in_another_layout(
-    parallel: dict[str, int], rest: dict[str, int], tiny: Path, chats: Path, tmp_path: Path
+    lora: LoRAConfig,
+    parallel: dict[str, int],
+    rest: dict[str, int],
+    tiny: Path,
+    chats: Path,
+    tmp_path: Path,
 ) -> None:
     """From the saved magnitudes, and from the norms of the saved A and B, which no file has."""
-    config = make_config(tiny, chats, tmp_path / "whole", parallel, lora=DORA, steps=3, lr=1e-2)
+    config = make_config(tiny, chats, tmp_path / "whole", parallel, lora=lora, steps=3, lr=1e-2)
     checkpoint = CheckpointConfig(dir=str(tmp_path / "whole"), every=2)
     run_ranks(train, 4 if "tp" in parallel else 1, replace(config, checkpoint=checkpoint))
-    other = make_config(tiny, chats, tmp_path / "rest", rest, lora=DORA, steps=3, lr=1e-2)
+    other = make_config(tiny, chats, tmp_path / "rest", rest, lora=lora, steps=3, lr=1e-2)
     run_ranks(train, 2, resumed(other, tmp_path / "rest", tmp_path / "whole/step_000002"))
     # Sums in another order; the norms of before the steps would be 1e-3 and more off.
     found = records(tmp_path / "rest", "loss")

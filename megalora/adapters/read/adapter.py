@@ -11,12 +11,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from megalora.adapters.files import CONFIG, read_config
+from megalora.adapters.files import CONFIG, parts_of, read_config
 from megalora.adapters.read.banks import BANKS, bank_factors, bank_linears, is_fused
 from megalora.adapters.read.copies import check_copies, copies_in
 from megalora.adapters.read.linears import Adapter, Linears
 from megalora.adapters.read.named_tensors import checked, factor_of, score_of
 from megalora.adapters.read.options import refuse_variants
+from megalora.adapters.read.parts import together
 from megalora.adapters.read.rules import Rules
 from megalora.adapters.read.stacked import DOWN, GATE_UP, ColumnOrder, Factors, StackedFile
 from megalora.adapters.read.weights import AdapterWeights
@@ -62,6 +63,8 @@ def read_adapter(
             compared, if it has any.
         score: whether a score head in place of lm_head is read too, or refused.
     """
+    if parts := parts_of(folder):
+        return together(folder, [read_adapter(part, shape, order, base) for part in parts])
     config = read_config(folder)
     refuse_variants(folder / CONFIG, config, score=score)
     weights = AdapterWeights(folder)
@@ -86,14 +89,11 @@ def read_adapter(
         tensor = checked(weights, name, 3 if groups.is_bank(module) else 2)
         if not groups.take(module, factor, name, tensor):
             linears.add(module, factor, tensor, also=[TINKER_HEAD] if TINKER_HEAD in name else [])
-    stacked = StackedFile(weights.where, config, shape, rules, groups.stacks, order)
-    for layer, projection, factors, scale in stacked.linears():
-        linears.put(layer, projection, factors, scale)
-    _put_banks(linears, groups.banks)
-    _put_fused(linears, groups.fused)
+    _put_groups(
+        linears, groups, StackedFile(weights.where, config, shape, rules, groups.stacks, order)
+    )
     rules.check_targets(linears.factors.keys(), _targetable(linears, shape))
-    use_dora = bool(config.get("use_dora"))
-    return linears.adapter([*notes, *rules.notes()], heads, use_dora=use_dora)
+    return linears.adapter([*notes, *rules.notes()], heads, config)
 
 
 def _targetable(linears: Linears, shape: ModelShape) -> dict[str, tuple[str, ...]]:
@@ -147,6 +147,13 @@ class _Groups:
             )
         named[factor] = (name, tensor)
         return True
+
+
+def _put_groups(linears: Linears, groups: _Groups, stacked: StackedFile) -> None:
+    for layer, projection, factors, scale in stacked.linears():
+        linears.put(layer, projection, factors, scale)
+    _put_banks(linears, groups.banks)
+    _put_fused(linears, groups.fused)
 
 
 def _put_banks(linears: Linears, banks: dict[tuple[int, str], Named]) -> None:

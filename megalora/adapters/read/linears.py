@@ -5,10 +5,11 @@ import difflib
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-from megalora.adapters.files import CONFIG
+from megalora.adapters.files import CONFIG, PART_DORA
 from megalora.adapters.read.banks import fused_linears
 from megalora.adapters.read.rules import Rules
 from megalora.adapters.read.stacked import Factors
@@ -63,7 +64,6 @@ class Linears:
         self.other_names = other_names(shape)
         self.factors: dict[str, dict[FactorName, Tensor]] = defaultdict(dict)
         self.scales: dict[str, float] = {}
-        self.wanted = PLAIN
 
     def add(self, module: str, factor: FactorName, tensor: Tensor, *, also: list[str]) -> None:
         """One factor of one linear. ``also``: other names by which the config may target it."""
@@ -77,12 +77,12 @@ class Linears:
         self._keep(own, {factor: tensor}, scale, [*also, module])
 
     def add_magnitude(self, module: str, name: str, tensor: Tensor) -> None:
-        """DoRA's magnitude of one dense linear."""
+        """DoRA's magnitude of one linear, or of one expert's."""
         own = self.other_names.get(module, module)
         if own not in self.known or not has_dora(self.known[own][0]):
             raise ValueError(
-                f"{self.where}: {name} is a magnitude, and megalora has DoRA on attention, dense"
-                " MLPs and shared experts alone"
+                f"{self.where}: {name} is a magnitude, and megalora has DoRA on attention, MLPs,"
+                " shared experts and each routed expert, under their own names"
             )
         self._check_shape(own, "M", tensor, 1)
         if "M" in self.factors[own]:
@@ -151,9 +151,11 @@ class Linears:
         nearest = f"; the nearest is {close[0]}" if close else ""
         return f"{module} is not a linear layer of this base model{nearest}"
 
-    def adapter(self, notes: list[str], heads: dict[str, Tensor], *, use_dora: bool) -> Adapter:
-        """Everything that came in, as one adapter, if it fits together; ``heads`` go with it."""
-        self.wanted = WITH_MAGNITUDE if use_dora else PLAIN
+    def adapter(
+        self, notes: list[str], heads: dict[str, Tensor], config: dict[str, Any]
+    ) -> Adapter:
+        """Everything that came in, as one adapter, if it fits together; ``heads`` go with it, and
+        ``config`` says which linears have magnitudes."""
         adapted: list[Adapted] = []
         tensors: dict[str, Tensor] = {}
         absent: list[str] = []
@@ -162,19 +164,29 @@ class Linears:
             if module in self.factors:
                 groups[projection, layer].append(module)
         for (projection, layer), modules in groups.items():
-            a = self._one(projection, layer, modules)
+            has_dora = bool(config.get("use_dora"))
+            # Those that a magnitude came in for.
+            if config["peft_type"] == PART_DORA:
+                has_dora = any("M" in self.factors[module] for module in modules)
+            a = self._one(projection, layer, modules, WITH_MAGNITUDE if has_dora else PLAIN)
             adapted.append(a)
             for module in a.hf_modules():
                 # An expert without factors beside others that have some: zeros, and named.
                 if module not in self.factors:
                     absent.append(module)
-                for factor in self.wanted:
+                for factor in a.factors:
                     tensors[tensor_name(module, factor)] = self._tensor(module, factor, a)
         if not adapted:
             raise ValueError(f"{self.where} holds no LoRA factor: it would be the base model")
         return Adapter(self.weights.folder, adapted, tensors | heads, absent, notes)
 
-    def _one(self, projection: Projection, layer: int | None, modules: list[str]) -> Adapted:
+    def _one(
+        self,
+        projection: Projection,
+        layer: int | None,
+        modules: list[str],
+        wanted: tuple[FactorName, ...],
+    ) -> Adapted:
         ranks = set()
         scales = set()
         for module in modules:
@@ -184,11 +196,11 @@ class Linears:
                     raise ValueError(
                         f"{self.where} has lora_{present} of {module} and lacks its lora_{lacking}"
                     )
-            if ("M" in factors) != ("M" in self.wanted):
+            if ("M" in factors) != ("M" in wanted):
                 has = "has" if "M" in factors else "lacks"
                 raise ValueError(
                     f"{self.where} {has} the magnitude of {module}, and use_dora in {CONFIG} is"
-                    f" {'true' if 'M' in self.wanted else 'false'}"
+                    f" {'true' if 'M' in wanted else 'false'}"
                 )
             ranks.add(factors["A"].shape[0])
             scales.add(self.scales[module])
@@ -200,7 +212,14 @@ class Linears:
             )
         rank = ranks.pop()
         scale = scales.pop()
-        return make_adapted(projection, layer, rank, scale * rank, scale, self.shape, self.wanted)
+        a = make_adapted(projection, layer, rank, scale * rank, scale, self.shape, wanted)
+        # Zeros would do nothing as an A and a B, but take away a weight as its magnitude.
+        if "M" in wanted and len(modules) < len(a.hf_modules()):
+            raise ValueError(
+                f"{self.where} has {projection.name} of {len(modules)} of the"
+                f" {len(a.hf_modules())} experts in layer {layer}; with DoRA all have magnitudes"
+            )
+        return a
 
     def _tensor(self, module: str, factor: FactorName, a: Adapted) -> Tensor:
         if module in self.factors:

@@ -4,9 +4,10 @@ it where."""
 from dataclasses import dataclass
 from typing import Any
 
+from megalora.adapters.files import PARTS
 from megalora.adapters.write.engines import ENGINES, VLLM_RANKS, vllm_max_rank
 from megalora.hf.tensor_names import within_layer
-from megalora.lora.spec import Adapted, has_magnitudes
+from megalora.lora.spec import Adapted, has_magnitudes, in_parts
 
 _HARMLESS = (
     'PEFT 0.21 may warn of `rank_pattern` and `alpha_pattern` keys that "did not match any targeted'
@@ -62,6 +63,8 @@ def _what(facts: Facts) -> str:
         run = None  # an imported adapter that was not trained on
     made = "trained with megalora" if run else "made elsewhere and exported by megalora"
     method = "DoRA" if has_magnitudes(facts.adapted) else "LoRA"
+    if in_parts(facts.adapted):
+        method = "DoRA and LoRA"
     lines = [f"# {facts.folder_name}", "", f"A {method} adapter for `{facts.base}`, {made}."]
     if run:
         config = run["config"]
@@ -225,8 +228,7 @@ def _loading(facts: Facts) -> str:
             "## transformers and PEFT\n\n```python\nfrom peft import PeftModel\nfrom transformers"
             " import AutoModelForCausalLM\n\n"
             f'base = AutoModelForCausalLM.from_pretrained("{facts.base}")\n'
-            f'model = PeftModel.from_pretrained(base, "{facts.folder_name}")\n```'
-            f"\n\n{_HARMLESS}"
+            f"{_peft_model(facts)}\n```\n\n{_HARMLESS}"
         )
     # vLLM serves no adapter of a larger rank: better no command than one that fails.
     if has_magnitudes(facts.adapted):
@@ -250,6 +252,21 @@ def _loading(facts: Facts) -> str:
             f" --lora-paths {facts.folder_name}=./{facts.folder_name}\n```"
         )
     return "\n\n".join(sections)
+
+
+def _peft_model(facts: Facts) -> str:
+    """Python lines that make PEFT's model of ``base``; of two folders where only some linears have
+    DoRA, for PEFT has it on all that a folder adapts, or on nothing."""
+    folder = facts.folder_name
+    if not in_parts(facts.adapted):
+        return f'model = PeftModel.from_pretrained(base, "{folder}")'
+    first, second = PARTS
+    return (
+        "# Half of the adapter each: both must act.\n"
+        f'model = PeftModel.from_pretrained(base, "{folder}/{first}", adapter_name="{first}")\n'
+        f'model.load_adapter("{folder}/{second}", adapter_name="{second}")\n'
+        f'model.base_model.set_adapter(["{first}", "{second}"])'
+    )
 
 
 def _loading_scores(facts: Facts) -> str:

@@ -94,11 +94,8 @@ def check_engine(name: EngineName, layout: str, adapted: list[Adapted], shape: M
             " a magnitude for each row does. Merge it into the base: megalora merge"
         )
     experts = [a for a in adapted if a.projection.is_expert]
-    if name == "peft" and _dora_beside(adapted, shape):
-        raise ValueError(
-            f"{engine.title} takes DoRA on attention alone in a model with routed experts, and this"
-            " adapter has it on an MLP. Merge it into the base: megalora merge"
-        )
+    if name == "peft":
+        check_dora(adapted, shape)
     if name == "peft" and not loads_in_peft(layout, adapted, shape):
         raise ValueError(
             f"{engine.title} cannot load adapters of {shape.model_type}'s experts, one for each:"
@@ -106,6 +103,17 @@ def check_engine(name: EngineName, layout: str, adapted: list[Adapted], shape: M
         )
     if name == "sglang":
         _check_sglang(engine, experts, shape)
+
+
+def check_dora(adapted: list[Adapted], shape: ModelShape) -> None:
+    """Raise ``ValueError`` for DoRA that no file carries to an engine: PEFT has none on parameters,
+    which experts are in transformers 5, and servers have none at all."""
+    if _dora_beside(adapted, shape):
+        raise ValueError(
+            f"{ENGINES['peft'].title} takes DoRA on attention alone in a model with routed experts,"
+            " whose MLPs it adapts as parameters, and this adapter has it on an MLP. Merge it into"
+            " the base: megalora merge"
+        )
 
 
 def _check_sglang(engine: Engine, experts: list[Adapted], shape: ModelShape) -> None:

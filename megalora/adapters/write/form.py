@@ -30,12 +30,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megalora.adapters.as_plain import as_plain, plain_form
-from megalora.adapters.files import CONFIG, WEIGHTS
+from megalora.adapters.files import CONFIG, LORA, PART_DORA, WEIGHTS
 from megalora.adapters.read.stacked import DOWN, GATE_UP, Factors, pack, stacked_factors
 from megalora.adapters.write.engines import FileFormat
 from megalora.hf.tensor_names import SCORE, experts_block, within_layer
 from megalora.lora.section import most_common, without_noise
-from megalora.lora.spec import PLAIN, Adapted, make_adapted, tensor_name
+from megalora.lora.spec import (
+    PLAIN,
+    Adapted,
+    has_magnitudes,
+    in_parts,
+    make_adapted,
+    tensor_name,
+)
 from megalora.lora.trained_weight import TrainedWeight, trained_weights
 from megalora.model.families import layer_projections
 from megalora.model.projections import DENSE_MLP, SHARED_EXPERT, SHARED_EXPERTS, Projection
@@ -190,11 +197,13 @@ def peft_config(
     whole: Sequence[TrainedWeight] = (),
     *,
     use_dora: bool = False,
+    peft_type: str = LORA,
 ) -> dict[str, Any]:
     """``adapter_config.json``; what deviates from r and lora_alpha becomes a pattern.
 
     Args:
         whole: weights that are trained whole.
+        peft_type: one of ``files.py``.
     """
     default = [e for e in entries if e.decides_default] or entries
     rank, alpha = most_common([(e.rank, e.alpha) for e in default])
@@ -220,7 +229,7 @@ def peft_config(
     # PEFT makes a classifier of the base where it reads this.
     task = "SEQ_CLS" if SCORE in saved else "CAUSAL_LM"
     return {
-        "peft_type": "LORA", "task_type": task, "base_model_name_or_path": base,
+        "peft_type": peft_type, "task_type": task, "base_model_name_or_path": base,
         "inference_mode": True,
         "r": rank, "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none", "use_rslora": False,
         "use_dora": use_dora,
@@ -323,8 +332,10 @@ def write_adapter(
     for weight in whole:
         tensors[weight.tensor] = trained[weight.tensor].contiguous()
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    # PEFT has DoRA on all that a folder adapts, or on nothing.
-    config = peft_config(entries, base, whole, use_dora="M" in adapted[0].factors)
+    # PEFT has DoRA on all that a folder adapts, zeros included, or on nothing.
+    peft_type = PART_DORA if in_parts(written) else LORA
+    has_dora = has_magnitudes(written)
+    config = peft_config(entries, base, whole, use_dora=has_dora, peft_type=peft_type)
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     return padded(pairs)
 

@@ -1,0 +1,30 @@
+"""Write an adapter of which only some linears have DoRA as the two folders that PEFT loads at
+once."""
+
+from pathlib import Path
+
+from torch import Tensor
+
+from megalora.adapters.files import PARTS
+from megalora.adapters.write.engines import FileFormat
+from megalora.adapters.write.form import write_adapter
+from megalora.lora.spec import Adapted
+from megalora.model.shape import ModelShape
+
+
+def write_in_parts(
+    folder: Path, adapted: list[Adapted], shape: ModelShape, trained: dict[str, Tensor], base: str,
+    layout: FileFormat = "per_expert",
+) -> list[str]:  # fmt: skip
+    """``write_adapter``, in two folders where only some linears have DoRA: PEFT has it on all that
+    a folder adapts, or on nothing."""
+    halves: dict[str, list[Adapted]] = {name: [] for name in PARTS}
+    for a in adapted:
+        halves["dora" if "M" in a.factors else "lora"].append(a)
+    if not all(halves.values()):
+        return write_adapter(folder, adapted, shape, trained, base, layout)
+    zeros: set[str] = set()
+    for name, half in halves.items():
+        (folder / name).mkdir()
+        zeros.update(write_adapter(folder / name, half, shape, trained, base, layout))
+    return sorted(zeros)
