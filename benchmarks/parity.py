@@ -41,7 +41,7 @@ from tests.parity.case import (
     save_expected,
 )
 from tests.parity.grid import STEPS, Case, full_grid
-from tests.parity.models import MODELS, arch_of, make_model
+from tests.parity.models import MODELS, arch_of, make_model, make_teacher
 
 AT_ONCE = 2
 """Number of cases that run at once; a large one has up to 8 processes already."""
@@ -172,6 +172,7 @@ def float32(laboratory: Laboratory, cases: list[Case]) -> list[dict[str, Any]]:
     for model in MODELS:
         if model in wanted:
             make_model(model, laboratory.base(model))
+            make_teacher(laboratory.base(model))
     questions = one_of_each_question(cases)
     # In processes of their own: each leaves its memory to the next, and they run two at a time.
     jobs = [(case, laboratory.ask_oracle, (case,)) for case in questions]

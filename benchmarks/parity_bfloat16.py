@@ -30,7 +30,7 @@ from tests.parity.case import (
     run_case,
 )
 from tests.parity.grid import SHORT, Case, full_grid
-from tests.parity.models import make_model
+from tests.parity.models import make_model, make_teacher
 from tests.parity.quick_cases import QUICK
 
 DTYPE = "bfloat16"
@@ -55,6 +55,7 @@ def compare(
     base = folder / f"base {case.model}, {DTYPE}"
     if not base.exists():
         in_bfloat16(make_model(case.model, base))
+        in_bfloat16(make_teacher(base))
     # Both start from the same checkpoint, so only the arithmetic between them differs.
     exact = expected(case, SHORT, base, chats, DTYPE)
     plain = deviations(expected(case, SHORT, base, chats, DTYPE, torch.bfloat16), exact)

@@ -36,7 +36,7 @@ from tests.forked import forked
 from tests.parity.built import random_factors
 from tests.parity.case import LIMITS
 from tests.parity.grid import Case
-from tests.parity.models import MODELS, arch_of, make_model, shape_of
+from tests.parity.models import MODELS, arch_of, make_model, make_teacher, shape_of
 
 RESULTS = Path("benchmarks/results/support.json")
 LAYOUTS: tuple[dict[str, Any], ...] = (
@@ -120,6 +120,7 @@ def rows_of(family: str, laboratory: Laboratory, with_vllm: bool) -> list[dict[s
     """One row for each layout and for each claim about others' programs."""
     cases = cases_of(family)
     make_model(cases[0].model, laboratory.base(cases[0].model))
+    make_teacher(laboratory.base(cases[0].model))
     # The oracle's answers have to be there before the layouts run.
     questions = [(c, laboratory.ask_oracle, (c,)) for c in one_of_each_question(cases)]
     for _ in forked(questions, AT_ONCE):

@@ -17,6 +17,7 @@ from megalora.hf.hub import check_data_set, check_model
 from megalora.hf.json_file import read_hf_config
 from megalora.lora.select import plan
 from megalora.model.fields import model_shape
+from megalora.model.second_model import plan_second
 from megalora.paths import check_folder_to_write
 from megalora.train.trackers import check_installed
 
@@ -42,6 +43,7 @@ def check_run(path: str | Path, overrides: Sequence[str], num_ranks: int) -> Run
         plan(config.lora, config.parallel, base, config.train, scores)
     else:
         check_model(config.model.path, "model.path")
+    check_teacher(config, base)
     # Last, for the hub may take long to answer.
     check_hub_data(named_data(config))
     return config
@@ -77,10 +79,25 @@ def check_inputs(config: RunConfig) -> None:
     """Raise ``ValueError`` unless the model and the data that a config names are there; names on
     the hub are left alone."""
     check_model_path(config.model.path)
+    if config.objective.teacher_model is not None:
+        check_model_path(config.objective.teacher_model, "objective.teacher")
     for _, source in named_data(config):
         file = locate(source).file
         if file is not None and not os.access(file, os.R_OK):
             raise ValueError(f"{file} cannot be read: no permission")
+
+
+def check_teacher(config: RunConfig, base: Path) -> None:
+    """Raise ``ValueError`` unless a teacher's folder has the base's tokens and fits the layout; of
+    a name on the hub, unless the hub has it."""
+    name = config.objective.teacher_model
+    if name is None:
+        return
+    check_model_path(name, "objective.teacher")
+    if not Path(name).is_dir():
+        check_model(name, "objective.teacher")
+    elif base.is_dir():
+        plan_second(config.parallel, Path(name), base)
 
 
 def check_hub_data(named: list[tuple[str, str]]) -> None:
@@ -106,14 +123,14 @@ def named_data(config: RunConfig) -> list[tuple[str, str]]:
     return named
 
 
-def check_model_path(name: str) -> None:
-    """Raise ``ValueError`` for a ``model.path`` that is neither a folder of a Hugging Face model
-    nor a name that the hub may have."""
+def check_model_path(name: str, option: str = "model.path") -> None:
+    """Raise ``ValueError`` for a name that is neither a folder of a Hugging Face model nor one that
+    the hub may have; ``option`` is what it was given by."""
     path = Path(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ValueError(f"model.path={path}: there is no config.json in this folder")
+            raise ValueError(f"{option}={path}: there is no config.json in this folder")
     elif path.exists():
-        raise ValueError(f"model.path={path} is a file; name the folder of a Hugging Face model")
+        raise ValueError(f"{option}={path} is a file; name the folder of a Hugging Face model")
     elif is_written_as_path(name):
-        raise ValueError(f"model.path={name}: no such folder")
+        raise ValueError(f"{option}={name}: no such folder")

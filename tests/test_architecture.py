@@ -59,7 +59,7 @@ wherever in a file it stands."""
 MEGATRON_SEAM = (
     "megalora/host.py", "megalora/megatron_patches.py", "megalora/parallel.py", "megalora/model/",
     "megalora/lora/inject.py", "megalora/train/loop.py", "megalora/train/known_shapes.py",
-    "megalora/train/step.py",
+    "megalora/train/schedule.py", "megalora/train/step.py",
     "megalora/train/optim.py",
 )  # fmt: skip
 WITHOUT_TORCH = (
@@ -82,6 +82,7 @@ WITHOUT_TORCH = (
     "megalora/hf/tensor_names.py", "megalora/model/__init__.py", "megalora/model/shape.py",
     "megalora/model/fields.py", "megalora/model/rope_fields.py", "megalora/model/account.py",
     "megalora/model/stored_tensors.py", "megalora/model/head_chunk.py",
+    "megalora/model/second_model.py", "megalora/hf/vocabulary.py",
     "megalora/model/projections.py", "megalora/model/formats/", "megalora/model/families/",
     "megalora/train/__init__.py", "megalora/train/__main__.py", "megalora/train/run_files.py",
     "megalora/train/run_logs.py", "megalora/train/expert_tokens.py", "megalora/report/",

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megalora.config.checks import require
+from megalora.paths import expand
 
 _OPTIONS = {
     "sft": (),
@@ -13,6 +14,7 @@ _OPTIONS = {
     "kto": ("beta", "desirable_weight", "undesirable_weight", "reference"),
     "reward": ("centre",),
     "classify": ("num_labels", "labels"),
+    "distill": ("teacher", "divergence", "temperature", "beta", "sft_weight"),
 }
 """Options that an objective reads; another one that is set would do nothing."""
 _PAIRS = ("dpo", "simpo", "orpo", "reward")
@@ -25,14 +27,15 @@ MOST_LABELS = 1 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    name: Literal["sft", "dpo", "simpo", "orpo", "kto", "reward", "classify"] = "sft"
+    name: Literal["sft", "dpo", "simpo", "orpo", "kto", "reward", "classify", "distill"] = "sft"
     """``sft``: cross entropy of the assistant's tokens. ``dpo``, ``simpo``, ``orpo`` and ``reward``
     learn from pairs of a preferred and a rejected answer, of which ``train.global_batch_size``
     counts pairs: ``dpo`` compares with a reference, whose log-probabilities a pass of its own finds
     in every step; the others need none. ``kto`` learns from single answers that are labelled good
     or bad, compared with a reference. ``reward`` and ``classify`` train a score head in place of
     lm_head: ``reward`` gives an answer a number by which the preferred one is to lead
-    (Bradley-Terry), ``classify`` gives a text or a conversation one of several labels."""
+    (Bradley-Terry), ``classify`` gives a text or a conversation one of several labels. ``distill``
+    learns the next-token distributions of ``objective.teacher`` at the assistant's tokens."""
     reference: Literal["base", "start"] = "base"
     """Of ``dpo`` and ``kto``, what the model is compared with: ``base``, with the adapters switched
     off, or ``start``, the adapter as it was when the run began, such as an imported one. A second
@@ -44,13 +47,15 @@ class ObjectiveConfig:
     beta: float | None = None
     """Of ``dpo`` and ``kto``, how closely the model stays to the reference: higher is closer. Of
     ``simpo``, the scale of the mean log-probabilities; of ``orpo``, the weight of the odds ratio.
-    null is 0.1, and 2 for ``simpo``."""
+    Of ``distill`` with ``objective.divergence: jsd``, the teacher's share of the mixture, between 0
+    and 1. null is 0.1, 2 for ``simpo`` and 0.5 for ``distill``."""
     label_smoothing: float = 0.0
     """Share of pairs that are taken to be labelled the wrong way round, below 0.5. For ``simpo``
     and the losses sigmoid and robust."""
     sft_weight: float | None = None
-    """Weight of the cross entropy of the chosen answers, per target token, beside the preference.
-    null is 0, and 1 for ``orpo``."""
+    """Weight of the cross entropy of the chosen answers, per target token, beside the preference;
+    of ``distill``, that of the target tokens, beside the distance from the teacher. null is 0, and
+    1 for ``orpo``."""
     margin: float | None = None
     """Of ``simpo``: by how much the chosen answer is to lead, in ``objective.beta`` times mean
     log-probabilities. null is 0.5."""
@@ -68,6 +73,17 @@ class ObjectiveConfig:
     ones between 1 : 1 and 4 : 3, so weigh up the rarer ones."""
     undesirable_weight: float = 1.0
     """Of ``kto``: weight of the bad answers."""
+    teacher: str | None = None
+    """Of ``distill``: the folder or hub name of a model with the vocabulary of ``model.path``, of
+    any size and family that megalora computes. It is loaded frozen beside the model, in
+    ``model.dtype`` and under the same layout. ``base`` is the model itself with the adapters
+    switched off, without a second model."""
+    divergence: Literal["forward", "reverse", "jsd"] = "forward"
+    """Of ``distill``: ``forward`` is KL(teacher || student), ``reverse`` is KL(student || teacher),
+    ``jsd`` the generalised Jensen-Shannon divergence of GKD, with ``objective.beta``."""
+    temperature: float = 1.0
+    """Of ``distill``: divides the logits of teacher and student; the distance is multiplied by its
+    square."""
 
     def __post_init__(self) -> None:
         # An option that only another objective reads is a mistake: it would do nothing.
@@ -75,7 +91,8 @@ class ObjectiveConfig:
         defaults = {
             "loss": "sigmoid", "beta": None, "label_smoothing": 0, "sft_weight": None,
             "margin": None, "reference": "base", "desirable_weight": 1, "undesirable_weight": 1,
-            "centre": None, "num_labels": None, "labels": None,
+            "centre": None, "num_labels": None, "labels": None, "teacher": None,
+            "divergence": "forward", "temperature": 1,
         }  # fmt: skip
         for option, default in defaults.items():
             value = getattr(self, option)
@@ -108,6 +125,31 @@ class ObjectiveConfig:
         )
         if self.name == "classify":
             self._check_labels()
+        if self.name == "distill":
+            self._check_distillation()
+
+    def _check_distillation(self) -> None:
+        if self.teacher is None:
+            raise ValueError(
+                "objective.name=distill needs objective.teacher: the folder or hub name of a model,"
+                " or base for the model without its adapters"
+            )
+        # Frozen, so not by assignment; "base" stays as it is.
+        object.__setattr__(self, "teacher", expand(self.teacher, "objective.teacher"))
+        require(
+            0 < self.temperature < float("inf"),
+            f"objective.temperature must be above 0, got {self.temperature}",
+        )
+        require(
+            self.beta is None or self.divergence == "jsd",
+            f"objective.beta={self.beta} does nothing for objective.divergence={self.divergence};"
+            " only jsd has it",
+        )
+        require(
+            self.beta is None or self.beta < 1,
+            f"objective.beta={self.beta} must be below 1: with objective.divergence=jsd it is the"
+            " teacher's share of a mixture, of which forward and reverse are the ends",
+        )
 
     def _check_labels(self) -> None:
         names = self.labels
@@ -168,7 +210,14 @@ class ObjectiveConfig:
     def num_references(self) -> int:
         """Passes without gradients in every step, before its own."""
         # Of KTO the model and the reference read mismatched answers, too.
+        if self.teacher == "base":
+            return 1
         return {"dpo": 1, "kto": 3}.get(self.name, 0)
+
+    @property
+    def teacher_model(self) -> str | None:
+        """Folder or hub name of a second model that is in memory; None where there is none."""
+        return None if self.teacher == "base" else self.teacher
 
     @property
     def holds_start(self) -> bool:

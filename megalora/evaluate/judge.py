@@ -24,6 +24,7 @@ from megalora.train.batches import Batches
 from megalora.train.checkpoint.start import start_of
 from megalora.train.references import Start
 from megalora.train.step import Stepper
+from megalora.train.teacher import Teacher, build_teacher
 
 
 def judge(plan: Plan) -> Verdict:
@@ -47,18 +48,19 @@ def judge(plan: Plan) -> Verdict:
         if config.objective.holds_start:
             assert plan.adapter is not None, "plan_of has looked for its start"
             start = start_of(read_state(plan.adapter), model)
+        teacher = build_teacher(config, objective_of(config))
         judged: dict[str, Judged] = {}
         if plan.adapter is not None:
-            judged["adapter"] = _judge_one(plan, model, split, questions, tokenizer, start)
+            judged["adapter"] = _judge_one(plan, model, split, questions, tokenizer, start, teacher)
         # The base in the memory that is there; not zeros everywhere, which magnitudes of DoRA would
         # make of its linears, too.
         with adapters_off(model.chunks):
-            judged["base"] = _judge_one(plan, model, split, questions, tokenizer, start)
+            judged["base"] = _judge_one(plan, model, split, questions, tokenizer, start, teacher)
         # Nothing may refer to the groups when they end.
-        del model, start
+        del model, start, teacher
     return Verdict(
         split.summary(), questions, judged, is_of_pairs=config.objective.pairs,
-        is_of_labels=config.objective.labelled,
+        is_of_labels=config.objective.labelled, is_of_teacher=config.objective.teacher is not None,
     )  # fmt: skip
 
 
@@ -87,17 +89,20 @@ def _judge_one(
     questions: list[Question],
     tokenizer: Any,
     start: Start | None,
+    teacher: Teacher | None,
 ) -> Judged:
     """Loss, and answers where there are questions, of the model as it is now; collective.
 
     Args:
         start: the adapter that the objective compares with.
+        teacher: whose distributions the objective learns.
     """
     # The rows of an evaluation while training, and its step over them.
     batches = Batches(plan.config, model.groups, split, split)
     objective = objective_of(plan.config)
     stepper = Stepper(model.chunks, model.groups, objective)
     stepper.start = start
+    stepper.teacher = teacher
     values, count = stepper.evaluate_all(batches.of_eval(), batches.mismatched_of_eval())
     loss = values.pop(objective.evaluated[0])
     if not questions:

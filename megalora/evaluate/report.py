@@ -28,6 +28,8 @@ def text_of(plan: Plan, verdict: "Verdict") -> str:
             head += f"{'accuracy':>12}{'margin':>12}{'pairs':>15}"
         elif verdict.is_of_labels:
             head += f"{'kl':>12}{'good reward':>13}{'bad reward':>13}{'samples':>15}"
+        elif verdict.is_of_teacher:
+            head += f"{'divergence':>12}{'cross entropy':>15}{'target tokens':>15}"
         else:
             head += f"{'perplexity':>12}{'target tokens':>15}"
         lines.append(head)
@@ -65,6 +67,9 @@ def _line(name: str, one: "Judged", verdict: "Verdict") -> str:
             # There may be no such answer.
             line += f"{one.others[reward]:>13.4f}" if reward in one.others else f"{'none':>13}"
         line += f"{one.count:>15,}"
+    elif one.loss is not None and verdict.is_of_teacher:
+        divergence, cross_entropy = one.others["divergence"], one.others["cross_entropy"]
+        line += f"{one.loss:>10.4f}{divergence:>12.4f}{cross_entropy:>15.4f}{one.count:>15,}"
     elif one.loss is not None:
         line += f"{one.loss:>10.4f}{one.perplexity:>12.4g}{one.count:>15,}"
     if one.right:
@@ -134,6 +139,8 @@ def record_of(plan: Plan, verdict: "Verdict") -> dict[str, Any]:
             found[name] |= {"loss": one.loss, "pairs": one.count, "preference": one.others}
         elif one.loss is not None and verdict.is_of_labels:
             found[name] |= {"loss": one.loss, "samples": one.count, "preference": one.others}
+        elif one.loss is not None and verdict.is_of_teacher:
+            found[name] |= {"loss": one.loss, "target_tokens": one.count, **one.others}
         elif one.loss is not None:
             found[name] |= {
                 "loss": one.loss,

@@ -21,6 +21,7 @@ from megalora.evaluate.rules import rule_of
 from megalora.generate.options import Sampling
 from megalora.model.account import open_folder
 from megalora.paths import check_file_to_write
+from megalora.preflight import check_teacher
 from megalora.train.run_files import CONFIG
 
 _MINIMAL = "model: {path: .}\ndata: {train: .}\ntrain: {steps: 1}\n"
@@ -128,6 +129,7 @@ def plan_of(request: Request) -> Plan:
     )
     # Sizes and tensors from headers; raises where the layout does not fit.
     open_folder(base).shape.check_layout(config.parallel)
+    check_teacher(config, base)
     if config.objective.holds_start:
         require(
             adapter is not None and (adapter / START).is_file(),

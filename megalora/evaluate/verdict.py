@@ -54,6 +54,8 @@ class Verdict:
     """Whether the loss is one of pairs of answers."""
     is_of_labels: bool = False
     """Whether it is one of labelled answers."""
+    is_of_teacher: bool = False
+    """Whether it is a distance from a teacher."""
 
 
 def questions_of(plan: Plan, split: Split, tokenizer: Any) -> list[Question]:

@@ -120,24 +120,49 @@ def project(
             the ``scores`` of these positions.
         output_weight: of tied embeddings; None where the layer has its own.
     """
-    assert not getattr(config, "use_mup", False), "the head does not scale logits"
     if isinstance(output_layer, ScoreHead):
         return {"scores": _select(output_layer(hidden_states), context.positions)}
-    adapter = output_layer if hasattr(output_layer, "factors") else None
-    base = output_layer if adapter is None else adapter.base
-    group = base.tp_group
-    assert config.sequence_parallel == (group.size() > 1), "hidden states are split over TP"
-    weight = base.weight if output_weight is None else output_weight
-    # Backward of the gather sums the ranks' parts of dx and hands each its own tokens.
-    x_NH = _select(gather_seq(hidden_states, group), context.positions)
+    base, adapter = _layers(output_layer)
+    x_NH, weight = _operands(hidden_states, base, output_weight, context, config)
     h_NR = None
     b_VR = None
     if adapter is not None:
         # A x of the rank's own tokens, dropout included, as the layer itself computes it.
         h_NR = _select(adapter.low_rank(hidden_states), context.positions)
         b_VR = adapter.factors.stacked_b()
-    head = Head(weight.detach(), group, b_VR, context.chunk_bytes)
+    head = Head(weight, base.tp_group, b_VR, context.chunk_bytes)
     return head(x_NH, context.targets, context.want, h_NR)
+
+
+def last_hidden(
+    *, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, context: Wanted,
+    config: Any, **_: Any,
+) -> Outputs:  # fmt: skip
+    """In place of ``project``: what the base's head would multiply, for whoever needs its logits
+    later. ``hidden [N, H]`` is at ``context.positions``, alike on every rank; ``weight [V/t, H]``
+    is this rank's part of the output weight, without an adapter."""
+    base, _ = _layers(output_layer)
+    x_NH, weight = _operands(hidden_states, base, output_weight, context, config)
+    return {"hidden": x_NH, "weight": weight}
+
+
+def _layers(output_layer: Any) -> tuple[Any, Any]:
+    """(Megatron's output layer, the ``ColumnLoRA`` around it or None)."""
+    if hasattr(output_layer, "factors"):
+        return output_layer.base, output_layer
+    return output_layer, None
+
+
+def _operands(
+    hidden_states: Tensor, base: Any, output_weight: Tensor | None, context: Wanted, config: Any
+) -> tuple[Tensor, Tensor]:
+    """(x [N, H] of all tokens in question, frozen weight [V/t, H])."""
+    assert not getattr(config, "use_mup", False), "the head does not scale logits"
+    group = base.tp_group
+    assert config.sequence_parallel == (group.size() > 1), "hidden states are split over TP"
+    weight = base.weight if output_weight is None else output_weight
+    # Backward of the gather sums the ranks' parts of dx and hands each its own tokens.
+    return _select(gather_seq(hidden_states, group), context.positions), weight.detach()
 
 
 def _select(x_T1F: Tensor, positions_N: Tensor | None) -> Tensor:

@@ -1,6 +1,8 @@
 """Make the objective that a config names."""
 
-from megalora.config import RunConfig, TrainConfig
+from megalora.config import ObjectiveConfig, RunConfig, TrainConfig
+from megalora.model.divergence import Divergence
+from megalora.objectives.distill import Distill
 from megalora.objectives.kto import KTO
 from megalora.objectives.objective import Objective
 from megalora.objectives.preference import Preference
@@ -22,6 +24,8 @@ def objective_of(config: RunConfig) -> Objective:
         )
     if options.name == "classify":
         return Classify(options.num_scores)
+    if options.name == "distill":
+        return distill_of(options)
     if options.name == "reward":
         return Reward(options.centre or 0.0)
     # As TRL has it; but for SimPO, whose paper has 2 to 2.5 and scales means by it, not sums.
@@ -42,3 +46,10 @@ def objective_of(config: RunConfig) -> Objective:
 def sft_of(train: TrainConfig) -> SFT:
     """Supervised fine-tuning with the terms that ``train`` adds."""
     return SFT(z_loss=train.z_loss, label_smoothing=train.label_smoothing)
+
+
+def distill_of(options: ObjectiveConfig) -> Distill:
+    """Distillation with the distance that the options name."""
+    beta = 0.5 if options.beta is None else options.beta
+    divergence = Divergence(options.divergence, beta, options.temperature)
+    return Distill(divergence, options.sft_weight or 0.0)

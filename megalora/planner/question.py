@@ -98,6 +98,12 @@ class Question:
             " place of lm_head and of the logits, which a plan counts. A plan for"
             " objective.name=sft is an upper bound",
         )
+        require(
+            config.objective.teacher is None,
+            f"objective.teacher={config.objective.teacher} is not planned yet: neither its weights"
+            " nor its pass nor its logits beside the model's are counted. A plan for"
+            " objective.name=sft is a lower bound",
+        )
         # The table of the GPU that is planned for, whatever this machine is.
         work = replace(
             Workload.of(config, options.imbalance),

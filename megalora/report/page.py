@@ -21,6 +21,8 @@ CHARTS = (
     ("Reward of good answers", "good_reward"),
     ("Reward of bad answers", "bad_reward"),
     ("Distance from the reference, estimated (nats)", "kl"),
+    ("Divergence from the teacher (nats per target token)", "divergence"),
+    ("Cross entropy (nats per target token)", "cross_entropy"),
     ("Cross entropy of chosen answers (nats per target token)", "chosen_cross_entropy"),
     ("Unevenness of experts (1: all alike), mean of layers and sequences", "balance_loss"),
     ("Learning rate", "lr"),

@@ -36,6 +36,7 @@ from megalora.parallel import Groups, parallel_groups
 from megalora.train.batches import Batches
 from megalora.train.optim import build_optimizer, clip_and_step, set_learning_rate, wrap_chunks
 from megalora.train.step import Stepper
+from megalora.train.teacher import build_teacher
 
 
 @dataclass(frozen=True)
@@ -184,6 +185,7 @@ def assemble(
         stepper, optimizer = make_stepper(
             config.train, dtype, model.chunks, groups, check, objective
         )
+        stepper.teacher = build_teacher(config, objective)
         batches = Batches(config, groups, inputs.train, inputs.eval)
         yield Run(config, groups, model, optimizer, stepper, batches)
 

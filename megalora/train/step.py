@@ -1,15 +1,12 @@
 """One pass over a global batch: microbatches through Megatron's pipeline schedule, then one
 reduction of gradients. Which loss is minimised is the objective's."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from megalora import host
@@ -20,16 +17,14 @@ from megalora.lora.shards import sum_partial_gradients
 from megalora.model.balance import Balance
 from megalora.model.documents import unzigzag
 from megalora.model.expert_load import ExpertLoad
-from megalora.model.head import Outputs, Wanted, project
+from megalora.model.head import Outputs
 from megalora.model.vocab_logits import Reader, logprob
 from megalora.objectives.objective import Objective, Reference, Sequences
-from megalora.parallel import Groups, megatron_groups
+from megalora.parallel import Groups
 from megalora.train.inputs import Asked, DeviceBatch, Part, to_device
-from megalora.train.known_shapes import KnownShapes
 from megalora.train.references import Found, Start, model_of, set_apart
-
-Report = Callable[[Outputs, DeviceBatch], tuple[Tensor, Tensor, Tensor]]
-"""Makes of what the head has read of a microbatch (loss, 1, what to report)."""
+from megalora.train.schedule import Ending, Report, one, run_schedule
+from megalora.train.teacher import Student, Teacher, ending_of
 
 
 class Stepper:
@@ -57,6 +52,8 @@ class Stepper:
         """Whether a step has moved B off zero, from when on A has a gradient."""
         self.start: Start | None = None
         """The adapter that the run began with, where the objective compares with it."""
+        self.teacher: Teacher | None = None
+        """Whose distributions are learned, where the objective learns any."""
         # Megatron's schedules take what they call from the model's config.
         config = chunks[0].config
         config.finalize_model_grads_func = self._finalize
@@ -120,7 +117,7 @@ class Stepper:
         cp = self.groups.cp
 
         def report(outputs: Outputs, batch: DeviceBatch) -> tuple[Tensor, Tensor, Tensor]:
-            return outputs["logprob"].sum(), _one(), -outputs["logprob"]
+            return outputs["logprob"].sum(), one(), -outputs["logprob"]
 
         inputs = to_device(batches, Part.of(self.groups), Asked(every_token=True))
         every = self._schedule(batches, inputs, {"logprob": logprob}, report, forward_only=True)
@@ -145,7 +142,7 @@ class Stepper:
             own = scores_NC.new_zeros(num_sequences, num_scores)
             # One place of each sequence has a score.
             own.index_add_(0, batch.sequences, scores_NC)
-            return scores_NC.sum(), _one(), own
+            return scores_NC.sum(), one(), own
 
         inputs = to_device(batches, Part.of(self.groups), Asked(sequences=True))
         every = self._schedule(batches, inputs, {}, report, forward_only=True)
@@ -176,14 +173,19 @@ class Stepper:
         # Once for all passes over these microbatches.
         inputs = to_device(batches, Part.of(self.groups), asked)
         references = self._references(batches, inputs, list(mismatched))
+        readers = None
+        if self.teacher is not None:
+            student = Student(self.chunks, self.groups, self.load)
+            readers = self.teacher.readers(batches, inputs, student)
 
         def report(outputs: Outputs, batch: DeviceBatch) -> tuple[Tensor, Tensor, Tensor]:
             loss = objective.loss(outputs, self._sequences(batch, references), divisors)
             rows = [torch.stack(loss.metrics[name]) for name in objective.metrics]
-            return loss.sum, _one(), torch.stack(rows)
+            return loss.sum, one(), torch.stack(rows)
 
         total = torch.zeros(len(objective.metrics), 2, dtype=torch.float64, device=host.device())
-        for sums in self._schedule(batches, inputs, objective.want, report, forward_only):
+        ending = ending_of(objective, readers, report)
+        for sums in self._end(batches, inputs, ending, forward_only):
             total += sums
         return total
 
@@ -213,7 +215,7 @@ class Stepper:
         sequences = self._sequences(batch, Found())
         assert sequences is not None, "sequences were asked for"
         sums = sequences.sums(outputs["logprob"])
-        return sums.sum(), _one(), sums
+        return sums.sum(), one(), sums
 
     def _sequences(self, batch: DeviceBatch, references: Found) -> Sequences | None:
         """The sequences of a microbatch with what references have found; None where they were not
@@ -246,47 +248,17 @@ class Stepper:
         report: Report,
         forward_only: bool,
     ) -> list[Tensor]:
-        """What ``report`` says of each microbatch, on the last pipeline stage.
+        """``run_schedule`` of this model with the same readers for every microbatch."""
+        return self._end(batches, inputs, Ending(lambda _: want, report), forward_only)
 
-        Args:
-            inputs: what of ``batches`` this rank reads, on its device.
-            want: what the head reads of the tokens that ``inputs`` has labels of.
-        """
-        # Every chunk reads each microbatch once. Megatron wants lists for several chunks alone.
-        iterators = [iter(inputs) for _ in self.chunks]
-        several = len(self.chunks) > 1
-        communication: dict[str, Any] = {}
-        if self.groups.pp.size() > 1 and not several:
-            communication = self._stages(batches)
-        return get_forward_backward_func()(
-            forward_step_func=partial(
-                _forward_step, want=want, report=report, load=self.load, balance=self.balance
-            ),
-            data_iterator=iterators if several else iterators[0],
-            model=self.chunks if several else self.chunks[0],
-            num_microbatches=len(batches),
-            # Of a whole row: Megatron divides it by the context-parallel size.
-            seq_length=len(batches[0].tokens),
-            micro_batch_size=1,
-            forward_only=forward_only,
-            **communication,
-        )
-
-    def _stages(self, batches: list[Batch]) -> dict[str, Any]:
-        """Arguments of the plain schedule for stages that exchange microbatches of any length,
-        which every stage knows by itself."""
-        config = self.chunks[0].config
-        # Hidden states [T/(c t), 1, H] under sequence parallelism
-        parts = self.groups.cp.size()
-        if self.groups.sequence_parallel:
-            parts *= self.groups.tp.size()
-        shapes: list[tuple[int, ...]] = []
-        for batch in batches:
-            shapes.append((len(batch.tokens) // parts, 1, config.hidden_size))
-        return {
-            "p2p_communicator": KnownShapes(self.groups.pp, config, shapes),
-            "pg_collection": megatron_groups(),
-        }
+    def _end(
+        self, batches: list[Batch], inputs: list[DeviceBatch], ending: Ending, forward_only: bool
+    ) -> list[Any]:
+        """``run_schedule`` of this model."""
+        return run_schedule(
+            self.chunks, self.groups, self.load, batches, inputs, ending,
+            forward_only=forward_only, balance=self.balance,
+        )  # fmt: skip
 
     def _finalize(self, model: Any, num_tokens: Tensor | None = None, **kwargs: Any) -> None:
         """Check gradients, reduce them over data parallelism as Megatron does, then sum those of
@@ -309,38 +281,3 @@ def _mean(sum_and_count: Tensor) -> tuple[float, int]:
     """(mean loss, number of target tokens) on the host, which waits for the device."""
     total, count = sum_and_count.tolist()
     return total / max(count, 1), int(count)
-
-
-def _one() -> Tensor:
-    """The number of tokens that Megatron's schedules ask for, to divide by what they add up to."""
-    return torch.ones((), dtype=torch.int, device=host.device())
-
-
-def _forward_step(
-    inputs: Iterator[DeviceBatch],
-    model: nn.Module,
-    want: Mapping[str, Reader],
-    report: Report,
-    load: ExpertLoad,
-    balance: Balance | None,
-) -> tuple[Any, Any]:
-    """One microbatch: (what the head has read, what makes a report of it), as Megatron's schedules
-    take them; only the last stage calls the second."""
-    batch = next(inputs)
-    wanted = None
-    if batch.labels is not None:
-        wanted = Wanted(batch.labels, batch.positions, want)
-    # Megatron takes [B, T]. Without position ids and attention mask: rotary positions and causality
-    # come from the documents.
-    counted = nullcontext() if balance is None else balance.microbatch()
-    with load.microbatch(batch.filler), counted:
-        outputs = model(
-            _with_batch(batch.tokens), None, None, packed_seq_params=batch.documents,
-            output_processor=project, output_processor_context=wanted,
-        )  # fmt: skip
-    return outputs, lambda read: report(read, batch)
-
-
-def _with_batch(row: Tensor | None) -> Tensor | None:
-    """A row as a batch of one; None where this stage has none."""
-    return None if row is None else row[None]

@@ -10,6 +10,7 @@ from tests.mutations.compiled_bugs import COMPILED_BUGS
 from tests.mutations.config_bugs import CONFIG_BUGS
 from tests.mutations.data_bugs import DATA_BUGS
 from tests.mutations.dispatch_bugs import DISPATCH_BUGS
+from tests.mutations.distill_bugs import DISTILL_BUGS
 from tests.mutations.docs_bugs import DOCS_BUGS
 from tests.mutations.dora_bugs import DORA_BUGS
 from tests.mutations.expert_dora_bugs import EXPERT_DORA_BUGS
@@ -69,6 +70,7 @@ EVERY_BUG = (
     + RECIPE_BUGS
     + PREFERENCE_BUGS
     + KTO_BUGS
+    + DISTILL_BUGS
     + BALANCE_BUGS
     + RELORA_BUGS
     + AVERAGE_BUGS

@@ -3,7 +3,10 @@
 import pytest
 
 from megalora.config import DataConfig, ModelConfig, ObjectiveConfig, RunConfig, TrainConfig
+from megalora.config.train import Relora
+from megalora.model.divergence import Divergence
 from megalora.objectives.choose import objective_of
+from megalora.objectives.distill import Distill
 from megalora.objectives.kto import KTO
 from megalora.objectives.preference import Preference
 from megalora.objectives.scored import Classify, Reward
@@ -42,6 +45,12 @@ def test_options_reach_the_objective() -> None:
     ) == KTO(beta=0.3, good_weight=2, bad_weight=0.5, reference="start")
     assert objective_of(config(name="reward", centre=0.2)) == Reward(centre=0.2)
     assert objective_of(config(name="classify", labels=["a", "b"])) == Classify(2)
+    taught = objective_of(
+        config(name="distill", teacher="-", divergence="jsd", beta=0.3, temperature=2, sft_weight=1)
+    )
+    assert taught == Distill(Divergence("jsd", 0.3, 2), sft_weight=1)
+    by_default = objective_of(config(name="distill", teacher="base"))
+    assert by_default == Distill(Divergence("forward"), sft_weight=0)
     # Without a reference there is no pass for it.
     assert [bool(objective_of(config(name=n)).references) for n in ("dpo", "simpo", "orpo")] == [
         True, False, False,
@@ -67,6 +76,33 @@ def test_options_reach_the_objective() -> None:
         ({"name": "kto", "data": {"eval": 1}}, "kto needs data.eval of at least 2 samples, got 1"),
         ({"name": "kto", "data": {"too_long": "split"}}, "split would make several answers of one"),
         ({"name": "kto", "train": {"z_loss": 0.1}}, "train.z_loss is a term of sup"),
+        (
+            {"name": "distill"},
+            "needs objective.teacher: the folder or hub name of a model, or base",
+        ),
+        ({"teacher": "base"}, "teacher=base does nothing for objective.name=sft"),
+        (
+            {"name": "dpo", "temperature": 2.0},
+            "temperature=2.0 does nothing for objective.name=dpo",
+        ),
+        ({"name": "distill", "teacher": "base", "beta": 0.5}, "nothing for objective.div.*forward"),
+        (
+            {"name": "distill", "teacher": "base", "divergence": "jsd", "beta": 1.0},
+            "beta=1.0 must be below 1",
+        ),
+        ({"name": "distill", "teacher": "base", "temperature": 0.0}, "must be above 0, got 0.0"),
+        (
+            {"name": "distill", "teacher": "base", "train": {"z_loss": 0.1}},
+            "train.z_loss is a term of sup",
+        ),
+        (
+            {
+                "name": "distill",
+                "teacher": "base",
+                "train": {"relora": Relora(every=1), "steps": 2},
+            },
+            "compares with the base, into which train.relora merges",
+        ),
         ({"name": "dpo", "beta": 0.0}, "objective.beta must be above 0, got 0.0"),
         ({"name": "dpo", "beta": float("nan")}, "objective.beta must be above 0, got nan"),
         ({"name": "dpo", "sft_weight": -1.0}, "sft_weight must not be negative, got -1.0"),

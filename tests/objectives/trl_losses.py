@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from trl.experimental.cpo.cpo_trainer import CPOTrainer
+from trl.experimental.gkd.gkd_trainer import GKDTrainer
 from trl.experimental.orpo.orpo_trainer import ORPOTrainer
 from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.kto_trainer import KTOTrainer
@@ -135,3 +136,11 @@ def reward(scores: Tensor, margin: Tensor, centre: float | None) -> Tensor:
     )  # fmt: skip
     inputs = {"attention_mask": torch.ones(len(scores), 1), "margin": margin}
     return RewardTrainer.compute_loss(me, model, inputs)
+
+
+def gkd(logits: Tensor, teacher_logits: Tensor, beta: float, temperature: float) -> Tensor:
+    """Mean distance of N places; logits ``[N, V]``. ``beta``: 0 is KL(teacher || student), 1 is
+    KL(student || teacher)."""
+    return GKDTrainer.generalized_jsd_loss(
+        logits[None], teacher_logits[None], torch.zeros(1, len(logits)), beta, temperature
+    )

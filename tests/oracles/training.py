@@ -87,15 +87,14 @@ class Oracle:
         scale: float | dict[str, float],
         dtype: torch.dtype = torch.float64,
         balance: float = 0.0,
+        teacher: Path | None = None,
     ) -> None:
         """``scale``: one for all, or by HF module name. ``dtype``: of weights and activations;
-        factors are float64. ``balance``: coefficient of the loss that keeps experts evenly used."""
+        factors are float64. ``balance``: coefficient of the loss that keeps experts evenly used.
+        ``teacher``: a second model to learn from; None for the base."""
         self.dtype = dtype
-        self.model = (
-            AutoModelForCausalLM.from_pretrained(base, dtype=dtype, experts_implementation="eager")
-            .eval()
-            .requires_grad_(False)
-        )
+        self.model = frozen(base, dtype)
+        self.teacher = self.model if teacher is None else frozen(teacher, dtype)
         # Copies: training changes them, and several oracles start from the same factors.
         self.factors: dict[str, Tensor] = {}
         for name, t in factors.items():
@@ -115,7 +114,7 @@ class Oracle:
         """The smallest lead, in router logits, of a chosen expert over the best that was not, of
         all tokens so far."""
         # Routers of all families have these two attributes in transformers; nothing else has both.
-        for module in self.model.modules():
+        for module in {*self.model.modules(), *self.teacher.modules()}:
             if hasattr(module, "top_k") and hasattr(module, "weight"):
                 module.register_forward_hook(self._measure_margin)
 
@@ -309,6 +308,38 @@ class Oracle:
             count = count + int(mask[1:].sum())
         return total / count
 
+    def distill_loss(
+        self, samples: list, kind: str, beta: float | None, temperature: float, sft_weight: float
+    ) -> Tensor:
+        """Mean over the target tokens of the distance from the teacher, times T^2, and of the cross
+        entropy (Hinton et al. 2015; Agarwal et al. 2024)."""
+        merged = self.merged()
+        total = torch.zeros((), dtype=torch.float64)
+        count = 0
+        for sample in samples:
+            ids = torch.tensor(sample.input_ids).long()
+            mask = torch.tensor(sample.loss_mask)[1:]
+            row = ids[None, :-1]
+            output = functional_call(self.model, merged, (row,), tie_weights=False)
+            logits = output.logits[0].double()[mask]
+            with torch.no_grad():
+                taught = self.teacher(row).logits[0].double()[mask]
+            q = (logits / temperature).softmax(-1)
+            p = (taught / temperature).softmax(-1)
+            if kind == "forward":
+                distance = F.kl_div(q.log(), p, reduction="sum")
+            elif kind == "reverse":
+                distance = F.kl_div(p.log(), q, reduction="sum")
+            else:
+                assert beta is not None
+                m = (beta * p + (1 - beta) * q).log()
+                distance = beta * F.kl_div(m, p, reduction="sum")
+                distance = distance + (1 - beta) * F.kl_div(m, q, reduction="sum")
+            learned = F.cross_entropy(logits, ids[1:][mask], reduction="sum")
+            total = total + temperature**2 * distance + sft_weight * learned
+            count = count + int(mask.sum())
+        return total / count
+
     def train(
         self,
         batches: list[list],
@@ -375,6 +406,12 @@ def with_magnitude(whole: Tensor, magnitude: Tensor | None) -> Tensor:
     # The norm of a row is taken for a constant, section 4.3.
     norms = whole.detach().norm(dim=1)
     return (magnitude / norms)[:, None] * whole
+
+
+def frozen(base: Path, dtype: torch.dtype) -> Any:
+    """A model as transformers computes it, experts one by one."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, experts_implementation="eager")
+    return model.eval().requires_grad_(False)
 
 
 def mismatched(sample: Any, other: Any) -> Any:

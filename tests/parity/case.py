@@ -32,7 +32,7 @@ from tests.parity.built import random_factors
 from tests.parity.compare import distance, of_largest
 from tests.parity.cut_samples import compare_samples, cut_by_hand
 from tests.parity.gradients import reduced_gradients
-from tests.parity.grid import BALANCE, EVAL, OBJECTIVES, Case
+from tests.parity.grid import BALANCE, EVAL, OBJECTIVES, Case, with_teacher
 from tests.parity.models import adapter
 from tests.parity.plain_head import with_whole_logits
 from tests.parity.runs import make_config, records
@@ -94,7 +94,8 @@ def run_config(
 ) -> RunConfig:
     return make_config(
         base, case.source(chats), out, case.parallel, case.recompute, dtype=dtype, eval=EVAL,
-        data_seed=seed, data=case.data, objective=OBJECTIVES[case.objective], lr=LR, steps=steps,
+        data_seed=seed, data=case.data, lr=LR, steps=steps,
+        objective=with_teacher(OBJECTIVES[case.objective], base),
         lora=adapter(case.adapter, model_shape(read_hf_config(base))),
         global_batch_size=case.batch, router_aux_loss_coef=BALANCE[case.balance], **case.rows,
     )  # fmt: skip
@@ -189,7 +190,10 @@ def expected(
     for a in adapted:
         for module in a.hf_modules():
             scales[module] = a.alpha / a.rank**exponent
-    oracle = Oracle(base, factors, scales, arithmetic, BALANCE[case.balance])
+    teacher = config.objective.teacher_model
+    oracle = Oracle(
+        base, factors, scales, arithmetic, BALANCE[case.balance], teacher and Path(teacher)
+    )
     # A run evaluates before its first step, with the adapter it starts from.
     loss_of = loss_by(oracle, config.objective)
     with torch.no_grad():
@@ -211,6 +215,14 @@ def loss_by(oracle: Oracle, objective: ObjectiveConfig) -> Callable[[list[Any]],
         return oracle.classify_loss
     if objective.name == "reward":
         return partial(oracle.reward_loss, centre=objective.centre or 0.0)
+    if objective.name == "distill":
+        return partial(
+            oracle.distill_loss,
+            kind=objective.divergence,
+            beta=objective.beta,
+            temperature=objective.temperature,
+            sft_weight=objective.sft_weight or 0.0,
+        )
     if objective.reference == "start":
         oracle.compare_with_start()
     assert objective.beta is not None

@@ -19,7 +19,7 @@ from megalora.config import (
 )
 from megalora.lora.select import resolve
 from tests.paired import labelled_of, pairs_of, rated_of
-from tests.parity.models import ADAPTERS, MODELS, adapter, shape_of
+from tests.parity.models import ADAPTERS, MODELS, adapter, shape_of, teacher_of
 
 # Up to 8 ranks, which fork on a machine of two cores; sizes beyond these need more ranks.
 WORLDS = (1, 2, 4, 8)
@@ -53,10 +53,15 @@ OBJECTIVES = {
     "kto": ObjectiveConfig(name="kto", beta=0.5, desirable_weight=1.5, undesirable_weight=0.75),
     "classify": ObjectiveConfig(name="classify", num_labels=3),
     "reward": ObjectiveConfig(name="reward", centre=0.1),
+    "distill": ObjectiveConfig(
+        name="distill", teacher="-", divergence="jsd", beta=0.3, temperature=1.5, sft_weight=0.02
+    ),
+    "distill base": ObjectiveConfig(name="distill", teacher="base", temperature=2.0),
 }
 """A loss of tokens; one of pairs of sequences that share a row, compared with the base and with the
-adapter that the run began with; one of labelled answers, compared over the global batch; and both
-ways to use a score head."""
+adapter that the run began with; one of labelled answers, compared over the global batch; both ways
+to use a score head; the distributions of a second model, whose folder ``with_teacher`` fills in,
+and of the base."""
 
 BALANCE = {"off": 0.0, "on": 0.3}
 """Coefficient of the loss that keeps experts evenly used, with which it is not lost in the
@@ -170,6 +175,13 @@ class Case:
     def pairs(self) -> frozenset[Any]:
         """Every pair of (factor, value) in this case."""
         return frozenset(combinations(asdict(self).items(), 2))
+
+
+def with_teacher(objective: ObjectiveConfig, base: Path) -> ObjectiveConfig:
+    """The objective with the folder of its teacher, if that is a second model."""
+    if objective.teacher_model is None:
+        return objective
+    return replace(objective, teacher=str(teacher_of(base)))
 
 
 @cache

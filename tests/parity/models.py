@@ -20,6 +20,11 @@ def arch_of(options: dict[str, Any]) -> str:
 
 SIZES: dict[str, Any] = {"num_attention_heads": 12, "num_key_value_heads": 4, "head_dim": 16}
 """So that four tensor-parallel ranks get whole query heads."""
+TEACHER: dict[str, Any] = {
+    **SIZES, "hidden_size": 64, "num_hidden_layers": 5, "mlp_only_layers": [2], "seed": 3,
+}  # fmt: skip
+"""Options of the model that others learn from: it has the vocabulary of all, and other sizes. Five
+layers are no multiple of any number of stages."""
 VARIANTS: dict[str, dict[str, Any]] = {
     "moe": {},
     "2 kv heads": {"num_key_value_heads": 2},
@@ -74,6 +79,19 @@ def make_model(name: str, folder: Path) -> Path:
     if name == "idle":
         silence_experts(folder, first=6)
     return folder
+
+
+def make_teacher(base: Path) -> Path:
+    """The second model that students of all models learn from, beside ``base``; made once."""
+    folder = teacher_of(base)
+    if not folder.exists():
+        make_tiny(folder, **TEACHER)
+    return folder
+
+
+def teacher_of(base: Path) -> Path:
+    """Where ``make_teacher`` puts it."""
+    return base.with_name("teacher")
 
 
 def shape_of(name: str) -> ModelShape:

@@ -128,6 +128,17 @@ QUICK = (
         recompute="selective",
         objective="reward",
     ),
+    # The distributions of a second model of other sizes, and of the base; also of whole logits.
+    Case(1, micro=3, objective="distill"),
+    Case(2, tp=2, adapter="router", micro=3, objective="distill"),
+    Case(2, pp=2, adapter="ranks", micro=3, objective="distill base"),
+    Case(2, cp=2, ep=2, adapter="router", micro=PACKED, objective="distill"),
+    Case(2, tp=2, ep=2, micro=3, head="whole", objective="distill"),
+    Case(4, pp=2, vpp=2, etp=2, adapter="router", recompute="full", objective="distill"),
+    Case(4, tp=4, ep=2, etp=2, adapter="router", micro=3, objective="distill base", balance="on"),
+    Case(4, tp=2, model="dense", adapter="dora", micro=PACKED, objective="distill base"),
+    Case(4, cp=2, pp=2, model="tied", micro=PACKED, too_long="split", objective="distill"),
+    Case(8, tp=2, pp=2, ep=2, model="shared", micro=3, recompute="selective", objective="distill"),
     *QUICK_OF_FAMILIES,
 )
 """For ``make test-all``: the layouts README names, every value of every factor at least once, and

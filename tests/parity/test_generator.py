@@ -21,6 +21,9 @@ SIZES = {
 }
 
 
+OBJECTIVES = (
+    "sft", "dpo", "dpo of start", "kto", "classify", "reward", "distill", "distill base",
+)  # fmt: skip
 NOT_SCORED = {
     ("head", "whole"), ("adapter", "router"), ("model", "olmoe"), ("model", "glm4_moe"),
 }  # fmt: skip
@@ -86,11 +89,12 @@ def test_every_possible_pair_of_values_is_tested() -> None:
                 possible |= {((factor, value), each) for each in of_samples}
     # So does each objective, but that pairs are never cut, and that a score head stands where
     # lm_head would be adapted, has no logits, and is not of every family.
-    for objective in ("sft", "dpo", "dpo of start", "kto", "classify", "reward"):
+    for objective in OBJECTIVES:
         of_loss = ("objective", objective)
         for factor, value in {value for pair in possible for value in pair}:
             is_scored = objective in ("classify", "reward")
-            is_other = objective != "sft" and factor == "too_long" and value != "left_out"
+            is_cut = factor == "too_long" and value != "left_out"
+            is_other = objective != "sft" and is_cut
             is_other |= is_scored and (factor, value) in NOT_SCORED
             if factor not in ("objective", "balance") and not is_other:
                 possible.add(((factor, value), of_loss))
@@ -112,7 +116,7 @@ def test_a_quick_case_for_every_value() -> None:
         **SIZES, "model": tuple(MODELS), "adapter": tuple(ADAPTERS),
         "recompute": ("off", "selective", "full", "full1+selective"), "micro": (1, 3, PACKED),
         "head": ("lean", "whole"), "stages": ("equal", "uneven"),
-        "objective": ("sft", "dpo", "dpo of start", "kto", "classify", "reward"),
+        "objective": OBJECTIVES,
         "balance": ("off", "on"),
         "too_long": ("left_out", "truncate_right", "truncate_left", "split"),
     }  # fmt: skip

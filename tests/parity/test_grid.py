@@ -18,16 +18,16 @@ from tests.parity.case import (
     run_case,
 )
 from tests.parity.grid import SHORT, Case
-from tests.parity.models import MODELS, make_model, shape_of
+from tests.parity.models import MODELS, make_model, make_teacher, shape_of
 from tests.parity.quick_cases import FAST, MORE_OF_FAMILIES, QUICK, THREE_STAGES
 
 type Reference = Callable[[Case], tuple[Path, Expected]]
 
 
 # ``make test`` runs those of ``FAST``; the others belong to the long tail. ``-k dpo``: those that
-# learn from pairs; ``-k kto``: from labelled answers; ``-k dora``: DoRA; ``-k begun``: a
-# frozen pair beside A and B; ``-k balanced``: those that keep experts evenly used; ``-k classify``:
-# those with a score head.
+# learn from pairs; ``-k kto``: from labelled answers; ``-k distill``: from a teacher; ``-k dora``:
+# DoRA; ``-k begun``: a frozen pair beside A and B; ``-k balanced``: those that keep experts evenly
+# used; ``-k classify``: those with a score head.
 MARKED = [pytest.param(case, marks=[] if case in FAST else pytest.mark.slow) for case in QUICK]
 
 
@@ -41,6 +41,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory, chats: Path) -> Referenc
         base = root / case.model.replace(" ", "-")
         if not base.exists():
             make_model(case.model, base)
+            make_teacher(base)
         if case.question not in found:
             found[case.question] = expected_of_clear_routing(case, SHORT, base, chats)
         return base, found[case.question]

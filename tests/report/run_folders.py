@@ -33,6 +33,7 @@ def rows(num_steps: int = 6, shift: float = 0.0) -> list[dict[str, Any]]:
                 "chosen_reward": 0.1 * step, "rejected_reward": 0.2 - 0.2 * step,
                 "chosen_cross_entropy": 3 - 0.1 * step,
                 "kl": 0.4 * step, "good_reward": 0.15 * step, "bad_reward": 0.1 - 0.3 * step,
+                "divergence": 0.7 / step, "cross_entropy": 2.5 - 0.05 * step,
                 "balance_loss": 1 + 0.5 / step,
             }
         )  # fmt: skip

@@ -100,6 +100,10 @@ def _objective(options: dict[str, Any]) -> str:
         return "supervised fine-tuning"
     # The loss is one of several of DPO, and says nothing of the others.
     shown = [f"loss {options['loss']}"] if options["name"] == "dpo" else []
+    if options["name"] == "distill":
+        teacher = options["teacher"]
+        shown += ["the base" if teacher == "base" else f"`{teacher}`", options["divergence"]]
+        shown.append(f"temperature {options['temperature']:g}")
     names = ["beta", "label_smoothing", "sft_weight", "margin", "centre"]
     if options["name"] == "kto":
         names = ["beta", "desirable_weight", "undesirable_weight"]

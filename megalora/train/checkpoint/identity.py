@@ -19,7 +19,7 @@ from megalora.data.digest import mixture_digest, source_digest
 from megalora.data.samples import digest_of_samples
 from megalora.digests import Digests
 from megalora.hf.base_identity import base_config, weights_digest
-from megalora.hf.folder import check_base_folder
+from megalora.hf.folder import check_base_folder, local_folder
 
 KEPT = ".digests.json"
 """File in the run folder with digests of files that have not changed since."""
@@ -50,6 +50,8 @@ class Identity:
     """Fields of the base's config.json that can change what it computes."""
     weights: str
     """Digest of the base's tensors."""
+    teacher: str | None = None
+    """Digest of the tensors of a teacher that is a second model."""
 
     def as_json(self, samples: str) -> dict[str, Any]:
         """As state.json holds it; ``samples`` is the digest of the training samples."""
@@ -109,6 +111,7 @@ def differing_parts(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         "eval": "data.eval",
         "weights": "model.path",
         "config": "model.path",
+        "teacher": "objective.teacher",
     }
     # Weights and config are of one option, which is named once.
     return list(dict.fromkeys(name for key, name in options.items() if before[key] != now[key]))
@@ -130,8 +133,18 @@ def _of_this_node(config: RunConfig, base: Path, digests: Digests) -> Identity |
             eval=source_digest(data.eval, digests) if isinstance(data.eval, str) else None,
             config=base_config(base),
             weights=weights_digest(base, digests),
+            teacher=_teacher_digest(config, digests),
         )
     except ValueError as error:
         return str(error)
     except (OSError, SafetensorError) as error:
         return f"data or base model cannot be read ({error})"
+
+
+def _teacher_digest(config: RunConfig, digests: Digests) -> str | None:
+    name = config.objective.teacher_model
+    if name is None:
+        return None
+    folder = local_folder(name, "objective.teacher")
+    check_base_folder(folder)
+    return weights_digest(folder, digests)

@@ -143,6 +143,14 @@ def _check_content(
                 f" not that of {_value(state.config, option)} when it was saved. Restore it, or"
                 " start a new run in another checkpoint.dir."
             )
+    # Checkpoints of earlier versions had none.
+    if before.get("teacher") != now.teacher:
+        raise ValueError(
+            f"{state.folder} was trained with another teacher:"
+            f" objective.teacher={config.objective.teacher} (then"
+            f" {state.config.get('objective', {}).get('teacher')}). Restore it, or start a new run"
+            " in another checkpoint.dir."
+        )
     if what := _other_base(before, now):
         raise ValueError(
             f"{state.folder} was trained on another base: {what} in model.path={config.model.path}"

@@ -1,0 +1,150 @@
+"""Bugs in learning from a teacher: distances, its pass, its place, what is refused. The same form
+as ``bugs.py``."""
+
+from tests.mutations.bugs import Bug, bug
+
+DISTANCE = "megalora/model/divergence.py"
+LOSS = "megalora/objectives/distill.py"
+TEACHER = "megalora/train/teacher.py"
+SECOND = "megalora/model/second_model.py"
+OF_LOSS = "tests/objectives/test_distill.py"
+OF_RUN = "tests/train/test_distill.py"
+GRID = "tests/parity/test_grid.py distill"
+
+DISTILL_BUGS: tuple[Bug, ...] = (
+    # the distance
+    bug(
+        0,
+        "a distance without the square of the temperature",
+        LOSS,
+        "self.divergence.temperature**2 * distance_N",
+        "distance_N",
+        f"{OF_LOSS} trl_s",
+    ),
+    bug(
+        0,
+        "forward and reverse divergence swapped",
+        DISTANCE,
+        'if self.kind == "forward":',
+        'if self.kind == "reverse":',
+        f"{OF_LOSS} known_distributions",
+        (
+            '        if self.kind == "reverse":\n            return _relative_entropy(student',
+            '        if self.kind == "forward":\n            return _relative_entropy(student',
+        ),
+    ),
+    bug(
+        0,
+        "the mixture's shares swapped",
+        DISTANCE,
+        "teacher + math.log(self.beta), student + math.log1p(-self.beta)",
+        "student + math.log(self.beta), teacher + math.log1p(-self.beta)",
+        f"{OF_LOSS} known_distributions",
+    ),
+    bug(
+        0,
+        "a distribution normalised over one rank's vocabulary",
+        DISTANCE,
+        "return chunk.logits - chunk.logsumexp[:, None]",
+        "return chunk.logits.log_softmax(-1)",
+        f"{OF_LOSS} trl_s",
+    ),
+    bug(
+        0,
+        "a distance of one rank's vocabulary",
+        DISTANCE,
+        "return chunk.sum(divergence.of_part(student, teacher))",
+        "return divergence.of_part(student, teacher)",
+        f"{OF_LOSS} trl_s",
+    ),
+    bug(
+        0,
+        "a teacher that is one token behind",
+        DISTANCE,
+        "hidden_NH[chunk.rows]",
+        "hidden_NH.roll(1, 0)[chunk.rows]",
+        GRID,
+    ),
+    bug(
+        0,
+        "a teacher at temperature 1",
+        DISTANCE,
+        "teacher = divergence.log_softmax(",
+        "teacher = Divergence().log_softmax(",
+        f"{OF_LOSS} trl_s",
+    ),
+    bug(
+        0,
+        "a teacher's distances divided by those of their row",
+        LOSS,
+        'total / divisors["tokens"]',
+        "total / count",
+        f"{OF_LOSS} trl_s",
+    ),
+    # the pass
+    bug(
+        0,
+        "a base that teaches with its adapters on",
+        TEACHER,
+        "set_apart(student.chunks, student.load), adapters_off(student.chunks)",
+        "set_apart(student.chunks, student.load)",
+        GRID,
+    ),
+    bug(
+        0,
+        "a teacher's states of another microbatch",
+        TEACHER,
+        "found[batch.number]",
+        "found[0]",
+        GRID,
+    ),
+    bug(
+        0,
+        "the teacher's head moved by one token of the vocabulary",
+        "megalora/model/head.py",
+        'return {"hidden": x_NH, "weight": weight}',
+        'return {"hidden": x_NH, "weight": weight.roll(1, 0)}',
+        GRID,
+    ),
+    # who may teach
+    bug(
+        0,
+        "a dense teacher cut like experts",
+        SECOND,
+        "cut = replace(cut, ep=1, etp=1)",
+        "pass",
+        f"{OF_RUN} do_not_fit",
+    ),
+    bug(
+        0,
+        "a teacher with other tokens",
+        SECOND,
+        "check_same_vocabulary(folder, first, option)",
+        "pass",
+        f"{OF_RUN} do_not_fit",
+    ),
+    bug(
+        0,
+        "a run resumed with another teacher",
+        "megalora/train/checkpoint/same_run.py",
+        'if before.get("teacher") != now.teacher:',
+        "if False:",
+        f"{OF_RUN} goes_on",
+    ),
+    bug(
+        0,
+        "a plan that leaves the teacher out",
+        "megalora/planner/question.py",
+        "config.objective.teacher is None,",
+        "True,",
+        f"{OF_RUN} leave_a_teacher",
+    ),
+    bug(
+        0,
+        "a teacher of a run's evaluations alone",
+        "megalora/train/assemble.py",
+        "stepper.teacher = build_teacher(config, objective)",
+        "stepper.teacher = build_teacher(config, sft_of(config.train))",
+        f"{OF_RUN} goes_on",
+    ),
+)
