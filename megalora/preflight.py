@@ -11,6 +11,7 @@ from megalora.adapters.files import STATE_JSON
 from megalora.adapters.latest import latest_adapter
 from megalora.config import RunConfig
 from megalora.config.file import load_config
+from megalora.data.logits_header import check_logits, is_logits_folder
 from megalora.data.sources import locate
 from megalora.hf.folder import is_written_as_path, shards_that_are_there
 from megalora.hf.hub import check_data_set, check_model
@@ -79,8 +80,9 @@ def check_inputs(config: RunConfig) -> None:
     """Raise ``ValueError`` unless the model and the data that a config names are there; names on
     the hub are left alone."""
     check_model_path(config.model.path)
-    if config.objective.teacher_model is not None:
-        check_model_path(config.objective.teacher_model, "objective.teacher")
+    teacher = config.objective.teacher_model
+    if teacher is not None and not is_logits_folder(teacher):
+        check_model_path(teacher, "objective.teacher")
     for _, source in named_data(config):
         file = locate(source).file
         if file is not None and not os.access(file, os.R_OK):
@@ -92,6 +94,10 @@ def check_teacher(config: RunConfig, base: Path) -> None:
     a name on the hub, unless the hub has it."""
     name = config.objective.teacher_model
     if name is None:
+        return
+    if is_logits_folder(name):
+        if base.is_dir():
+            check_logits(config, base)
         return
     check_model_path(name, "objective.teacher")
     if not Path(name).is_dir():

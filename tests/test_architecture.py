@@ -67,7 +67,7 @@ WITHOUT_TORCH = (
     "megalora/environment.py", "megalora/adapters/__init__.py", "megalora/adapters/files.py",
     "megalora/adapters/read/__init__.py", "megalora/adapters/read/options.py",
     "megalora/data/__init__.py", "megalora/data/messages.py", "megalora/data/sources.py",
-    "megalora/data/pack.py",
+    "megalora/data/pack.py", "megalora/data/logits_header.py",
     "megalora/lora/__init__.py", "megalora/lora/spec.py", "megalora/lora/trained_weight.py",
     "megalora/lora/select.py",
     "megalora/lora/modules.py", "megalora/lora/patterns.py", "megalora/wording.py",
@@ -87,6 +87,7 @@ WITHOUT_TORCH = (
     "megalora/train/__init__.py", "megalora/train/__main__.py", "megalora/train/run_files.py",
     "megalora/train/run_logs.py", "megalora/train/expert_tokens.py", "megalora/report/",
     "megalora/train/trackers.py", "megalora/train/duration.py", "megalora/planner/",
+    "megalora/train/logits_command.py",
     "megalora/atomic_folder.py", "megalora/tiny_folder.py",
 )  # fmt: skip
 """What checks a config answers in a fraction of a second: importing Megatron takes ten."""

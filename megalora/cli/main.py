@@ -14,6 +14,7 @@ from megalora.cli.command_parser import OneLineParser, add_command, add_config_a
 from megalora.cli.data import add_data_command
 from megalora.cli.evaluate import add_eval_command
 from megalora.cli.init import add_init_command
+from megalora.cli.logits import add_logits_command
 from megalora.cli.options import add_options_command
 from megalora.cli.plan import add_plan_command
 from megalora.cli.report import add_report_command
@@ -25,7 +26,7 @@ from megalora.user_error import guarded
 
 PIPE_CLOSED = 141
 """Exit code of a process that SIGPIPE ended, as shells have it."""
-WITH_OVERRIDES = ("init", "train", "data", "plan", "bench", "eval")
+WITH_OVERRIDES = ("init", "train", "data", "plan", "bench", "eval", "logits")
 """Commands that take ``section.key=value``."""
 
 
@@ -83,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     add_chat_command(commands)
     add_report_command(commands)
     add_eval_command(commands)
+    add_logits_command(commands)
     return parser
 
 

@@ -77,7 +77,8 @@ class ObjectiveConfig:
     """Of ``distill``: the folder or hub name of a model with the vocabulary of ``model.path``, of
     any size and family that megalora computes. It is loaded frozen beside the model, in
     ``model.dtype`` and under the same layout. ``base`` is the model itself with the adapters
-    switched off, without a second model."""
+    switched off, without a second model. A folder that ``megalora logits`` wrote has what a teacher
+    said of these samples."""
     divergence: Literal["forward", "reverse", "jsd"] = "forward"
     """Of ``distill``: ``forward`` is KL(teacher || student), ``reverse`` is KL(student || teacher),
     ``jsd`` the generalised Jensen-Shannon divergence of GKD, with ``objective.beta``."""

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from megalora.data.chat import Encoded
+from megalora.data.top_logits import TopLogits
 
 FILLER = 256
 """Tokens of a document of filler. Attention in it costs 3 % of what linears do (``EVEN_TOKENS`` in
@@ -34,6 +35,10 @@ class Batch:
     values: tuple[float, ...] = ()
     """What each sequence is compared with: the label of an answer or of a text, a value, the margin
     of its pair; none where nothing is."""
+
+    taught: TopLogits | None = None
+    """What a teacher gives for the target tokens, in their order in the row; None where no file
+    says."""
 
     @property
     def num_sequences(self) -> int:

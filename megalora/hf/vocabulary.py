@@ -1,5 +1,7 @@
 """Compare the vocabularies of two Hugging Face folders, without torch and transformers."""
 
+import hashlib
+import json
 from pathlib import Path
 
 from megalora.hf.json_file import read_json_object
@@ -26,6 +28,12 @@ def check_same_vocabulary(teacher: Path, student: Path, option: str) -> None:
                 f" {number} is {their_token!r} there and {our_token!r} here (None: no such token)."
                 " A teacher must have the model's own tokens"
             )
+
+
+def tokens_digest(folder: Path, option: str) -> str:
+    """Digest of what every token id means in a folder."""
+    listed = json.dumps(sorted(_tokens(folder, option).items()))
+    return hashlib.sha256(listed.encode()).hexdigest()
 
 
 def _tokens(folder: Path, option: str) -> dict[int, str]:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from megalora.model.head_chunk import CHUNK_BYTES
 from megalora.model.token_logprobs import logits_of
-from megalora.model.vocab_logits import Reader, VocabLogits
+from megalora.model.vocab_logits import Reader, VocabLogits, columns_of, top_k
 
 CHUNK_BYTES_BESIDE_TEACHER = CHUNK_BYTES * 2 // 5
 """Room for the logits of a chunk, of which ``head.py`` counts four tensors in float32: with those
@@ -53,8 +53,7 @@ class Divergence:
 
     def log_softmax(self, chunk: VocabLogits) -> Tensor:
         """[C, V/t]: log-probabilities of this rank's entries among all of the vocabulary."""
-        if self.temperature != 1:
-            chunk = replace(chunk, logits=chunk.logits / self.temperature)
+        chunk = _at_temperature(chunk, self.temperature)
         return chunk.logits - chunk.logsumexp[:, None]
 
 
@@ -81,3 +80,56 @@ def distance_from(divergence: Divergence, hidden_NH: Tensor, weight_VH: Tensor) 
         return chunk.sum(divergence.of_part(student, teacher))
 
     return read
+
+
+def distance_from_top(
+    divergence: Divergence, ids_NK: Tensor, logprobs_NK: Tensor, rest_N: Tensor
+) -> Reader:
+    """The same from the K tokens that a teacher finds most probable, at the same temperature: the
+    distance of two distributions over these and one outcome more, "any other token". It is at most
+    that of the whole distributions.
+
+    Args:
+        ids_NK: int64.
+        logprobs_NK: the teacher's log-probabilities.
+        rest_N: log of the teacher's probability of all other tokens.
+    """
+
+    def read(chunk: VocabLogits) -> Tensor:
+        ids_CK = ids_NK[chunk.rows]
+        student = _at_temperature(chunk, divergence.temperature)
+        listed = student.of(ids_CK) - student.logsumexp[:, None]
+        both = torch.cat([listed, _rest(student, ids_CK)[:, None]], dim=-1)
+        teacher = torch.cat([logprobs_NK[chunk.rows], rest_N[chunk.rows, None]], dim=-1)
+        # Alike on every rank: nothing is summed over the vocabulary any more.
+        return divergence.of_part(both, teacher.to(both.dtype))
+
+    return read
+
+
+def top_of(k: int, temperature: float) -> Reader:
+    """What ``distance_from_top`` wants of a teacher: a reader with results ``[N, k]``
+    log-probabilities, ``[N, k]`` int64 token ids and ``[N]``, the log of the rest's probability."""
+    top = top_k(k)
+
+    def read(chunk: VocabLogits) -> tuple[Tensor, ...]:
+        chunk = _at_temperature(chunk, temperature)
+        logprobs, ids = top(chunk)
+        return logprobs, ids, _rest(chunk, ids)
+
+    return read
+
+
+def _at_temperature(chunk: VocabLogits, temperature: float) -> VocabLogits:
+    return chunk if temperature == 1 else replace(chunk, logits=chunk.logits / temperature)
+
+
+def _rest(chunk: VocabLogits, ids_CK: Tensor) -> Tensor:
+    """[C]: log of the probability of all tokens but these. One less the sum of these would lose all
+    digits of a small rest."""
+    columns, here = columns_of(ids_CK, chunk.first, chunk.width)
+    # A column behind the last takes the tokens of other ranks.
+    listed = torch.zeros(len(ids_CK), chunk.width + 1, dtype=torch.bool, device=ids_CK.device)
+    listed.scatter_(1, torch.where(here, columns, chunk.width), True)
+    others = chunk.logits.masked_fill(listed[:, :-1], -torch.inf)
+    return chunk.gather(others.logsumexp(-1)).logsumexp(0) - chunk.logsumexp

@@ -1,17 +1,21 @@
 """Make the rows of tokens that one data-parallel rank trains and evaluates on."""
 
 import math
+from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 
 from megalora.config import RunConfig
 from megalora.data.batch import Batch, filler_of, flat_row
 from megalora.data.labelled import mismatched
+from megalora.data.logits_header import is_logits_folder
 from megalora.data.mixture import mixture_indices
 from megalora.data.order import global_batch_indices
 from megalora.data.pack import Rows, measure_fill, rows_by_count, rows_by_tokens
 from megalora.data.splits import Split
+from megalora.data.top_logits import LogitsOfSamples, TopLogits, find_samples
 from megalora.parallel import Groups
 from megalora.train.duration import num_steps
 
@@ -30,12 +34,25 @@ class Batches:
         self.config = config
         self.train = train
         self.eval = eval
+        self.logits = self._logits_of_samples()
         self.dp_rank = groups.dp.rank()
         self.dp_size = groups.dp.size()
         # Of the training samples for evaluations too: the same on every rank, whatever its rows.
         self.filler = filler_of(train.samples)
         # Several questions are asked of each step, and packing 1,000 samples takes 50 ms.
         self._rows_of_step = lru_cache(maxsize=2)(self._plan_step)
+
+    def _logits_of_samples(self) -> dict[int, LogitsOfSamples]:
+        """id of a split -> what a teacher's folder of logits keeps of it; empty where the teacher
+        is a model or there is none. Raises ``ValueError`` for logits of other samples."""
+        name = self.config.objective.teacher
+        found: dict[int, LogitsOfSamples] = {}
+        if name is None or not is_logits_folder(name):
+            return found
+        for split in (self.train, self.eval):
+            if split is not None:
+                found[id(split)] = find_samples(Path(name), split.samples, split.source)
+        return found
 
     @property
     def num_steps(self) -> int:
@@ -67,6 +84,11 @@ class Batches:
         numbers = np.arange(len(self.eval.samples))
         rows = self._rows(self.eval, numbers)
         return self._flat(self.eval, numbers, rows[self.dp_rank])
+
+    def numbers_of_eval(self) -> list[list[int]]:
+        """Of each row of ``of_eval``, the numbers of its samples, in their order."""
+        assert self.eval is not None
+        return self._rows(self.eval, np.arange(len(self.eval.samples)))[self.dp_rank]
 
     def mismatched_of_step(self, step: int) -> list[Batch]:
         """This rank's rows of prompts of the step with the answers to other ones, where the samples
@@ -154,7 +176,13 @@ class Batches:
         batches = []
         for row in rows:
             samples = [split.samples[numbers[place]] for place in row]
-            batches.append(flat_row(samples, filler=self.filler, multiple_of=multiple))
+            batch = flat_row(samples, filler=self.filler, multiple_of=multiple)
+            if (logits := self.logits.get(id(split))) is not None:
+                parts: list[TopLogits] = []
+                for place, targets in zip(row, batch.targets, strict=True):
+                    parts.append(logits.of(int(numbers[place]), targets))
+                batch = replace(batch, taught=TopLogits.joined(parts, logits.header.k))
+            batches.append(batch)
         return batches
 
 

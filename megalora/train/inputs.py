@@ -5,7 +5,7 @@ Only what a rank reads travels: of each row its context-parallel part; tokens to
 stage, target tokens and their places to the last, and to all of them where documents begin.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megalora import host
 from megalora.data.batch import Batch
+from megalora.data.top_logits import TopLogits
 from megalora.model.documents import (
     Chunk,
     Documents,
@@ -48,6 +49,9 @@ class DeviceBatch:
     """[Q] int64: target tokens of each sequence of the whole row; likewise."""
     values: Tensor | None = None
     """[Q] float32: the label, value or margin of each sequence; likewise."""
+    taught: tuple[Tensor, Tensor, Tensor] | None = None
+    """(ids [N, k] int64, logprobs [N, k], rest [N] float32) that a teacher's file gives for
+    ``labels``; None where there is none."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,8 @@ class Asked:
     """The labels of all places, in the loss or not."""
     sequences: bool = False
     """Which sequence a target token belongs to."""
+    taught: int = 0
+    """Tokens that a teacher's file gives at each target token; 0 where there is none."""
     routed: bool = False
     """Which sequence each token belongs to that this rank routes to experts."""
 
@@ -155,6 +161,8 @@ def _host_pieces(batch: Batch, chunks: tuple[Chunk, ...], part: Part, asked: Ask
             values = torch.zeros(batch.num_sequences)
             values[: len(batch.values)] = torch.tensor(batch.values)
             pieces.append(values.view(torch.int32))
+        if asked.taught and batch.taught is not None:
+            pieces += _taught_pieces(batch, batch.taught, own, places)
     # Every stage has routers, so that each gets them.
     if asked.routed:
         pieces.append(_of_tp_rank(own(_without_filler(batch)), part))
@@ -164,6 +172,20 @@ def _host_pieces(batch: Batch, chunks: tuple[Chunk, ...], part: Part, asked: Ask
         pieces.append(torch.tensor(chunk.query_ends))
         pieces.append(torch.tensor(chunk.key_ends))
     return pieces
+
+
+def _taught_pieces(
+    batch: Batch, taught: TopLogits, own: Callable[[Tensor], Tensor], places: Tensor
+) -> list[Tensor]:
+    """ids, logprobs and rest of this rank's target tokens, flat; floats as the bits of integers."""
+    # Number of each target token among those of the row, at its place.
+    numbers = torch.cumsum(batch.loss_mask > 0, 0) - 1
+    chosen = own(numbers)[places].numpy()
+    floats = (taught.logprobs[chosen].ravel(), taught.rest[chosen])
+    return [
+        torch.from_numpy(taught.ids[chosen].ravel()),
+        *(torch.from_numpy(values.view(np.int32)) for values in floats),
+    ]
 
 
 def _without_filler(batch: Batch) -> Tensor:
@@ -186,7 +208,7 @@ def _unpack(
 ) -> DeviceBatch:
     """The next row of those that ``to_device`` sent, on the device."""
     positions = next(parts).long()
-    tokens = labels = places = sequences = targets = values = None
+    tokens = labels = places = sequences = targets = values = taught = None
     if part.first:
         tokens = next(parts).long()
     if part.last:
@@ -198,11 +220,15 @@ def _unpack(
             targets = next(parts).long()
             # A part of one array, which a view of other numbers must not be.
             values = next(parts).clone().view(torch.float32)
+        if asked.taught:
+            ids = next(parts).long().view(len(labels), asked.taught)
+            logprobs = next(parts).clone().view(torch.float32).view(ids.shape)
+            taught = (ids, logprobs, next(parts).clone().view(torch.float32))
     of_row = None
     if asked.routed:
         of_row = RowSequences(next(parts).long(), next(parts).long())
     bounds = tuple((next(parts), next(parts)) for _ in chunks)
     documents = Documents(chunks, positions, bounds, of_row)
     return DeviceBatch(
-        documents, tokens, labels, places, filler, number, sequences, targets, values
+        documents, tokens, labels, places, filler, number, sequences, targets, values, taught
     )

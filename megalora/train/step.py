@@ -169,7 +169,8 @@ class Stepper:
         balance = None if forward_only else self.balance
         if balance is not None:
             balance.begin(sum(batch.num_sequences for batch in batches))
-        asked = Asked(sequences=objective.by_sequence, routed=balance is not None)
+        taught = 0 if self.teacher is None else self.teacher.top
+        asked = Asked(sequences=objective.by_sequence, taught=taught, routed=balance is not None)
         # Once for all passes over these microbatches.
         inputs = to_device(batches, Part.of(self.groups), asked)
         references = self._references(batches, inputs, list(mismatched))

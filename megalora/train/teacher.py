@@ -16,10 +16,16 @@ from torch import Tensor, nn
 
 from megalora.config import RunConfig
 from megalora.data.batch import Batch
+from megalora.data.logits_header import check_logits, is_logits_folder
 from megalora.hf.folder import local_folder
 from megalora.lora.switched_off import adapters_off
 from megalora.model.build import build_model
-from megalora.model.divergence import CHUNK_BYTES_BESIDE_TEACHER, Divergence, distance_from
+from megalora.model.divergence import (
+    CHUNK_BYTES_BESIDE_TEACHER,
+    Divergence,
+    distance_from,
+    distance_from_top,
+)
 from megalora.model.expert_load import ExpertLoad
 from megalora.model.head import Outputs, last_hidden
 from megalora.model.second_model import plan_second
@@ -36,6 +42,11 @@ Readers = Callable[[DeviceBatch], Reader]
 
 class Teacher(Protocol):
     """Whose distributions a step learns."""
+
+    @property
+    def top(self) -> int:
+        """Tokens of each distribution that come with the samples; 0 where a pass makes it."""
+        ...
 
     def readers(
         self, batches: list[Batch], inputs: list[DeviceBatch], student: "Student"
@@ -63,6 +74,7 @@ class SecondModel:
 
     chunks: list[nn.Module]
     divergence: Divergence
+    top = 0
 
     def readers(self, batches: list[Batch], inputs: list[DeviceBatch], student: Student) -> Readers:
         """As the protocol says."""
@@ -76,12 +88,30 @@ class OwnBase:
     """The student with its adapters switched off: no second model."""
 
     divergence: Divergence
+    top = 0
 
     def readers(self, batches: list[Batch], inputs: list[DeviceBatch], student: Student) -> Readers:
         """As the protocol says."""
         with set_apart(student.chunks, student.load), adapters_off(student.chunks):
             found = _hidden(student.chunks, student.groups, student.load, batches, inputs)
         return partial(_reader, self.divergence, found)
+
+
+@dataclass(frozen=True)
+class FromFile:
+    """A teacher that was asked before (``megalora logits``)."""
+
+    divergence: Divergence
+    top: int
+
+    def readers(self, batches: list[Batch], inputs: list[DeviceBatch], student: Student) -> Readers:
+        """As the protocol says."""
+        return partial(_reader_of_file, self.divergence)
+
+
+def _reader_of_file(divergence: Divergence, batch: DeviceBatch) -> Reader:
+    assert batch.taught is not None, "logits were asked for"
+    return distance_from_top(divergence, *batch.taught)
 
 
 def _reader(divergence: Divergence, found: list[Outputs], batch: DeviceBatch) -> Reader:
@@ -130,8 +160,10 @@ def build_teacher(config: RunConfig, objective: Objective) -> Teacher | None:
     name = config.objective.teacher_model
     if name is None:
         return OwnBase(objective.divergence)
-    folder = local_folder(name, "objective.teacher")
     student = local_folder(config.model.path)
+    if is_logits_folder(name):
+        return FromFile(objective.divergence, check_logits(config, student).k)
+    folder = local_folder(name, "objective.teacher")
     shape, parallel = plan_second(config.parallel, folder, student)
     chunks = build_model(config.model, parallel, shape, folder)
     for chunk in chunks:

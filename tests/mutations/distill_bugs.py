@@ -7,6 +7,9 @@ DISTANCE = "megalora/model/divergence.py"
 LOSS = "megalora/objectives/distill.py"
 TEACHER = "megalora/train/teacher.py"
 SECOND = "megalora/model/second_model.py"
+KEPT = "megalora/data/logits_header.py"
+TOP = "megalora/data/top_logits.py"
+OF_FILE = "tests/train/test_top_logits.py"
 OF_LOSS = "tests/objectives/test_distill.py"
 OF_RUN = "tests/train/test_distill.py"
 GRID = "tests/parity/test_grid.py distill"
@@ -105,6 +108,71 @@ DISTILL_BUGS: tuple[Bug, ...] = (
         'return {"hidden": x_NH, "weight": weight}',
         'return {"hidden": x_NH, "weight": weight.roll(1, 0)}',
         GRID,
+    ),
+    # logits that were written before
+    bug(
+        0,
+        "the rest of one rank's vocabulary",
+        DISTANCE,
+        "return chunk.gather(others.logsumexp(-1)).logsumexp(0) - chunk.logsumexp",
+        "return others.logsumexp(-1) - chunk.logsumexp",
+        f"{OF_LOSS} most_probable",
+    ),
+    bug(
+        0,
+        "the most probable tokens without the rest",
+        DISTANCE,
+        "return divergence.of_part(both, teacher.to(both.dtype))",
+        "return divergence.of_part(both[:, :-1], teacher[:, :-1].to(both.dtype))",
+        f"{OF_LOSS} most_probable",
+    ),
+    bug(
+        0,
+        "logits of the sample before",
+        TOP,
+        "self._ends(file)[number - first : number - first + 2]",
+        "self._ends(file)[max(number - first - 1, 0) : max(number - first - 1, 0) + 2]",
+        f"{OF_FILE} nearly_all",
+    ),
+    bug(
+        0,
+        "logits in the order of the row on every context-parallel rank",
+        "megalora/train/inputs.py",
+        "chosen = own(numbers)[places].numpy()",
+        "chosen = numbers[: len(places)].clamp(min=0).numpy()",
+        f"{OF_FILE} under_any_layout",
+    ),
+    bug(
+        0,
+        "logits of another temperature",
+        KEPT,
+        "header.temperature == config.objective.temperature,",
+        "True,",
+        f"{OF_FILE} something_else",
+    ),
+    bug(
+        0,
+        "logits of another tokenizer",
+        KEPT,
+        'header.tokens == tokens_digest(base, "model.path"),',
+        "True,",
+        f"{OF_FILE} something_else",
+    ),
+    bug(
+        0,
+        "logits of other samples",
+        TOP,
+        'if kept["digest"] == digest:',
+        "if True:",
+        f"{OF_FILE} knows_it_again",
+    ),
+    bug(
+        0,
+        "logits written at temperature 1",
+        "megalora/train/write_logits.py",
+        "top_of(self.k, self.config.objective.temperature)",
+        "top_of(self.k, 1.0)",
+        f"{OF_FILE} nearly_all",
     ),
     # who may teach
     bug(

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from megalora.model.divergence import Divergence, distance_from
+from megalora.model.divergence import Divergence, distance_from, distance_from_top, top_of
 from megalora.model.head import Head
 from megalora.objectives.distill import DISTANCE, Distill
 from tests.distributed.ranks import run_ranks
@@ -114,6 +114,65 @@ def test_values_and_gradients_are_trl_s(world: int) -> None:
         if case[1]:
             b = torch.cat([found["b"] for found in ranks])
             torch.testing.assert_close(b, expected["b"], rtol=1e-10, atol=1e-14)
+
+
+def coarse(logprobs: Tensor, ids: Tensor) -> Tensor:
+    """Probabilities of the given tokens and of all others together, by hand."""
+    listed = logprobs.exp().gather(1, ids)
+    others = logprobs.exp().scatter(1, ids, 0.0).sum(1, keepdim=True)
+    return torch.cat([listed, others], 1)
+
+
+def of_top(kind: str, k: int, temperature: float) -> tuple[Tensor, Tensor]:
+    """(distances, gradient of x) of a student from a teacher's most probable tokens; a rank
+    function."""
+    group: Any = dist.group.WORLD
+    x, weight, x_teacher, w_teacher, labels, *_ = problem()
+    own = slice(group.rank() * V // group.size(), (group.rank() + 1) * V // group.size())
+    room = 5 * (V // group.size()) * 40
+    taught = Head(w_teacher[own], group, chunk_bytes=room)(
+        x_teacher, labels, {"top": top_of(k, temperature)}
+    )
+    logprobs, ids, rest = taught["top"]
+    reader = distance_from_top(Divergence(kind, 0.2, temperature), ids, logprobs, rest)
+    x.requires_grad_()
+    found = Head(weight[own], group, chunk_bytes=room)(x, labels, {"distance": reader})
+    (found["distance"] * torch.arange(1, len(x) + 1)).sum().backward()
+    dist.all_reduce(x.grad)
+    assert x.grad is not None
+    return found["distance"].detach(), x.grad
+
+
+@pytest.mark.parametrize("kind", ["forward", "reverse", "jsd"])
+@pytest.mark.parametrize("world", [1, 2])
+def test_the_most_probable_tokens_and_the_rest(kind: str, world: int) -> None:
+    k, temperature = 5, 1.5
+    x, weight, x_teacher, w_teacher, *_ = problem()
+    x.requires_grad_()
+    teacher = (x_teacher @ w_teacher.t() / temperature).log_softmax(-1)
+    student = (x @ weight.t() / temperature).log_softmax(-1)
+    ids = teacher.topk(k).indices
+    p, q = coarse(teacher, ids).log(), coarse(student, ids).log()
+    beta = TRL_BETA.get(kind, 0.2)
+    # TRL's of logarithms of probabilities, which its softmax leaves as they are.
+    distances = []
+    for place in range(len(x)):
+        distances.append(trl_losses.gkd(q[place : place + 1], p[place : place + 1], beta, 1.0))
+    expected = torch.stack(distances)
+    (expected * torch.arange(1, len(x) + 1)).sum().backward()
+    for found, gradient in run_ranks(of_top, world, kind, k, temperature):
+        torch.testing.assert_close(found, expected.detach(), rtol=1e-10, atol=1e-13)
+        torch.testing.assert_close(gradient, x.grad, rtol=1e-10, atol=1e-13)
+
+
+def test_all_tokens_but_one_are_the_whole_distribution() -> None:
+    ((found, _),) = run_ranks(of_top, 1, "reverse", V - 1, 2.0)
+    x, weight, x_teacher, w_teacher, *_ = problem()
+    whole = trl_losses.gkd(x @ weight.t(), x_teacher @ w_teacher.t(), 1.0, 2.0)
+    assert found.mean().item() == pytest.approx(whole.item(), rel=1e-10)
+    # What is not told apart is no farther.
+    ((fewer, _),) = run_ranks(of_top, 1, "reverse", 3, 2.0)
+    assert (fewer < found).all()
 
 
 def test_distances_of_known_distributions() -> None:

@@ -4,6 +4,7 @@ same when the run is resumed.
 One rank of each node reads; nodes must agree. Digests are kept in the run folder (``digests.py``).
 """
 
+import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +17,7 @@ from safetensors import SafetensorError
 from megalora.config import RunConfig
 from megalora.data.chat import Encoded
 from megalora.data.digest import mixture_digest, source_digest
+from megalora.data.logits_header import HEADER, is_logits_folder
 from megalora.data.samples import digest_of_samples
 from megalora.digests import Digests
 from megalora.hf.base_identity import base_config, weights_digest
@@ -145,6 +147,9 @@ def _teacher_digest(config: RunConfig, digests: Digests) -> str | None:
     name = config.objective.teacher_model
     if name is None:
         return None
+    if is_logits_folder(name):
+        # It has digests of the teacher's weights and of the samples.
+        return hashlib.sha256((Path(name) / HEADER).read_bytes()).hexdigest()
     folder = local_folder(name, "objective.teacher")
     check_base_folder(folder)
     return weights_digest(folder, digests)
