@@ -1,12 +1,13 @@
 """Write a small chat data set of sums, so that a run can be tried without a download.
 
-``python -m megalora.data.arithmetic OUT --num 2000 --seed 0 [--pairs | --labels]``
+``python -m megalora.data.arithmetic OUT --num 2000 --seed 0 [--pairs | --labels | --ratings]``
 """
 
 import argparse
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 from megalora.paths import user_path
 
@@ -17,7 +18,13 @@ _NUM_QUESTIONS = len(_OPERATORS) * _NUM_OPERANDS**2
 
 
 def write_arithmetic(
-    path: str | Path, num_samples: int, seed: int, *, pairs: bool = False, labels: bool = False
+    path: str | Path,
+    num_samples: int,
+    seed: int,
+    *,
+    pairs: bool = False,
+    labels: bool = False,
+    ratings: bool = False,
 ) -> None:
     """Write a JSONL file of different questions on two numbers below 100, and their answers.
 
@@ -28,6 +35,8 @@ def write_arithmetic(
         pairs: write two answers to each question, a bare equation that is preferred (``chosen``)
             and the same number in a sentence (``rejected``).
         labels: write the question alone (``text``) and what it asks for, by name (``label``).
+        ratings: write one answer (``messages``) and whether it is good (``label``): the equation in
+            every other row, the sentence in the others.
     Raises:
         ValueError: num_samples is out of range.
     """
@@ -42,23 +51,31 @@ def write_arithmetic(
         # code = (kind * 100 + left) * 100 + right.
         rest, right = divmod(code, _NUM_OPERANDS)
         kind, left = divmod(rest, _NUM_OPERANDS)
-        operator, compute = list(_OPERATORS.items())[kind]
-        question = f"{left} {operator} {right}"
-        result = compute(left, right)
-        asked = {"role": "user", "content": f"What is {question}?"}
-        equation = [asked, {"role": "assistant", "content": f"{question} = {result}"}]
-        row = {"messages": equation}
+        operator = list(_OPERATORS)[kind]
+        asked, equation, sentence = _conversations(operator, left, right)
+        row: dict[str, Any] = {"messages": equation}
         if pairs:
-            sentence = f"Let me see. I would say that it is {result}."
-            row = {
-                "chosen": equation,
-                "rejected": [asked, {"role": "assistant", "content": sentence}],
-            }
+            row = {"chosen": equation, "rejected": sentence}
+        if ratings:
+            is_good = len(lines) % 2 == 0
+            row = {"messages": equation if is_good else sentence, "label": is_good}
         if labels:
-            row = {"text": asked["content"], "label": _NAMES[operator]}
+            row = {"text": asked, "label": _NAMES[operator]}
         lines.append(json.dumps(row) + "\n")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text("".join(lines), encoding="utf-8")
+
+
+def _conversations(operator: str, left: int, right: int) -> tuple[str, list[Any], list[Any]]:
+    """(a question, the conversation that answers with the equation, the one that answers with the
+    same number in a sentence)."""
+    question = f"{left} {operator} {right}"
+    result = _OPERATORS[operator](left, right)
+    asked = {"role": "user", "content": f"What is {question}?"}
+    equation = {"role": "assistant", "content": f"{question} = {result}"}
+    said = f"Let me see. I would say that it is {result}."
+    sentence = {"role": "assistant", "content": said}
+    return asked["content"], [asked, equation], [asked, sentence]
 
 
 def main() -> None:
@@ -75,9 +92,15 @@ def main() -> None:
     forms.add_argument(
         "--labels", action="store_true", help="the question and what it asks for: a label"
     )
+    forms.add_argument(
+        "--ratings", action="store_true", help="one answer to each question, and if it is good"
+    )
     args = parser.parse_args()
     try:
-        write_arithmetic(args.out, args.num, args.seed, pairs=args.pairs, labels=args.labels)
+        write_arithmetic(
+            args.out, args.num, args.seed, pairs=args.pairs, labels=args.labels,
+            ratings=args.ratings,
+        )  # fmt: skip
     except ValueError as error:
         parser.error(str(error))
 
