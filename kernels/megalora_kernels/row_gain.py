@@ -13,6 +13,8 @@ Shape legend: T source rows   M routed rows   E experts   N outputs
 # unpacks tuples in kernels: Python's rules for calls do not hold.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
@@ -47,9 +49,8 @@ def gain_rows_loop(
     source_M: torch.Tensor | None = None,
 ) -> None:  # fmt: skip
     """Fill ``out_MN``, which may be u itself where rows are not gathered."""
-    u_MN = u if source_M is None else u.index_select(0, source_M)
     for out, rows, g in zip(
-        out_MN.split(routing.counts), u_MN.split(routing.counts), g_EN.unbind(), strict=True
+        out_MN.split(routing.counts), _of_each(u, routing, source_M), g_EN.unbind(), strict=True
     ):
         torch.mul(rows, g, out=out)
 
@@ -59,11 +60,25 @@ def gain_gradient_loop(
     source_M: torch.Tensor | None = None,
 ) -> None:  # fmt: skip
     """Fill ``out_EN``, in its dtype; exact zeros where an expert has no rows."""
-    dy_MN = dy if source_M is None else dy.index_select(0, source_M)
     for out, rows, u in zip(
-        out_EN.unbind(), dy_MN.split(routing.counts), u_MN.split(routing.counts), strict=True
+        out_EN.unbind(),
+        _of_each(dy, routing, source_M),
+        u_MN.split(routing.counts),
+        strict=True,
     ):
+        # In the sum's dtype: a product of two bfloat16 is not one.
         torch.sum(rows.to(out.dtype) * u, 0, out=out)
+
+
+def _of_each(
+    x: torch.Tensor, routing: Routing, source_M: torch.Tensor | None
+) -> Iterator[torch.Tensor]:
+    """The rows of one expert after the other; gathered, they are copied for one at a time."""
+    if source_M is None:
+        yield from x.split(routing.counts)
+        return
+    for source in source_M.split(routing.counts):
+        yield x.index_select(0, source)
 
 
 # ---- 3. kernels ----------------------------------------------------------------------------------
@@ -99,6 +114,7 @@ def _gain_gradient_kernel(
     GATHERED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program owns BLOCK columns of one expert."""
+    # An expert's rows end where offsets say, and begin where those of the one before end.
     expert = tl.program_id(0)
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     start = tl.load(offsets_ptr + expert - 1, mask=expert > 0, other=0)
@@ -128,6 +144,7 @@ def gain_rows_triton(
     E, N = g_EN.shape
     if not routing.num_rows:  # a grid of no programs cannot be launched
         return
+    # Rows are read once and gains once a tile: wide blocks.
     block = min(256, triton.next_power_of_2(N))
     grid = (max_tiles(routing.num_rows, E, ROWS), int(triton.cdiv(N, block)))
     _gain_rows_kernel[grid](

@@ -62,6 +62,7 @@ class ScaledExperts(torch.autograd.Function):
         da1, da2, *db = sums.places
         db1 = db[: ctx.static.blocks[0]]
         db2 = db[ctx.static.blocks[0] :]
+        # Recomputed as a whole: x was kept in its place.
         if u1_MJ is None:
             u1_MJ = o.gate_up()[0]
         y1_MJ = _scaled(o, u1_MJ, g1_EJ)
@@ -73,6 +74,7 @@ class ScaledExperts(torch.autograd.Function):
         if o.adapter1 is not None:
             assert o.blocks1 is not None
             o.engine.shrink_beside(rows1, o.blocks1, o.scale1)
+            # rows1 is du1 by now.
             gradients_of_b(o, o.adapter1, s1, rows1.x, db1, None)
             o.engine.wgrad(rows1.s_MR, o.x, da1, o.routing.source_M)  # pyright: ignore[reportArgumentType]
         dp, factors = sums.finish()
@@ -123,6 +125,7 @@ def _through_gain_of_down(
     source_M = o.routing.source_M
     if g2_EH is None:
         return dout, source_M, None
+    # Down once more, as in forward.
     inner = o.engine.swiglu(y1_MJ, o.p, o.a2, o.weight2, o.scale2)
     u2_MH = o.engine.linear(inner, o.weight2, o.blocks2)
     dg2_EH = torch.empty_like(g2_EH)
@@ -139,6 +142,7 @@ def _through_gain(
     if g_EN is None:
         return None
     dg_EN = torch.empty_like(g_EN)
+    # Before dy is overwritten.
     o.engine.passes.gain_gradient(dy_MN, u_MN, o.routing, dg_EN)
     o.engine.passes.gain_rows(dy_MN, g_EN, o.routing, dy_MN)
     return dg_EN

@@ -68,6 +68,7 @@ def _use_dora(
     everywhere = True
     for projection, own in adapted_layers.items():
         layers = [layer for layer, a in own.items() if "M" in a.factors]
+        # One projection without it, in one layer, and a list has to say which have it.
         everywhere = everywhere and len(layers) == len(own)
         if layers:
             # Layers that are not adapted may be named all the same.

@@ -120,7 +120,7 @@ def kept(
     rest = norm if live else 0
     if qkv:
         rest += low_rank(qkv, batch.tokens, width + 2 * kv, e)
-        rest += dense_scaling(qkv, layout.parallel, batch.tokens, width + 2 * kv, e)
+        rest += dense_scaling(qkv, batch.tokens, width + 2 * kv, e)
         rest += batch.dropped(own * s.hidden, live) if model.has_dropout else hidden
     attention = 0
     # With dropout o's adapter keeps a copy of the result instead of the result.
@@ -133,7 +133,7 @@ def kept(
         attention = batch.tokens * width * e
     if o:
         rest += low_rank(o, own, s.hidden, e)
-        rest += dense_scaling(o, layout.parallel, own, s.hidden, e)
+        rest += dense_scaling(o, own, s.hidden, e)
         if model.has_dropout:
             rest += batch.dropped(batch.tokens * width, result_is_live)
 

@@ -1,7 +1,6 @@
 """Count DoRA's magnitudes on a rank, and what scaling by them keeps for backward."""
 
 import math
-from collections.abc import Iterable
 
 from megalora.config import ParallelConfig
 from megalora.lora.spec import Adapted, has_magnitudes
@@ -16,24 +15,16 @@ def magnitudes_on_rank(a: Adapted, p: ParallelConfig) -> int:
     return experts * math.prod(a.shard_shape("M", sizes[a.group("M")]))
 
 
-def dense_scaling(
-    adapted: list[Adapted], p: ParallelConfig, rows: int, features: int, e: int
-) -> int:
+def dense_scaling(adapted: list[Adapted], rows: int, features: int, e: int) -> int:
     """What a dense linear with DoRA keeps: its output before it is scaled, rows x features, and
     what it is scaled by."""
     if not has_magnitudes(adapted):
         return 0
-    return rows * features * e + kept_for_scaling(adapted, p, features)
+    # The gradient of a magnitude needs the output as it was.
+    return rows * features * e + kept_for_scaling(adapted, features)
 
 
-def kept_for_scaling(adapted: Iterable[Adapted], p: ParallelConfig, features: int) -> int:
-    """A float32 factor for each row of a fused weight, of ``features`` rows on the rank, and the
-    norm of each row that has a magnitude (which is there without a microbatch, too)."""
-    adapted = list(adapted)
-    if not has_magnitudes(adapted):
-        return 0
-    kept = features
-    for a in adapted:
-        if "M" in a.factors:
-            kept += magnitudes_on_rank(a, p)
-    return kept * STATISTIC
+def kept_for_scaling(adapted: list[Adapted], features: int) -> int:
+    """A float32 factor for each row of a fused weight, of ``features`` rows on the rank. Norms,
+    which backward reads as well, are there without a microbatch (``state_bytes.py``)."""
+    return features * STATISTIC if has_magnitudes(adapted) else 0

@@ -158,7 +158,7 @@ def experts_bytes(mlp: PlannedMLP, live: bool) -> int:
     """``expert_mlp``: rows as an all-to-all delivered them N H e (without one they are the norm's
     output), [gate | up] M 2 I / n e unless recomputed, S of gate and up and of down M (R + r) e,
     probabilities M e, an int32 a row, slots N min(k, E / ep) and E / ep offsets. DoRA keeps u of
-    gate_up in place of [gate | up], and a float32 factor and norm for each row of E / ep experts'
+    gate_up in place of [gate | up], and a float32 factor for each row of E / ep experts'
     weights. With an all-to-all also which tokens were sent and which rows a token's results are
     summed from: (T / t) min(k, ep) int32 each.
 
@@ -179,7 +179,7 @@ def experts_bytes(mlp: PlannedMLP, live: bool) -> int:
     total += (batch.received * min(s.top_k, local_experts) + local_experts) * INT
     gates = 2 * s.expert_intermediate // p.etp
     for adapted, features in ((gate_up, gates), (down, s.hidden)):
-        total += kept_for_scaling(adapted, p, local_experts * features)
+        total += kept_for_scaling(adapted, local_experts * features)
     if p.ep * p.etp > 1:
         total += 2 * batch.own_tokens * min(s.top_k, p.ep) * INT
         # A's gradient reads the rows, and so does computing gate_up again.
@@ -250,9 +250,8 @@ def _gated_mlp(mlp: PlannedMLP, name: str, intermediate: int) -> int:
     # fc1 computes all tokens on this rank's features, fc2's adapter its own tokens in full width.
     total = low_rank(fc1, batch.tokens, 2 * features, e)
     total += low_rank(fc2, batch.own_tokens, mlp.model.shape.hidden, e)
-    p = mlp.layout.parallel
-    total += dense_scaling(fc1, p, batch.tokens, 2 * features, e)
-    total += dense_scaling(fc2, p, batch.own_tokens, mlp.model.shape.hidden, e)
+    total += dense_scaling(fc1, batch.tokens, 2 * features, e)
+    total += dense_scaling(fc2, batch.own_tokens, mlp.model.shape.hidden, e)
     if fc1 and mlp.has_dropout:
         total += batch.dropped(batch.own_tokens * mlp.model.shape.hidden, mlp.live)
     product_is_live = mlp.live or bool(fc1)

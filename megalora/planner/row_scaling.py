@@ -36,6 +36,7 @@ class RowScaling(Prices):
         Args:
             columns: those that down's adapter adds to the inputs of its product.
         """
+        # I / n features of an expert, and the M rows of this rank's experts.
         inner = self.shape.expert_intermediate // self.p.etp
         rows = self.batch.rows
         gate_up = modules.get("mlp.experts.gate_up", [])
@@ -63,6 +64,7 @@ class RowScaling(Prices):
                 group_size = sizes[first.group("B")]
                 experts = max(1, first.num_experts // self.p.ep)
                 _, inputs = first.shard_shape("A", group_size)
+                # Of all experts on the rank.
                 outputs = 0
                 for a in adapted:
                     outputs += experts * a.shard_shape("B", group_size)[0]

@@ -218,6 +218,7 @@ def _peft_logits(
     else:
         base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     base = base.to(host.device())
+    # As an export's README.md says.
     if parts_of(adapter):
         first, second = PARTS
         model: Any = PeftModel.from_pretrained(base, str(adapter / first), adapter_name=first)

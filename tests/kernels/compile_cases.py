@@ -20,6 +20,7 @@ from megalora_kernels.destinations import places_triton
 from megalora_kernels.gemm_kernel import grouped_gemm_triton
 from megalora_kernels.regroup import Arrivals, regroup_triton
 from megalora_kernels.route import route_triton, spread_triton
+from megalora_kernels.row_gain import gain_gradient_triton, gain_rows_triton
 from megalora_kernels.sums import TritonSums
 from megalora_kernels.swiglu import swiglu_triton
 from megalora_kernels.swiglu_backward import swiglu_backward_triton
@@ -91,6 +92,17 @@ def routing_of_128(dtype: torch.dtype) -> None:
     counts_RE = torch.zeros(8, 16, dtype=torch.int64)
     arrivals = Arrivals(counts_RE, torch.zeros(8, dtype=torch.int64), places_M, 300, 8)
     regroup_triton(arrivals, moved_M)
+
+
+def scaled_rows(dtype: torch.dtype) -> None:
+    """Rows of down's output times a number each, in place and gathered, and backward's sums."""
+    u_MH = torch.zeros(4096, H, dtype=dtype)
+    gain_EH = torch.zeros(E, H)
+    source_M = torch.zeros(4096, dtype=torch.int32)
+    routing = Routing(torch.zeros(E, dtype=torch.int32), 4096)
+    for source in (None, source_M):
+        gain_rows_triton(u_MH, gain_EH, routing, u_MH, source)
+        gain_gradient_triton(u_MH, u_MH, routing, gain_EH, source)
 
 
 def layers(capability: int, dtype: torch.dtype, rank: int, tokens: int, whole: bool = True) -> Case:
@@ -256,6 +268,7 @@ def few(capability: int) -> list[Case]:
     return [
         layers(capability, HALF, 16, 2048, whole=False),
         Case("routing", capability, partial(routing_of_128, HALF)),
+        Case("scaled rows", capability, partial(scaled_rows, HALF)),
         swiglus(capability, HALF, 64, 32),
         swiglus(100, HALF, 32, 0),  # Blackwell's compiler refuses it where it is pipelined
         gemms(
@@ -286,6 +299,7 @@ def every(capability: int) -> list[Case]:
         layers(capability, torch.float16, 16, 2048),
         layers(capability, torch.float32, 16, 64),
         Case("routing", capability, partial(routing_of_128, HALF)),
+        Case("scaled rows", capability, partial(scaled_rows, HALF)),
         *[swiglus(capability, HALF, *ranks) for ranks in SWIGLU_RANKS],
         *every_candidate(capability),
         *refused_for_memory(capability),

@@ -19,6 +19,7 @@ from megalora.config import RunConfig
 from megalora.data.batch import Batch
 from megalora.train.assemble import Run
 from megalora.train.optim import _parts, clip_and_step
+from tests.lora.held import norms_of
 from tests.parity.built import built
 
 SEQUENCE = 192
@@ -128,13 +129,15 @@ def tensors_of(run: Run) -> dict[str, list[Tensor]]:
         for group in part.shard_fp32_from_float16_groups:
             state += group
     frozen: list[Tensor] = []
+    norms: list[Tensor] = []
     for chunk in run.model.chunks:
+        norms += norms_of(chunk)
         for parameter in chunk.parameters():
             if not parameter.requires_grad:
                 frozen.append(parameter)
     # Parameters and gradients of adapters are views of Megatron's buffers, padding included.
     return {
-        "weights": frozen, "adapters": [b.param_data for b in buffers],
+        "weights": frozen, "adapters": [b.param_data for b in buffers] + norms,
         "gradients": [b.grad_data for b in buffers],
         "optimizer": state,
     }  # fmt: skip

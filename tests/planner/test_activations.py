@@ -26,6 +26,7 @@ from megalora.planner.weights import PlannedModel, chunks_of
 from megalora.planner.workload import Workload
 from megalora.tiny import make_tiny
 from tests.distributed.ranks import run_ranks
+from tests.lora.held import norms_of
 from tests.parity.built import built
 from tests.parity.everything import LORA, config_of
 from tests.planner.count_step import SEQUENCE, Saved, kept_beside, make_batches, num_bytes
@@ -76,6 +77,7 @@ def kept_by_a_microbatch(config: RunConfig) -> Found:
         for chunk in run.model.chunks:
             for parameter in chunk.parameters():
                 own.add(parameter.untyped_storage().data_ptr())
+            own |= {norms.untyped_storage().data_ptr() for norms in norms_of(chunk)}
         saved: WeakSet[Saved] = WeakSet()
         counted: list[int] = []
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Variable
 
+from tests.lora.held import norms_of
 from tests.pretended.device import install, pretended_gpu
 from tests.pretended.flops import AsOnCuda, Work
 from tests.pretended.layer_cases import MICRO_BATCH, Case, cases_of, config_of
@@ -73,6 +74,7 @@ def count_chunk(chunk: Any, sequence: int, recorder: Recorder) -> Counts:
     _say_where(chunk, work)
     # Parameters are in memory anyway; backward of a linear saves its weight all the same.
     own = {p.untyped_storage()._cdata for p in chunk.parameters()}
+    own |= {norms.untyped_storage()._cdata for norms in norms_of(chunk)}
     # Weak keys: a node that dies within forward, as under recomputation, takes its entry along.
     saved: WeakKeyDictionary[Saved, str] = WeakKeyDictionary()
 

@@ -173,6 +173,7 @@ class Linears:
             for module in a.hf_modules():
                 # An expert without factors beside others that have some: zeros, and named.
                 if module not in self.factors:
+                    # With DoRA ``_one`` has refused this.
                     absent.append(module)
                 for factor in a.factors:
                     tensors[tensor_name(module, factor)] = self._tensor(module, factor, a)

@@ -21,8 +21,10 @@ def write_in_parts(
     halves: dict[str, list[Adapted]] = {name: [] for name in PARTS}
     for a in adapted:
         halves["dora" if "M" in a.factors else "lora"].append(a)
+    # All have DoRA, or none has: one folder says it.
     if not all(halves.values()):
         return write_adapter(folder, adapted, shape, trained, base, layout)
+    # Both may hold zeros that engines want beside what was trained.
     zeros: set[str] = set()
     for name, half in halves.items():
         (folder / name).mkdir()
