@@ -30,11 +30,11 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from pathlib import Path
 
-from benchmarks.gpu_machine import ROOT, Machine, Program, check_machine, install_wheels, probe
+from benchmarks.gpu_machine import ROOT, Machine, check_machine, install_wheels, probe
 from benchmarks.gpu_outcomes import Outcome, Record
 from benchmarks.gpu_steps import SECONDS, STEPS, Step, groups, limits, named
 
@@ -54,40 +54,40 @@ def run_steps(
     for group in groups(steps):
         # Steps of one group end at one moment.
         left_s = ends[group[0].name] - (time.monotonic() - start)
-        for step, outcome in run_at_once(machine, group, record, left_s):
-            record.put(step.name, outcome)
-            why = f", {outcome.why}" if outcome.why else ""
-            print(f"   {step.name}: {outcome.result}{why}, {outcome.seconds} s", flush=True)
-            if archive:
-                pack(machine.results, archive)
+        with closing(run_at_once(machine, group, record, left_s)) as ended:
+            for step, outcome in ended:
+                record.put(step.name, outcome)
+                why = f", {outcome.why}" if outcome.why else ""
+                print(f"   {step.name}: {outcome.result}{why}, {outcome.seconds} s", flush=True)
+                if archive:
+                    pack(machine.results, archive)
 
 
 def run_at_once(
     machine: Machine, steps: Sequence[Step], record: Record, left_s: float
-) -> Iterator[tuple[Step, Outcome]]:
+) -> Generator[tuple[Step, Outcome]]:
     """Run steps beside each other if they can be run in the time left, and say what became of
     each."""
-    programs: list[tuple[Step, Program]] = []
-    # Programs that still run when this is left are ended.
-    with ExitStack() as running:
-        for step in steps:
-            if outcome := why_not(machine, step, record, left_s):
-                yield step, outcome
-                continue
-            calls = record.outcomes[step.name].calls
-            if not calls:
-                # A file of another run, such as one whose results were committed.
-                (machine.results / step.result).unlink(missing_ok=True)
-                machine.log_of(step).unlink(missing_ok=True)
-            print(f"== {step.name} (at most {left_s:.0f} s): {step.shows}", flush=True)
-            # Where this call is ended in the middle, the next one goes on with what the step has
-            # written.
-            record.put(
-                step.name, Outcome("stopped", "the call was ended while it ran", calls=calls + 1)
-            )
-            programs.append((step, running.enter_context(machine.started(step, left_s))))
-        for step, program in programs:
-            outcome = program.outcome()
+    able = []
+    for step in steps:
+        if outcome := why_not(machine, step, record, left_s):
+            yield step, outcome
+            continue
+        calls = record.outcomes[step.name].calls
+        if not calls:
+            # A file of another run, such as one whose results were committed.
+            (machine.results / step.result).unlink(missing_ok=True)
+            machine.log_of(step).unlink(missing_ok=True)
+        print(f"== {step.name} (at most {left_s:.0f} s): {step.shows}", flush=True)
+        # Where this call is ended in the middle, the next one goes on with what the step has
+        # written.
+        record.put(
+            step.name, Outcome("stopped", "the call was ended while it ran", calls=calls + 1)
+        )
+        able.append(step)
+    # Closed with this block: a generator that is dropped ends its programs at some later time.
+    with closing(machine.run(able, left_s)) as ended:
+        for step, outcome in ended:
             outcome.calls = record.outcomes[step.name].calls
             yield step, outcome
 

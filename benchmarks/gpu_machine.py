@@ -11,8 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +24,8 @@ STARTED = "MEGALORA_BENCHMARK_STARTED"
 takes seconds of it."""
 GRACE_S = 8
 """Seconds between asking a step that outran its limit to end and killing it."""
+POLL_S = 0.1
+"""Seconds between two looks at each of several programs."""
 PROBE = """
 import importlib.metadata, importlib.util, json, sys
 def there(name):
@@ -104,34 +105,60 @@ class Machine:
             return f"no module {', '.join(absent)}: benchmarks/README.md says what to bring"
         return ""
 
-    @contextmanager
-    def started(self, step: Step, limit_s: float) -> Iterator["Program"]:
-        """Start a step's program, which may take ``limit_s``, and end it with the block."""
-        log = self.log_of(step)
+    def run(self, steps: Sequence[Step], limit_s: float) -> Generator[tuple[Step, Outcome]]:
+        """Run the programs of these steps beside each other for at most ``limit_s``; yields what
+        became of each as soon as it ends.
+
+        What still runs at the limit is ended, all at once; so is what runs when the caller leaves,
+        as by Ctrl-C, which does not reach the programs' own sessions.
+        """
+        begun = time.monotonic()
+        cpu_begun = cpu_of_children()
+        running: dict[str, subprocess.Popen[bytes]] = {}
+
+        def outcome(step: Step, code: int | None) -> Outcome:
+            verdict = self._judge(step, code, limit_s)
+            seconds = round(time.monotonic() - begun, 1)
+            return Outcome(*verdict, seconds, round(cpu_of_children() - cpu_begun, 1))
+
+        try:
+            for step in steps:
+                running[step.name] = self._start(step, limit_s)
+            left_s = limit_s
+            while running and left_s > 0:
+                left_s = max(0.0, limit_s - (time.monotonic() - begun))
+                # The end of one alone is waited for; of several, nobody knows which will be first.
+                pause_s = left_s if len(running) == 1 else min(POLL_S, left_s)
+                for step in [step for step in steps if step.name in running]:
+                    try:
+                        code = running[step.name].wait(pause_s)
+                    except subprocess.TimeoutExpired:
+                        continue
+                    del running[step.name]
+                    yield step, outcome(step, code)
+                left_s -= pause_s
+        finally:
+            _end(list(running.values()))
+        for step in steps:
+            if step.name in running:
+                yield step, outcome(step, None)
+
+    def _start(self, step: Step, limit_s: float) -> subprocess.Popen[bytes]:
+        """Start a step's program, which may take ``limit_s``."""
         # The program ends by itself before its limit, with its JSON written.
         budget_s = max(1.0, limit_s - step.margin_s)
         command = [self.python, *command_of(step, self.results, budget_s, self.dry)]
         environment = self.environment_of(step) | {STARTED: str(time.time())}
-        with log.open("ab") as file:
+        with self.log_of(step).open("ab") as file:
             # A session of its own, so that a limit ends its ranks too.
-            process = subprocess.Popen(
+            return subprocess.Popen(
                 command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT,
                 start_new_session=True,
             )  # fmt: skip
-        try:
-            yield Program(self, step, process, limit_s)
-        finally:
-            # Where this process is being ended, as by Ctrl-C, which does not reach the program's
-            # own session.
-            _end(process)
 
-    def run(self, step: Step, limit_s: float) -> Outcome:
-        """Run a step's program for at most ``limit_s`` and say what became of it."""
-        with self.started(step, limit_s) as program:
-            return program.outcome()
-
-    def judge(self, step: Step, code: int | None, limit_s: float, log: Path) -> tuple[str, str]:
-        """Result and reason of an ``Outcome``."""
+    def _judge(self, step: Step, code: int | None, limit_s: float) -> tuple[str, str]:
+        """Result and reason of an ``Outcome``; code None: it did not end before the limit."""
+        log = self.log_of(step)
         if code is None:
             return "stopped", f"stopped after {limit_s:.0f} s; see {log.name}"
         if code:
@@ -147,30 +174,6 @@ class Machine:
         return ("part", f"{len(left)} cases not reached, first {left[0]}") if left else ("ok", "")
 
 
-class Program:
-    """A step's program that runs."""
-
-    def __init__(
-        self, machine: Machine, step: Step, process: subprocess.Popen[bytes], limit_s: float
-    ) -> None:
-        self.machine = machine
-        self.step = step
-        self.process = process
-        self.limit_s = limit_s
-        self.begun = time.monotonic()
-        self.cpu_begun = cpu_of_children()
-
-    def outcome(self) -> Outcome:
-        """Wait for its end, at most until its limit, and say what became of it."""
-        left_s = max(0.0, self.limit_s - (time.monotonic() - self.begun))
-        code = _wait(self.process, left_s)
-        seconds = round(time.monotonic() - self.begun, 1)
-        cpu_s = round(cpu_of_children() - self.cpu_begun, 1)
-        log = self.machine.log_of(self.step)
-        verdict = self.machine.judge(self.step, code, self.limit_s, log)
-        return Outcome(*verdict, seconds=seconds, cpu_s=cpu_s)
-
-
 def cpu_of_children() -> float:
     """Return seconds of processor time of all processes that have ended and that this one started,
     or they did."""
@@ -178,31 +181,22 @@ def cpu_of_children() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def _wait(process: subprocess.Popen[bytes], limit_s: float) -> int | None:
-    """Return the exit code; None where the limit came first, and then end the program with all it
-    started.
+def _end(programs: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Ask all of these programs and what they started to end, and kill after a while what has not.
 
     torchrun starts its ranks in groups of processes of their own: a signal to the program's group
     does not reach them, so torchrun must have the time to end them itself.
     """
-    try:
-        return process.wait(limit_s)
-    except subprocess.TimeoutExpired:
-        _end(process)
-        return None
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ask all of a program to end, and kill after a while what has not."""
-    if not _lives(process):
-        return
-    os.killpg(process.pid, signal.SIGTERM)
+    living = [process for process in programs if _lives(process)]
+    for process in living:
+        os.killpg(process.pid, signal.SIGTERM)
     end = time.monotonic() + GRACE_S
-    while time.monotonic() < end and _lives(process):
+    while time.monotonic() < end and any(_lives(process) for process in living):
         time.sleep(0.1)
-    if _lives(process):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    for process in living:
+        if _lives(process):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def _lives(process: subprocess.Popen[bytes]) -> bool:

@@ -28,7 +28,7 @@ class Outcome:
     """Duration in the last call that ran it."""
     cpu_s: float = 0.0
     """Processor time in that call; of steps that ran at once, that of those which ended before it
-    counts too."""
+    counts, too."""
     calls: int = 0
     """Number of calls that ran it."""
 

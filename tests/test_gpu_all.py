@@ -3,9 +3,11 @@ second call continues."""
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +17,7 @@ import pytest
 import torch
 
 from benchmarks import gpu_all, gpu_machine, gpu_steps, gpu_tests
-from benchmarks.gpu_machine import Machine, Program
+from benchmarks.gpu_machine import Machine
 from benchmarks.gpu_outcomes import Outcome, Record
 from benchmarks.gpu_steps import BUDGET, OUT, STEPS, Step, groups, limits, named
 from tests.waiting import PATIENCE_S, Clock, is_running, said_by, time_is_up_when, wait_until
@@ -95,13 +97,13 @@ def test_the_table_shares_out_the_time():
 
 def test_what_a_step_leaves_over_goes_to_the_next(machine, clock, monkeypatch):
     """Both have half of 2000 s, and a margin in which no case is begun."""
-    outcome = Program.outcome
+    run_programs = Machine.run
 
-    def after_three_seconds(self: Program) -> Outcome:
+    def run_for_three_seconds(self: Machine, *how: Any) -> Iterator[tuple[Step, Outcome]]:
         clock.now_s += 3
-        return outcome(self)
+        return run_programs(self, *how)
 
-    monkeypatch.setattr(Program, "outcome", after_three_seconds)
+    monkeypatch.setattr(Machine, "run", run_for_three_seconds)
     steps = [step("quick"), step("next", margin_s=5)]
     assert results_of(run(machine, steps, 2000.0)) == {"quick": "ok", "next": "ok"}
     # Half, less the usual margin of 8 s.
@@ -135,20 +137,67 @@ pathlib.Path(out).write_text('{"not_reached": []}')
     assert found == {"one": "ok", "two": "ok", "none": "not run", "timed": "ok"}
 
 
-def test_what_runs_at_once_ends_together(machine, monkeypatch):
-    """Where one cannot be judged, and this process is about to end, no other runs on."""
-    pid = machine.results / "pid"
-    writes = f"open({str(pid)!r}, 'w').write(str(os.getpid()))"
-    endless = f"import os, time; {writes}; {SLEEPS}"
+STUBBORN = f"""
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+open(sys.argv[3], "w").write(str(os.getpid()))
+{SLEEPS}
+"""
 
-    def interrupted(self: Program) -> Outcome:
-        wait_until(said_by(pid))
-        raise KeyboardInterrupt
 
-    monkeypatch.setattr(Program, "outcome", interrupted)
+def stubborn(machine: Machine) -> tuple[list[Step], list[Path]]:
+    """Three checks of values that do not end when asked, and the files with their numbers."""
+    files = [machine.results / name for name in "abc"]
+    steps = [step(path.name, STUBBORN, str(path), values=True) for path in files]
+    return steps, files
+
+
+def test_what_runs_at_once_ends_at_once(machine, monkeypatch):
+    """All are asked to end before one is killed: their times to end do not add up."""
+    monkeypatch.setattr(gpu_machine, "GRACE_S", 0.3)
+    steps, files = stubborn(machine)
+    sent = []
+    killpg = os.killpg
+
+    def recorded(group: int, number: int) -> None:
+        # 0 only asks whether it lives.
+        if number:
+            sent.append(signal.Signals(number).name)
+        killpg(group, number)
+
+    monkeypatch.setattr(os, "killpg", recorded)
+    quick = step("quick", values=True)
+    found = machine.run([*steps, quick], 2000.0)
+    assert next(found)[0] is quick, "a step that has ended waits for the others"
+    wait_until(lambda: all(said_by(path)() for path in files))
+    found.close()
+    assert sent == 3 * ["SIGTERM"] + 3 * ["SIGKILL"]
+    for path in files:
+        assert not is_running(int(path.read_text()))
+
+
+def test_steps_that_run_at_once_have_their_own_seconds(machine):
+    second = f"import time; time.sleep(1)\n{WRITES}"
+    record = run(machine, [step("slow", second, values=True), step("fast", values=True)])
+    assert results_of(record) == {"slow": "ok", "fast": "ok"}
+    assert record.outcomes["slow"].seconds >= 1
+    assert record.outcomes["fast"].seconds < record.outcomes["slow"].seconds
+
+
+def test_a_check_that_ended_is_done_though_the_call_is_interrupted(machine, monkeypatch):
+    steps, _ = stubborn(machine)
+    monkeypatch.setattr(gpu_machine, "GRACE_S", 0.1)
+
+    def interrupt(line: str, **how: Any) -> None:
+        if "quick: ok" in line:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu_all, "print", interrupt, raising=False)
     with pytest.raises(KeyboardInterrupt):
-        run(machine, [step("one", values=True), step("endless", endless, values=True)])
-    assert not is_running(int(pid.read_text()))
+        run(machine, [*steps, step("quick", values=True)])
+    assert results_of(Record(machine.results, dry=False)) == {
+        "a": "stopped", "b": "stopped", "c": "stopped", "quick": "ok",
+    }  # fmt: skip
 
 
 def test_failures_are_named_and_the_others_go_on(machine, capsys):
@@ -204,7 +253,8 @@ def test_what_a_stopped_step_started_has_time_to_end(machine, monkeypatch):
     )
     code = f"import subprocess, sys; subprocess.Popen([sys.executable, {str(child)!r}]).wait()"
     time_is_up_when(monkeypatch, said_by(ready), limit_s=3000.0)
-    assert machine.run(step("parent", code), 3000.0).result == "stopped"
+    [(_, outcome)] = machine.run([step("parent", code)], 3000.0)
+    assert outcome.result == "stopped"
     assert ended.exists()
 
 
@@ -219,7 +269,8 @@ def test_one_that_does_not_end_when_asked_is_killed(machine, monkeypatch):
         f" {SLEEPS}; pathlib.Path({str(ended)!r}).touch()"
     )
     time_is_up_when(monkeypatch, said_by(ready), limit_s=3000.0)
-    assert machine.run(step("deaf", code), 3000.0).result == "stopped"
+    [(_, outcome)] = machine.run([step("deaf", code)], 3000.0)
+    assert outcome.result == "stopped"
     assert not ended.exists(), "it was waited for"
 
 

@@ -160,7 +160,7 @@ def numbers() -> str:
             "parity",
         ),
         (
-            "H100: PEFT's and Unsloth's step over ours",
+            "H100, busy: PEFT's and Unsloth's step over ours",
             f"{_step_over_ours('peft'):.2f}, {_step_over_ours('unsloth'):.2f}",
             "python -m benchmarks.peers",
             "gpu_peers",
@@ -172,7 +172,7 @@ def numbers() -> str:
             "gpu_kernels",
         ),
         (
-            "H100: planner's error, step and memory",
+            "H100, calibrated: planner's error",
             f"{_planner_error('step_ms'):.1f} %, {_planner_error('peak_bytes'):.2f} %",
             "python -m benchmarks.model_plan",
             "gpu_planner",

@@ -20,8 +20,9 @@ class ModelConfig:
     """Implementation of attention. ``sdpa``: one scaled dot-product attention of torch for each
     document. ``auto``: on GPUs in bfloat16 torch's variable-length flash attention, one call for
     all documents of a row (with context parallelism, of each of its two chunks), otherwise as
-    ``sdpa``, as where a row has documents of one length, 2,048 tokens or more. ``flash3`` and
-    ``flash4`` have torch use Flash Attention 3 or 4 in its place, where they are installed."""
+    ``sdpa``, as for samples that are all cut at one multiple of 1,024 tokens, from 2,048 on.
+    ``flash3`` and ``flash4`` have torch use Flash Attention 3 or 4 in its place, where they are
+    installed."""
 
     def __post_init__(self) -> None:
         # Frozen, so not by assignment.

@@ -135,6 +135,12 @@ class ObjectiveConfig:
                 "objective.name=distill needs objective.teacher: the folder or hub name of a model,"
                 " or base for the model without its adapters"
             )
+        # An adapter begins as the base: of its teacher it would learn rounding.
+        require(
+            self.teacher != "base" or self.sft_weight,
+            "objective.teacher=base needs objective.sft_weight above 0: the model begins as its own"
+            " teacher, and nothing else would be learned",
+        )
         # Frozen, so not by assignment; "base" stays as it is.
         object.__setattr__(self, "teacher", expand(self.teacher, "objective.teacher"))
         require(

@@ -32,12 +32,18 @@ FLASH_IMPLEMENTATIONS = {"flash3": "FA3", "flash4": "FA4"}
 """Value of ``model.attention`` -> torch's name for the implementation."""
 MAX_FLASH_HEAD_DIM = 256
 """Largest head that torch's variable-length flash attention takes."""
-BATCH_FROM = 2048
-"""Tokens of a document from which a row of equal ones is one batch for ``auto``. torch then takes
-cuDNN's kernels on Hopper: 2.17 ms a layer, forward and backward, where its variable-length flash
-attention takes 3.48 (two documents of 4,096 tokens of Qwen3-30B-A3B on an H100;
-benchmarks/results/gpu_attention.json). cuDNN plans once for each length, which short documents of
-ever new lengths would not earn back."""
+CUDNN_FROM = 2048
+CUDNN_MULTIPLE = 1024
+MAX_FILLER = 128
+"""``auto`` attends to a row's documents one by one, by cuDNN's kernels on Hopper, if all have one
+length, ``CUDNN_FROM`` tokens or more and a multiple of ``CUDNN_MULTIPLE`` with the token that is
+only predicted: as samples have that are cut. A last one below ``MAX_FILLER`` may be filler.
+
+Forward and backward of two documents of 4,096 tokens of Qwen3-30B-A3B take 2.17 ms a layer on an
+H100, where torch's variable-length flash attention takes 3.48 (kernel times of
+benchmarks/results/gpu_attention.json). cuDNN plans anew for each length, about 0.1 s, which would
+be lost on samples of ever new lengths.
+"""
 
 
 def attend_reference(q: Tensor, k: Tensor, v: Tensor, chunk: Chunk, scale: float) -> Tensor:
@@ -95,12 +101,17 @@ def attend_flash(
     return out
 
 
-def is_batch(chunk: Chunk) -> bool:
-    """Whether a chunk consists of whole documents of one length, each of ``BATCH_FROM`` tokens or
-    more."""
-    lengths = {end - start for start, end in pairwise(chunk.query_ends)}
+def suits_cudnn(chunk: Chunk) -> bool:
+    """Whether a chunk has whole documents alone, which are as ``CUDNN_FROM`` wants them."""
     # Of a document that began in an earlier chunk there are more keys than queries.
-    return chunk.query_ends == chunk.key_ends and len(lengths) == 1 and min(lengths) >= BATCH_FROM
+    if chunk.query_ends != chunk.key_ends:
+        return False
+    lengths = [end - start for start, end in pairwise(chunk.query_ends)]
+    if len(lengths) > 1 and lengths[-1] < MAX_FILLER:
+        del lengths[-1]
+    # A row has the inputs of a sample, one less than its tokens.
+    cut = (lengths[0] + 1) % CUDNN_MULTIPLE == 0
+    return len(set(lengths)) == 1 and lengths[0] + 1 >= CUDNN_FROM and cut
 
 
 @cache
@@ -196,7 +207,7 @@ class DocumentAttention(nn.Module):
         for chunk, bounds, q in parts:
             k = k_TgD[chunk.first_key : chunk.stop]
             v = v_TgD[chunk.first_key : chunk.stop]
-            if flash and not (self.implementation == "auto" and is_batch(chunk)):
+            if flash and not (self.implementation == "auto" and suits_cudnn(chunk)):
                 outputs.append(attend_flash(q, k, v, chunk, bounds, scale))
             else:
                 outputs.append(attend_reference(q, k, v, chunk, scale))

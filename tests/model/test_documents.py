@@ -8,7 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from megalora.model.attention import BATCH_FROM, attend_reference, is_batch
+from megalora.model.attention import (
+    CUDNN_FROM,
+    CUDNN_MULTIPLE,
+    MAX_FILLER,
+    attend_reference,
+    suits_cudnn,
+)
 from megalora.model.documents import Chunk, local_chunks, positions_of, unzigzag, zigzag
 
 # Documents that end inside, at the end of, and before a chunk's first token; one of a single token;
@@ -110,7 +116,7 @@ def test_the_longest_pieces_are_those_of_a_chunk(lengths: tuple[int, ...]) -> No
         assert chunk.key_ends[-1] == chunk.stop - chunk.first_key
 
 
-LONG = BATCH_FROM
+LONG = CUDNN_FROM - 1
 
 
 @pytest.mark.parametrize(
@@ -118,17 +124,21 @@ LONG = BATCH_FROM
     [
         ((LONG,), 1, [True]),
         ((LONG, LONG), 1, [True]),
-        # Too short to earn back a plan; of two lengths; with a little filler behind.
-        ((LONG - 4, LONG - 4), 1, [False]),
-        ((2 * LONG, LONG), 1, [False]),
-        ((LONG, LONG, 4), 1, [False]),
-        # Chunks 0 and 3 of a row: the second begins inside of its document, or with one.
-        ((4 * LONG,), 2, [True, False]),
-        ((LONG, 2 * LONG, LONG), 2, [True, True]),
+        # With filler behind, up to what a multiple of tokens may ask for.
+        ((LONG, LONG, 2), 1, [True]),
+        ((LONG, LONG, MAX_FILLER), 1, [False]),
+        # Of two lengths; too short to earn back a plan; of a length that few samples have.
+        ((2 * LONG + 1, LONG), 1, [False]),
+        ((CUDNN_MULTIPLE - 1, CUDNN_MULTIPLE - 1), 1, [False]),
+        ((LONG + 1, LONG + 1), 1, [False]),
+        ((5, 5), 1, [False]),
+        # Chunks 0 and 3 of a row, LONG + 1 tokens each; inside of a document keys are more.
+        ((LONG, 3 * LONG + 4), 2, [True, False]),
+        ((3 * LONG + 3, LONG, 1), 2, [False, True]),
     ],
     ids=str,
 )
-def test_long_documents_of_one_length_are_a_batch(
+def test_samples_cut_at_one_length_suit_cudnn(
     lengths: tuple[int, ...], size: int, expected: list[bool]
 ) -> None:
-    assert [is_batch(chunk) for chunk in local_chunks(ends_of(lengths), 0, size)] == expected
+    assert [suits_cudnn(chunk) for chunk in local_chunks(ends_of(lengths), 0, size)] == expected

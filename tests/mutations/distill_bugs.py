@@ -15,6 +15,14 @@ OF_RUN = "tests/train/test_distill.py"
 GRID = "tests/parity/test_grid.py distill"
 
 DISTILL_BUGS: tuple[Bug, ...] = (
+    bug(
+        0,
+        "a model that learns from itself alone",
+        "megalora/config/objective.py",
+        'self.teacher != "base" or self.sft_weight,',
+        "True,",
+        "tests/objectives/test_choose.py",
+    ),
     # the distance
     bug(
         0,

@@ -49,7 +49,7 @@ def test_options_reach_the_objective() -> None:
         config(name="distill", teacher="-", divergence="jsd", beta=0.3, temperature=2, sft_weight=1)
     )
     assert taught == Distill(Divergence("jsd", 0.3, 2), sft_weight=1)
-    by_default = objective_of(config(name="distill", teacher="base"))
+    by_default = objective_of(config(name="distill", teacher="a"))
     assert by_default == Distill(Divergence("forward"), sft_weight=0)
     # Without a reference there is no pass for it.
     assert [bool(objective_of(config(name=n)).references) for n in ("dpo", "simpo", "orpo")] == [
@@ -85,20 +85,25 @@ def test_options_reach_the_objective() -> None:
             {"name": "dpo", "temperature": 2.0},
             "temperature=2.0 does nothing for objective.name=dpo",
         ),
-        ({"name": "distill", "teacher": "base", "beta": 0.5}, "nothing for objective.div.*forward"),
         (
-            {"name": "distill", "teacher": "base", "divergence": "jsd", "beta": 1.0},
+            {"name": "distill", "teacher": "base"},
+            "base needs objective.sft_weight above 0: the model",
+        ),
+        ({"name": "distill", "teacher": "a", "beta": 0.5}, "nothing for objective.div.*forward"),
+        (
+            {"name": "distill", "teacher": "a", "divergence": "jsd", "beta": 1.0},
             "beta=1.0 must be below 1",
         ),
-        ({"name": "distill", "teacher": "base", "temperature": 0.0}, "must be above 0, got 0.0"),
+        ({"name": "distill", "teacher": "a", "temperature": 0.0}, "must be above 0, got 0.0"),
         (
-            {"name": "distill", "teacher": "base", "train": {"z_loss": 0.1}},
+            {"name": "distill", "teacher": "a", "train": {"z_loss": 0.1}},
             "train.z_loss is a term of sup",
         ),
         (
             {
                 "name": "distill",
                 "teacher": "base",
+                "sft_weight": 0.1,
                 "train": {"relora": Relora(every=1), "steps": 2},
             },
             "compares with the base, into which train.relora merges",

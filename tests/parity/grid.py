@@ -56,7 +56,9 @@ OBJECTIVES = {
     "distill": ObjectiveConfig(
         name="distill", teacher="-", divergence="jsd", beta=0.3, temperature=1.5, sft_weight=0.02
     ),
-    "distill base": ObjectiveConfig(name="distill", teacher="base", temperature=2.0),
+    "distill base": ObjectiveConfig(
+        name="distill", teacher="base", temperature=2.0, sft_weight=0.5
+    ),
 }
 """A loss of tokens; one of pairs of sequences that share a row, compared with the base and with the
 adapter that the run began with; one of labelled answers, compared over the global batch; both ways

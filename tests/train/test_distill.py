@@ -153,7 +153,7 @@ def test_teachers_that_do_not_fit_are_refused(
 
 
 def test_a_plan_does_not_leave_a_teacher_out(tiny: Path, chats: Path, tmp_path: Path) -> None:
-    config = taught("base", tiny, chats, tmp_path)
+    config = taught("base", tiny, chats, tmp_path, of={"sft_weight": 0.1})
     with pytest.raises(ValueError, match=r"objective.teacher=base is not planned yet: neither its"):
         Question.on(GPUS["h100"], config, PlanOptions(gpus=[1], gpu="h100"))
 

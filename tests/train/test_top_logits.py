@@ -146,7 +146,9 @@ def test_only_a_model_is_asked(tiny: Path, chats: Path, tmp_path: Path) -> None:
         return str(raised.value)
 
     config = taught(tiny, tiny, chats, tmp_path)
-    assert "objective.teacher=base" in refusal(taught("base", tiny, chats, tmp_path))
+    assert "objective.teacher=base" in refusal(
+        taught("base", tiny, chats, tmp_path, of={"sft_weight": 0.1})
+    )
     assert "--k must be from 1 to 1024, got 0" in refusal(config, 0)
     cut = replace(config, parallel=ParallelConfig(cp=2))
     assert "needs parallel.cp=1, got 2" in refusal(cut)
