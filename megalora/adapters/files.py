@@ -16,8 +16,12 @@ LORA = "LORA"
 PART_DORA = "LORA_PART_DORA"
 """``peft_type`` of an adapter with DoRA on some linears. PEFT has ``use_dora`` for all that a
 folder adapts: it would give the others magnitudes of its own. It does not load this name."""
-PARTS = ("dora", "lora")
-"""Two folders with the same adapter as PEFT loads it: linears with DoRA, and all others."""
+PARTS = ("dora", "plain")
+"""Two folders with the same adapter as PEFT loads it: linears with DoRA, and all others. They are
+PEFT's names for the two as well, which warns of one called "lora"."""
+PART_OF = "part_of"
+"""Key in the metadata of a part's weights, so that it is not taken for the whole adapter; the value
+is ``PARTS``, joined by commas."""
 CARD = "README.md"
 """Model card: what the adapter is and how to load it."""
 PROBE = "probe.json"

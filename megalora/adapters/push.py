@@ -6,7 +6,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megalora.adapters.files import CARD, CONFIG, PART_DORA, PROBE, STATE, WEIGHTS, read_config
+from megalora.adapters.files import (
+    CARD,
+    CONFIG,
+    PART_DORA,
+    PARTS,
+    PROBE,
+    STATE,
+    WEIGHTS,
+    read_config,
+)
 from megalora.adapters.named_base import is_on_this_machine
 from megalora.wording import first_few
 
@@ -41,7 +50,8 @@ def check_push(source: Path, repo: str, base: str | None) -> str:
     if config["peft_type"] == PART_DORA:
         raise ValueError(
             f"{source} has DoRA on some linears, which PEFT loads from two folders. Export it"
-            " (megalora export) and push its folders dora and lora to a repository each"
+            f" (megalora export) and push its folders {' and '.join(PARTS)} to a repository each,"
+            " with the README.md above them, which says how to load both"
         )
     named = str(config.get("base_model_name_or_path") or "")
     if is_export(source) and base not in (None, named):

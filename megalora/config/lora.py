@@ -71,6 +71,7 @@ class LoRAConfig:
         for name, alpha in {"alpha": self.alpha, **self.alpha_pattern}.items():
             require(alpha > 0, f"lora: {name} must be an alpha above 0, got {alpha}")
         require(0 <= self.dropout < 1, f"lora.dropout must be in [0, 1), got {self.dropout}")
+        require(self.use_dora != [], "lora.use_dora=[] names nothing; leave it out")
         # Dropout acts on what B A reads and not on what W does: V x would be two products.
         require(
             not (self.use_dora and self.dropout),

@@ -119,7 +119,7 @@ def resolve(lora: LoRAConfig, shape: ModelShape) -> list[Adapted]:
     for option in (targets, exclusions, ranks, alphas, doras):
         _check_used(option, shape)
     if lora.use_dora:
-        _check_dora(adapted)
+        _check_dora(adapted, doras)
     if lora.init != "lora":
         _check_init(lora, adapted)
     _check_left(lora, adapted)
@@ -151,14 +151,16 @@ def _check_left(lora: LoRAConfig, adapted: list[Adapted]) -> None:
         )
 
 
-def _check_dora(adapted: list[Adapted]) -> None:
-    """Raise ``ValueError`` for linears that get no magnitude, or where none is left that has
-    one."""
+def _check_dora(adapted: list[Adapted], named: "_Option") -> None:
+    """Raise ``ValueError`` for linears that get no magnitude, and for entries none of whose linears
+    is adapted."""
     with_magnitude = [a for a in adapted if "M" in a.factors]
-    if adapted and not with_magnitude:
-        raise ValueError(
-            "lora.use_dora: none of its entries is adapted; name some of lora.target_modules"
-        )
+    for entry in named.entries:
+        if not any(entry.means(a) for a in with_magnitude):
+            raise ValueError(
+                f"lora.use_dora: {entry.text!r} is not adapted; add it to lora.target_modules, or"
+                " leave it out of lora.use_dora"
+            )
     without: list[str] = []
     for a in with_magnitude:
         if not has_dora(a.projection):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megalora.adapters.export import export
-from megalora.adapters.files import CARD, CONFIG, PART_DORA, WEIGHTS, parts_of
+from megalora.adapters.files import CARD, CONFIG, PART_DORA, PARTS, WEIGHTS, parts_of
 from megalora.adapters.inspect import describe
 from megalora.adapters.merge import merge
 from megalora.adapters.push import check_push
@@ -108,7 +108,7 @@ def test_peft_loads_the_two_folders_together(
                          **options})  # fmt: skip
     made = train(base, tmp_path / "adapter", lora)
     said = export(made.folder, tmp_path / "out", engine="peft", base=str(base)).text()
-    assert "dora and lora, which PEFT loads together" in said
+    assert "dora and plain, which PEFT loads together" in said
     merge(made.folder, str(base), tmp_path / "merged")
     expected = logits(base_model(tmp_path / "merged"))
     found = logits(two_adapters(base, tmp_path / "out"))
@@ -136,7 +136,7 @@ def test_the_two_folders_come_back_as_one_adapter(bases: dict[str, Path], tmp_pa
         assert torch.equal(back.tensors[name], tensor), name
     # Exported once more, the same two folders.
     export(tmp_path / "checkpoint", tmp_path / "again", base=str(base))
-    for part in ("dora", "lora"):
+    for part in ("dora", "plain"):
         first = load_file(tmp_path / "out" / part / WEIGHTS)
         again = load_file(tmp_path / "again" / part / WEIGHTS)
         assert first.keys() == again.keys()
@@ -155,7 +155,7 @@ def test_a_checkpoint_of_both_is_not_taken_for_peft_s(
         PeftModel.from_pretrained(base_model(bases["dense"]), str(made.folder))
     with pytest.raises(ValueError, match=r"in two that it loads together: megalora export"):
         verify_peft(made.folder, str(bases["dense"]), atol=ATOL)
-    with pytest.raises(ValueError, match=r"push its folders dora and lora"):
+    with pytest.raises(ValueError, match=r"push its folders dora and plain"):
         check_push(made.folder, "owner/name", None)
     assert "some linears have DoRA" in describe(made.folder)
 
@@ -182,6 +182,24 @@ def test_dora_on_experts_is_imported_as_it_was(bases: dict[str, Path], tmp_path:
     assert settings(resolve(LoRAConfig(**imported.section), made.shape)) == settings(made.adapted)
 
 
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_is_not_taken_for_the_whole(
+    part: str, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    base = bases["moe"]
+    made = train(base, tmp_path / "adapter", IN_PARTS)
+    export(made.folder, tmp_path / "out", base=str(base))
+    alone = tmp_path / "alone" / part
+    shutil.copytree(tmp_path / "out" / part, alone)
+    said = "is a part of an adapter, which is dora, plain together"
+    with pytest.raises(ValueError, match=said):
+        export(alone, tmp_path / "half", base=str(base))
+    with pytest.raises(ValueError, match=said):
+        merge(alone, str(base), tmp_path / "merged")
+    with pytest.raises(ValueError, match=said):
+        import_adapter(tmp_path / "out" / part, tmp_path / "checkpoint", str(base))
+
+
 def test_a_section_of_some_layers(bases: dict[str, Path]) -> None:
     shape = shape_of(bases["moe"])
     lora = LoRAConfig(
@@ -195,26 +213,26 @@ def test_a_section_of_some_layers(bases: dict[str, Path]) -> None:
 
 
 def other_base(out: Path) -> None:
-    config = json.loads((out / "lora" / CONFIG).read_text())
-    (out / "lora" / CONFIG).write_text(
+    config = json.loads((out / "plain" / CONFIG).read_text())
+    (out / "plain" / CONFIG).write_text(
         json.dumps(config | {"base_model_name_or_path": "owner/other"})
     )
 
 
 def twice(out: Path) -> None:
-    shutil.copytree(out / "dora", out / "lora", dirs_exist_ok=True)
+    shutil.copytree(out / "dora", out / "plain", dirs_exist_ok=True)
 
 
 def swapped(out: Path) -> None:
     (out / "dora").rename(out / "kept")
-    (out / "lora").rename(out / "dora")
-    (out / "kept").rename(out / "lora")
+    (out / "plain").rename(out / "dora")
+    (out / "kept").rename(out / "plain")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (other_base, "dora and lora name different bases"),
+        (other_base, "dora and plain name different bases"),
         (twice, "of which the first should have DoRA"),
         (swapped, "of which the first should have DoRA"),
     ],

@@ -170,6 +170,10 @@ def test_what_experts_share_has_no_dora() -> None:
 def test_entries_that_mean_nothing_are_refused() -> None:
     assert "lora.use_dora: 'q_porj' matches nothing" in refusal(use_dora=["q_porj"])
     said = refusal(target_modules=["q_proj"], use_dora=["down_proj"])
-    assert "lora.use_dora: none of its entries is adapted" in said
+    assert "lora.use_dora: 'down_proj' is not adapted; add it to lora.target_modules" in said
+    said = refusal(target_modules=["q_proj", "up_proj"], use_dora=["q_proj", "down_proj"])
+    assert "lora.use_dora: 'down_proj' is not adapted" in said
+    with pytest.raises(ValueError, match=r"lora.use_dora=\[\] names nothing"):
+        LoRAConfig(use_dora=[])
     with pytest.raises(ValueError, match=r"lora.use_dora needs lora.dropout=0, got 0.1"):
         LoRAConfig(use_dora=["q_proj"], dropout=0.1)

@@ -64,7 +64,20 @@ def read_adapter(
         score: whether a score head in place of lm_head is read too, or refused.
     """
     if parts := parts_of(folder):
-        return together(folder, [read_adapter(part, shape, order, base) for part in parts])
+        return together(folder, [_read(part, shape, order, base) for part in parts])
+    if others := AdapterWeights(folder).part_of:
+        raise ValueError(
+            f"{folder} is a part of an adapter, which is {others} together: put them beside each"
+            f" other under those names and give the folder above, {folder.absolute().parent}"
+        )
+    return _read(folder, shape, order, base, score)
+
+
+def _read(
+    folder: Path, shape: ModelShape, order: ColumnOrder | None, base: Path | None,
+    score: bool = False,
+) -> Adapter:  # fmt: skip
+    """``read_adapter`` of one folder, whether it is a whole adapter or a part."""
     config = read_config(folder)
     refuse_variants(folder / CONFIG, config, score=score)
     weights = AdapterWeights(folder)

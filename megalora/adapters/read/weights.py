@@ -20,7 +20,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from safetensors import safe_open
 
-from megalora.adapters.files import WEIGHTS, NotAnAdapter, check_adapter_folder, check_regular
+from megalora.adapters.files import (
+    PART_OF,
+    WEIGHTS,
+    NotAnAdapter,
+    check_adapter_folder,
+    check_regular,
+)
 from megalora.hf.json_file import read_json_object
 from megalora.hf.safetensors import read_header
 from megalora.wording import first_few
@@ -63,10 +69,13 @@ class AdapterWeights:
         self.where = self.files[0] if len(self.files) == 1 else folder
         """What messages about all tensors name."""
         self.info: dict[str, TensorInfo] = {}
+        self.part_of = ""
+        """Names of the folders that are one adapter together, where this is one of them."""
         self._at: dict[str, _Safetensors | _Pickle] = {}
         for path in self.files:
             # Names and shapes alone: a tensor is read when it is asked for.
             file = _Safetensors(path) if path.suffix == ".safetensors" else _Pickle(path)
+            self.part_of = self.part_of or file.part_of
             for name, info in file.info.items():
                 if name in self._at:
                     raise ValueError(
@@ -134,12 +143,14 @@ class _Safetensors:
         self._open: Any = None
         try:
             # Says what is wrong with a file that is not whole.
-            _, stored = read_header(path)
+            header, stored = read_header(path)
         except OSError as error:
             raise ValueError(
                 f"{path}: not a readable safetensors file ({error}); is it cut short, or still"
                 " being written?"
             ) from None
+        metadata = header.get("__metadata__")
+        self.part_of = str(metadata.get(PART_OF, "")) if isinstance(metadata, dict) else ""
         self._start: dict[str, int] = {}
         self.info: dict[str, TensorInfo] = {}
         for tensor in stored:
@@ -160,6 +171,8 @@ class _Safetensors:
 class _Pickle:
     def __init__(self, path: Path) -> None:
         self.path = path
+        # A pickle has no metadata.
+        self.part_of = ""
         self._tensors = _unpickled(path)
         self.info: dict[str, TensorInfo] = {}
         for name, tensor in self._tensors.items():

@@ -311,10 +311,10 @@ def factors_of(adapted: Adapted, tensors: dict[str, Tensor]) -> Factors:
 
 def write_adapter(
     folder: Path, adapted: list[Adapted], shape: ModelShape, trained: dict[str, Tensor], base: str,
-    layout: FileFormat = "per_expert",
+    layout: FileFormat = "per_expert", **metadata: str,
 ) -> list[str]:  # fmt: skip
     """Write the two files that PEFT loads, from whole trained tensors by HF name; return what was
-    added as zeros (``padded``)."""
+    added as zeros (``padded``). ``metadata`` is written into the file with the weights."""
     adapted, trained = as_plain(adapted, trained)
     # Stacked, experts have entries and tensors of their own; all else is written as always.
     linears = [a for a in adapted if not (layout == "stacked" and a.projection.is_expert)]
@@ -331,7 +331,7 @@ def write_adapter(
     whole = trained_weights(shape)
     for weight in whole:
         tensors[weight.tensor] = trained[weight.tensor].contiguous()
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt", **metadata})
     # PEFT has DoRA on all that a folder adapts, zeros included, or on nothing.
     peft_type = PART_DORA if in_parts(written) else LORA
     has_dora = has_magnitudes(written)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from megalora.adapters.files import PARTS
+from megalora.adapters.files import PART_OF, PARTS
 from megalora.adapters.write.engines import FileFormat
 from megalora.adapters.write.form import write_adapter
 from megalora.lora.spec import Adapted
@@ -20,7 +20,7 @@ def write_in_parts(
     a folder adapts, or on nothing."""
     halves: dict[str, list[Adapted]] = {name: [] for name in PARTS}
     for a in adapted:
-        halves["dora" if "M" in a.factors else "lora"].append(a)
+        halves[PARTS["M" not in a.factors]].append(a)
     # All have DoRA, or none has: one folder says it.
     if not all(halves.values()):
         return write_adapter(folder, adapted, shape, trained, base, layout)
@@ -28,5 +28,9 @@ def write_in_parts(
     zeros: set[str] = set()
     for name, half in halves.items():
         (folder / name).mkdir()
-        zeros.update(write_adapter(folder / name, half, shape, trained, base, layout))
+        zeros.update(
+            write_adapter(
+                folder / name, half, shape, trained, base, layout, **{PART_OF: ", ".join(PARTS)}
+            )
+        )
     return sorted(zeros)
