@@ -120,6 +120,7 @@ class _ExpertMLP(torch.autograd.Function):
         db1 = db[: ctx.static.blocks[0]]
         db2 = db[ctx.static.blocks[0] :]
         if wants_b2:
+            assert o.adapter2 is not None
             gradients_of_b(o, o.adapter2, s2, dout, db2, o.routing.source_M)
         dy = dx = None
         if ctx.before_swiglu:

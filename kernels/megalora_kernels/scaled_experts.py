@@ -72,7 +72,7 @@ class ScaledExperts(torch.autograd.Function):
         del y1_MJ
         dg1_EJ = _through_gain(o, rows1.x, u1_MJ, g1_EJ)
         if o.adapter1 is not None:
-            assert o.blocks1 is not None
+            assert o.blocks1 is not None and s1 is not None
             o.engine.shrink_beside(rows1, o.blocks1, o.scale1)
             # rows1 is du1 by now.
             gradients_of_b(o, o.adapter1, s1, rows1.x, db1, None)

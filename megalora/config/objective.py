@@ -137,7 +137,7 @@ class ObjectiveConfig:
             )
         # An adapter begins as the base: of its teacher it would learn rounding.
         require(
-            self.teacher != "base" or self.sft_weight,
+            self.teacher != "base" or bool(self.sft_weight),
             "objective.teacher=base needs objective.sft_weight above 0: the model begins as its own"
             " teacher, and nothing else would be learned",
         )

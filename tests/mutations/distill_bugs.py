@@ -19,7 +19,7 @@ DISTILL_BUGS: tuple[Bug, ...] = (
         0,
         "a model that learns from itself alone",
         "megalora/config/objective.py",
-        'self.teacher != "base" or self.sft_weight,',
+        'self.teacher != "base" or bool(self.sft_weight),',
         "True,",
         "tests/objectives/test_choose.py",
     ),
