@@ -49,7 +49,7 @@ class _Row:
     inputs: set[int] = field(default_factory=set)
     outputs: set[int] = field(default_factory=set)
     parameters: int = 0
-    norms: dict[str, list[float]] = field(default_factory=lambda: {"A": [], "B": [], "M": []})
+    norms: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
 
 
 def describe(adapter: Path) -> str:
@@ -76,7 +76,7 @@ def describe(adapter: Path) -> str:
             num_parameters += tensor.numel()
             heads.append(_head_line(tensor))
             continue
-        dims = 1 if factor is not None and factor[1] == "M" else 2
+        dims = 1 if factor is not None and factor[1] in ("M", "C") else 2
         if factor is None or tensor.dim() != dims or info.dtype not in FLOATS:
             other.append(name)
             continue

@@ -63,13 +63,15 @@ adapter, the last lets ``megalora tiny`` overwrite the folder."""
 
 @dataclass(frozen=True)
 class _Block:
-    """The rows of a stored tensor, seen as [rows, in], that are one adapted module's weight."""
+    """The rows of a stored tensor, seen as [rows, in], that are one adapted module's weight, or
+    all of its bias, seen as [rows, 1]."""
 
     module: str
     scale: float
     first: int
     rows: int
     columns: int
+    is_bias: bool = False
 
 
 def merge(adapter: Path, base: str, out: Path) -> MergeReport:
@@ -175,6 +177,9 @@ def _find_blocks(
                 )
             if not places:
                 missing.append(module)
+            if "C" in a.factors:
+                name, block = _bias_block(folder, a, module, stored)
+                blocks[name].append(block)
     if missing:
         total = sum(len(a.hf_modules()) for a in adapted)
         raise ValueError(
@@ -183,6 +188,18 @@ def _find_blocks(
             " save_pretrained writes it"
         )
     return blocks
+
+
+def _bias_block(
+    folder: Path, a: Adapted, module: str, stored: Mapping[str, tuple[str, Stored]]
+) -> tuple[str, _Block]:
+    """Stored bias that takes the bias of a B in, and all of it as a block."""
+    bias = f"{module}.bias"
+    if bias not in stored:
+        raise ValueError(f"{folder} has no {bias}, which takes a bias of B in")
+    shard_name, tensor = stored[bias]
+    _check_tensor(folder / shard_name, tensor, (a.out_features,))
+    return tensor.name, _Block(module, a.scale, 0, a.out_features, 1, is_bias=True)
 
 
 def _check_tensor(shard: Path, tensor: Stored, size: tuple[int, ...]) -> None:
@@ -220,7 +237,10 @@ def _write_shard(
                 dtype = DTYPES[tensor.dtype]
                 row_bytes = block.columns * dtype.itemsize
                 _copy(base, out, block.first * row_bytes - written)
-                yield _merge_block(base, out, block, dtype, factors)
+                if block.is_bias:
+                    _merge_bias(base, out, block, dtype, factors)
+                else:
+                    yield _merge_block(base, out, block, dtype, factors)
                 written = (block.first + block.rows) * row_bytes
             _copy(base, out, tensor.num_bytes - written)
 
@@ -238,6 +258,17 @@ def _read(base: BufferedReader, num_bytes: int) -> bytearray:
     if base.readinto(raw) != num_bytes:
         raise OSError(f"{base.name} ended early")
     return raw
+
+
+def _merge_bias(
+    base: BufferedReader, out: BufferedWriter, block: _Block, dtype: torch.dtype,
+    factors: Mapping[str, Tensor],
+) -> None:  # fmt: skip
+    """Merge the bias that comes next in ``base``."""
+    raw = _read(base, block.rows * dtype.itemsize)
+    bias_O = torch.frombuffer(raw, dtype=dtype).float()
+    merged_O = bias_O + block.scale * factors[tensor_name(block.module, "C")].float()
+    out.write(merged_O.to(dtype).view(torch.uint8).numpy())
 
 
 def _merge_block(

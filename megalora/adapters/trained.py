@@ -22,7 +22,14 @@ from megalora.adapters.training_state import read_factors, read_state
 from megalora.adapters.write.form import export_form, factors_of, peft_tensors
 from megalora.lora.init import initial_a
 from megalora.lora.section import differing, settings
-from megalora.lora.spec import FACTORS, OUTER, Adapted, has_magnitudes, tensor_name
+from megalora.lora.spec import (
+    FACTORS,
+    OUTER,
+    Adapted,
+    has_biases,
+    has_magnitudes,
+    tensor_name,
+)
 from megalora.lora.trained_weight import trained_weights
 from megalora.model.shape import ModelShape
 
@@ -50,6 +57,9 @@ def trained_form(adapter: Adapter, shape: ModelShape, *, fill: bool = False) -> 
         ValueError: every B is zero, or a checkpoint's files contradict each other.
     """
     is_checkpoint = all((adapter.folder / name).is_file() for name in (STATE_JSON, OPTIMIZER))
+    # No engine wants zeros beside biases, which act without B, too.
+    if has_biases(adapter.adapted) and not is_checkpoint:
+        return TrainedForm(adapter, [])
     if is_checkpoint:
         form = _of_checkpoint(adapter, shape)
     else:

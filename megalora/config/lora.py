@@ -52,6 +52,10 @@ class LoRAConfig:
     MLPs, shared and routed experts; needs ``lora.dropout=0``. PEFT loads DoRA on attention;
     vLLM and SGLang need it merged, and so does DoRA on experts (``megalora merge``)."""
 
+    lora_bias: bool = False
+    """Whether to train a bias of every B, which is added times the scale: ``y = W x + bias +
+    s (B A x + c)``. For attention of models with biases (Qwen2-MoE's q, k and v, GLM's); without
+    use_dora, init and train.relora. Loads in PEFT; vLLM and SGLang need it merged."""
     init: str = "lora"
     """How A and B begin. ``lora``: A uniform, B zero. ``pissa``: as the singular vectors of the
     largest singular values of each weight, which the adapter then changes, and ``pissa_niter_N``
@@ -83,7 +87,11 @@ class LoRAConfig:
             f"lora.init must be lora, pissa, {PISSA_NITER}N with N of 1 to 99, or olora, got"
             f" {self.init}",
         )
-        for option in ("use_dora", "share_outer"):
+        require(
+            not (self.use_dora and self.lora_bias),
+            "lora.lora_bias is not there with lora.use_dora, as in PEFT: leave one of them out",
+        )
+        for option in ("use_dora", "share_outer", "lora_bias"):
             require(
                 self.init == "lora" or not getattr(self, option),
                 f"lora.init={self.init} is not there with lora.{option}: leave one of them out",

@@ -54,6 +54,21 @@ class RunConfig:
             self._check_relora()
         if self.lora.init != "lora":
             self._check_init()
+        if self.lora.lora_bias:
+            self._check_bias()
+
+    def _check_bias(self) -> None:
+        """What cannot be had with biases of B."""
+        require(
+            self.train.relora is None,
+            "lora.lora_bias: train.relora adds up B A of its cycles, which leaves biases out. Train"
+            " without one of the two",
+        )
+        require(
+            self.checkpoint.serve is None,
+            "checkpoint.serve: vLLM does not load lora_bias. Train without one of the two, or merge"
+            " checkpoints into the base: megalora merge",
+        )
 
     def _check_init(self) -> None:
         """What cannot be had with an adapter that begins as a part of the base."""

@@ -16,9 +16,9 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-FactorName = Literal["A", "B", "M", "A0", "B0"]
-"""A and B of LoRA; M, the magnitude of DoRA; A0 and B0, what PiSSA or OLoRA began with, which no
-file of PEFT's has apart."""
+FactorName = Literal["A", "B", "M", "C", "A0", "B0"]
+"""A and B of LoRA; M, the magnitude of DoRA; C, the bias of B; A0 and B0, what PiSSA or OLoRA began
+with, which no file of PEFT's has apart."""
 
 LM_HEAD = "lm_head.weight"
 SCORE = "score"
@@ -44,8 +44,8 @@ _OF_QUANTISED = re.compile(
 _WRAPPERS = re.compile(r"(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod|module)\.")
 # An adapter's name, such as .default, may stand before .weight.
 _FACTOR = re.compile(
-    r"(?P<module>.+)\.lora_(?P<factor>[AB]|magnitude_vector)(?:\.(?!weight$|bias$)[^.]+)?"
-    r"(?:\.weight)?"
+    r"(?P<module>.+)\.lora_(?P<factor>[AB]|magnitude_vector)"
+    r"(?:\.(?!weight$|bias$)[^.]+)?(?:\.(?P<part>weight|bias))?"
 )
 _FACTOR_OF: dict[str, FactorName] = {"A": "A", "B": "B", "magnitude_vector": "M"}
 # Embeddings have factors of their own, without .weight.
@@ -59,7 +59,6 @@ _COPY_OF_VOCABULARY = re.compile(r".*\.(?:embed_tokens|lm_head)\.base_layer\.wei
 
 _OTHER = {
     r"lora_embedding_[AB](\..+)?": "an adapter of an embedding",
-    r"lora_B(\..+)?\.bias": "a bias beside B (lora_bias)",
     r"(trainable_tokens|token_adapter).*": "trained rows of an embedding (trainable_token_indices)",
     r"modules_to_save\..+": "a whole trained weight (modules_to_save)",
     r"lora_(E|ranknum)(\..+)?|ranknum(\..+)?": "a part of AdaLoRA",
@@ -82,6 +81,8 @@ def tensor_name(hf_module: str, factor: FactorName) -> str:
     # PEFT keeps the magnitude in a module of its own, and drops that module's ".weight" on saving.
     if factor == "M":
         return f"{PEFT_PREFIX}{hf_module}.lora_magnitude_vector"
+    if factor == "C":
+        return f"{PEFT_PREFIX}{hf_module}.lora_B.bias"
     return f"{PEFT_PREFIX}{hf_module}.lora_{factor}.weight"
 
 
@@ -185,7 +186,8 @@ def is_of_quantised(name: str) -> bool:
 
 
 def parse_factor(name: str) -> tuple[str, FactorName] | None:
-    """``(HF module name, "A", "B" or "M")``; None for a name that is not a linear layer's factor.
+    """``(HF module name, "A", "B", "M" or "C")``; None for a name that is not a linear layer's
+    factor.
 
     >>> module = "base_model.model.model.layers.0._fsdp_wrapped_module.self_attn.q_proj"
     >>> parse_factor(f"{module}.lora_B.default.weight")
@@ -194,8 +196,12 @@ def parse_factor(name: str) -> tuple[str, FactorName] | None:
     match = _FACTOR.fullmatch(_WRAPPERS.sub("", name))
     if match is None:
         return None
-    # M is called lora_magnitude_vector.
+    # M is called lora_magnitude_vector, C lora_B.bias; nothing else has a bias.
     factor = _FACTOR_OF[match["factor"]]
+    if match["part"] == "bias":
+        if factor != "B":
+            return None
+        factor = "C"
     module = match["module"].removeprefix(PEFT_PREFIX)
     return "lm_head" if module == TINKER_HEAD else module, factor
 

@@ -53,6 +53,8 @@ class _DenseLoRA(nn.Module):
         # Megatron's linears return their bias instead of adding it, for their caller to fuse.
         out, bias = self.base(x, *args, **kwargs)
         out = add_low_rank(out, self.low_rank(x), self.factors.stacked_b())
+        if len(self.factors.lora_C):
+            out = out + self.factors.stacked_bias()
         # A magnitude scales what the weight makes, and not the bias.
         if len(self.factors.lora_M):
             out = scale_rows(out, self.factors)

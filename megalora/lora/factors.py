@@ -5,6 +5,7 @@ says.
     lora_A         [R, in(/t)]              [E/ep, R, in(/n)]               all A's stacked (R rows)
     lora_B.NAME    [out_NAME(/t), r_NAME]   [E/ep, out_NAME(/n), r_NAME]    one B per projection
     lora_M.NAME    [out_NAME(/t)]           [E/ep, out_NAME(/n)]            its magnitude, for DoRA
+    lora_C.NAME    [out_NAME(/t)]           nothing                         the bias of its B
     lora_A0, _B0   as lora_A, lora_B        as lora_A, lora_B               what they began as,
                                                                             frozen (PiSSA, OLoRA)
 
@@ -50,17 +51,7 @@ class LoRAFactors(nn.Module):
         self.group_rank = group.rank()
         self.group_size = group.size()
         self.experts = local_experts(adapted[0].num_experts, groups.ep)
-        # Megatron's fused q, k, v weight repeats [q heads of a group, its k, its v] for each query
-        # group of this rank: ``row_groups`` times ``block_rows`` rows of every projection.
-        self.row_groups = max(1, fused[0].row_groups(shape) // self.group_size)
-        self.names: list[str] = []
-        self.block_rows: list[int] = []
-        for projection in fused:
-            # Rank and scale do not matter for the sizes of the weight.
-            whole = make_adapted(projection, adapted[0].layer, 0, 0.0, 0.0, shape)
-            rows = whole.out_features // whole.num_shards("B", self.group_size)
-            self.names.append(projection.name)
-            self.block_rows.append(rows // self.row_groups)
+        self._lay_out(fused, shape)
         self.shared = adapted[0].shared
         # All projections of a fused weight read the same input, so their A's are split alike.
         _, in_local = adapted[0].shard_shape("A", self.group_size)
@@ -69,6 +60,7 @@ class LoRAFactors(nn.Module):
         self.lora_A = self._parameter("A", adapted[0], (self.stacked_rank, in_local), *place)
         self.lora_B = nn.ParameterDict()
         self.lora_M = nn.ParameterDict()
+        self.lora_C = nn.ParameterDict()
         self.lora_A0: nn.Parameter | None = None
         self.lora_B0 = nn.ParameterDict()
         if "A0" in adapted[0].factors:
@@ -84,6 +76,20 @@ class LoRAFactors(nn.Module):
                     sizes = a.shard_shape(factor, self.group_size)
                     self.of(factor)[a.name] = self._parameter(factor, a, sizes, *place)
         self.reset_parameters()
+
+    def _lay_out(self, fused: list[Projection], shape: ModelShape) -> None:
+        """Find which rows of the fused weight belong to which projection."""
+        # Megatron's fused q, k, v weight repeats [q heads of a group, its k, its v] for each query
+        # group of this rank: ``row_groups`` times ``block_rows`` rows of every projection.
+        self.row_groups = max(1, fused[0].row_groups(shape) // self.group_size)
+        self.names: list[str] = []
+        self.block_rows: list[int] = []
+        for projection in fused:
+            # Rank and scale do not matter for the sizes of the weight.
+            whole = make_adapted(projection, self.adapted[0].layer, 0, 0.0, 0.0, shape)
+            rows = whole.out_features // whole.num_shards("B", self.group_size)
+            self.names.append(projection.name)
+            self.block_rows.append(rows // self.row_groups)
 
     def of(self, factor: FactorName) -> Any:
         """The parameters of a factor: one where those of all projections are stacked, else a dict
@@ -129,6 +135,8 @@ class LoRAFactors(nn.Module):
             b.zero_()
         for m in self.lora_M.values():
             m.fill_(1)
+        for c in self.lora_C.values():
+            c.zero_()
         # Until ``base_factors.py`` fills them in, with A and B.
         if self.lora_A0 is not None:
             self.lora_A0.zero_()
@@ -241,6 +249,18 @@ class LoRAFactors(nn.Module):
         # The kernels step from expert to expert through memory, so each has a copy, whose gradients
         # autograd sums.
         return parameter.expand(len(self.experts), -1, -1).contiguous()
+
+    def stacked_bias(self) -> Tensor:
+        """``[out]``: the scaled biases of the B's in the base weight's row order."""
+        scales = {adapted.name: adapted.scale for adapted in self.adapted}
+        blocks: list[Tensor] = []
+        for name, block_rows in zip(self.names, self.block_rows, strict=True):
+            sizes = (self.row_groups, block_rows)
+            if name in self.lora_C:
+                blocks.append((self.lora_C[name] * scales[name]).view(sizes))
+            else:
+                blocks.append(self.lora_A.new_zeros(sizes))
+        return torch.cat(blocks, dim=-1).flatten()
 
     def stacked_b(self) -> Tensor:
         """``[..., out, R]``: the scaled B's as one block matrix in the base weight's row order;

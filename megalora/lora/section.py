@@ -9,7 +9,14 @@ from typing import Any
 from megalora.config import LoRAConfig
 from megalora.lora.modules import projection_places
 from megalora.lora.select import resolve
-from megalora.lora.spec import FACTORS_BY_NAME, PLAIN, Adapted, has_magnitudes, make_adapted
+from megalora.lora.spec import (
+    FACTORS_BY_NAME,
+    PLAIN,
+    Adapted,
+    has_biases,
+    has_magnitudes,
+    make_adapted,
+)
 from megalora.model.projections import Projection
 from megalora.model.shape import ModelShape
 
@@ -55,6 +62,8 @@ def lora_section(adapted: list[Adapted], shape: ModelShape) -> dict[str, Any]:
         section["share_outer"] = True
     if has_magnitudes(adapted):
         section["use_dora"] = _use_dora(adapted_layers, uses_of_name)
+    if has_biases(adapted):
+        section["lora_bias"] = True
     resolved = resolve(LoRAConfig(**section), shape)
     assert not differing(settings(resolved), settings(adapted)), section
     return section

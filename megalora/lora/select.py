@@ -8,10 +8,12 @@ from pathlib import Path
 
 from megalora.config import LoRAConfig, ParallelConfig, TrainConfig
 from megalora.hf.tensor_names import within_layer
+from megalora.lora.factor_checks import check_bias, check_init
 from megalora.lora.modules import projection_places
 from megalora.lora.patterns import Pattern, end_pattern
 from megalora.lora.spec import (
     PLAIN,
+    WITH_BIAS,
     WITH_MAGNITUDE,
     WITH_START,
     Adapted,
@@ -22,7 +24,6 @@ from megalora.lora.spec import (
 )
 from megalora.model.account import open_folder
 from megalora.model.families import FAMILIES
-from megalora.model.projections import HEAD
 from megalora.model.shape import ModelShape
 
 ALIASES = {
@@ -118,10 +119,7 @@ def resolve(lora: LoRAConfig, shape: ModelShape) -> list[Adapted]:
         )
     for option in (targets, exclusions, ranks, alphas, doras):
         _check_used(option, shape)
-    if lora.use_dora:
-        _check_dora(adapted, doras)
-    if lora.init != "lora":
-        _check_init(lora, adapted)
+    _check_factors(lora, adapted, shape, doras)
     _check_left(lora, adapted)
     return adapted
 
@@ -184,32 +182,20 @@ def _factors_of(lora: LoRAConfig, has_magnitude: bool) -> tuple[FactorName, ...]
     """Factors of a linear that ``lora`` adapts."""
     if has_magnitude:
         return WITH_MAGNITUDE
+    if lora.lora_bias:
+        return WITH_BIAS
     return PLAIN if lora.init == "lora" else WITH_START
 
 
-def _check_init(lora: LoRAConfig, adapted: list[Adapted]) -> None:
-    """Raise ``ValueError`` for linears that cannot begin as a part of the base's weight."""
-    for a in adapted:
-        name = within_layer(a.projection.hf).replace("{expert}", "*")
-        if a.projection in HEAD:
-            raise ValueError(
-                f"lora.init={lora.init}: {name} cannot begin so here, with a vocabulary that ranks"
-                " share and an embedding that it may be tied to. Leave it out of"
-                " lora.target_modules"
-            )
-        # The kernels of experts drop out what both A and A0 read, and A0 must read all of it.
-        if a.projection.is_expert and lora.dropout:
-            raise ValueError(
-                f"lora.init={lora.init}: {name} needs lora.dropout=0, got {lora.dropout}; attention"
-                " and dense MLPs do not"
-            )
-        smallest = min(a.out_features, a.in_features)
-        if a.rank > smallest:
-            raise ValueError(
-                f"lora.init={lora.init}: {name} is {a.out_features} x {a.in_features} and has no"
-                f" {a.rank} singular values. Give it a rank of up to {smallest} (lora.rank,"
-                " lora.rank_pattern)"
-            )
+def _check_factors(
+    lora: LoRAConfig, adapted: list[Adapted], shape: ModelShape, doras: "_Option"
+) -> None:
+    if lora.use_dora:
+        _check_dora(adapted, doras)
+    if lora.init != "lora":
+        check_init(lora, adapted)
+    if lora.lora_bias:
+        check_bias(adapted, shape)
 
 
 def _of_experts(lora: LoRAConfig, shape: ModelShape) -> tuple[int, float]:

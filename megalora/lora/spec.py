@@ -75,6 +75,8 @@ FACTORS: dict[FactorName, Factor] = {
     # In bfloat16 a magnitude could not be the norm of its row, so training would not start from
     # the base. Decay would pull it to zero, which is far from the base too.
     "M": Factor("B", is_vector=True, float32=True, decays=False),
+    # A bias of B, which the linear's own bias gets times the scale.
+    "C": Factor("B", is_vector=True, decays=False),
     # The pair that A and B began as, where that is a part of the base (``base_factors.py``).
     "A0": Factor("A", trained=False),
     "B0": Factor("B", trained=False),
@@ -85,9 +87,11 @@ PLAIN: tuple[FactorName, ...] = ("A", "B")
 """Factors of a linear with LoRA."""
 WITH_MAGNITUDE: tuple[FactorName, ...] = ("A", "B", "M")
 """Factors of a linear with DoRA."""
+WITH_BIAS: tuple[FactorName, ...] = ("A", "B", "C")
+"""Factors of a linear with ``lora_bias``."""
 WITH_START: tuple[FactorName, ...] = ("A", "B", "A0", "B0")
 """Factors of a linear that began as a part of the base."""
-FACTORS_BY_NAME = {"".join(factors): factors for factors in (WITH_MAGNITUDE, WITH_START)}
+FACTORS_BY_NAME = {"".join(factors): factors for factors in (WITH_MAGNITUDE, WITH_BIAS, WITH_START)}
 """As a checkpoint's state names them, where they are more than A and B."""
 
 
@@ -221,6 +225,18 @@ def expected_tensors(
 def has_dora(projection: Projection) -> bool:
     """Whether a linear may have a magnitude: not the router and lm_head."""
     return projection.kind != "router" and projection not in HEAD
+
+
+def has_base_bias(projection: Projection, s: ModelShape) -> bool:
+    """Whether a linear of the base has a bias."""
+    if projection.module == "self_attention.linear_qkv":
+        return s.qkv_bias
+    return projection.module == "self_attention.linear_proj" and s.o_bias
+
+
+def has_biases(adapted: Sequence[Adapted]) -> bool:
+    """Whether an adapter has a bias of every B."""
+    return any("C" in a.factors for a in adapted)
 
 
 def has_magnitudes(adapted: list[Adapted]) -> bool:

@@ -12,8 +12,8 @@ from megalora.lora.factors import LoRAFactors
 
 @contextmanager
 def adapters_off(chunks: Iterable[nn.Module]) -> Iterator[None]:
-    """Inside the block the model is the base, bit for bit: every B and B0 is zero, and so are B A x
-    and B0 A0 x; every magnitude is its norm, which scales by 1.
+    """Inside the block the model is the base, bit for bit: every B, B0 and bias of B is zero, and
+    so are B A x and B0 A0 x; every magnitude is its norm, which scales by 1.
 
     Values are put aside, not overwritten: the parameters point to one shared buffer of zeros, so
     that the block needs the memory of the largest B alone. Nothing may train in it.
@@ -23,7 +23,8 @@ def adapters_off(chunks: Iterable[nn.Module]) -> Iterator[None]:
     for chunk in chunks:
         for module in chunk.modules():
             if isinstance(module, LoRAFactors):
-                parameters += [*module.lora_B.values(), *module.lora_B0.values()]
+                for off in (module.lora_B, module.lora_B0, module.lora_C):
+                    parameters += off.values()
                 for name, magnitude in module.lora_M.items():
                     values[magnitude] = module.norms[name]
     # A rank without any adapter has nothing to switch off.

@@ -10,7 +10,7 @@ frozen. Each adapter factor multiplies once more, for its own.
 
 from collections.abc import Iterable
 
-from megalora.lora.spec import Adapted
+from megalora.lora.spec import Adapted, has_biases
 from megalora.model.formats.augmented import Augmented
 from megalora.planner.activations import head_input_needs_gradient
 from megalora.planner.gpus import attention_flops
@@ -36,6 +36,8 @@ GATED_FORWARD = 7
 like the next."""
 GATED_BACKWARD = 10
 """The same of its backward."""
+BIAS_PASSES = 2
+"""Times that the output of a linear is read or written by the sum with biases of B. Assumed."""
 
 
 EXPERTS = ("mlp.experts.gate_up", "mlp.experts.down")
@@ -108,6 +110,8 @@ class LayerCosts(RowScaling):
                 )
         self._adapter((forward, backward), part, adapted, rows, sizes, live)
         self.scale(forward, backward, part, adapted, rows[1] * outputs)
+        if has_biases(adapted):
+            self.traffic(forward, part, BIAS_PASSES * rows[1] * outputs * self.e)
 
     def attention(
         self, forward: Ledger, backward: Ledger, modules: dict[str, list[Adapted]]

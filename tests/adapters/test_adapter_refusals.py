@@ -167,7 +167,6 @@ def test_config_refused(tmp_path: Path, content: str | None, message: str) -> No
         {"modules_to_save": ["lm_head"]},
         {"layer_replication": [[0, 2]]},
         {"fan_in_fan_out": True},
-        {"lora_bias": True},
         {"use_qalora": True},
         {"alora_invocation_tokens": [1]},
         {"init_lora_weights": "pissa_niter_4"},

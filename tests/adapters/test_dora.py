@@ -184,7 +184,7 @@ def shorter(tensors: dict[str, Tensor], name: str) -> None:
     ("change", "message"),
     [
         (without, "lacks the magnitude of model.layers.0.self_attn.q_proj, and use_dora"),
-        (flat, "a magnitude is a vector"),
+        (flat, "this factor is a vector"),
         (shorter, "this base model and rank need"),
     ],
 )

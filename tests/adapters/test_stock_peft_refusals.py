@@ -16,11 +16,6 @@ pytestmark = IGNORED
 # Base, PEFT's options, and what the refusal says.
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     # The base whose linears have biases.
-    "bias of B": (
-        "shared",
-        {"lora_bias": True},
-        "lora_bias=True is not plain LoRA, .*: it trains a bias beside B",
-    ),
     "biases": (
         "shared",
         {"bias": "all"},

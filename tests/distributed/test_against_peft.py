@@ -30,10 +30,17 @@ DORA = LoRAConfig(
 )
 # DoRA on attention, plain LoRA on experts, router and head.
 IN_PARTS = replace(LORA, use_dora=DORA.target_modules)
+BIAS = LoRAConfig(
+    rank=5, alpha=20.0, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], lora_bias=True
+)
+OF_QKV = replace(BIAS, target_modules=["q_proj", "v_proj"], use_rslora=True)
 CASES = {
     "in parts: single": ("everything", IN_PARTS, 1, {}),
     "dora: tp2-ep2": ("biased", DORA, 2, {"tp": 2, "ep": 2}),
     "dora: tp4-ep4": ("everything", replace(DORA, use_rslora=True), 4, {"tp": 4, "ep": 4}),
+    "lora bias: tp2-ep2": ("biased", BIAS, 2, {"tp": 2, "ep": 2}),
+    "lora bias: tp4-ep4": ("everything", OF_QKV, 4, {"tp": 4, "ep": 4}),
+    "lora bias: pp2": ("biased", BIAS, 2, {"pp": 2}),
     "dora: single": ("tiny", DORA, 1, {}),
     "qwen3: single": ("tiny", RSLORA, 1, {}),
     "qwen3: tp2-ep2": ("tiny", RSLORA, 2, {"tp": 2, "ep": 2}),

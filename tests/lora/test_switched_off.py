@@ -68,6 +68,11 @@ def test_what_an_adapter_began_as_is_off_too(tiny: Path, chats: Path, tmp_path: 
     check_off(ADAPTERS["begun"], {"tp": 2, "ep": 2}, "bfloat16", tiny, chats, tmp_path)
 
 
+@pytest.mark.slow
+def test_biases_of_b_are_off_too(everything: Path, chats: Path, tmp_path: Path) -> None:
+    check_off(ADAPTERS["lora bias"], {"tp": 2, "ep": 2}, "float32", everything, chats, tmp_path)
+
+
 def check_off(
     lora: LoRAConfig, parallel: dict[str, int], dtype: str, tiny: Path, chats: Path, tmp_path: Path
 ) -> None:

@@ -1,5 +1,5 @@
-"""Bugs in adapters that begin as a part of the base: factors, signs, files, the model without them.
-The same form as ``bugs.py``."""
+"""Bugs in adapters that begin as a part of the base, and in biases of B: factors, signs, files, the
+model without them. The same form as ``bugs.py``."""
 
 from tests.mutations.bugs import Bug, bug
 
@@ -7,6 +7,9 @@ BASE_FACTORS = "megalora/lora/base_factors.py"
 FACTORS = "megalora/lora/factors.py"
 TRAINED = "tests/train/test_begun_from_base.py"
 GRID = "tests/parity/test_grid.py begun"
+
+BIASES = "tests/distributed/test_against_peft.py bias"
+BIAS_FILES = "tests/adapters/test_lora_bias.py"
 
 BEGUN_BUGS: tuple[Bug, ...] = (
     bug(0, "the frozen pair added, not taken away, on dense linears", FACTORS,
@@ -34,7 +37,7 @@ BEGUN_BUGS: tuple[Bug, ...] = (
     bug(0, "replicas that factorise for themselves", BASE_FACTORS,
         "        sum_bucket(pairs, replicas)\n", "", f"{TRAINED} stock_peft"),
     bug(0, "the frozen pair on where adapters are off", "megalora/lora/switched_off.py",
-        "[*module.lora_B.values(), *module.lora_B0.values()]", "module.lora_B.values()",
+        "(module.lora_B, module.lora_B0, module.lora_C)", "(module.lora_B, module.lora_C)",
         "tests/lora/test_switched_off.py began_as"),
     bug(0, "a file without what the adapter began as", "megalora/adapters/as_plain.py",
         '[own["B"], -own["B0"].to(own["B"].dtype)]', '[own["B"], 0 * own["B0"].to(own["B"].dtype)]',
@@ -47,11 +50,28 @@ BEGUN_BUGS: tuple[Bug, ...] = (
     bug(0, "a start that may change in the middle of a run",
         "megalora/train/checkpoint/same_run.py", '"lora.init": "lora",', "",
         f"{TRAINED} another_start"),
-    bug(0, "a frozen pair beside experts with dropout", "megalora/lora/select.py",
+    bug(0, "a frozen pair beside experts with dropout", "megalora/lora/factor_checks.py",
         "if a.projection.is_expert and lora.dropout:", "if False:", f"{TRAINED} named"),
-    bug(0, "lm_head begun as a part of itself", "megalora/lora/select.py",
+    bug(0, "lm_head begun as a part of itself", "megalora/lora/factor_checks.py",
         "if a.projection in HEAD:", "if False:", f"{TRAINED} named"),
     bug(0, "a frozen pair that is not planned", "megalora/planner/state_bytes.py",
         "if not FACTORS[factor].trained:", "if False:",
         "tests/planner/test_dryrun.py lora"),
+    bug(0, "a bias of B without the scale", FACTORS, "(self.lora_C[name] * scales[name])",
+        "self.lora_C[name]", BIASES),
+    bug(0, "biases of B in the rows of another projection", FACTORS,
+        "return torch.cat(blocks, dim=-1).flatten()\n\n    def stacked_b",
+        "return torch.cat(blocks, dim=-1).flatten().flip(0)\n\n    def stacked_b", BIASES),
+    bug(0, "biases of B on where adapters are off", "megalora/lora/switched_off.py",
+        "(module.lora_B, module.lora_B0, module.lora_C)", "(module.lora_B, module.lora_B0)",
+        "tests/lora/test_switched_off.py biases_of_b"),
+    bug(0, "a bias of B merged without the scale", "megalora/adapters/merge.py",
+        "bias_O + block.scale * factors", "bias_O + factors", f"{BIAS_FILES} merging"),
+    bug(0, "lora_bias left out of the file", "megalora/adapters/write/form.py",
+        "if has_biases(written):", "if False:",
+        f"{BIAS_FILES} export"),
+    bug(0, "vLLM given biases of B", "megalora/adapters/write/engines.py",
+        'name != "peft" and has_biases(adapted)', "False", f"{BIAS_FILES} export"),
+    bug(0, "biases of B where the base has none", "megalora/lora/factor_checks.py",
+        "if not has_base_bias(a.projection, shape):", "if False:", f"{BIAS_FILES} beside"),
 )  # fmt: skip

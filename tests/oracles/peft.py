@@ -93,6 +93,8 @@ class PeftOracle:
             if fused is None:  # one of the two was not adapted, so nothing is wrapped twice
                 fused = trained[f"{experts}.lora_{factor}.{adapter}.weight"]
             return _of_expert(fused, expert, projection, factor, shape)
+        if name.endswith(".lora_B.bias"):
+            return trained[f"{name.removesuffix('.bias')}.{adapter}.bias"]
         stem, factor = name.removesuffix(".weight").rsplit(".", 1)
         return trained[f"{stem}.{factor}.{adapter}.weight"]
 

@@ -166,6 +166,9 @@ class Oracle:
             # transformers renames Mixtral's modules on loading
             module = module.replace(".block_sparse_moe.", ".mlp.")
             # transformers holds the experts of a layer in one tensor; all else has its own.
+            bias = self.factors.get(f"{PREFIX}{module}.lora_B.bias")
+            if bias is not None:
+                merged[f"{module}.bias"] = weights[f"{module}.bias"] + scale * bias
             if ".experts." not in module:
                 whole = weights[f"{module}.weight"] + delta
                 merged[f"{module}.weight"] = with_magnitude(whole, magnitude)

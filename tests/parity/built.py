@@ -86,6 +86,9 @@ def random_factors(
                 factors[a.tensor_name("A0", expert)] = a_factor / a.in_features**0.5
                 b0 = 0.2 * b_factor / (a.scale * a.rank**0.5)
                 factors[a.tensor_name("B0", expert)] = b0
+            if "C" in a.factors:
+                bias = torch.randn(a.shape("C"), generator=generator)
+                factors[a.tensor_name("C", expert)] = 0.2 * bias / a.scale
             if "M" in a.factors:
                 # Far from the norms, which depend on the base.
                 magnitude = torch.rand(a.shape("M"), generator=generator)

@@ -68,6 +68,9 @@ ADAPTERS: dict[str, LoRAConfig] = {
                        rank_pattern={"q_proj": 3, "v_proj": 5, "up_proj": 2}),
     "some dora": LoRAConfig(rank=4, alpha=12.0, target_modules=[*NAMES, "gate", "lm_head"],
                             use_dora=["q_proj", "o_proj", "up_proj"]),
+    # A bias of every B, on linears with biases: ``adapter`` takes it out where there are none.
+    "lora bias": LoRAConfig(rank=4, alpha=12.0, target_modules=NAMES[:3], lora_bias=True,
+                            rank_pattern={"q_proj": 3}),
     # A and B beside a pair that stays as it is, which the grid draws as it draws them.
     "begun": LoRAConfig(rank=4, alpha=12.0, target_modules=[*NAMES, "gate"], init="olora",
                         rank_pattern={"q_proj": 3, "v_proj": 5, "up_proj": 2}),
@@ -106,6 +109,8 @@ def shape_of(name: str) -> ModelShape:
 def adapter(name: str, shape: ModelShape) -> LoRAConfig:
     """The adapter's settings for a model; one without experts has no router to adapt."""
     lora = ADAPTERS[name]
+    if not shape.qkv_bias:
+        lora = replace(lora, lora_bias=False)
     # Without experts there is nothing to share, and asking for it is an error.
     if not shape.moe_layers:
         lora = replace(lora, share_outer=False)

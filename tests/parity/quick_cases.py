@@ -67,6 +67,10 @@ QUICK = (
     Case(4, tp=2, ep=4, adapter="shared outer", micro=3, recompute="full"),
     Case(8, tp=2, pp=2, ep=2, etp=2, adapter="shared outer", model="mixed", recompute="selective"),
     Case(4, cp=2, ep=2, adapter="shared outer", model="shared", micro=PACKED),
+    # Biases of B: key heads that ranks share, stages, and rows that ranks share out.
+    Case(2, tp=2, ep=2, adapter="lora bias", model="shared", micro=3),
+    Case(4, tp=4, adapter="lora bias", model="shared", micro=3, recompute="full"),
+    Case(4, cp=2, pp=2, adapter="lora bias", model="shared", micro=PACKED),
     # A frozen pair beside A and B, on every kind of linear.
     Case(2, tp=2, ep=2, adapter="begun", micro=3),
     Case(4, tp=2, ep=2, etp=2, adapter="begun", model="shared", micro=3, recompute="selective"),

@@ -39,6 +39,7 @@ SOME = LoRAConfig(rank=4, target_modules=["o_proj", "down_proj"], layers="2-")
 ONE = LoRAConfig(rank=4, target_modules=["q_proj"], layers="0")
 DORA = replace(DEFAULT, use_dora=True)
 ATTENTION_DORA = LoRAConfig(rank=4, target_modules=["q_proj", "o_proj"], use_dora=True)
+BIASES = LoRAConfig(rank=4, target_modules=["q_proj", "v_proj"], lora_bias=True)
 BEGUN = replace(DEFAULT, init="olora")
 EXPERTS = LoRAConfig(rank=4, target_modules=["gate_proj"], layers="1")
 
@@ -132,6 +133,7 @@ CASES = [
     # DoRA keeps what it scales.
     ("tiny_dense", 2, {"tp": 2}, DORA),
     pytest.param("tiny", 2, {"pp": 2}, ATTENTION_DORA, marks=pytest.mark.slow),
+    pytest.param("everything", 2, {"tp": 2}, BIASES, marks=pytest.mark.slow),
     # What it began as, beside it.
     ("tiny", 2, {"tp": 2, "ep": 2}, BEGUN),
     pytest.param("tiny", 1, {}, BEGUN, marks=pytest.mark.slow),

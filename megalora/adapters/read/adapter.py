@@ -89,15 +89,15 @@ def _read(
     notes = weights.notes + check_copies(weights, copies, shape, base)
     linears = Linears(weights, shape, rules)
     groups = _Groups(weights, shape)
-    passed_over = [name for name in weights.info if is_training_only(name)]
-    if passed_over:
+    if passed_over := [name for name in weights.info if is_training_only(name)]:
         notes.append(f"passed over, as PEFT needs them in training alone: {', '.join(passed_over)}")
     for name in weights.info:
         if name in copies or name in passed_over or (heads and parse_weight(name) == SCORE):
             continue
         module, factor = factor_of(weights, name)
-        if factor == "M":
-            linears.add_magnitude(module, name, checked(weights, name, 1))
+        if factor in ("M", "C"):
+            add = linears.add_magnitude if factor == "M" else linears.add_bias
+            add(module, name, checked(weights, name, 1))
             continue
         tensor = checked(weights, name, 3 if groups.is_bank(module) else 2)
         if not groups.take(module, factor, name, tensor):

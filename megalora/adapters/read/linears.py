@@ -23,9 +23,23 @@ from megalora.hf.tensor_names import (
 )
 from megalora.lora.modules import linear_modules, other_modules, other_names, parameters_of
 from megalora.lora.select import ALIASES
-from megalora.lora.spec import PLAIN, WITH_MAGNITUDE, Adapted, has_dora, make_adapted
+from megalora.lora.spec import (
+    PLAIN,
+    WITH_BIAS,
+    WITH_MAGNITUDE,
+    Adapted,
+    has_base_bias,
+    has_dora,
+    make_adapted,
+)
 from megalora.model.projections import Projection
 from megalora.model.shape import ModelShape
+
+_BY_OPTION: tuple[tuple[FactorName, str, str], ...] = (
+    ("M", "magnitude", "use_dora"),
+    ("C", "bias of B", "lora_bias"),
+)
+"""Factors that an option adds to every linear."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +103,19 @@ class Linears:
             raise ValueError(f"{self.where}: two tensors are the magnitude of {own}")
         # Float32 in training, whatever the file has.
         self.factors[own]["M"] = tensor.float()
+
+    def add_bias(self, module: str, name: str, tensor: Tensor) -> None:
+        """The bias of a B, of a linear that has a bias itself."""
+        own = self.other_names.get(module, module)
+        if own not in self.known or not has_base_bias(self.known[own][0], self.shape):
+            raise ValueError(
+                f"{self.where}: {name} is a bias of B (lora_bias), and {own} has none in this base"
+                " that could take it in"
+            )
+        self._check_shape(own, "C", tensor, 1)
+        if "C" in self.factors[own]:
+            raise ValueError(f"{self.where}: two tensors are the bias of B of {own}")
+        self.factors[own]["C"] = tensor
 
     def add_fused(self, module: str, a: Tensor, b: Tensor) -> None:
         """Gate and up of one MLP or one expert in one adapter."""
@@ -168,7 +195,11 @@ class Linears:
             # Those that a magnitude came in for.
             if config["peft_type"] == PART_DORA:
                 has_dora = any("M" in self.factors[module] for module in modules)
-            a = self._one(projection, layer, modules, WITH_MAGNITUDE if has_dora else PLAIN)
+            wanted = WITH_MAGNITUDE if has_dora else PLAIN
+            # PEFT itself refuses both together.
+            if config.get("lora_bias"):
+                wanted = WITH_BIAS
+            a = self._one(projection, layer, modules, wanted)
             adapted.append(a)
             for module in a.hf_modules():
                 # An expert without factors beside others that have some: zeros, and named.
@@ -197,12 +228,13 @@ class Linears:
                     raise ValueError(
                         f"{self.where} has lora_{present} of {module} and lacks its lora_{lacking}"
                     )
-            if ("M" in factors) != ("M" in wanted):
-                has = "has" if "M" in factors else "lacks"
-                raise ValueError(
-                    f"{self.where} {has} the magnitude of {module}, and use_dora in {CONFIG} is"
-                    f" {'true' if 'M' in wanted else 'false'}"
-                )
+            for factor, what, option in _BY_OPTION:
+                if (factor in factors) != (factor in wanted):
+                    has = "has" if factor in factors else "lacks"
+                    raise ValueError(
+                        f"{self.where} {has} the {what} of {module}, and {option} in {CONFIG} is"
+                        f" {'true' if factor in wanted else 'false'}"
+                    )
             ranks.add(factors["A"].shape[0])
             scales.add(self.scales[module])
         if len(ranks) > 1 or len(scales) > 1:

@@ -45,7 +45,7 @@ def checked(weights: AdapterWeights, name: str, dims: int) -> Tensor:
     info = weights.info[name]
     path = weights.path_of(name)
     if info.dtype not in FLOATS or len(info.shape) not in (min(dims, 2), dims):
-        what = "a magnitude is a vector" if dims == 1 else "a factor is a matrix"
+        what = "this factor is a vector" if dims == 1 else "a factor is a matrix"
         raise ValueError(
             f"{path}: {name} is {info.dtype} of shape {info.shape}; {what} in {', '.join(FLOATS)}"
         )

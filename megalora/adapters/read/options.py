@@ -53,6 +53,7 @@ OPTIONS: dict[str, Option] = {
     "lora_alpha": HONOURED,
     "use_rslora": Option("honoured", elsewhere={"sglang": "scales by alpha / r"}),
     "use_dora": Option("honoured", refused_by=("vllm", "sglang")),
+    "lora_bias": Option("honoured", refused_by=("vllm", "sglang")),
     "rank_pattern": Option("honoured", elsewhere=_ONE_RANK),
     "alpha_pattern": Option("honoured", elsewhere=_ONE_RANK),
     "target_modules": HONOURED,
@@ -87,7 +88,6 @@ OPTIONS: dict[str, Option] = {
     # PEFT before 0.5.
     "merge_weights": WITHOUT_EFFECT,
     "enable_lora": WITHOUT_EFFECT,
-    "lora_bias": _refused("it trains a bias beside B"),
     "modules_to_save": _refused("it trains whole weights beside the factors"),
     "trainable_token_indices": _refused("it trains rows of the embedding"),
     "layer_replication": _refused("it repeats layers of the base"),
@@ -245,6 +245,7 @@ _TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "auto_mapping": (lambda v: isinstance(v, dict), "an object"),
     "use_rslora": (lambda v: isinstance(v, bool), "true or false"),
     "use_dora": (lambda v: isinstance(v, bool), "true or false"),
+    "lora_bias": (lambda v: isinstance(v, bool), "true or false"),
     "bias": (lambda v: isinstance(v, str), "none, all or lora_only"),
     "init_lora_weights": (lambda v: isinstance(v, bool | str), "true, false or a name"),
     "target_modules": (_name_or_names, "a name, or a list of names"),

@@ -7,7 +7,7 @@ from typing import Any
 from megalora.adapters.files import PARTS
 from megalora.adapters.write.engines import ENGINES, VLLM_RANKS, vllm_max_rank
 from megalora.hf.tensor_names import within_layer
-from megalora.lora.spec import Adapted, has_magnitudes, in_parts
+from megalora.lora.spec import Adapted, has_biases, has_magnitudes, in_parts
 
 _HARMLESS = (
     'PEFT 0.21 may warn of `rank_pattern` and `alpha_pattern` keys that "did not match any targeted'
@@ -235,9 +235,11 @@ def _loading(facts: Facts) -> str:
             f"{_peft_model(facts)}\n```\n\n{_HARMLESS}"
         )
     # vLLM serves no adapter of a larger rank: better no command than one that fails.
-    if has_magnitudes(facts.adapted):
+    if has_magnitudes(facts.adapted) or has_biases(facts.adapted):
+        what = "DoRA" if has_magnitudes(facts.adapted) else "biases of B (`lora_bias`)"
         sections.append(
-            "## Servers\n\nvLLM and SGLang do not load DoRA. Merge it into the base for them:\n\n"
+            f"## Servers\n\nvLLM and SGLang do not load {what}. Merge it into the base for them:"
+            "\n\n"
             f"```bash\nmegalora merge {facts.folder_name} --base {facts.base} --out merged\n```"
         )
     elif facts.layout == "per_expert" and rank <= VLLM_RANKS[-1]:

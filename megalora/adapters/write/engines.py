@@ -11,7 +11,7 @@ import warnings
 from dataclasses import dataclass
 from typing import Literal
 
-from megalora.lora.spec import Adapted, has_magnitudes
+from megalora.lora.spec import Adapted, has_biases, has_magnitudes
 from megalora.model.families import FAMILIES
 from megalora.model.projections import ATTENTION
 from megalora.model.shape import ModelShape
@@ -92,6 +92,11 @@ def check_engine(name: EngineName, layout: str, adapted: list[Adapted], shape: M
         raise ValueError(
             f"{engine.title} does not load DoRA (lora.use_dora): no matrices of a low rank do what"
             " a magnitude for each row does. Merge it into the base: megalora merge"
+        )
+    if name != "peft" and has_biases(adapted):
+        raise ValueError(
+            f"{engine.title} does not load biases of B (lora.lora_bias). Merge the adapter into the"
+            " base: megalora merge"
         )
     experts = [a for a in adapted if a.projection.is_expert]
     if name == "peft":

@@ -38,6 +38,7 @@ from megalora.lora.section import most_common, without_noise
 from megalora.lora.spec import (
     PLAIN,
     Adapted,
+    has_biases,
     has_magnitudes,
     in_parts,
     make_adapted,
@@ -119,7 +120,8 @@ def peft_tensors(pairs: list[Pair], trained: dict[str, Tensor]) -> dict[str, Ten
         for expert, module in enumerate(written.hf_modules()):
             for factor in written.factors:
                 name = tensor_name(module, factor)
-                if factor == "M":
+                # Neither has ranks to pad, and C's scale is its linear's.
+                if factor in ("M", "C"):
                     tensors[name] = trained[name]
                     continue
                 if own is None:
@@ -336,6 +338,8 @@ def write_adapter(
     peft_type = PART_DORA if in_parts(written) else LORA
     has_dora = has_magnitudes(written)
     config = peft_config(entries, base, whole, use_dora=has_dora, peft_type=peft_type)
+    if has_biases(written):
+        config["lora_bias"] = True
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     return padded(pairs)
 

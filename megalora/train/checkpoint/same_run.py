@@ -24,7 +24,7 @@ SAME_RUN = (
 change in the middle of a run."""
 ADDED = {
     "data.too_long": "left_out", "objective.name": "sft", "objective.reference": "base",
-    "lora.share_outer": False, "lora.use_dora": False, "lora.init": "lora",
+    "lora.share_outer": False, "lora.use_dora": False, "lora.init": "lora", "lora.lora_bias": False,
     "train.relora": None, "train.ema_decay": 0.0,
     "objective.num_labels": None, "objective.labels": None,
 }  # fmt: skip

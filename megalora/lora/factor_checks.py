@@ -1,0 +1,43 @@
+"""Refuse linears that cannot have what the ``lora`` section asks of their factors."""
+
+from megalora.config import LoRAConfig
+from megalora.hf.tensor_names import within_layer
+from megalora.lora.spec import Adapted, has_base_bias
+from megalora.model.projections import HEAD
+from megalora.model.shape import ModelShape
+
+
+def check_bias(adapted: list[Adapted], shape: ModelShape) -> None:
+    """Raise ``ValueError`` for linears whose own bias cannot take the bias of a B in."""
+    for a in adapted:
+        if not has_base_bias(a.projection, shape):
+            name = within_layer(a.projection.hf).replace("{expert}", "*")
+            raise ValueError(
+                f"lora.lora_bias: {name} has no bias in this base, so that nothing could be merged"
+                " into it. Set lora.target_modules to linears with one, or leave lora_bias out"
+            )
+
+
+def check_init(lora: LoRAConfig, adapted: list[Adapted]) -> None:
+    """Raise ``ValueError`` for linears that cannot begin as a part of the base's weight."""
+    for a in adapted:
+        name = within_layer(a.projection.hf).replace("{expert}", "*")
+        if a.projection in HEAD:
+            raise ValueError(
+                f"lora.init={lora.init}: {name} cannot begin so here, with a vocabulary that ranks"
+                " share and an embedding that it may be tied to. Leave it out of"
+                " lora.target_modules"
+            )
+        # The kernels of experts drop out what both A and A0 read, and A0 must read all of it.
+        if a.projection.is_expert and lora.dropout:
+            raise ValueError(
+                f"lora.init={lora.init}: {name} needs lora.dropout=0, got {lora.dropout}; attention"
+                " and dense MLPs do not"
+            )
+        smallest = min(a.out_features, a.in_features)
+        if a.rank > smallest:
+            raise ValueError(
+                f"lora.init={lora.init}: {name} is {a.out_features} x {a.in_features} and has no"
+                f" {a.rank} singular values. Give it a rank of up to {smallest} (lora.rank,"
+                " lora.rank_pattern)"
+            )
