@@ -1,8 +1,9 @@
-"""Write an adapter that began as a part of the base (PiSSA, OLoRA) as a LoRA for that base.
+"""Write an adapter that was initialised from the base weights (PiSSA, OLoRA) as a LoRA for them.
 
-    s (B A - B0 A0) = s [B, -B0] [A; A0]        rank 2 r, alpha 2 s r
+    s (B A - B0 A0) = s [dB, B0] [A0 + dA; dA]        rank 2 r, alpha 2 s r
 
-PEFT's ``path_initial_model_for_weight_conversion`` does the same to what it has trained.
+PEFT's ``path_initial_model_for_weight_conversion`` writes ``[B, -B0] [A; A0]``, the same function,
+in which a bfloat16 file would lose small differences.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,8 +38,9 @@ def as_plain(
         for expert in range(max(1, a.num_experts)):
             own = {factor: plain.pop(a.tensor_name(factor, expert)) for factor in a.factors}
             # A's rows and B's columns are ranks.
-            whole_a = torch.cat([own["A"], own["A0"].to(own["A"].dtype)], dim=0)
-            whole_b = torch.cat([own["B"], -own["B0"].to(own["B"].dtype)], dim=1)
+            start_a = own["A0"].to(own["A"].dtype)
+            whole_a = torch.cat([start_a + own["A"], own["A"]], dim=0)
+            whole_b = torch.cat([own["B"], own["B0"].to(own["B"].dtype)], dim=1)
             plain[a.tensor_name("A", expert)] = whole_a
             plain[a.tensor_name("B", expert)] = whole_b
     return plain_form(adapted), plain

@@ -139,7 +139,9 @@ def _state_lines(adapter: Path) -> list[str]:
     cycles = state.cycles
     init = state.config.get("lora", {}).get("init", "lora")
     if init != "lora":
-        return [f"lora.init={init}: half of each rank is trained, half is what it began as"]
+        return [
+            f"lora.init={init}: A holds A0 + dA and dA, B holds dB and B0; dA and dB are trained"
+        ]
     if not cycles:
         return []
     return [f"the sum of {cycles + 1} adapters, of which {cycles} were merged into the base before"]

@@ -61,8 +61,8 @@ class LoRAConfig:
     largest singular values of each weight, which the adapter then changes, and ``pissa_niter_N``
     the same by N subspace iterations, which is faster and less exact. ``olora``: as the first
     columns and rows of its QR decomposition. The base stays as published; files hold an adapter of
-    twice the rank for it. Not for lm_head; without use_dora, share_outer, train.relora and
-    train.ema_decay."""
+    twice the rank for it. Not for lm_head; without use_dora, share_outer, train.relora,
+    train.ema_decay and train.weight_decay."""
 
     def __post_init__(self) -> None:
         ranks = {"rank": self.rank, **self.rank_pattern}

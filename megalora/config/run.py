@@ -71,12 +71,17 @@ class RunConfig:
         )
 
     def _check_init(self) -> None:
-        """What cannot be had with an adapter that begins as a part of the base."""
+        """What cannot be had with an adapter that is initialised from the base weights."""
         init = f"lora.init={self.lora.init}"
         require(
             self.train.relora is None,
             f"{init}: train.relora begins anew with every cycle, from a base that the cycles before"
             " have changed. Train without one of the two",
+        )
+        require(
+            not self.train.weight_decay,
+            f"{init}: train.weight_decay={self.train.weight_decay:g} would decay the differences of"
+            " A and B to their initial values, and not A and B. Set it to 0",
         )
         require(
             not self.train.ema_decay,

@@ -1,4 +1,4 @@
-"""Begin with factors of the base's own weights: PiSSA (https://arxiv.org/abs/2404.02948) and OLoRA
+"""Initialise adapters from the base weights: PiSSA (https://arxiv.org/abs/2404.02948) and OLoRA
 (https://arxiv.org/abs/2406.01775).
 
     y = W x + s (B A - B0 A0) x        A = A0, B = B0 at the start
@@ -6,9 +6,15 @@
     pissa    U S V^T = W    A0 = sqrt(S_r / s) V_r^T    B0 = U_r sqrt(S_r / s)
     olora    Q R = W        A0 = R_r                    B0 = Q_r
 
-The papers subtract s B0 A0 from W. Here W stays as published and the pair is kept beside A and B,
-frozen: the function and the gradients of A and B are the same, nothing is rounded, the model
-without its adapter is the base, and ``[A; A0]``, ``[B, -B0]`` is a LoRA for the published base.
+The papers subtract s B0 A0 from W. Here W stays as published, the pair is kept, frozen, and the
+differences dA = A - A0 and dB = B - B0 are trained, which are zero at the start:
+
+    B A - B0 A0 = dB (A0 + dA) + B0 dA
+
+The function and the gradients are the same, the model without its adapter is the base, and
+``[A0 + dA; dA]``, ``[dB, B0]`` is a LoRA for the published base. In bfloat16 an entry of A near 0.1
+would lose most of the 1e-4 that an update adds. Here each factor is rounded relative to itself and
+nothing large cancels, so that what is learned keeps bfloat16's relative precision.
 
 A whole weight is factorised by one rank alone, and its factors are sent to the others. The last
 bits of a factorisation depend on threads and device, so that replicas would differ otherwise.
@@ -26,7 +32,7 @@ from megalora.config.lora import PISSA_NITER
 from megalora.lora.factors import LoRAFactors
 from megalora.lora.init import generator_of
 from megalora.lora.shards import FactorShard
-from megalora.lora.spec import FACTORS, Adapted, tensor_name
+from megalora.lora.spec import Adapted, tensor_name
 from megalora.parallel import Groups
 
 
@@ -44,7 +50,7 @@ class _Linear:
 
 @torch.no_grad()
 def begin_from_base(chunks: Iterable[nn.Module], groups: Groups, init: str, seed: int) -> None:
-    """Fill A, B, A0 and B0 of the adapters that have the last two; collective.
+    """Fill A0 and B0 of the adapters that have them; collective.
 
     Args:
         init: ``lora.init``.
@@ -78,22 +84,21 @@ def _fill(
     linears: list[_Linear], group: ProcessGroup, replicas: ProcessGroup, init: str, seed: int
 ) -> None:
     """Factorise as many weights at a time as there are ranks that hold them, one on each."""
-    size = group.size()
-    together = size * replicas.size()
-    me = replicas.rank() * size + group.rank()
+    together = group.size() * replicas.size()
+    me = replicas.rank() * group.size() + group.rank()
     for start in range(0, len(linears), together):
         of_round = linears[start : start + together]
         whole: Tensor | None = None
         for number, linear in enumerate(of_round):
             weight = _gathered(linear, group)
-            # The others' are dropped at once: a rank has one whole weight at a time.
+            # The others' are dropped at once: a rank has its own and one more whole weight.
             if number == me:
                 whole = weight
         pairs: list[Tensor] = []
         for linear in of_round:
             for factor in ("A0", "B0"):
-                size = linear.adapted.shape(factor)
-                pairs.append(torch.zeros(size, device=linear.factors.lora_A.device))
+                device = linear.factors.lora_A.device
+                pairs.append(torch.zeros(linear.adapted.shape(factor), device=device))
         if whole is not None:
             mine = of_round[me]
             generator = generator_of(seed, tensor_name(mine.module, "A0"))
@@ -171,9 +176,9 @@ def _signs(values: Tensor) -> Tensor:
 
 
 def _set(linear: _Linear, a0: Tensor, b0: Tensor) -> None:
-    """Let A and A0, B and B0 be this rank's parts of the whole factors."""
+    """Let A0 and B0 be this rank's parts of the whole factors, rounded to the parameter's dtype."""
     for shard in linear.shards:
-        assert shard.factor is not None, "a factor of a linear"
-        whole = a0 if FACTORS[shard.factor].like == "A" else b0
-        # In the parameter's dtype all four: what is rounded is rounded alike, and cancels.
-        shard.parameter.data[shard.index].copy_(shard.cut(whole))
+        # Differences to them begin as zeros.
+        if shard.factor in ("A0", "B0"):
+            whole = a0 if shard.factor == "A0" else b0
+            shard.parameter.data[shard.index].copy_(shard.cut(whole))

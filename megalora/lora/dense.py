@@ -8,8 +8,6 @@ Shape legend:
 
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from megalora_kernels import add_low_rank
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -42,12 +40,8 @@ class _DenseLoRA(nn.Module):
         raise NotImplementedError
 
     def low_rank(self, x: Tensor) -> Tensor:
-        """``A dropout(x)``, and ``A0 x`` behind it, as the rows of ``out`` need it."""
-        h = F.linear(F.dropout(x, self.dropout, self.training), self.factors.lora_A)
-        # A0 takes away from what W makes of all of x.
-        if self.factors.lora_A0 is not None:
-            h = torch.cat([h, F.linear(x, self.factors.lora_A0)], dim=-1)
-        return self.across_tp(h)
+        """``A dropout(x)`` as the rows of ``out`` need it."""
+        return self.across_tp(self.factors.times_a(x, self.dropout if self.training else 0.0))
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         # Megatron's linears return their bias instead of adding it, for their caller to fuse.

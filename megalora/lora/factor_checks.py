@@ -19,13 +19,13 @@ def check_bias(adapted: list[Adapted], shape: ModelShape) -> None:
 
 
 def check_init(lora: LoRAConfig, adapted: list[Adapted]) -> None:
-    """Raise ``ValueError`` for linears that cannot begin as a part of the base's weight."""
+    """Raise ``ValueError`` for linears that cannot be initialised from the base weights."""
     for a in adapted:
         name = within_layer(a.projection.hf).replace("{expert}", "*")
         if a.projection in HEAD:
             raise ValueError(
-                f"lora.init={lora.init}: {name} cannot begin so here, with a vocabulary that ranks"
-                " share and an embedding that it may be tied to. Leave it out of"
+                f"lora.init={lora.init}: {name} cannot be initialised so, with a vocabulary that"
+                " ranks share and an embedding that it may be tied to. Leave it out of"
                 " lora.target_modules"
             )
         # The kernels of experts drop out what both A and A0 read, and A0 must read all of it.

@@ -6,8 +6,10 @@ says.
     lora_B.NAME    [out_NAME(/t), r_NAME]   [E/ep, out_NAME(/n), r_NAME]    one B per projection
     lora_M.NAME    [out_NAME(/t)]           [E/ep, out_NAME(/n)]            its magnitude, for DoRA
     lora_C.NAME    [out_NAME(/t)]           nothing                         the bias of its B
-    lora_A0, _B0   as lora_A, lora_B        as lora_A, lora_B               what they began as,
-                                                                            frozen (PiSSA, OLoRA)
+    lora_A0, _B0   as lora_A, lora_B        as lora_A, lora_B               factors of the base,
+                                                                            frozen (PiSSA, OLoRA);
+                                                                            lora_A and lora_B are
+                                                                            the differences to them
 
 Where experts share a factor (``Adapted.shared``), 1 stands for E/ep: A of gate and up, B of down.
 
@@ -120,6 +122,11 @@ class LoRAFactors(nn.Module):
         Args:
             cycle: how often an adapter was merged and begun anew.
         """
+        # Differences to A0 and B0, which ``base_factors.py`` fills in, are zero at the start.
+        if self.lora_A0 is not None:
+            for parameter in self.parameters():
+                parameter.zero_()
+            return
         # Drawn on the host and copied once, because a copy per expert would wait for the device
         # each time.
         drawn = torch.empty(self.lora_A.shape, dtype=self.lora_A.dtype)
@@ -137,11 +144,6 @@ class LoRAFactors(nn.Module):
             m.fill_(1)
         for c in self.lora_C.values():
             c.zero_()
-        # Until ``base_factors.py`` fills them in, with A and B.
-        if self.lora_A0 is not None:
-            self.lora_A0.zero_()
-        for b0 in self.lora_B0.values():
-            b0.zero_()
 
     def _lead(self, factor: FactorName) -> tuple[int, ...]:
         """Leading dimensions of a factor's parameter."""
@@ -216,20 +218,17 @@ class LoRAFactors(nn.Module):
         return ExpertFactors(a_ERK, tuple(b.values()), tuple(scales.values()), gain)
 
     def _adapter_with_start(self, a0_ERK: Tensor) -> ExpertFactors:
-        """``[A; A0]`` and ``[B, -B0]`` of each projection, as one adapter of twice the rank."""
+        """``[A0 + dA; dA]`` and ``[dB, B0]`` of each projection: an adapter of twice the rank."""
         b: dict[str, Tensor | None] = dict.fromkeys(self.names)
         scales = dict.fromkeys(self.names, 0.0)
         stack: list[Tensor] = []
         for adapted, rows in self._rows():
-            stack += [self.lora_A[:, rows], a0_ERK[:, rows]]
-            b[adapted.name] = torch.cat(self._with_start(adapted.name), dim=-1)
-            scales[adapted.name] = adapted.scale
+            difference = self.lora_A[:, rows]
+            stack += [a0_ERK[:, rows] + difference, difference]
+            name = adapted.name
+            b[name] = torch.cat([self.lora_B[name], self.lora_B0[name]], dim=-1)
+            scales[name] = adapted.scale
         return ExpertFactors(torch.cat(stack, dim=1), tuple(b.values()), tuple(scales.values()))
-
-    def _with_start(self, name: str) -> list[Tensor]:
-        """B of a projection, and -B0 where it has one."""
-        b: Any = self.lora_B[name]
-        return [b, -self.lora_B0[name]] if name in self.lora_B0 else [b]
 
     def weight_of(self, name: str, place: int | None) -> Tensor:
         """This rank's ``[out, in]`` of one projection's base weight, of the expert at ``place``
@@ -250,6 +249,20 @@ class LoRAFactors(nn.Module):
         # autograd sums.
         return parameter.expand(len(self.experts), -1, -1).contiguous()
 
+    def times_a(self, x: Tensor, dropout: float) -> Tensor:
+        """``A dropout(x)`` ``[..., R]`` of a linear's input x ``[..., in]``, for ``stacked_b``.
+
+        With a frozen A0 ``[..., 2 R]``: that of A0 + dA, and that of dA behind it."""
+        dropped = F.dropout(x, dropout)
+        h = F.linear(dropped, self.lora_A)
+        if self.lora_A0 is None:
+            return h
+        whole = F.linear(dropped, self.lora_A0) + h
+        # B0 A0 takes away from what W makes of all of x, and not of what is left after dropout.
+        if dropout:
+            h = h + F.linear(dropped - x, self.lora_A0)
+        return torch.cat([whole, h], dim=-1)
+
     def stacked_bias(self) -> Tensor:
         """``[out]``: the scaled biases of the B's in the base weight's row order."""
         scales = {adapted.name: adapted.scale for adapted in self.adapted}
@@ -264,11 +277,11 @@ class LoRAFactors(nn.Module):
 
     def stacked_b(self) -> Tensor:
         """``[..., out, R]``: the scaled B's as one block matrix in the base weight's row order;
-        zero where not adapted. With frozen B0's ``[..., out, 2 R]``: those behind them, negative.
+        zero where not adapted. With frozen B0's ``[..., out, 2 R]``: dB's, and B0's behind them.
         """
         if self.lora_A0 is None:
             return self._block_matrix(self.lora_B)
-        return torch.cat([self._block_matrix(self.lora_B), -self._block_matrix(self.lora_B0)], -1)
+        return torch.cat([self._block_matrix(self.lora_B), self._block_matrix(self.lora_B0)], -1)
 
     def _block_matrix(self, of: nn.ParameterDict) -> Tensor:
         """``[..., out, R]`` of the B's or B0's."""

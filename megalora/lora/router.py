@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from megalora_kernels import add_low_rank
 from torch import Tensor, nn
 
@@ -29,9 +27,7 @@ class RouterLoRA(nn.Module):
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         # TopKRouter.forward in two steps, with the delta between them.
         logits = self.base.gating(x)
-        h = F.linear(F.dropout(x, self.dropout, self.training), self.factors.lora_A)
-        if self.factors.lora_A0 is not None:
-            h = torch.cat([h, F.linear(x, self.factors.lora_A0)], dim=-1)
+        h = self.factors.times_a(x, self.dropout if self.training else 0.0)
         # Logits are float32 where a family routes in float32, whatever the adapter's dtype.
         logits = add_low_rank(logits, h.to(logits.dtype), self.factors.stacked_b().to(logits.dtype))
         return self.base.routing(logits, padding_mask=padding_mask)

@@ -77,7 +77,8 @@ FACTORS: dict[FactorName, Factor] = {
     "M": Factor("B", is_vector=True, float32=True, decays=False),
     # A bias of B, which the linear's own bias gets times the scale.
     "C": Factor("B", is_vector=True, decays=False),
-    # The pair that A and B began as, where that is a part of the base (``base_factors.py``).
+    # Factors of the base weights. Beside them "A" and "B" are the differences to them that are
+    # trained (``base_factors.py``).
     "A0": Factor("A", trained=False),
     "B0": Factor("B", trained=False),
 }
@@ -90,7 +91,7 @@ WITH_MAGNITUDE: tuple[FactorName, ...] = ("A", "B", "M")
 WITH_BIAS: tuple[FactorName, ...] = ("A", "B", "C")
 """Factors of a linear with ``lora_bias``."""
 WITH_START: tuple[FactorName, ...] = ("A", "B", "A0", "B0")
-"""Factors of a linear that began as a part of the base."""
+"""Factors of a linear whose adapter is initialised from the base weights."""
 FACTORS_BY_NAME = {"".join(factors): factors for factors in (WITH_MAGNITUDE, WITH_BIAS, WITH_START)}
 """As a checkpoint's state names them, where they are more than A and B."""
 
@@ -135,7 +136,7 @@ class Adapted:
 
     @property
     def product_rank(self) -> int:
-        """Rank of what is added to the base: ``B A``, or ``[B, -B0] [A; A0]``."""
+        """Rank of what is added to the base: ``B A``, or ``[dB, B0] [A0 + dA; dA]``."""
         return 2 * self.rank if "A0" in self.factors else self.rank
 
     def hf_module(self, expert: int | None = None) -> str:
@@ -245,7 +246,7 @@ def has_magnitudes(adapted: list[Adapted]) -> bool:
 
 
 def has_start(adapted: Sequence[Adapted]) -> bool:
-    """Whether an adapter began as a part of the base, which it has beside A and B."""
+    """Whether an adapter is initialised from the base weights, of which it has A0 and B0."""
     return any("A0" in a.factors for a in adapted)
 
 

@@ -59,7 +59,9 @@ class LayerCosts(RowScaling):
             ledgers, (0, 1), (True, live), (1, 2), strict=True
         ):
             self.gemm(ledger, part, rows[0], trained, sizes[0], own + live_input)
-            self.gemm(ledger, part, rows[0], rank - trained, sizes[0], live_input)
+            # A0 reads what dropout leaves, and what it takes away (``LoRAFactors.times_a``).
+            reads = 2 if self.model.has_dropout else 1
+            self.gemm(ledger, part, rows[0], rank - trained, sizes[0], reads * live_input)
             self.gemm(ledger, part, rows[1], sizes[1], rank, of_b)
         if rank:
             self._dropout(ledgers, part, rows[0] * sizes[0], live)

@@ -1,5 +1,5 @@
 """Count the copies of routed experts' factors, which are made for the kernels: of those that they
-share, and of those that are put together with what they began as."""
+share, and of those that are put together with factors of the base weights."""
 
 import math
 from collections.abc import Iterable
@@ -16,7 +16,7 @@ def copied_elements(model: PlannedModel, p: ParallelConfig, adapted: Iterable[Ad
         # A of gate and up, B of down: H wide.
         if a.shared:
             total += a.num_experts // p.ep * a.rank * model.shape.hidden
-        # ``[A; A0]`` and ``[B, -B0]``.
+        # ``[A0 + dA; dA]`` and ``[dB, B0]``.
         if a.num_experts and "A0" in a.factors:
             for factor in a.factors:
                 total += a.num_experts // p.ep * math.prod(a.shard_shape(factor, p.etp))

@@ -96,7 +96,7 @@ def magnitude_bytes(model: PlannedModel, p: ParallelConfig, chunks: list[Chunk],
 
 
 def frozen_elements(model: PlannedModel, p: ParallelConfig, chunks: list[Chunk]) -> int:
-    """Elements of factors that are not trained: what an adapter began as."""
+    """Elements of factors that are not trained: those of the base weights."""
     total = 0
     for chunk in chunks:
         for layer in chunk.layers:

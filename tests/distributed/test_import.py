@@ -119,6 +119,18 @@ def test_another_lora_section_is_refused(
         run_ranks(train, 1, config)
 
 
+def test_a_start_from_the_base_is_refused(
+    stacked: Path, tiny: Path, chats: Path, tmp_path: Path
+) -> None:
+    """By its name: everything else of the section is the import's."""
+    imported = import_adapter(stacked, tmp_path / "imported", str(tiny))
+    lora = LoRAConfig(**{**imported.section, "init": "pissa"})
+    config = make_config(tiny, chats, tmp_path / "run", {}, lora=lora, steps=1)
+    resume = CheckpointConfig(dir=str(tmp_path / "run"), resume=str(tmp_path / "imported"))
+    with pytest.raises(Exception, match="lora.init=pissa initialises .*Leave lora.init out"):
+        run_ranks(train, 1, replace(config, checkpoint=resume))
+
+
 def test_another_base_is_refused(stacked: Path, tiny: Path, chats: Path, tmp_path: Path) -> None:
     """Of the same sizes, so that nothing else would notice."""
     imported = import_adapter(stacked, tmp_path / "imported", str(tiny))

@@ -1,5 +1,5 @@
-"""Bugs in adapters that begin as a part of the base, and in biases of B: factors, signs, files, the
-model without them. The same form as ``bugs.py``."""
+"""Bugs in adapters that are initialised from the base weights, and in biases of B: files, factors,
+the model without them. The same form as ``bugs.py``."""
 
 from tests.mutations.bugs import Bug, bug
 
@@ -10,15 +10,39 @@ GRID = "tests/parity/test_grid.py begun"
 
 BIASES = "tests/distributed/test_against_peft.py bias"
 BIAS_FILES = "tests/adapters/test_lora_bias.py"
+BFLOAT16 = "tests/train/test_begun_bfloat16.py"
 
 BEGUN_BUGS: tuple[Bug, ...] = (
-    bug(0, "the frozen pair added, not taken away, on dense linears", FACTORS,
-        "-self._block_matrix(self.lora_B0)", "self._block_matrix(self.lora_B0)", GRID),
-    bug(0, "the frozen pair added, not taken away, on experts", FACTORS,
-        "[b, -self.lora_B0[name]]", "[b, self.lora_B0[name]]", GRID),
-    bug(0, "the frozen pair of a router left out", "megalora/lora/router.py",
-        "h = torch.cat([h, F.linear(x, self.factors.lora_A0)], dim=-1)",
-        "h = torch.cat([h, 0 * F.linear(x, self.factors.lora_A0)], dim=-1)", GRID),
+    bug(0, "what A has learned taken away, on dense linears", FACTORS,
+        "self._block_matrix(self.lora_B0)], -1)", "-self._block_matrix(self.lora_B0)], -1)", GRID),
+    bug(0, "what A has learned taken away, on experts", FACTORS,
+        "[self.lora_B[name], self.lora_B0[name]]", "[self.lora_B[name], -self.lora_B0[name]]",
+        GRID),
+    bug(0, "what B has learned beside A0 alone, on dense linears", FACTORS,
+        "whole = F.linear(dropped, self.lora_A0) + h", "whole = F.linear(dropped, self.lora_A0)",
+        GRID),
+    bug(0, "what B has learned beside A0 alone, on experts", FACTORS,
+        "[a0_ERK[:, rows] + difference, difference]", "[a0_ERK[:, rows], difference]", GRID),
+    bug(0, "A itself rounded to bfloat16, on dense linears", FACTORS,
+        "        whole = F.linear(dropped, self.lora_A0) + h\n",
+        "        rounded = (self.lora_A0 + self.lora_A) - self.lora_A0\n"
+        "        h = F.linear(dropped, rounded)\n"
+        "        whole = F.linear(dropped, self.lora_A0) + h\n", f"{BFLOAT16} rounds"),
+    bug(0, "A itself rounded to bfloat16, on experts", FACTORS,
+        "difference = self.lora_A[:, rows]",
+        "difference = (a0_ERK[:, rows] + self.lora_A[:, rows]) - a0_ERK[:, rows]",
+        f"{BFLOAT16} rounds"),
+    bug(0, "A itself rounded to bfloat16, in a file", "megalora/adapters/as_plain.py",
+        '[start_a + own["A"], own["A"]]', '[start_a + own["A"], (start_a + own["A"]) - start_a]',
+        f"{BFLOAT16} files"),
+    bug(0, "dropout before A0 as before A", FACTORS, "        if dropout:\n", "        if False:\n",
+        f"{BFLOAT16} rounds"),
+    bug(0, "decay of differences", "megalora/config/run.py",
+        "            not self.train.weight_decay,\n", "            True,\n",
+        f"{TRAINED} beside_it"),
+    bug(0, "an import taken for a start from the base", "megalora/train/checkpoint/same_run.py",
+        "    if has_start(adapted):\n", "    if False:\n",
+        "tests/distributed/test_import.py start_from_the_base"),
     bug(0, "A0 that is trained", "megalora/lora/spec.py", '"A0": Factor("A", trained=False)',
         '"A0": Factor("A")', f"{TRAINED} stock_peft"),
     bug(0, "key heads that ranks share gathered twice", BASE_FACTORS,
@@ -40,7 +64,7 @@ BEGUN_BUGS: tuple[Bug, ...] = (
         "(module.lora_B, module.lora_B0, module.lora_C)", "(module.lora_B, module.lora_C)",
         "tests/lora/test_switched_off.py began_as"),
     bug(0, "a file without what the adapter began as", "megalora/adapters/as_plain.py",
-        '[own["B"], -own["B0"].to(own["B"].dtype)]', '[own["B"], 0 * own["B0"].to(own["B"].dtype)]',
+        '[own["B"], own["B0"].to(own["B"].dtype)]', '[own["B"], 0 * own["B0"].to(own["B"].dtype)]',
         f"{TRAINED} published_base"),
     bug(0, "a file with the scale of twice the rank", "megalora/adapters/as_plain.py",
         "alpha=a.scale * rank", "alpha=a.alpha, scale=a.scale / 2", f"{TRAINED} published_base"),

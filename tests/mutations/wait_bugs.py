@@ -80,8 +80,8 @@ WAIT_BUGS: tuple[Bug, ...] = (
         0,
         "the router looks at its logits",
         ROUTER,
-        "        h = F.linear(",
-        "        assert logits.isfinite().all()\n        h = F.linear(",
+        "        h = self.factors.times_a(",
+        "        assert logits.isfinite().all()\n        h = self.factors.times_a(",
         ONE_GPU,
     ),
     bug(

@@ -159,9 +159,14 @@ class Oracle:
         merged: dict[str, Tensor] = {}
         for module in self.modules():
             scale = self.scale[module] if isinstance(self.scale, dict) else self.scale
-            delta = scale * self.factor(module, "B") @ self.factor(module, "A")
+            a = self.factor(module, "A")
+            b = self.factor(module, "B")
+            delta = scale * b @ a
+            # A and B are differences there to what is part of the base.
             if f"{PREFIX}{module}.lora_A0.weight" in self.factors:
-                delta = delta - scale * self.factor(module, "B0") @ self.factor(module, "A0")
+                a0 = self.factor(module, "A0")
+                b0 = self.factor(module, "B0")
+                delta = scale * ((b0 + b) @ (a0 + a) - b0 @ a0)
             magnitude = self.factors.get(f"{PREFIX}{module}.lora_magnitude_vector")
             # transformers renames Mixtral's modules on loading
             module = module.replace(".block_sparse_moe.", ".mlp.")

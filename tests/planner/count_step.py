@@ -129,15 +129,17 @@ def tensors_of(run: Run) -> dict[str, list[Tensor]]:
         for group in part.shard_fp32_from_float16_groups:
             state += group
     frozen: list[Tensor] = []
-    norms: list[Tensor] = []
+    # Of adapters what lies outside of buffers.
+    others: list[Tensor] = list({shard.parameter for shard in run.model.frozen})
+    own = {id(parameter) for parameter in others}
     for chunk in run.model.chunks:
-        norms += norms_of(chunk)
+        others += norms_of(chunk)
         for parameter in chunk.parameters():
-            if not parameter.requires_grad:
+            if not parameter.requires_grad and id(parameter) not in own:
                 frozen.append(parameter)
     # Parameters and gradients of adapters are views of Megatron's buffers, padding included.
     return {
-        "weights": frozen, "adapters": [b.param_data for b in buffers] + norms,
+        "weights": frozen, "adapters": [b.param_data for b in buffers] + others,
         "gradients": [b.grad_data for b in buffers],
         "optimizer": state,
     }  # fmt: skip

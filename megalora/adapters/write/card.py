@@ -88,8 +88,8 @@ def _what(facts: Facts) -> str:
         init = config.get("lora", {}).get("init", "lora")
         if init != "lora":
             lines.append(
-                f"- Start: {init}. Half of every rank is what the other half began as, negative,"
-                " so that the file fits the base as published"
+                f"- Initialised from the base weights: {init}. A holds A0 + dA and dA, B holds dB"
+                " and B0, so that the file fits the base as published"
             )
     return "\n".join(lines)
 

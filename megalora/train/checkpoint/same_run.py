@@ -11,7 +11,7 @@ from megalora.config import RunConfig
 from megalora.data.chat import Encoded
 from megalora.data.digest import samples_digest
 from megalora.lora.section import differing, settings
-from megalora.lora.spec import Adapted
+from megalora.lora.spec import Adapted, has_start
 from megalora.train.checkpoint.identity import Identity, Samples
 
 SAME_RUN = (
@@ -193,6 +193,12 @@ def _check_import(
         raise ValueError(
             f"{state.folder} holds a score head of {state.num_scores} labels, and this run"
             f" (objective.name={config.objective.name}) trains one of {config.objective.num_scores}"
+        )
+    # Files have A and B as they are, and nothing says what part of them is the base's.
+    if has_start(adapted):
+        raise ValueError(
+            f"{state.folder} was imported and holds A and B alone: lora.init={config.lora.init}"
+            " initialises new adapters from the base weights. Leave lora.init out to resume it"
         )
     if apart := differing(settings(adapted), state.adapted):
         raise ValueError(
