@@ -25,7 +25,8 @@ OBJECTIVES = (
     "sft", "dpo", "dpo of start", "kto", "classify", "reward", "distill", "distill base",
 )  # fmt: skip
 NOT_SCORED = {
-    ("head", "whole"), ("adapter", "router"), ("model", "olmoe"), ("model", "glm4_moe"),
+    ("head", "whole"), ("adapter", "router"), ("adapter", "some dora"), ("model", "olmoe"),
+    ("model", "glm4_moe"),
 }  # fmt: skip
 """What no score head goes with: whole logits, an adapted lm_head, families of which transformers
 has no classifier."""
