@@ -12,14 +12,13 @@ from megalora.bench.rows import PARTS, BenchOptions, Predicted, Row
 from megalora.config import RunConfig
 from megalora.config.checks import require
 from megalora.config.file import load_config
-from megalora.model.fields import model_shape
 from megalora.paths import prepare_file
 from megalora.planner.crossings import crossings_of
 from megalora.planner.gpus import find_machine
 from megalora.planner.hardware import Machine
 from megalora.planner.layouts import ParallelLayout
 from megalora.planner.memory import CONTEXT
-from megalora.planner.models import find_architecture
+from megalora.planner.models import shape_in
 from megalora.planner.prices import BEHIND_WAITS
 from megalora.planner.search import evaluate, search
 from megalora.planner.weights import PlannedModel
@@ -104,7 +103,7 @@ def fastest(
     """The ``top`` layouts that the planner puts first, of those that fit; raises ``ValueError``
     where none does."""
     require(top >= 1, f"--top must be at least 1, got {top}")
-    shape = model_shape(find_architecture(config.model.path))
+    shape = shape_in(config)
     plan = search(shape, config.lora, num_ranks, workload(config, imbalance, machine), machine)
     # Raises where no layout fits, and says why.
     plan.best()
@@ -113,8 +112,8 @@ def fastest(
 
 def workload(config: RunConfig, imbalance: float, machine: Machine) -> Workload:
     """What a benchmark trains: samples of exactly ``data.max_length`` tokens."""
-    # The last token of a sample is only predicted.
-    length = max(config.data.max_length - 1, 2)
+    # The last token of a sequence is only predicted, unless it is scored.
+    length = max(config.data.max_length - config.objective.unread_tokens, 2)
     return replace(
         Workload.of(config, imbalance), sequence_length=length,
         crossings=crossings_of(machine.name), on_cpu=machine.is_cpu,
@@ -126,7 +125,7 @@ def predicted(
 ) -> Predicted:
     """What the planner predicts for one layout, as far as a benchmark can measure it."""
     layout = ParallelLayout.of(config, num_ranks)
-    model = PlannedModel.of(model_shape(find_architecture(config.model.path)), config.lora)
+    model = PlannedModel.of(shape_in(config), config.lora)
     found = evaluate(model, config.lora.rank, layout, workload(config, imbalance, machine), machine)
     parts: dict[str, float] = dict.fromkeys(PARTS, 0.0)
     for part in found.time.parts:

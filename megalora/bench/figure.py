@@ -14,6 +14,7 @@ COLOURS = {
     "attention": "#0072B2", "experts": "#D55E00", "dispatch": "#E69F00", "mlp": "#CC79A7",
     "head": "#56B4E9",
     "reduction": "#009E73", "optimizer": "#F0E442", "bubble": "#FFFFFF", "other": "#999999",
+    "reference": "#000000",
 }  # fmt: skip
 """The colours of Okabe and Ito, which most people can tell apart; a bubble is empty."""
 THICK = 0.36

@@ -53,6 +53,8 @@ def flops_per_token(
         frozen -= shape.vocab * shape.hidden
     # A token is multiplied with both factors: A [rank, in], B [out, rank].
     adapters = sum(_met(a, shape) for a in adapted)
+    # A score head is trained: its own gradient, too.
+    adapters += shape.num_scores * shape.hidden
     attention = 2 * sequence_length * shape.num_heads * shape.head_dim
     # The gradient of attention's inputs costs twice its forward.
     model = 4 * frozen + 6 * adapters + 3 * attention * shape.num_layers

@@ -156,7 +156,8 @@ def _part_table(rows: Sequence[Row]) -> list[str]:
 
 def _takes_time(part: str, rows: Sequence[Row]) -> bool:
     """Whether any layout spends time in a part: a dense model has no experts, for example."""
-    return any(row.measured and row.measured.parts[part] for row in rows)
+    # Results of an earlier version may lack a part, here and below.
+    return any(row.measured and row.measured.parts.get(part) for row in rows)
 
 
 def _part_cells(row: Row, parts: Sequence[str]) -> list[str]:
@@ -164,7 +165,7 @@ def _part_cells(row: Row, parts: Sequence[str]) -> list[str]:
     assert m is not None
     cells = [row.layout]
     for name in parts:
-        cells.append(_milliseconds(m.parts[name]))
+        cells.append(_milliseconds(m.parts.get(name, 0.0)))
     cells.append(_milliseconds(m.step_seconds))
     cells.append(_milliseconds(m.marked_step_seconds))
     for value in (m.imbalance, m.imbalance_worst):
@@ -225,7 +226,7 @@ def _csv_row(row: Row) -> dict[str, object]:
             cells[name] = getattr(m, name)
         cells |= _memory_cells(m)
         for name in PARTS:
-            cells[f"{name}_seconds"] = m.parts[name]
+            cells[f"{name}_seconds"] = m.parts.get(name)
     p = row.predicted
     if p is not None:
         cells |= {
@@ -233,7 +234,6 @@ def _csv_row(row: Row) -> dict[str, object]:
             "predicted_peak_bytes": p.peak_bytes,
             "prediction_basis": p.basis,
         }
-        # Results of an earlier version may lack a part.
         for name in PARTS:
             cells[f"predicted_{name}_seconds"] = p.parts.get(name)
     return cells

@@ -21,14 +21,16 @@ PARTS = (
     "reduction",
     "optimizer",
     "bubble",
+    "reference",
     "other",
 )
 """Parts of a step, whose times add up to it.
 
 dispatch: router, sorts, all-to-all and back.   mlp: dense layers and shared experts.
 head: final norm, output layer, loss.   reduction: data parallel, and the sums of partial gradients.
-bubble: a pipeline stage's waiting and transfers.   other: the rest, among it embedding, the layers'
-norms and residuals, and whatever the host does between."""
+bubble: a pipeline stage's waiting and transfers.   reference: passes before the step's own, of
+references and of a teacher.   other: the rest, among it embedding, the layers' norms and residuals,
+and whatever the host does between."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,9 +30,8 @@ from megalora.config.checks import require
 from megalora.config.file import load_config
 from megalora.config.parallel import as_list
 from megalora.config.recompute import recompute_from
-from megalora.model.fields import model_shape
 from megalora.planner.layouts import ParallelLayout
-from megalora.planner.models import find_architecture
+from megalora.planner.models import shape_in
 from megalora.versions import versions
 
 __all__ = ["BenchOptions", "Predicted", "Row", "layout_overrides", "parse_layout", "run_layouts"]
@@ -297,7 +296,7 @@ def _refusal(config: RunConfig, num_ranks: int) -> str | None:
     """The first error of the checks that need no ranks, on one line; None if there is none."""
     try:
         config.check_world(num_ranks)
-        shape = model_shape(find_architecture(config.model.path))
+        shape = shape_in(config)
         shape.check_layout(config.parallel, config.train.recompute)
         shape.check_balance(config.train.router_aux_loss_coef)
     except ValueError as error:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from megalora.config import RunConfig
+from megalora.config import ObjectiveConfig, RunConfig
 from megalora.data.chat import Encoded
 from megalora.data.splits import Split, load_data
 from megalora.data.tokenizer import load_tokenizer
@@ -19,7 +19,7 @@ WHOLE = 2**31
 
 
 def full_samples(config: RunConfig, vocab: int, *, natural: bool) -> tuple[Any, Split]:
-    """A tokenizer, and samples of one length for one global batch.
+    """A tokenizer, and samples of one length for one global batch, as the objective wants them.
 
     The split's source says where the tokens come from.
 
@@ -29,7 +29,8 @@ def full_samples(config: RunConfig, vocab: int, *, natural: bool) -> tuple[Any, 
             exist. What a router does with random tokens says little.
     """
     length = config.data.max_length
-    count = config.train.global_batch_size
+    objective = config.objective
+    count = config.train.global_batch_size * objective.sequences
     folder = Path(config.model.path)
     sources = [source.path for source in config.data.sources]
     # A source may end with a slice, as in train.jsonl[:100].
@@ -41,13 +42,48 @@ def full_samples(config: RunConfig, vocab: int, *, natural: bool) -> tuple[Any, 
         source = ", ".join(map(str, files))
         # Of whole samples: they are cut here, and none is to be held out.
         data = replace(config.data, max_length=WHOLE, too_long="left_out", eval=None)
-        samples = _filled(load_data(data, tokenizer)[0].samples, count, length)
+        split, _ = load_data(data, tokenizer, objective=objective)
+        texts = _filled(split.samples, count, length)
     else:
         source = "random"
         ids = np.random.Generator(np.random.PCG64(config.data.seed))
         tokens = ids.integers(0, vocab, (count, length), dtype=np.int32)
-        samples = [Encoded(row, np.ones(length, dtype=bool)) for row in tokens]
-    return tokenizer, Split(source, length, samples)
+        texts = [Encoded(row, np.ones(length, dtype=bool)) for row in tokens]
+    samples = _as_learned(texts, objective)
+    return tokenizer, Split(
+        source, length, samples, pairs=objective.pairs, labels=objective.labelled
+    )
+
+
+def _as_learned(texts: list[Encoded], objective: ObjectiveConfig) -> list[Encoded]:
+    """Texts as samples of an objective: scored at their ends, side by side as pairs, labelled in
+    turn."""
+    if objective.num_scores:
+        texts = [_scored(text) for text in texts]
+    if objective.pairs:
+        return [_pair(*two) for two in zip(texts[::2], texts[1::2], strict=True)]
+    # Labels of a classifier, or whether an answer is a good one; a language model reads none.
+    num_values = 2 if objective.labelled else max(1, objective.num_scores)
+    samples: list[Encoded] = []
+    for number, text in enumerate(texts):
+        samples.append(replace(text, value=float(number % num_values)))
+    return samples
+
+
+def _scored(text: Encoded) -> Encoded:
+    """The same tokens with a place behind them, whose score is learned."""
+    mask = np.zeros(len(text.input_ids) + 1, dtype=bool)
+    mask[-1] = True
+    return Encoded(np.append(text.input_ids, np.int32(0)), mask)
+
+
+def _pair(chosen: Encoded, rejected: Encoded) -> Encoded:
+    """Two texts of one length as one sample. Each has a token in the loss, its last: a piece of
+    natural text may lie in a question."""
+    masks = np.stack([chosen.loss_mask, rejected.loss_mask])
+    masks[:, -1] = True
+    ids = np.concatenate([chosen.input_ids, rejected.input_ids])
+    return Encoded(ids, masks.reshape(-1), second=len(chosen.input_ids))
 
 
 def _has_tokenizer(folder: Path) -> bool:

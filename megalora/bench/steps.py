@@ -9,6 +9,7 @@ import math
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch import Tensor
 from megalora import host
 from megalora.bench.flops import flops_per_token
 from megalora.bench.live import LiveTensors
+from megalora.bench.passes_before import watch_passes_before
 from megalora.bench.routing import count_rows, make_even
 from megalora.bench.rows import BenchOptions, Measured
 from megalora.bench.samples import full_samples
@@ -33,6 +35,7 @@ from megalora.model.fields import model_shape
 from megalora.planner.layouts import ParallelLayout
 from megalora.planner.models import find_architecture
 from megalora.train.assemble import Inputs, Run, assemble
+from megalora.train.teacher import SecondModel
 from megalora.versions import versions
 
 MARKED_STEPS = 3
@@ -44,7 +47,7 @@ def training(config: RunConfig, options: BenchOptions) -> Iterator[Run]:
     """The run of ``config`` on the ranks of this world; ``options`` decides whether the base
     weights are read or drawn."""
     hf = find_architecture(config.model.path)
-    shape = model_shape(hf)
+    shape = replace(model_shape(hf), num_scores=config.objective.num_scores)
     shape.check_layout(config.parallel, config.train.recompute)
     shape.check_balance(config.train.router_aux_loss_coef)
     adapted = resolve(config.lora, shape)
@@ -60,6 +63,10 @@ def training(config: RunConfig, options: BenchOptions) -> Iterator[Run]:
         make_base = partial(build_random, hf, seed=config.train.seed)
     inputs = Inputs(shape, adapted, tokenizer, split, None)
     with assemble(config, inputs, make_base=make_base, prepare=prepare) as run:
+        teacher = run.stepper.teacher
+        # Its weights are always read, and it routes like the model.
+        if isinstance(teacher, SecondModel) and options.routing == "balanced":
+            make_even(teacher.chunks, run.groups)
         yield run
 
 
@@ -151,6 +158,7 @@ def timed_parts(
     timeline = Timeline()
     steps: list[dict[str, float]] = []
     attach(timeline, run.model.chunks, run.model.groups.pp.size())
+    watch_passes_before(run.stepper, timeline)
     imbalance = count_rows(run.model.chunks, run.model.groups)
     for number in range(first, first + count):
         # All ranks begin together, or one's lag would count as another's bubble.
@@ -213,13 +221,13 @@ def _measured(
     seconds_of_rank = [rank["seconds"] for rank in ranks]
     steps = list(map(max, zip(*seconds_of_rank, strict=True)))
     median = statistics.median(steps)
-    # n tokens give n - 1 predictions.
-    positions = config.data.max_length - 1
+    # n tokens give n - 1 predictions, or a score at the last of n.
+    positions = config.data.max_length - config.objective.unread_tokens
     flops = flops_per_token(
         run.model.shape, run.model.adapted, positions, config.train.recompute, config.parallel
     )
-    # Samples per second and GPU.
-    samples = config.train.global_batch_size / median / world
+    # Sequences per second and GPU; a pair is two.
+    sequences = config.train.global_batch_size * config.objective.sequences / median / world
     parts = [rank["parts"] for rank in ranks]
     stages = [rank["stage"] for rank in ranks]
     of_stage = _mean_by_stage(parts, stages)
@@ -236,9 +244,9 @@ def _measured(
         tokens=run.batches.train.source,
         sequence_length=positions, global_batch_size=config.train.global_batch_size,
         step_seconds=median, step_seconds_min=min(steps), step_seconds_max=max(steps),
-        tokens_per_second_per_gpu=samples * config.data.max_length,
-        model_tflops=samples * positions * flops.model / 1e12,
-        hardware_tflops=samples * positions * flops.hardware / 1e12,
+        tokens_per_second_per_gpu=sequences * config.data.max_length,
+        model_tflops=sequences * positions * flops.model / 1e12,
+        hardware_tflops=sequences * positions * flops.hardware / 1e12,
         parts=of_stage[slowest], slowest_stage=slowest, parts_mean=_mean(parts),
         parts_per_rank=parts,
         marked_step_seconds=max(sum(part.values()) for part in parts), stages=stages,

@@ -29,6 +29,7 @@ class Timeline:
     def __init__(self) -> None:
         self._parts = ["other"]
         self._moments = []
+        self._whole: str | None = None
 
     def start(self) -> None:
         """Begin a step; forgets the last one."""
@@ -54,6 +55,15 @@ class Timeline:
         self.enter(part)
         yield
         # Not in a ``finally``: where the block raises, the step is lost anyway.
+        self.leave(part)
+
+    @contextmanager
+    def whole(self, part: str) -> Iterator[None]:
+        """A block that counts as one part, whatever is entered inside it."""
+        self.enter(part)
+        self._whole = part
+        yield
+        self._whole = None
         self.leave(part)
 
     @property
@@ -84,7 +94,7 @@ class Timeline:
         return total
 
     def _note(self) -> None:
-        self._moments.append((self._parts[-1], host.Stopwatch.mark()))
+        self._moments.append((self._whole or self._parts[-1], host.Stopwatch.mark()))
 
 
 class _Marker(torch.autograd.Function):

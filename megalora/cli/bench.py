@@ -97,12 +97,11 @@ def _calibrate(options: Any, overrides: list[str]) -> None:
 def _check_plannable(path: Path, overrides: list[str]) -> None:
     """Raise ``ValueError`` for a config that cannot be planned, before ranks start."""
     from megalora.config.file import load_config
-    from megalora.model.fields import model_shape
-    from megalora.planner.models import find_architecture
+    from megalora.planner.models import shape_in
     from megalora.planner.weights import PlannedModel
 
     config = load_config(path, overrides)
-    PlannedModel.of(model_shape(find_architecture(config.model.path)), config.lora)
+    PlannedModel.of(shape_in(config), config.lora)
 
 
 def _bench(options: Any, rest: list[str]) -> None:

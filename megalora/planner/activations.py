@@ -19,7 +19,7 @@ from megalora.config import Level
 from megalora.planner.layouts import ParallelLayout
 from megalora.planner.magnitudes import dense_scaling
 from megalora.planner.microbatch import STATISTIC, Microbatch
-from megalora.planner.mlp_activations import INDEX, PlannedMLP, low_rank, mlp_bytes
+from megalora.planner.mlp_activations import PlannedMLP, low_rank, mlp_bytes
 from megalora.planner.weights import Chunk, PlannedModel, attention_widths
 from megalora.planner.workload import Workload
 
@@ -190,31 +190,6 @@ def _core_attention(
         total += tokens * width * e
     if not selective:
         total += tokens * heads * STATISTIC
-    return total
-
-
-def head_bytes(model: PlannedModel, layout: ParallelLayout, work: Workload) -> int:
-    """Kept by final norm, output layer and loss for one microbatch, of which every token is taken
-    for a target.
-
-    Norm (T / t) (H e + 4), unless the head alone is adapted; per token an int64 target and the
-    int64 place of its row; of a frozen head the gradient that forward makes, T H e. Of one with an
-    adapter x before (or its dropped-out copy) and after tokens are selected, h, B and three float32
-    results.
-    """
-    batch = Microbatch.of(model, layout, work)
-    s = model.shape
-    e = batch.element_bytes
-    vocab = s.vocab // layout.parallel.tp
-    head = model.modules_of(None).get("output_layer", [])
-    total = batch.tokens * (s.hidden * e + 2 * INDEX)
-    live = head_input_needs_gradient(model, layout)
-    if live:
-        total += batch.own_tokens * (s.hidden * e + STATISTIC)
-    if head:
-        total += batch.dropped(batch.own_tokens * s.hidden, live and model.has_dropout)
-        total += low_rank(head, batch.tokens, vocab, e)
-        total += batch.tokens * 3 * STATISTIC
     return total
 
 

@@ -9,13 +9,13 @@ Work is counted from sizes (``layer_cost.py``); how fast it is done is the machi
 from collections import Counter
 
 from megalora.config import Level, ParallelConfig
+from megalora.planner.adapter_count import AdapterCount
 from megalora.planner.hardware import Basis, Machine, weakest
-from megalora.planner.layer_cost import LayerCosts
+from megalora.planner.head_cost import HeadCosts
 from megalora.planner.layouts import ParallelLayout
 from megalora.planner.ledger import Ledger, StepTime
 from megalora.planner.state_bytes import GRADIENT, buffers
 from megalora.planner.weights import (
-    AdapterCount,
     Chunk,
     Content,
     PlannedModel,
@@ -97,7 +97,7 @@ ChunkKind = tuple[Content, tuple[int, Level]]
 """What a chunk holds, and its levels of recomputation."""
 
 
-class StageCosts(LayerCosts):
+class StageCosts(HeadCosts):
     """Counts the seconds of a pipeline stage and of what follows its passes; layers of one kind are
     counted once for a model."""
 

@@ -2,6 +2,7 @@
 plan's."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from megalora.config.checks import require
@@ -31,7 +32,7 @@ def dry_run_command(
     hf = find_architecture(config.model.path)
     p = config.parallel
     layout = ParallelLayout.of(config, gpus)
-    shape = model_shape(hf)
+    shape = replace(model_shape(hf), num_scores=config.objective.num_scores)
     work = Workload.of(config)
     check(shape, layout, work)
     # Pipeline stages are consecutive blocks of ranks.
@@ -45,7 +46,7 @@ def dry_run_command(
     from megalora.planner.dryrun import dry_run
 
     with host.fake_world(rank, gpus):
-        built = dry_run(hf, config.lora, p, config.model)
+        built = dry_run(hf, config.lora, p, config.model, shape.num_scores)
     say(
         f"rank {rank} of {gpus}, stage {stage}: {len(built.shapes):,} parameters' tensors, parts of"
         f" {built.num_tensors:,} adapter tensors"

@@ -6,7 +6,7 @@ what ``memory.py`` says.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -33,7 +33,11 @@ class RankCount:
 
 
 def dry_run(
-    hf: Mapping[str, Any], lora: LoRAConfig, parallel: ParallelConfig, model: ModelConfig
+    hf: Mapping[str, Any],
+    lora: LoRAConfig,
+    parallel: ParallelConfig,
+    model: ModelConfig,
+    num_scores: int = 0,
 ) -> RankCount:
     """Build this rank of the initialised world on the meta device.
 
@@ -43,11 +47,12 @@ def dry_run(
     Args:
         hf: the model's ``config.json``, as ``read_architecture`` or ``read_hf_config`` gives it.
         model: back end and dtype; its path is not read.
+        num_scores: numbers that a score head gives in place of lm_head.
 
     Raises:
         ValueError: what training with this config would raise before it reads weights.
     """
-    shape = model_shape(dict(hf))
+    shape = replace(model_shape(dict(hf)), num_scores=num_scores)
     shape.check_layout(parallel)
     adapted = resolve(lora, shape)
 
@@ -104,6 +109,9 @@ def _meta_device() -> Any:
             # Initial values of adapters.
             if func is torch.Tensor.uniform_:
                 return args[0]  # as it is: a meta tensor has no values
+            # A score head is drawn on the host and copied to the device: here it stays on meta.
+            if func is torch.Tensor.to and args[0].is_meta:
+                kwargs = {**kwargs, "device": "meta"}
             if func in factories:
                 kwargs = {**kwargs, "device": "meta"}
             return func(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""Count and price the work of one decoder layer and of the head, forward and backward.
+"""Count and price the work of one decoder layer, forward and backward.
 
 A linear multiplies once forward and once backward, for the gradient of its input: the base is
 frozen. Each adapter factor multiplies once more, for its own.
@@ -12,7 +12,6 @@ from collections.abc import Iterable
 
 from megalora.lora.spec import Adapted, has_biases
 from megalora.model.formats.augmented import Augmented
-from megalora.planner.activations import head_input_needs_gradient
 from megalora.planner.gpus import attention_flops
 from megalora.planner.hardware import Kind
 from megalora.planner.ledger import Ledger
@@ -24,9 +23,6 @@ from megalora.planner.weights import attention_widths, stacked_rank
 ROPE_PASSES = 8
 """Times that q and k are read or written for norms and rotary embeddings, forward and backward
 each. Assumed."""
-LOSS_PASSES = 9
-"""Times that the float32 logits of a chunk are read or written whenever they are computed: widened,
-their maximum, less it, exponentials, their sum, a factor, rounded. Assumed."""
 ROUTER_PASSES = 10
 """Times that the router's probabilities are read or written, forward and backward each. Assumed."""
 BALANCE_PASSES = 6
@@ -307,41 +303,3 @@ class LayerCosts(RowScaling):
         else:
             self.dense(again, unused, modules)
         return again
-
-    def head_without_gradient(self) -> Ledger:
-        """Log-probabilities of every token."""
-        vocab = self.shape.vocab // self.p.tp
-        adapted = self.model.by_layer.get(None, {}).get("output_layer", [])
-        forward = Ledger()
-        self.traffic(forward, "head", LOSS_PASSES * self.batch.tokens * vocab * STATISTIC)
-        self._linear(forward, Ledger(), "head", adapted, vocab, column=True, live=False)
-        return forward
-
-    def head(self) -> tuple[Ledger, Ledger]:
-        """Output layer and log-probabilities, forward and backward, of which every token is taken
-        for a target.
-
-        A frozen layer makes the gradient of its input in forward, where the logits are; one with an
-        adapter computes the logits again in backward.
-        """
-        b = self.batch
-        hidden = self.shape.hidden
-        vocab = self.shape.vocab // self.p.tp
-        adapted = self.model.by_layer.get(None, {}).get("output_layer", [])
-        forward = Ledger()
-        backward = Ledger()
-        live = head_input_needs_gradient(self.model, self.layout)
-        passes = LOSS_PASSES * b.tokens * vocab * STATISTIC
-        self.traffic(forward, "head", passes)
-        if adapted:
-            self._linear(forward, backward, "head", adapted, vocab, column=True, live=live)
-            self.gemm(backward, "head", b.tokens, vocab, hidden)
-            self.gemm(backward, "head", b.tokens, vocab, stacked_rank(adapted))
-            self.traffic(backward, "head", passes)
-            return forward, backward
-        self._linear(forward, backward, "head", [], vocab, column=True, live=False)
-        if live:
-            self.gemm(forward, "head", b.tokens, hidden, vocab)
-            moved = b.tokens * hidden * self.e
-            self.collective(backward, "tensor parallel head", "reduce_scatter", "tp", moved)
-        return forward, backward

@@ -18,6 +18,7 @@ from typing import Literal
 
 from megalora.config import LoRAConfig
 from megalora.model.shape import ModelShape
+from megalora.planner.adapter_count import AdapterCount
 from megalora.planner.hardware import Basis
 from megalora.planner.layouts import ParallelLayout
 from megalora.planner.microbatch import STATISTIC
@@ -40,7 +41,6 @@ from megalora.planner.state_bytes import (
     step_bytes,
 )
 from megalora.planner.weights import (
-    AdapterCount,
     Chunk,
     PlannedModel,
     adapter_parameters,

@@ -1,6 +1,7 @@
 """Read architectures for planning without a download: a Hugging Face ``config.json`` as YAML, as in
 ``configs/models``."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from megalora.config import ParallelConfig
+from megalora.config import ParallelConfig, RunConfig
 from megalora.hf.json_file import read_hf_config
 from megalora.model.fields import check_fields, model_shape
 from megalora.model.shape import ModelShape
@@ -84,6 +85,12 @@ def _read_fields(path: str) -> dict[str, Any]:
         f"model.path={path} is neither a folder with a config.json nor a model of {ARCHITECTURES}"
         f" ({there}). To plan for it, download its config.json alone and give its folder."
     )
+
+
+def shape_in(config: RunConfig) -> ModelShape:
+    """The sizes of what a config trains, its score head included, without a download."""
+    shape = model_shape(find_architecture(config.model.path))
+    return replace(shape, num_scores=config.objective.num_scores)
 
 
 def load_shape(path: Path) -> ModelShape:

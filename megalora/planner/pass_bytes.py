@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 from megalora.config import Level, ParallelConfig
 from megalora.lora.spec import has_magnitudes
-from megalora.model.head_chunk import CHUNK_BYTES, chunk_tokens
 from megalora.planner import activations
 from megalora.planner.dropout_backward import experts_backward_with_dropout, experts_have_dropout
+from megalora.planner.head_bytes import head_bytes, logits_bytes
 from megalora.planner.layouts import ParallelLayout
-from megalora.planner.microbatch import INT, STATISTIC, Microbatch
+from megalora.planner.microbatch import INT, Microbatch
 from megalora.planner.mlp_activations import INDEX
 from megalora.planner.schedule import Counts, held_in_backward, in_flight
 from megalora.planner.state_bytes import has_room
@@ -89,9 +89,12 @@ def row_bytes(
 ) -> int:
     """Rows of all microbatches of a step, which are brought to the device at once: of each of this
     rank's tokens its position, on the first stage its id, on the last one its label and, as each is
-    taken for a target, its place; all of them as int32 in the copy that travels and as int64."""
+    taken for a target, its place; all of them as int32 in the copy that travels and as int64. A
+    score head reads one token of a sequence, which is not worth counting."""
     batch = Microbatch.of(model, layout, work)
-    columns = 1 + chunks[0].has_embedding + 2 * chunks[-1].has_head
+    columns = 1 + chunks[0].has_embedding
+    if chunks[-1].has_head and not model.shape.num_scores:
+        columns += 2
     token = columns * (INT + INDEX)
     return layout.num_microbatches(work) * batch.tokens * token
 
@@ -110,37 +113,6 @@ def pipeline_bytes(model: PlannedModel, layout: ParallelLayout, work: Workload, 
     return number * batch.own_tokens * model.shape.hidden * batch.element_bytes
 
 
-def logits_bytes(model: PlannedModel, layout: ParallelLayout, work: Workload, chunk: Chunk) -> int:
-    """Beside what the loss keeps, the larger of
-
-    forward: logits of a chunk of tokens in float32, and with bfloat16 once more before they are
-        widened, C V / t (4 + 2); x after tokens are selected, T H, unless an adapter's head keeps
-        it; the head's input (T / t) H; and the embedding's output, if on this stage, which
-        ``forward`` still holds (recomputing whole layers keeps it anyway);
-    backward of an adapter's head: the same chunk, computed again, with gradients of x and h, T (H +
-        R), and of B, V / t R, in float32 and once more rounded.
-    """
-    batch = Microbatch.of(model, layout, work)
-    s = model.shape
-    e = batch.element_bytes
-    vocab = s.vocab // layout.parallel.tp
-    size = min(batch.tokens, chunk_tokens(CHUNK_BYTES, vocab, STATISTIC + e))
-    logits = size * vocab * STATISTIC
-    if work.dtype != "float32":
-        logits += size * vocab * e
-    head = model.modules_of(None).get("output_layer", [])
-    own = batch.own_tokens * s.hidden * e
-    forward = logits + own
-    # pp = 1: the embedding's output is still referenced when the loss is computed.
-    if chunk.has_embedding and not chunk.levels(layout.recompute)[0]:
-        forward += own
-    if not head:
-        return forward + batch.tokens * s.hidden * e
-    rank = stacked_rank(head)
-    backward = logits + batch.tokens * (s.hidden + rank) * e + vocab * rank * (STATISTIC + e)
-    return max(forward, backward)
-
-
 def loss_bytes(
     model: PlannedModel,
     layout: ParallelLayout,
@@ -152,7 +124,7 @@ def loss_bytes(
     without the head, which is on the last chunk of the last one."""
     if not chunks[-1].has_head:
         return 0, 0
-    loss = activations.head_bytes(model, layout, work)
+    loss = head_bytes(model, layout, work)
     logits = logits_bytes(model, layout, work, chunks[-1])
     if len(chunks) == 1:
         return loss, logits

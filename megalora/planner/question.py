@@ -7,12 +7,11 @@ from pathlib import Path
 
 from megalora.config import LoRAConfig, RunConfig
 from megalora.config.checks import require
-from megalora.model.fields import model_shape
 from megalora.model.shape import ModelShape
 from megalora.planner.crossings import crossings_of
 from megalora.planner.gpus import find_machine, with_ranks_per_node
 from megalora.planner.hardware import Machine
-from megalora.planner.models import find_architecture
+from megalora.planner.models import shape_in
 from megalora.planner.packing import packing_of
 from megalora.planner.workload import Workload
 
@@ -90,14 +89,8 @@ class Question:
         """The same for a machine that is known already."""
         # First of what the config names: of a model that megalora does not compute, not even the
         # tokenizer may be readable.
-        shape = model_shape(find_architecture(config.model.path))
+        shape = shape_in(config)
         shape.check_balance(config.train.router_aux_loss_coef)
-        require(
-            not config.objective.num_scores,
-            f"objective.name={config.objective.name} is not planned yet: its score head stands in"
-            " place of lm_head and of the logits, which a plan counts. A plan for"
-            " objective.name=sft is an upper bound",
-        )
         require(
             config.objective.teacher is None,
             f"objective.teacher={config.objective.teacher} is not planned yet: neither its weights"

@@ -10,10 +10,10 @@ from megalora.config import ParallelConfig
 from megalora.lora.spec import FACTORS
 from megalora.model.formats.augmented import Augmented
 from megalora.model.formats.plain import PLAIN
+from megalora.planner.adapter_count import AdapterCount
 from megalora.planner.layouts import ParallelLayout
 from megalora.planner.magnitudes import magnitudes_on_rank
 from megalora.planner.weights import (
-    AdapterCount,
     Chunk,
     PlannedModel,
     group_and_experts,

@@ -14,7 +14,9 @@ from typing import Any
 from megalora.config import Level, LoRAConfig, ParallelConfig, Recompute, RecomputeLayers
 from megalora.lora.select import resolve
 from megalora.lora.spec import FACTORS, Adapted, trained_sizes
+from megalora.lora.trained_weight import trained_weights
 from megalora.model.shape import ModelShape
+from megalora.planner.adapter_count import AdapterCount
 
 ALIGNMENT = 64
 """Elements: Megatron's parameter and gradient buffers start every tensor at a multiple of this."""
@@ -166,7 +168,9 @@ def base_parameters(shape: ModelShape, p: ParallelConfig, chunk: Chunk) -> int:
     if chunk.has_head:
         total += shape.hidden
         # A tied head on the embedding's rank is the embedding; on another rank it is a copy.
-        if not (shape.tied_embeddings and chunk.has_embedding):
+        is_tied = shape.tied_embeddings and chunk.has_embedding
+        # A score head stands in place of lm_head, and is trained.
+        if not (is_tied or shape.num_scores):
             total += embedding
     return total
 
@@ -214,31 +218,6 @@ def attention_widths(shape: ModelShape, p: ParallelConfig) -> tuple[int, int]:
     return heads * shape.head_dim, kv_heads * shape.head_dim
 
 
-@dataclass(frozen=True)
-class AdapterCount:
-    """Adapter parameters of a chunk on one rank, by the data-parallel group that reduces them.
-
-    A buffer starts every tensor at a multiple of ``ALIGNMENT``; the numbers with ``_padded`` count
-    the gaps too.
-    """
-
-    dense: int = 0
-    expert: int = 0
-    dense_padded: int = 0
-    expert_padded: int = 0
-
-    def __add__(self, other: "AdapterCount") -> "AdapterCount":
-        return AdapterCount(
-            self.dense + other.dense, self.expert + other.expert,
-            self.dense_padded + other.dense_padded, self.expert_padded + other.expert_padded,
-        )  # fmt: skip
-
-    def times(self, n: int) -> "AdapterCount":
-        return AdapterCount(
-            n * self.dense, n * self.expert, n * self.dense_padded, n * self.expert_padded
-        )
-
-
 def adapter_parameters(model: PlannedModel, p: ParallelConfig, chunk: Chunk) -> AdapterCount:
     """Adapter parameters of a chunk on one rank, as ``LoRAFactors`` cuts them."""
     total = AdapterCount()
@@ -264,8 +243,12 @@ def _places(model: PlannedModel, chunk: Chunk) -> dict[int | None, int]:
 
 def _adapters_of(model: PlannedModel, p: ParallelConfig, layer: int | None) -> AdapterCount:
     """One layer's, or with None the head's: per module one stack of A's, and a B for each
-    projection."""
+    projection; a score head whole."""
     total = AdapterCount()
+    if layer is None:
+        for weight in trained_weights(model.shape):
+            n = weight.num_parameters
+            total += AdapterCount(dense=n, dense_padded=n + -n % ALIGNMENT)
     # Where experts are replicated over the same ranks as all else, Megatron reduces them with the
     # dense parameters.
     separate = p.ep > 1 or p.etp != p.tp
@@ -312,6 +295,9 @@ def _shared_of(model: PlannedModel, p: ParallelConfig, layer: int | None) -> tup
     """``shared_elements`` of one layer, or with None of the head."""
     dense = 0
     expert = 0
+    # Each rank scores its own tokens alone, and has a part of the gradient of every element.
+    if layer is None and p.tp > 1:
+        dense += sum(weight.num_parameters for weight in trained_weights(model.shape))
     for adapted in model.modules_of(layer).values():
         for a in adapted:
             group, lead = group_and_experts(a, p)

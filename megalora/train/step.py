@@ -173,7 +173,7 @@ class Stepper:
         asked = Asked(sequences=objective.by_sequence, taught=taught, routed=balance is not None)
         # Once for all passes over these microbatches.
         inputs = to_device(batches, Part.of(self.groups), asked)
-        references = self._references(batches, inputs, list(mismatched))
+        references = self.find_references(batches, inputs, list(mismatched))
         readers = None
         if self.teacher is not None:
             student = Student(self.chunks, self.groups, self.load)
@@ -191,7 +191,7 @@ class Stepper:
         return total
 
     @torch.no_grad()
-    def _references(
+    def find_references(
         self, batches: list[Batch], inputs: list[DeviceBatch], mismatched: list[Batch]
     ) -> Found:
         """What each of the objective's references finds in these microbatches."""

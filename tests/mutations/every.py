@@ -18,6 +18,7 @@ from tests.mutations.family_bugs import FAMILY_BUGS
 from tests.mutations.generate_bugs import GENERATE_BUGS
 from tests.mutations.gpu_bugs import GPU_BUGS
 from tests.mutations.head_bugs import HEAD_BUGS
+from tests.mutations.head_plan_bugs import HEAD_PLAN_BUGS
 from tests.mutations.install_bugs import INSTALL_BUGS
 from tests.mutations.kernel_bugs import KERNEL_BUGS
 from tests.mutations.kto_bugs import KTO_BUGS
@@ -44,6 +45,7 @@ EVERY_BUG = (
     + KERNEL_BUGS
     + PLANNER_BUGS
     + PLAN_BUGS
+    + HEAD_PLAN_BUGS
     + BASE_BUGS
     + FAMILY_BUGS
     + LAYER_BUGS

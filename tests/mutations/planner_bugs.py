@@ -71,7 +71,7 @@ PLANNER_BUGS: tuple[Bug, ...] = (
         ALONE),
     bug(0, "a shared expert's output kept for a frozen gate", MLP_ACTIVATIONS,
         "own * (s.hidden * mlp.live + 1)", "own * (s.hidden + 1)", ALONE),
-    bug(0, "a norm below the only adapted head kept", ACTIVATIONS,
+    bug(0, "a norm below the only adapted head kept", "megalora/planner/head_bytes.py",
         "(model, layout)\n    if live:", "(model, layout)\n    if True:", ALONE),
     bug(0, "router's indexes not kept", MLP_ACTIVATIONS, "choices * (INDEX + INT)",
         "choices * INT", ALONE),

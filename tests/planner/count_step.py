@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 from weakref import WeakSet
@@ -15,13 +16,14 @@ from megalora_kernels import each_expert, swiglu_backward
 from torch import Tensor, nn
 
 from megalora.bench.live import LiveTensors
-from megalora.config import RunConfig
+from megalora.config import ObjectiveConfig, RunConfig
 from megalora.data.batch import Batch
 from megalora.train.assemble import Run
 from megalora.train.optim import _parts, clip_and_step
 from tests.lora.held import norms_of
 from tests.parity.built import built
 
+SFT = ObjectiveConfig()
 SEQUENCE = 192
 """Tokens of every sample."""
 MICROBATCHES = 4
@@ -48,7 +50,7 @@ def count_step(config: RunConfig, top_k: int) -> dict[str, int]:
         for part in _parts(run.optimizer):
             for group in part.optimizer.param_groups:
                 group["foreach"] = True
-        batches = make_batches(config.train.micro_batch_size)
+        batches = make_batches(config.train.micro_batch_size, config.objective)
         # The step that makes the moments; the next one is counted.
         run.stepper.train(batches, run.optimizer)
         clip_and_step(run.optimizer)
@@ -100,14 +102,21 @@ def route_evenly(run: Run, top_k: int) -> None:
             module.gating = evenly(module.gating)
 
 
-def make_batches(micro: int) -> list[Batch]:
-    """Samples of one length, as the plan has them."""
+def make_batches(micro: int, objective: ObjectiveConfig = SFT) -> list[Batch]:
+    """Samples of one length, as the plan has them: every token is a target, or with a score head
+    the last one is scored."""
+    sequences = micro * objective.sequences
     generator = torch.Generator().manual_seed(1)
     found = []
     for _ in range(MICROBATCHES):
-        tokens = torch.randint(0, 256, (micro, SEQUENCE), generator=generator)
-        mask = torch.ones(micro, SEQUENCE)
-        found.append(Batch.of_equal(tokens, tokens.roll(-1, 1), mask))
+        tokens = torch.randint(0, 256, (sequences, SEQUENCE), generator=generator)
+        mask = torch.ones(sequences, SEQUENCE)
+        if objective.num_scores:
+            mask[:, :-1] = 0
+        batch = Batch.of_equal(tokens, tokens.roll(-1, 1), mask)
+        # Labels, or margins.
+        labels = torch.randint(0, objective.num_scores or 1, (sequences,), generator=generator)
+        found.append(replace(batch, values=tuple(map(float, labels.tolist()))))
     return found
 
 

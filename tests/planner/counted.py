@@ -21,20 +21,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megalora.config import LoRAConfig, RunConfig
+from megalora.config import LoRAConfig, ObjectiveConfig, RunConfig
 from megalora.config.recompute import recompute_from
-from megalora.hf.json_file import read_hf_config
-from megalora.model.fields import model_shape
 from megalora.planner.dropout_backward import experts_have_dropout
 from megalora.planner.layouts import ParallelLayout
 from megalora.planner.memory import CONTEXT, ROOM, MemoryPlan, memory_of_model
 from megalora.planner.microbatch import Microbatch
+from megalora.planner.models import shape_in
 from megalora.planner.weights import Chunk, PlannedModel, attention_widths, chunks_of
 from megalora.planner.workload import Workload
 from megalora.tiny import make_tiny
 from tests.distributed.ranks import run_ranks
+from tests.paired import labelled_of, pairs_of
 from tests.parity.runs import make_config
-from tests.planner.count_step import MICROBATCHES, SEQUENCE, count_step, ranks_of_tokens
+from tests.planner.count_step import MICROBATCHES, SEQUENCE, SFT, count_step, ranks_of_tokens
 
 RANK = 8
 """Rank of the adapter."""
@@ -87,6 +87,7 @@ class Case:
     share_outer: bool = False
     init: str = "lora"
     dora: bool = False
+    objective: ObjectiveConfig = SFT
 
     @property
     def name(self) -> str:
@@ -97,22 +98,28 @@ class Case:
         name += " dropout" if self.dropout else ""
         name += "" if self.init == "lora" else f" {self.init}"
         name += " dora" if self.dora else ""
+        name += "" if self.objective.name == "sft" else f" {self.objective.name}"
         return f"{name} share outer" if self.share_outer else name
 
     def config(self, folder: Path, chats: Path) -> RunConfig:
         """The run, on a model that is made in ``folder``."""
         base = make_model(self.model, folder)
+        # Read and not trained on; it must be what the objective learns.
+        data = chats
+        if self.objective.num_scores:
+            data = pairs_of(chats) if self.objective.pairs else labelled_of(chats)
         sizes = {
             "micro_batch_size": self.micro,
             "global_batch_size": MICROBATCHES * self.micro * self.world,
         }
         config = make_config(
-            base, chats, folder / "run", self.parallel, self.recompute,
+            base, data, folder / "run", self.parallel, self.recompute,
             lora=LoRAConfig(
                 rank=RANK, dropout=self.dropout, share_outer=self.share_outer, init=self.init,
                 use_dora=self.dora,
             ),
-            dtype=self.dtype, router_aux_loss_coef=0.01 * self.balanced, **sizes
+            dtype=self.dtype, objective=self.objective,
+            router_aux_loss_coef=0.01 * self.balanced, **sizes
         )  # fmt: skip
         # The batches of the count are made by hand; the config must be one that could run.
         dp, _ = config.parallel.data_parallel_sizes(self.world)
@@ -130,7 +137,7 @@ def compare(case: Case, folder: Path, chats: Path) -> list[dict[str, Any]]:
     """For each pipeline stage: bytes found on its fullest rank and said by the planner, by
     category. Ranks of a stage are alike, which is checked."""
     config = case.config(folder, chats)
-    model = PlannedModel.of(model_shape(read_hf_config(Path(config.model.path))), config.lora)
+    model = PlannedModel.of(shape_in(config), config.lora)
     layout = ParallelLayout(
         parallel=config.parallel,
         num_ranks=case.world,
@@ -144,12 +151,14 @@ def compare(case: Case, folder: Path, chats: Path) -> list[dict[str, Any]]:
         dtype=case.dtype,
         on_cpu=True,
         balanced=case.balanced,
+        sequences=case.objective.sequences,
     )
     top_k = 0
     if model.shape.moe_layers:
         top_k = model.shape.top_k
         # A rank's own tokens: their choice begins anew on every rank.
-        own = SEQUENCE * case.micro // (config.parallel.tp * config.parallel.cp)
+        sequences = case.micro * case.objective.sequences
+        own = SEQUENCE * sequences // (config.parallel.tp * config.parallel.cp)
         spread = ranks_of_tokens(own, model.shape.num_experts, top_k, config.parallel.ep)
         work = replace(work, ranks_per_token=spread)
     found = run_ranks(count_step, case.world, config, top_k)

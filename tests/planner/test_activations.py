@@ -18,7 +18,8 @@ from megalora.config import LEVELS, LoRAConfig, RunConfig
 from megalora.hf.json_file import read_hf_config
 from megalora.model.dispatcher import AllToAllDispatcher
 from megalora.model.fields import model_shape
-from megalora.planner.activations import angles_bytes, chunk_bytes, head_bytes
+from megalora.planner.activations import angles_bytes, chunk_bytes
+from megalora.planner.head_bytes import head_bytes
 from megalora.planner.layouts import ParallelLayout
 from megalora.planner.microbatch import Microbatch
 from megalora.planner.schedule import in_flight

@@ -14,7 +14,7 @@ from megalora.planner.layouts import ParallelLayout
 from megalora.planner.models import load_shape
 from megalora.planner.weights import PlannedModel
 from megalora.planner.workload import Workload
-from tests.planner.priced import ARITHMETIC, ATTENTION, FREE, MODELS, model, seconds
+from tests.planner.priced import ARITHMETIC, ATTENTION, FREE, MODELS, Count, model, seconds
 
 
 def test_flops_are_those_of_the_lora_formula() -> None:
@@ -56,6 +56,26 @@ def test_a_reference_is_forward_once_more(pp: int, vpp: int, head_is_adapted: bo
     assert found[REFERENCE] == pytest.approx(4 * (layers / pp + head) + others, rel=1e-6)
     assert found.seconds - without.seconds == pytest.approx(found[REFERENCE], rel=1e-9)
     assert without[REFERENCE] == 0
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_a_score_head_is_three_products(tp: int) -> None:
+    """Scores, the gradient of the weight and of the input, of a rank's own tokens; the rest of the
+    step is that of a model whose vocabulary takes no time. Scores of all tokens travel as
+    float32."""
+    headless = model(ATTENTION)
+    headless = replace(headless, shape=replace(headless.shape, vocab=0))
+    scored = replace(headless, shape=replace(headless.shape, num_scores=7))
+    work = Workload(sequence_length=4096, global_batch_size=4)
+    layout = ParallelLayout(parallel=ParallelConfig(tp=tp), num_ranks=tp)
+    products = 3 * 4 * 4096 / tp * 2 * 7 * 2048 / 1e12
+    found = step_time(scored, layout, work, ARITHMETIC)
+    assert found["head"] == pytest.approx(products, rel=1e-9)
+    without = step_time(headless, layout, work, ARITHMETIC)
+    assert found.seconds - without.seconds == pytest.approx(products, rel=1e-6)
+    gathered = replace(FREE, network=Count("all_gather"))
+    grown = step_time(scored, layout, work, gathered)["tensor parallel head"]
+    assert grown == 4 * 4096 * 7 * 4 * (tp > 1)
 
 
 def test_a_pair_is_two_sequences() -> None:

@@ -18,9 +18,10 @@ from megalora.config import LEVELS, Level, ParallelConfig
 from megalora.model.families import FAMILIES
 from megalora.model.fields import model_shape
 from megalora.model.formats.augmented import Augmented
-from megalora.planner.activations import angles_bytes, head_bytes, layer_bytes
+from megalora.planner.activations import angles_bytes, layer_bytes
 from megalora.planner.cost import StageCosts
 from megalora.planner.hardware import Constant, Estimate, Kind, Machine, Overhead
+from megalora.planner.head_bytes import head_bytes
 from megalora.planner.layouts import ParallelLayout
 from megalora.planner.ledger import Ledger
 from megalora.planner.microbatch import Microbatch

@@ -1,6 +1,7 @@
 """Check that ranks built on the meta device hold exactly the bytes that ``memory.py`` says,
 whatever the layout."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -72,13 +73,14 @@ def assert_agrees(
     parallel: ParallelConfig,
     world: int,
     rank: int,
+    num_scores: int = 0,
     **work,
 ):
     """Compare what one rank was found to hold with the plan of its stage.
 
     Ranks are numbered with the pipeline stage outermost.
     """
-    shape = model_shape(hf)
+    shape = replace(model_shape(hf), num_scores=num_scores)
     layout = ParallelLayout(parallel=parallel, num_ranks=world)
     stage = rank // (world // parallel.pp)
     # Any length and batch will do: weights do not depend on them.
@@ -102,7 +104,8 @@ def assert_agrees(
         num_routers += is_here(layer)
     # A correction bias and Megatron's count of tokens, 4 bytes each for every expert.
     assert found.buffer_bytes == num_routers * 8 * shape.num_experts * shape.correction_bias
-    held = 0
+    # A score head is one tensor more, of the last piece.
+    held = int(num_scores > 0 and num_pieces - 1 in pieces)
     for adapted in resolve(lora, shape):
         # The head, which belongs to no layer, is in the last piece.
         here = num_pieces - 1 in pieces if adapted.layer is None else is_here(adapted.layer)
@@ -184,6 +187,18 @@ def test_tied_embeddings(sizes: dict, tiny_dense: Path) -> None:
         with host.fake_world(rank, parallel.pp):
             found = dry_run(hf, ALL, parallel, ModelConfig(path="planned"))
         assert_agrees(found, hf, ALL, parallel, parallel.pp, rank)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("sizes", [{"tp": 2}, {"pp": 2}])
+def test_a_score_head(sizes: dict, tied: bool, tiny_dense: Path) -> None:
+    """In place of lm_head, whose weight is nowhere but, tied, in the embedding."""
+    hf = read_hf_config(tiny_dense) | {"tie_word_embeddings": tied}
+    parallel = ParallelConfig(**sizes)
+    for rank in range(2):
+        with host.fake_world(rank, 2):
+            found = dry_run(hf, ALL, parallel, ModelConfig(path="planned"), num_scores=3)
+        assert_agrees(found, hf, ALL, parallel, 2, rank, num_scores=3)
 
 
 def test_biased_attention(tiny: Path) -> None:

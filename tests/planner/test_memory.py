@@ -23,7 +23,12 @@ from megalora.planner.memory import MemoryPlan, fullest_stage, memory_of, memory
 from megalora.planner.microbatch import Microbatch, ranks_per_token
 from megalora.planner.mlp_activations import PlannedMLP, experts_bytes
 from megalora.planner.models import load_shape
-from megalora.planner.weights import PlannedModel, adapter_parameters, chunks_of
+from megalora.planner.weights import (
+    PlannedModel,
+    adapter_parameters,
+    chunks_of,
+    shared_elements,
+)
 from megalora.planner.workload import Workload
 from megalora.train.optim import clip_and_step
 from tests.distributed.ranks import run_ranks
@@ -204,6 +209,17 @@ def test_the_fullest_stage_decides(model: PlannedModel) -> None:
     peaks = [memory_of_model(model, layout, work, stage).peak_bytes for stage in range(4)]
     found = fullest_stage(model, layout, work)
     assert (found.peak_bytes, found.stage) == (max(peaks), peaks.index(max(peaks)))
+
+
+def test_a_score_head_is_summed_over_tp() -> None:
+    """Each rank scores its own tokens, and so has a part of the gradient of all of it."""
+    plain = PlannedModel.of(load_shape(MODELS / "qwen3_30b_a3b.yaml"), LoRAConfig(rank=4))
+    scored = replace(plain, shape=replace(plain.shape, num_scores=3))
+    (chunk,) = chunks_of(scored.shape, ParallelConfig(), 0)
+    for tp in (1, 2):
+        p = ParallelConfig(tp=tp)
+        without, _ = shared_elements(plain, p, chunk)
+        assert shared_elements(scored, p, chunk)[0] - without == 3 * 2048 * (tp > 1)
 
 
 def test_factors_that_ranks_share_are_summed_in_tables() -> None:

@@ -7,7 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from megalora.config import ObjectiveConfig
 from tests.planner.counted import CATEGORIES, Case, compare
+
+LABELS = ObjectiveConfig(name="classify", labels=["none", "one", "two"])
+REWARD = ObjectiveConfig(name="reward")
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +70,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.param(Case(2, {"ep": 2}, share_outer=True), marks=pytest.mark.slow),
         pytest.param(Case(2, {"tp": 2, "ep": 2}, share_outer=True), marks=pytest.mark.slow),
         pytest.param(Case(2, {"ep": 2}, dropout=0.3, share_outer=True), marks=pytest.mark.slow),
+        # A score head in place of lm_head: alone, cut over TP, on the last of two stages.
+        pytest.param(
+            Case(1, {}, recompute="full", model="vocab", objective=LABELS), marks=pytest.mark.slow
+        ),
+        pytest.param(Case(2, {"tp": 2}, micro=2, objective=LABELS), marks=pytest.mark.slow),
+        pytest.param(Case(2, {"pp": 2}, model="dense", objective=REWARD), marks=pytest.mark.slow),
     ],
     ids=lambda case: case.name,
 )

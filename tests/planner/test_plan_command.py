@@ -140,6 +140,19 @@ def test_a_dry_run_agrees(capsys: pytest.CaptureFixture[str]) -> None:
     assert said.count("the same") == 3 and "DIFFERENT" not in said
 
 
+@pytest.mark.slow
+def test_a_score_head_is_planned_and_built(capsys: pytest.CaptureFixture[str]) -> None:
+    scored = ["objective.name=classify", "objective.num_labels=5", "parallel.ep=4"]
+    # The loss of every token is gone; the head takes no time that two digits show.
+    said = run(capsys, CONFIG, "--gpus", 4, *scored)
+    assert re.search(r"^ *head +0\.0 %", said, re.MULTILINE), said
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", str(CONFIG), "--gpus", "4", "--dry-run", "3", *scored])
+    said = capsys.readouterr().out
+    assert ended.value.code == 0, said
+    assert said.count("the same") == 3 and "DIFFERENT" not in said
+
+
 def test_a_dry_run_agrees_where_routers_have_buffers(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

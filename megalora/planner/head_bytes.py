@@ -1,0 +1,109 @@
+"""Count the bytes of a model's end: what the output layer and the loss keep for backward, and what
+is there beside it for a while.
+
+Symbols as in ``activations.py``; V vocabulary, C tokens of a chunk, or scores of a head.
+"""
+
+from megalora.model.head_chunk import CHUNK_BYTES, chunk_tokens
+from megalora.planner.activations import head_input_needs_gradient
+from megalora.planner.layouts import ParallelLayout
+from megalora.planner.microbatch import STATISTIC, Microbatch
+from megalora.planner.mlp_activations import INDEX, low_rank
+from megalora.planner.weights import Chunk, PlannedModel, stacked_rank
+from megalora.planner.workload import Workload
+
+
+def head_bytes(model: PlannedModel, layout: ParallelLayout, work: Workload) -> int:
+    """Kept by final norm, output layer and loss for one microbatch, of which every token is taken
+    for a target.
+
+    Norm (T / t) (H e + 4), unless the head alone is adapted; per token an int64 target and the
+    int64 place of its row; of a frozen head the gradient that forward makes, T H e. Of one with an
+    adapter x before (or its dropped-out copy) and after tokens are selected, h, B and three float32
+    results.
+    """
+    if model.shape.num_scores:
+        return _score_head_bytes(model, layout, work)
+    batch = Microbatch.of(model, layout, work)
+    s = model.shape
+    e = batch.element_bytes
+    vocab = s.vocab // layout.parallel.tp
+    head = model.modules_of(None).get("output_layer", [])
+    total = batch.tokens * (s.hidden * e + 2 * INDEX)
+    live = head_input_needs_gradient(model, layout)
+    if live:
+        total += batch.own_tokens * (s.hidden * e + STATISTIC)
+    if head:
+        total += batch.dropped(batch.own_tokens * s.hidden, live and model.has_dropout)
+        total += low_rank(head, batch.tokens, vocab, e)
+        total += batch.tokens * 3 * STATISTIC
+    return total
+
+
+def logits_bytes(model: PlannedModel, layout: ParallelLayout, work: Workload, chunk: Chunk) -> int:
+    """Beside what the loss keeps with lm_head, the larger of
+
+    forward: logits of a chunk of tokens in float32, and with bfloat16 once more before they are
+        widened, C V / t (4 + 2); x after tokens are selected, T H, unless an adapter's head keeps
+        it; the head's input (T / t) H; and the embedding's output, if on this stage, which
+        ``forward`` still holds (recomputing whole layers keeps it anyway);
+    backward of an adapter's head: the same chunk, computed again, with gradients of x and h, T (H +
+        R), and of B, V / t R, in float32 and once more rounded.
+    """
+    if model.shape.num_scores:
+        return _scores_bytes(model, layout, work, chunk)
+    batch = Microbatch.of(model, layout, work)
+    s = model.shape
+    e = batch.element_bytes
+    vocab = s.vocab // layout.parallel.tp
+    size = min(batch.tokens, chunk_tokens(CHUNK_BYTES, vocab, STATISTIC + e))
+    logits = size * vocab * STATISTIC
+    if work.dtype != "float32":
+        logits += size * vocab * e
+    head = model.modules_of(None).get("output_layer", [])
+    own = batch.own_tokens * s.hidden * e
+    forward = logits + own
+    # pp = 1: the embedding's output is still referenced when the loss is computed.
+    if chunk.has_embedding and not chunk.levels(layout.recompute)[0]:
+        forward += own
+    if not head:
+        return forward + batch.tokens * s.hidden * e
+    rank = stacked_rank(head)
+    backward = logits + batch.tokens * (s.hidden + rank) * e + vocab * rank * (STATISTIC + e)
+    return max(forward, backward)
+
+
+def _score_head_bytes(model: PlannedModel, layout: ParallelLayout, work: Workload) -> int:
+    """Kept by final norm and score head: the norm's input and rms (T / t) (H e + 4), unless nothing
+    below is adapted, and its output (T / t) H e, for the gradient of the head's weight. The loss
+    keeps a few numbers of each sequence, which are not counted."""
+    batch = Microbatch.of(model, layout, work)
+    hidden = batch.own_tokens * model.shape.hidden * batch.element_bytes
+    if not head_input_needs_gradient(model, layout):
+        return hidden
+    return 2 * hidden + batch.own_tokens * STATISTIC
+
+
+def _scores_bytes(model: PlannedModel, layout: ParallelLayout, work: Workload, chunk: Chunk) -> int:
+    """``logits_bytes`` of a score head with C scores, the larger of
+
+    forward: scores of the rank's tokens (T / t) C, with bfloat16 once more in float32, and of all
+        tokens T C in float32; and the embedding's output, if on this stage;
+    backward: gradients of the same, of the head's input (T / t) H and of its weight C H.
+    """
+    batch = Microbatch.of(model, layout, work)
+    s = model.shape
+    e = batch.element_bytes
+    scores = batch.own_tokens * s.num_scores * e
+    # float32 scores are their own wide form.
+    if work.dtype != "float32":
+        scores += batch.own_tokens * s.num_scores * STATISTIC
+    # Where TP has one rank, nothing is gathered.
+    if layout.parallel.tp > 1:
+        scores += batch.tokens * s.num_scores * STATISTIC
+    own = batch.own_tokens * s.hidden * e
+    backward = scores + own + s.num_scores * s.hidden * e
+    # pp = 1: as with lm_head, the embedding's output is still referenced.
+    if chunk.has_embedding and not chunk.levels(layout.recompute)[0]:
+        return max(scores + own, backward)
+    return max(scores, backward)
