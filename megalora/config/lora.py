@@ -64,6 +64,16 @@ class LoRAConfig:
     twice the rank for it. Not for lm_head; without use_dora, share_outer, train.relora,
     train.ema_decay and train.weight_decay."""
 
+    modules_to_save: list[str] = field(default_factory=list)
+    """Modules that are trained whole beside the adapters: ``embed_tokens``, ``lm_head``, ``gate``
+    (the router), ``norm`` (the last one), ``input_layernorm``, ``post_attention_layernorm``,
+    ``q_norm``, ``k_norm``, or regular expressions on full module names. A tied embedding and lm_head
+    are one weight. Loads in PEFT; vLLM and SGLang need it merged. Without train.relora and with a
+    language model's head alone."""
+    trainable_token_indices: list[int] = field(default_factory=list)
+    """Token ids whose rows of the embedding are trained, and of a head that is tied to it, such as
+    those of new special tokens. Loads in PEFT; vLLM and SGLang need it merged."""
+
     def __post_init__(self) -> None:
         ranks = {"rank": self.rank, **self.rank_pattern}
         # It may be unset, or a rule that needs the model's sizes.
@@ -75,6 +85,11 @@ class LoRAConfig:
         for name, alpha in {"alpha": self.alpha, **self.alpha_pattern}.items():
             require(alpha > 0, f"lora: {name} must be an alpha above 0, got {alpha}")
         require(0 <= self.dropout < 1, f"lora.dropout must be in [0, 1), got {self.dropout}")
+        tokens = self.trainable_token_indices
+        require(
+            all(token >= 0 for token in tokens) and len(set(tokens)) == len(tokens),
+            f"lora.trainable_token_indices must be different token ids of at least 0, got {tokens}",
+        )
         require(self.use_dora != [], "lora.use_dora=[] names nothing; leave it out")
         # Dropout acts on what B A reads and not on what W does: V x would be two products.
         require(

@@ -222,6 +222,12 @@ class ObjectiveConfig:
         return {"dpo": 1, "kto": 3}.get(self.name, 0)
 
     @property
+    def asks_base(self) -> bool:
+        """Whether steps have passes of the base, with what is trained switched off."""
+        of_reference = self.name in ("dpo", "kto") and self.reference == "base"
+        return of_reference or self.teacher == "base"
+
+    @property
     def teacher_model(self) -> str | None:
         """Folder or hub name of a second model that is in memory; None where there is none."""
         return None if self.teacher == "base" else self.teacher

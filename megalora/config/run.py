@@ -56,6 +56,28 @@ class RunConfig:
             self._check_init()
         if self.lora.lora_bias:
             self._check_bias()
+        for option in ("modules_to_save", "trainable_token_indices"):
+            if getattr(self.lora, option):
+                self._check_whole(option)
+
+    def _check_whole(self, option: str) -> None:
+        """What cannot be had with weights of the base that are trained themselves."""
+        require(
+            self.train.relora is None,
+            f"lora.{option}: train.relora reads the base from disk again, without what is trained"
+            " of it. Train without one of the two",
+        )
+        require(
+            self.checkpoint.serve is None,
+            f"checkpoint.serve: vLLM does not load lora.{option}. Train without one of the two, or"
+            " merge checkpoints into the base: megalora merge",
+        )
+        # Nothing was compared with PEFT's of both.
+        require(
+            not self.objective.num_scores,
+            f"objective.name={self.objective.name} trains a score head, which is not there with"
+            f" lora.{option} yet: leave it out",
+        )
 
     def _check_bias(self) -> None:
         """What cannot be had with biases of B."""

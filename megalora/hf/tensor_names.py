@@ -23,7 +23,8 @@ with, which no file of PEFT's has apart."""
 LM_HEAD = "lm_head.weight"
 SCORE = "score"
 """Module of the head of ``...ForSequenceClassification``."""
-EMBEDDING = "model.embed_tokens.weight"
+EMBED_TOKENS = "model.embed_tokens"
+EMBEDDING = f"{EMBED_TOKENS}.weight"
 TINKER_HEAD = "model.unembed_tokens"
 PEFT_PREFIX = "base_model.model."
 LAYER = "model.layers.{layer}."
@@ -93,6 +94,16 @@ def weight_name(hf_module: str) -> str:
     'base_model.model.score.weight'
     """
     return f"{PEFT_PREFIX}{hf_module}.weight"
+
+
+def tokens_name(hf_module: str) -> str:
+    """Name of the trained rows of an embedding (``trainable_token_indices``) in an adapter's file.
+
+    >>> tokens_name("model.embed_tokens")
+    'base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta'
+    """
+    # Called a delta, and yet the rows themselves.
+    return f"{PEFT_PREFIX}{hf_module}.token_adapter.trainable_tokens_delta"
 
 
 def experts_block(layer: int) -> str:

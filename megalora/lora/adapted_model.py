@@ -63,7 +63,7 @@ class AdaptedModel:
 def adapt_base(
     make_base: MakeBase, shape: ModelShape, adapted: list[Adapted], groups: Groups,
     *, model: ModelConfig, parallel: ParallelConfig, lora: LoRAConfig, seed: int,
-    rows_per_expert: float = 0.0,
+    rows_per_expert: float = 0.0, keeps_base: bool = False,
 ) -> AdaptedModel:  # fmt: skip
     """Make the base of this rank and put its adapters in, without any communication.
 
@@ -71,6 +71,7 @@ def adapt_base(
         make_base: makes the frozen chunks, their weights read, drawn or left empty.
         seed: seed of the initial adapters.
         rows_per_expert: as in ``expert_formats``.
+        keeps_base: as in ``unfreeze``.
     """
     dtype = getattr(torch, model.dtype)
     # Formats come first: weights are loaded to where they stay, with or without room beside them.
@@ -83,7 +84,9 @@ def adapt_base(
         rows_per_expert=rows_per_expert,
     )
     chunks = make_base(model, parallel, shape, formats=formats)
-    shards = inject(chunks, adapted, shape, lora, groups, seed=seed, dtype=dtype)
+    shards = inject(
+        chunks, adapted, shape, lora, groups, seed=seed, dtype=dtype, keeps_base=keeps_base
+    )
     return AdaptedModel(chunks, adapted, shards, shape, groups)
 
 

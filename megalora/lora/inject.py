@@ -11,14 +11,12 @@ from megalora.config import LoRAConfig
 from megalora.lora.dense import ColumnLoRA, RowLoRA
 from megalora.lora.experts import ExpertsLoRA
 from megalora.lora.factors import LoRAFactors
-from megalora.lora.init import initial_score
 from megalora.lora.router import RouterLoRA
-from megalora.lora.shards import FactorShard, shard_of_whole
+from megalora.lora.shards import FactorShard
 from megalora.lora.spec import Adapted
-from megalora.lora.trained_weight import trained_weights
+from megalora.lora.unfrozen import unfreeze
 from megalora.model.families import layer_projections
 from megalora.model.projections import HEAD
-from megalora.model.score_head import ScoreHead
 from megalora.model.shape import ModelShape
 from megalora.parallel import Groups
 
@@ -28,10 +26,14 @@ DENSE = {"column": ColumnLoRA, "row": RowLoRA}
 def inject(
     chunks: list[nn.Module], adapted: list[Adapted], shape: ModelShape, lora: LoRAConfig,
     groups: Groups,
-    *, seed: int, dtype: torch.dtype,
+    *, seed: int, dtype: torch.dtype, keeps_base: bool = False,
 ) -> list[FactorShard]:  # fmt: skip
-    """Replace every adapted module of this rank's chunks; returns this rank's shards of adapter
-    tensors. Weights of the base stay where they are."""
+    """Replace every adapted module of this rank's chunks, and let weights train that are to be
+    trained whole; returns this rank's shards of adapter tensors.
+
+    Args:
+        keeps_base: as in ``unfreeze``.
+    """
     wanted: dict[tuple[int | None, str], list[Adapted]] = defaultdict(list)
     for a in adapted:
         wanted[a.layer, a.projection.module].append(a)
@@ -57,21 +59,8 @@ def inject(
         for module in chunk.modules():
             if isinstance(module, LoRAFactors):
                 shards.extend(module.shards())
-        # In place of lm_head, which ``make_chunks`` has left out of the last stage.
-        if shape.num_scores and chunk.post_process:
-            shards.append(_add_score(chunk, shape, groups, **settings))
+    shards += unfreeze(chunks, shape, groups.tp, seed=seed, dtype=dtype, keeps_base=keeps_base)
     return shards
-
-
-def _add_score(
-    chunk: Any, shape: ModelShape, groups: Groups, *, seed: int, dtype: Any, device: Any
-) -> FactorShard:
-    """Give a last stage its score head."""
-    (weight,) = trained_weights(shape)
-    drawn = initial_score(seed, *weight.size, shape.initializer_range)
-    chunk.output_layer = ScoreHead(drawn.to(dtype=dtype, device=device), groups.tp)
-    weight.mark(chunk.output_layer.weight, groups.tp)
-    return shard_of_whole(weight, chunk.output_layer.weight)
 
 
 def _adapt_layer(

@@ -3,11 +3,10 @@ that it can elsewhere."""
 
 from collections.abc import Iterator
 
+from megalora.hf.tensor_names import EMBED_TOKENS
 from megalora.model.families import layer_projections
 from megalora.model.projections import HEAD, Projection
 from megalora.model.shape import ModelShape
-
-EMBEDDING = "model.embed_tokens"
 
 
 def projection_places(shape: ModelShape) -> Iterator[tuple[Projection, int | None]]:
@@ -79,7 +78,7 @@ def parameters_of(projection: Projection, layer: int | None) -> tuple[str, ...]:
 def other_modules(shape: ModelShape) -> dict[str, tuple[int, int]]:
     """HF module name -> (out, in) of what PEFT and vLLM adapt and megalora does not."""
     # LoRA on an embedding [vocab, hidden] maps one-hot tokens to hidden: (out, in) the other way.
-    found = {EMBEDDING: (shape.hidden, shape.vocab)}
+    found = {EMBED_TOKENS: (shape.hidden, shape.vocab)}
     if shape.shared_intermediate:
         for layer in shape.moe_layers:
             found[f"model.layers.{layer}.mlp.shared_expert_gate"] = (1, shape.hidden)

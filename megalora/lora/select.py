@@ -22,6 +22,7 @@ from megalora.lora.spec import (
     lora_scale,
     make_adapted,
 )
+from megalora.lora.whole import check_apart, with_trained
 from megalora.model.account import open_folder
 from megalora.model.families import FAMILIES
 from megalora.model.shape import ModelShape
@@ -55,12 +56,14 @@ def plan(
         num_scores: numbers of a score head that stands in place of lm_head; 0 for a language model.
     """
     shape = replace(open_folder(folder).shape, num_scores=num_scores)
+    shape = with_trained(lora, shape)
     if train is None:
         shape.check_layout(parallel)
     else:
         shape.check_layout(parallel, train.recompute)
         shape.check_balance(train.router_aux_loss_coef)
     adapted = resolve(lora, shape)
+    check_apart(adapted, shape)
     if train is not None and train.relora is not None:
         _check_mergeable(adapted, shape)
     return shape, adapted

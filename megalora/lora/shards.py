@@ -107,9 +107,14 @@ def mark_parameter(parameter: Any, factor: FactorName, adapted: Adapted, groups:
 
 
 def shard_of_whole(weight: TrainedWeight, parameter: nn.Parameter) -> FactorShard:
-    """What a rank holds of a weight that is trained whole: all of it."""
-    every = (slice(None),)
-    return FactorShard(weight.tensor, weight.module, None, parameter, every, None, "tp", 1, 0)
+    """What a rank holds of a weight that is trained whole, whose parameter ``weight.mark`` has
+    marked."""
+    marked: Any = parameter
+    split = 0 if weight.split else None
+    return FactorShard(
+        weight.tensor, weight.module, None, parameter, (slice(None),), split, "tp",
+        marked.num_shards, marked.shard,
+    )  # fmt: skip
 
 
 def sum_partial_gradients(parameters: Iterable[Any], group: ProcessGroup) -> None:

@@ -13,7 +13,8 @@ from megalora.lora.factors import LoRAFactors
 @contextmanager
 def adapters_off(chunks: Iterable[nn.Module]) -> Iterator[None]:
     """Inside the block the model is the base, bit for bit: every B, B0 and bias of B is zero, and
-    so are B A x and B0 A0 x; every magnitude is its norm, which scales by 1.
+    so are B A x and B0 A0 x; every magnitude is its norm, which scales by 1; and what is trained
+    whole has the base's values, which whoever built the model has asked to be kept.
 
     Values are put aside, not overwritten: the parameters point to one shared buffer of zeros, so
     that the block needs the memory of the largest B alone. Nothing may train in it.
@@ -27,14 +28,17 @@ def adapters_off(chunks: Iterable[nn.Module]) -> Iterator[None]:
                     parameters += off.values()
                 for name, magnitude in module.lora_M.items():
                     values[magnitude] = module.norms[name]
-    # A rank without any adapter has nothing to switch off.
-    if not parameters:
-        yield
-        return
-    largest = max(parameter.numel() for parameter in parameters)
-    zeros = parameters[0].data.new_zeros(largest)
-    for parameter in parameters:
-        values[parameter] = _first(zeros, parameter.shape)
+        for parameter in chunk.parameters():
+            # Set on what is trained of the base.
+            if hasattr(parameter, "base_value"):
+                assert parameter.base_value is not None, "whoever built the model keeps the base"
+                values[parameter] = parameter.base_value
+    # A rank without any adapter has none to switch off.
+    if parameters:
+        largest = max(parameter.numel() for parameter in parameters)
+        zeros = parameters[0].data.new_zeros(largest)
+        for parameter in parameters:
+            values[parameter] = _first(zeros, parameter.shape)
     with adapters_with(values):
         yield
 

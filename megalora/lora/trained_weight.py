@@ -1,52 +1,150 @@
-"""Weights that are trained whole beside the factors: a row for each says its name, shape and split.
+"""Weights that are trained whole beside the factors, and rows of the embedding that are trained
+alone: an entry for each says its name, shape and split.
 
-Initialisation, marks, gathering, checkpoints, coverage and the drift check follow from the row, as
-those of factors follow from the table in ``spec.py``.
+Initialisation, marks, gathering, checkpoints, coverage and the drift check follow from the entry,
+as those of factors follow from the table in ``spec.py``.
 
-    weight   in memory                 [rows, columns]   split over TP   gradient over TP
-    score    output_layer (the head)   [C, H]            replicated      partial: S/t tokens each
+    weight                      in memory                           shape    over TP      gradient
+    embed_tokens                embedding.word_embeddings           [V, H]   dim 0        whole
+    lm_head                     output_layer                        [V, H]   dim 0        whole
+    norm                        decoder.final_layernorm             [H]      replicated   partial: S/t
+    input_layernorm, post_...   input_layernorm, pre_mlp_layernorm  [H]      replicated   partial: S/t
+    q_norm, k_norm              self_attention.q_layernorm, k_...   [d]      replicated   partial: heads
+    the same of all heads       the same                            [h d]    dim 0        whole
+    gate                        mlp.router                          [E, H]   replicated   partial: S/t
+    score                       output_layer (the head)             [C, H]   replicated   partial: S/t
+    trained tokens              embedding.rows, output_layer.rows   [n, H]   replicated   partial: S/t,
+                                                                                          V/t of a head
+
+S/t: a rank has the gradient of its own part of the tokens. A tied embedding is one weight, which
+the first and the last pipeline stage each hold; its gradient is the sum of both.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from megalora.hf.tensor_names import SCORE, weight_name
+from megalora.hf.tensor_names import EMBED_TOKENS, LAYER, SCORE, tokens_name, weight_name
+from megalora.model.families import layer_projections
+from megalora.model.projections import HEAD
 from megalora.model.shape import ModelShape
+
+NORMS = {
+    "input_layernorm": "input_layernorm",
+    "post_attention_layernorm": "pre_mlp_layernorm",
+}
+"""Norms that every layer has -> their modules in memory."""
+QK_NORMS = {
+    "self_attn.q_norm": "self_attention.q_layernorm",
+    "self_attn.k_norm": "self_attention.k_layernorm",
+}
+"""Norms of queries and keys -> their modules in memory."""
 
 
 @dataclass(frozen=True)
 class TrainedWeight:
-    """A weight of the base, or a new one, that is trained whole."""
+    """A weight of the base, or a new one, that is trained whole; or rows of the embedding."""
 
     module: str
     """Its HF module, as PEFT's ``modules_to_save`` names it."""
-    size: tuple[int, int]
-    """Shape of the whole weight."""
+    size: tuple[int, ...]
+    """Shape of the whole weight, or of all trained rows."""
+    layer: int | None = None
+    """None outside the decoder layers."""
+    path: str = "output_layer"
+    """Its module in memory: in the layer, or else in the chunk."""
+    split: bool = False
+    """Whether it is cut along dim 0 over TP; replicated otherwise, with a partial gradient."""
+    tied: bool = False
+    """Whether lm_head is the same weight."""
+    tokens: tuple[int, ...] = ()
+    """Token ids of the rows, where only these are trained."""
 
     @property
     def tensor(self) -> str:
         """Name of the tensor in an adapter's file."""
-        return weight_name(self.module)
+        return tokens_name(self.module) if self.tokens else weight_name(self.module)
 
     @property
     def num_parameters(self) -> int:
-        rows, columns = self.size
-        return rows * columns
+        total = 1
+        for size in self.size:
+            total *= size
+        return total
+
+    def num_shards(self, group_size: int) -> int:
+        """Number of parts that it is cut into over TP."""
+        return group_size if self.split else 1
 
     def mark(self, parameter: Any, group: Any) -> None:
         """Set on a parameter what reductions read off it (``shards.py``)."""
-        parameter.num_shards = 1
-        parameter.shard = 0
-        # Ranks that hold the same values saw different tokens.
-        parameter.sum_group = "tp" if group.size() > 1 else None
+        parameter.num_shards = self.num_shards(group.size())
+        parameter.shard = group.rank() if self.split else 0
+        # Ranks that hold the same values saw different tokens, heads or entries of the vocabulary.
+        is_partial = group.size() > 1 and not self.split
+        parameter.sum_group = "tp" if is_partial else None
         parameter.allreduce = True
-        parameter.tensor_model_parallel = False
-        parameter.partition_dim = -1
+        parameter.tensor_model_parallel = self.split
+        parameter.partition_dim = 0 if self.split else -1
         parameter.partition_stride = 1
 
 
 def trained_weights(shape: ModelShape) -> list[TrainedWeight]:
-    """All such weights of a model, in the order of its layers."""
-    if not shape.num_scores:
-        return []
-    return [TrainedWeight(SCORE, (shape.num_scores, shape.hidden))]
+    """All such weights of a model: those of ``shape.saved`` in the order of its layers, rows of the
+    embedding, the score head."""
+    weights: list[TrainedWeight] = []
+    # Most models have none, and hundreds of candidates.
+    if shape.saved:
+        weights = [weight for weight in savable(shape) if weight.module in shape.saved]
+    if shape.tokens:
+        weights.append(
+            TrainedWeight(
+                EMBED_TOKENS, (len(shape.tokens), shape.hidden), path="embedding",
+                tied=_is_tied(shape), tokens=shape.tokens,
+            )  # fmt: skip
+        )
+    if shape.num_scores:
+        weights.append(TrainedWeight(SCORE, (shape.num_scores, shape.hidden)))
+    return weights
+
+
+def savable(shape: ModelShape) -> Iterator[TrainedWeight]:
+    """Every weight of the base that can be trained whole, in the order of its layers."""
+    hidden = (shape.hidden,)
+    vocabulary = (shape.vocab, shape.hidden)
+    yield TrainedWeight(
+        EMBED_TOKENS, vocabulary, path="embedding.word_embeddings",
+        split=True, tied=_is_tied(shape),
+    )  # fmt: skip
+    for layer in range(shape.num_layers):
+        at = LAYER.format(layer=layer)
+        for name, path in NORMS.items():
+            yield TrainedWeight(f"{at}{name}", hidden, layer, path)
+        if shape.qk_norm:
+            for name, path in QK_NORMS.items():
+                yield _qk_norm(shape, layer, name, path)
+        for projection in layer_projections(shape, layer):
+            # With a correction bias PEFT saves that too, which is no parameter.
+            if projection.kind == "router" and not shape.correction_bias:
+                # As PEFT finds it, whatever checkpoints are published with.
+                router = projection.loaded.format(layer=layer)
+                yield TrainedWeight(router, projection.features(shape), layer, projection.module)
+    yield TrainedWeight("model.norm", hidden, path="decoder.final_layernorm")
+    # A tied head is the embedding, and a score head stands in its place.
+    if not shape.tied_embeddings and not shape.num_scores:
+        yield TrainedWeight(HEAD[0].hf, vocabulary, split=True)
+
+
+def _qk_norm(shape: ModelShape, layer: int, name: str, path: str) -> TrainedWeight:
+    """A norm of queries or of keys: one head's weights for all heads, or a weight for each feature
+    of all heads."""
+    module = f"{LAYER.format(layer=layer)}{name}"
+    if not shape.full_width_norms:
+        return TrainedWeight(module, (shape.head_dim,), layer, path)
+    heads = shape.num_heads if name.endswith("q_norm") else shape.num_kv_heads
+    return TrainedWeight(module, (heads * shape.head_dim,), layer, path, split=True)
+
+
+def _is_tied(shape: ModelShape) -> bool:
+    # A classifier has no lm_head to share the embedding with.
+    return shape.tied_embeddings and not shape.num_scores

@@ -41,8 +41,8 @@ NO_PARTS = LayerParts()
 
 
 class RMSNorm(nn.Module):
-    """``x / rms(x) * weight``. Its weight is frozen, so sequence parallelism need not reduce its
-    gradient; Megatron's own refuses sequence parallelism."""
+    """``x / rms(x) * weight``. Its weight is frozen unless it is trained whole
+    (``lora/unfrozen.py``); Megatron's own refuses sequence parallelism."""
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
         super().__init__()

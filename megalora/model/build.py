@@ -50,8 +50,8 @@ def build_model(
     """The model chunks of this rank (``parallel.vpp`` of them), weights loaded, every parameter
     frozen."""
     base = open_folder(folder)
-    # The score head is none of the base's weights.
-    assert base.shape == replace(shape, num_scores=0), (
+    # The score head is none of the base's weights, and what is trained no size of it.
+    assert base.shape == replace(shape, num_scores=0, saved=(), tokens=()), (
         f"{folder} holds {base.shape}, the run is planned for {shape}"
     )
     chunks = make_chunks(base.hf, config, parallel, shape, formats=formats)

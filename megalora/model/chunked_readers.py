@@ -4,7 +4,8 @@ path of ``head.py``, for whatever ``token_logprobs.py`` does not compute.
 Forward keeps no logits. Backward computes each chunk's again, calls the readers with autograd on
 and lets it go through them. A reader must therefore return the same when it is called again.
 
-Legend: N tokens of the call, H hidden, V entries of this rank's vocabulary, R rank of the adapter.
+Legend: N tokens of the call, H hidden, V entries of this rank's vocabulary, R rank of the adapter,
+K trained rows of the output weight.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,11 +17,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from megalora.model.token_logprobs import chunks, logits_of, wide
+from megalora.model.token_logprobs import TrainedRows, chunks, logits_of, wide
 from megalora.model.vocab_logits import Reader, VocabLogits
 
-Operands = Sequence[Tensor]
-"""x, and for a layer with an adapter h and B behind it."""
+Operands = Sequence[Tensor | None]
+"""x and h, with a row for each token; B and trained rows, which belong to all tokens. None where
+there is no such thing."""
+BY_TOKEN = 2
+"""The first so many operands have a row for each token."""
 
 
 @dataclass(eq=False)
@@ -32,14 +36,17 @@ class _Call:
     group: ProcessGroup
     size: int
     readers: tuple[Reader, ...]
+    columns_K: Tensor | None
+    """As in ``TrainedRows``."""
     lengths: list[int] = field(default_factory=list)
     """Tensors that each reader returned as a tuple; 0 where it returned one tensor."""
 
     def read(self, part: slice, operands: Operands) -> list[Tensor]:
         """Results of all readers for one chunk, whose operands these are, in one flat list."""
         targets = None if self.targets_N is None else self.targets_N[part]
-        x_CH, *adapter = operands
-        logits = logits_of(x_CH, self.weight_VH, *adapter)
+        x_CH, h_CR, b_VR, rows_KH = operands
+        assert x_CH is not None
+        logits = logits_of(x_CH, self.weight_VH, h_CR, b_VR, rows_KH, self.columns_K)
         chunk = VocabLogits(logits, targets, part, self.group)
         flat: list[Tensor] = []
         self.lengths = []
@@ -55,14 +62,16 @@ class _Call:
 
 
 def _of_chunk(operands: Operands, part: slice) -> Operands:
-    """x and h have a row for each token; B belongs to all."""
-    return (*(operand[part] for operand in operands[:2]), *operands[2:])
+    """The operands of one chunk's tokens."""
+    by_token = [None if operand is None else operand[part] for operand in operands[:BY_TOKEN]]
+    return (*by_token, *operands[BY_TOKEN:])
 
 
 class _Read(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, call: _Call, *operands: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, call: _Call, *operands: Tensor | None) -> tuple[Tensor, ...]:
         by_chunk: list[list[Tensor]] = []
+        assert operands[0] is not None
         for part in chunks(len(operands[0]), call.size):
             by_chunk.append(call.read(part, _of_chunk(operands, part)))
         results = tuple(torch.cat(rows) for rows in zip(*by_chunk, strict=True))
@@ -76,14 +85,21 @@ class _Read(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         operands = ctx.saved_tensors
-        totals = [torch.zeros_like(operand) for operand in operands]
-        # B's gradient is a sum over chunks, which bfloat16 would round at each.
-        if len(operands) == 3:
-            totals[2] = totals[2].to(wide(totals[2].dtype))
+        totals: list[Tensor | None] = []
+        for place, operand in enumerate(operands):
+            if operand is None:
+                totals.append(None)
+                continue
+            # What belongs to all tokens has a sum over chunks, which bfloat16 would round at each.
+            dtype = operand.dtype if place < BY_TOKEN else wide(operand.dtype)
+            totals.append(torch.zeros_like(operand, dtype=dtype))
         for part in chunks(len(operands[0]), ctx.call.size):
-            leaves = [leaf.detach().requires_grad_() for leaf in _of_chunk(operands, part)]
+            own: list[Tensor | None] = []
+            for operand in _of_chunk(operands, part):
+                own.append(None if operand is None else operand.detach().requires_grad_())
+            leaves = [leaf for leaf in own if leaf is not None]
             with torch.enable_grad():
-                results = ctx.call.read(part, tuple(leaves))
+                results = ctx.call.read(part, own)
             wanted: list[Tensor] = []
             incoming: list[Tensor] = []
             for result, gradient in zip(results, grads, strict=True):
@@ -93,25 +109,31 @@ class _Read(torch.autograd.Function):
                     # Every rank has the same result, and one t-th of the loss is each one's.
                     incoming.append(gradient[part] / ctx.call.group.size())
             if wanted:
-                of_chunk = torch.autograd.grad(wanted, leaves, incoming)
-                for total, gradient in zip(_of_chunk(totals, part), of_chunk, strict=True):
-                    # A view of x's and h's rows, written once; the whole of B's, added up.
-                    total += gradient
-        return None, *(t.to(o.dtype) for t, o in zip(totals, operands, strict=True))
+                of_chunk = iter(torch.autograd.grad(wanted, leaves, incoming))
+                for total in _of_chunk(totals, part):
+                    # A view of x's and h's rows, written once; all of B and trained rows, added up.
+                    if total is not None:
+                        total += next(of_chunk)
+        gradients: list[Tensor | None] = []
+        for total, operand in zip(totals, operands, strict=True):
+            gradients.append(None if total is None else total.to(operand.dtype))
+        return None, *gradients
 
 
 def read_chunks(
     x_NH: Tensor, weight_VH: Tensor, targets_N: Tensor | None, group: ProcessGroup, size: int,
     want: Mapping[str, Reader], *, h_NR: Tensor | None = None, b_VR: Tensor | None = None,
+    trained: TrainedRows | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Name -> result of each reader for all tokens.
 
-    Operands are those of ``token_logprobs``. Gradients reach x, h and B alone: a tensor that a
-    reader brings along gets none.
+    Operands are those of ``token_logprobs``. Gradients reach x, h, B and trained rows alone: a
+    tensor that a reader brings along gets none.
     """
-    call = _Call(weight_VH, targets_N, group, size, tuple(want.values()))
-    operands = (x_NH,) if h_NR is None else (x_NH, h_NR, b_VR)
-    flat: Any = iter(_Read.apply(call, *operands))  # pyright: ignore[reportArgumentType]
+    rows_KH = None if trained is None else trained.rows_KH
+    columns_K = None if trained is None else trained.columns_K
+    call = _Call(weight_VH, targets_N, group, size, tuple(want.values()), columns_K)
+    flat: Any = iter(_Read.apply(call, x_NH, h_NR, b_VR, rows_KH))
     found: dict[str, Any] = {}
     for name, length in zip(want, call.lengths, strict=True):
         found[name] = tuple(next(flat) for _ in range(length)) if length else next(flat)

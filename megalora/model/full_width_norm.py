@@ -2,6 +2,7 @@
 
     y = x r w                       r = (sum of x^2 over all heads / n + eps)^(-1/2)
     dx = r (w dy) - x r^3 / n * (sum of w dy x over all heads)
+    dw = sum of dy x r over all tokens, where the weight is trained
 
 Both sums run over the heads of all ranks: every rank's output depends on every rank's input, so
 the sum in backward is as much a part of the function as the one in forward. Without it losses stay
@@ -44,9 +45,14 @@ class _Normalise(torch.autograd.Function):
         scaled = grads[0].to(r_SB.dtype) * weight_hd
         products_SB = _sum_over_ranks((scaled * wide).sum((-2, -1)), ctx.group)
         shift_SB = r_SB**3 * products_SB / ctx.width
-        # r (w dy) - x r^3 / n * sum; the weight is frozen and gets no gradient.
+        dweight_hd = None
+        if ctx.needs_input_grad[1]:
+            # [S, B, h, d] -> [h, d]
+            normed = wide * r_SB[..., None, None]
+            dweight_hd = (grads[0].to(r_SB.dtype) * normed).sum((0, 1)).to(weight_hd.dtype)
+        # r (w dy) - x r^3 / n * sum
         dx = scaled * r_SB[..., None, None] - wide * shift_SB[..., None, None]
-        return dx.to(x_SBhd.dtype), None, None, None, None
+        return dx.to(x_SBhd.dtype), dweight_hd, None, None, None
 
 
 def _sum_over_ranks(values_SB: Tensor, group: Any) -> Tensor:
@@ -61,7 +67,7 @@ class FullWidthRMSNorm(nn.Module):
     features. One all-reduce of ``[S, B]`` numbers forward, one backward.
 
     tensor   shape on one rank   across TP
-    weight   [h * d]             dim 0, with the heads; frozen
+    weight   [h * d]             dim 0, with the heads
     x, y     [S, B, h, d]        dim 2
     """
 

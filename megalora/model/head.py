@@ -29,7 +29,7 @@ from megalora.comm import gather_seq
 from megalora.model.chunked_readers import read_chunks
 from megalora.model.head_chunk import CHUNK_BYTES, chunk_tokens
 from megalora.model.score_head import ScoreHead
-from megalora.model.token_logprobs import token_logprobs, wide
+from megalora.model.token_logprobs import TrainedRows, token_logprobs, wide
 from megalora.model.vocab_logits import Reader, logprob, logsumexp, mean_logit
 
 FUSED = (logprob, logsumexp, mean_logit)
@@ -40,10 +40,10 @@ Outputs = dict[str, Any]
 
 @dataclass(frozen=True, eq=False)
 class Head:
-    """The frozen output layer on this rank, with or without an adapter.
+    """The output layer on this rank, with or without an adapter or trained rows.
 
     tensor   shape on one rank   across TP           gradient across TP
-    weight   [V/t, H]            dim 0, in order     none
+    weight   [V/t, H]            dim 0, in order     none, but for trained rows
     b        [V/t, R]            dim 0               whole
     x        [N, H]              replicated          partial: each rank saw V/t entries
     h        [N, R]              replicated          partial
@@ -56,6 +56,8 @@ class Head:
     group: ProcessGroup
     b: Tensor | None = None
     """B of the adapter, scale folded in."""
+    trained: TrainedRows | None = None
+    """Rows of the weight that are trained."""
     chunk_bytes: int = CHUNK_BYTES
 
     def chunk_size(self, bytes_per_logit: int) -> int:
@@ -88,12 +90,14 @@ class Head:
                 x_NH, self.weight, targets_N, self.group,
                 self.chunk_size(wide_bytes + dtype_bytes),
                 with_mean=mean_logit in want.values(), h_NR=h_NR, b_VR=self.b,
+                trained=self.trained,
             )  # fmt: skip
             return {name: results[FUSED.index(reader)] for name, reader in want.items()}
         size = self.chunk_size(4 * wide_bytes + dtype_bytes)
         return read_chunks(
-            x_NH, self.weight, targets_N, self.group, size, want, h_NR=h_NR, b_VR=self.b
-        )
+            x_NH, self.weight, targets_N, self.group, size, want, h_NR=h_NR, b_VR=self.b,
+            trained=self.trained,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +134,7 @@ def project(
         # A x of the rank's own tokens, dropout included, as the layer itself computes it.
         h_NR = _select(adapter.low_rank(hidden_states), context.positions)
         b_VR = adapter.factors.stacked_b()
-    head = Head(weight, base.tp_group, b_VR, context.chunk_bytes)
+    head = Head(weight.detach(), base.tp_group, b_VR, _trained(base, weight), context.chunk_bytes)
     return head(x_NH, context.targets, context.want, h_NR)
 
 
@@ -143,7 +147,7 @@ def last_hidden(
     is this rank's part of the output weight, without an adapter."""
     base, _ = _layers(output_layer)
     x_NH, weight = _operands(hidden_states, base, output_weight, context, config)
-    return {"hidden": x_NH, "weight": weight}
+    return {"hidden": x_NH, "weight": weight.detach()}
 
 
 def _layers(output_layer: Any) -> tuple[Any, Any]:
@@ -156,13 +160,21 @@ def _layers(output_layer: Any) -> tuple[Any, Any]:
 def _operands(
     hidden_states: Tensor, base: Any, output_weight: Tensor | None, context: Wanted, config: Any
 ) -> tuple[Tensor, Tensor]:
-    """(x [N, H] of all tokens in question, frozen weight [V/t, H])."""
+    """(x [N, H] of all tokens in question, output weight [V/t, H])."""
     assert not getattr(config, "use_mup", False), "the head does not scale logits"
     group = base.tp_group
     assert config.sequence_parallel == (group.size() > 1), "hidden states are split over TP"
     weight = base.weight if output_weight is None else output_weight
     # Backward of the gather sums the ranks' parts of dx and hands each its own tokens.
-    return _select(gather_seq(hidden_states, group), context.positions), weight.detach()
+    return _select(gather_seq(hidden_states, group), context.positions), weight
+
+
+def _trained(base: Any, weight: Tensor) -> TrainedRows | None:
+    """Rows of the output weight that are trained; None where it is frozen."""
+    # ``lora/unfrozen.py`` puts them there.
+    if (rows := getattr(base, "trained_rows", None)) is not None:
+        return rows.of_rank()
+    return TrainedRows(weight, None) if weight.requires_grad else None
 
 
 def _select(x_T1F: Tensor, positions_N: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Route tokens to experts with a router whose weight and correction bias are frozen.
+"""Route tokens to experts, with a correction bias that is frozen.
 
     softmax     scores are softmax over all experts before the choice, or over the chosen ones after
     sigmoid     scores are sigmoids; a correction bias takes part in the choice alone, and experts
@@ -22,10 +22,10 @@ Megatron's own takes the best ``top_k // group_topk``, which is 2 for DeepSeek-V
 
 
 class FrozenRouter(TopKRouter):
-    """Megatron's top-k router with a weight and a correction bias that never change.
+    """Megatron's top-k router with a correction bias that never changes, and a weight that does
+    where it is trained whole (``lora/unfrozen.py``).
 
-    Its own gating computes the weight's gradient even where the weight is frozen, and after every
-    step ``finalize_model_grads`` moves the correction bias towards balanced experts.
+    Its own gating computes the weight's gradient even where the weight is frozen.
 
     tensor        shape     dtype            across TP
     weight        [E, H]    the model's      replicated

@@ -45,6 +45,11 @@ class ModelShape:
     """Standard deviation of new weights."""
     num_scores: int = 0
     """Numbers that a score head gives each token in place of lm_head; 0 where there is lm_head."""
+    saved: tuple[str, ...] = ()
+    """HF modules of the base that are trained whole (``lora.modules_to_save``)."""
+    tokens: tuple[int, ...] = ()
+    """Token ids whose rows of the embedding are trained (``lora.trainable_token_indices``), in
+    ascending order."""
     rotary_dim: int | None = None
     """Features of a head that the rotary embedding turns, the first ones; None for all."""
 

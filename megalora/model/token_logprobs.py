@@ -15,10 +15,12 @@ as a loss over whole logits takes. d is made with the one-hot in it: p W - W_y w
 of a token that the model is sure of once p W is rounded to bfloat16.
 
 With an adapter, dB sums over tokens weighted with g, which only backward knows: it computes each
-chunk's logits again, three products in all.
+chunk's logits again, three products in all. So it does where W is trained, or some of its rows:
+
+    dW = sum over tokens of (g_logprob (onehot_y - p) + g_lse p + g_mean / V) x^T
 
 Legend: N tokens of the call, C tokens of a chunk, H hidden, V entries of this rank's vocabulary,
-R rank of the adapter.
+R rank of the adapter, K trained rows of W.
 """
 
 from collections.abc import Iterator
@@ -46,12 +48,30 @@ def chunks(num_tokens: int, size: int) -> Iterator[slice]:
         yield slice(begin, min(begin + size, num_tokens))
 
 
+@dataclass(frozen=True, eq=False)
+class TrainedRows:
+    """Rows of the output weight that are trained and that stand in place of the weight's own."""
+
+    rows_KH: Tensor
+    """[K, H]; the weight itself where it is trained whole."""
+    columns_K: Tensor | None
+    """[K] int64: this rank's columns of the logits that the rows make; None for the whole
+    weight."""
+
+
 def logits_of(
-    x_CH: Tensor, weight_VH: Tensor, h_CR: Tensor | None = None, b_VR: Tensor | None = None
-) -> Tensor:
+    x_CH: Tensor, weight_VH: Tensor, h_CR: Tensor | None = None, b_VR: Tensor | None = None,
+    rows_KH: Tensor | None = None, columns_K: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """[C, V] in float32 or wider. They are rounded to x's dtype first, as those of the layer
     itself are."""
+    # Without columns the rows are the weight.
+    if rows_KH is not None and columns_K is None:
+        weight_VH = rows_KH
     logits = F.linear(x_CH, weight_VH)
+    if rows_KH is not None and columns_K is not None:
+        # Not a copy of the weight with other rows: it is the largest of the model.
+        logits = logits.index_copy_(1, columns_K, F.linear(x_CH, rows_KH))
     if h_CR is not None and b_VR is not None:
         # In place, as the layer adds its adapter: backward of F.linear does not need the old value.
         logits = logits.addmm_(h_CR, b_VR.t())
@@ -159,21 +179,25 @@ class _Frozen(torch.autograd.Function):
         return dx_NH, None, None, None, None, None
 
 
-class _Adapted(torch.autograd.Function):
+class _Trained(torch.autograd.Function):
+    """With an adapter (h and B), trained rows, or both."""
+
     @staticmethod
     def forward(
         ctx: Any, x_NH: Tensor, weight_VH: Tensor, targets_N: Tensor, group: ProcessGroup,
-        size: int, with_mean: bool, h_NR: Tensor, b_VR: Tensor,
+        size: int, with_mean: bool, h_NR: Tensor | None, b_VR: Tensor | None,
+        rows_KH: Tensor | None, columns_K: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         results = x_NH.new_empty(3, len(x_NH), dtype=wide(x_NH.dtype))
         for part in chunks(len(x_NH), size):
-            chunk = _read(
-                logits_of(x_NH[part], weight_VH, h_NR[part], b_VR),
-                targets_N[part], group, with_mean,
-            )  # fmt: skip
+            logits = logits_of(x_NH[part], weight_VH, _part(h_NR, part), b_VR, rows_KH, columns_K)
+            chunk = _read(logits, targets_N[part], group, with_mean)
             results[:, part] = chunk.results
-            del chunk
-        ctx.save_for_backward(x_NH, weight_VH, targets_N, h_NR, b_VR, results[1])
+            # Or the next chunk's logits would lie beside these.
+            del chunk, logits
+        ctx.save_for_backward(
+            x_NH, weight_VH, targets_N, h_NR, b_VR, rows_KH, columns_K, results[1]
+        )
         ctx.group = group
         ctx.size = size
         ctx.set_materialize_grads(False)
@@ -182,17 +206,20 @@ class _Adapted(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        x_NH, weight_VH, targets_N, h_NR, b_VR, lse_N = ctx.saved_tensors
+        x_NH, weight_VH, targets_N, h_NR, b_VR, rows_KH, columns_K, lse_N = ctx.saved_tensors
         nothing_N = torch.zeros_like(lse_N)
         g_logprob, g_lse = [nothing_N if g is None else g for g in grads[:2]]
         g_mean = grads[2]
         # With nothing adapted below the head, x has no use for a gradient.
         dx_NH = torch.empty_like(x_NH) if ctx.needs_input_grad[0] else None
-        dh_NR = torch.empty_like(h_NR)
-        db_VR = torch.zeros_like(b_VR, dtype=lse_N.dtype)
+        dh_NR = None if h_NR is None else torch.empty_like(h_NR)
+        # Sums over chunks, which bfloat16 would round at each.
+        db_VR = None if b_VR is None else torch.zeros_like(b_VR, dtype=lse_N.dtype)
+        drows_KH = None if rows_KH is None else torch.zeros_like(rows_KH, dtype=lse_N.dtype)
         vocab = len(weight_VH) * ctx.group.size()
         for part in chunks(len(x_NH), ctx.size):
-            logits = logits_of(x_NH[part], weight_VH, h_NR[part], b_VR)
+            h_CR = _part(h_NR, part)
+            logits = logits_of(x_NH[part], weight_VH, h_CR, b_VR, rows_KH, columns_K)
             # The sum over all ranks is known from forward: nothing to send.
             probabilities = logits.sub_(lse_N[part, None]).exp_()
             d_CV = probabilities.mul_((g_lse - g_logprob)[part, None])
@@ -200,32 +227,69 @@ class _Adapted(torch.autograd.Function):
             if g_mean is not None:
                 d_CV += (g_mean[part] / vocab)[:, None]
             rounded_CV = d_CV.to(x_NH.dtype)
-            if dx_NH is not None:
+            if h_CR is not None and b_VR is not None:
+                torch.mm(rounded_CV, b_VR, out=dh_NR[part])
+                db_VR += rounded_CV.t() @ h_CR
+            # Last: with trained rows it is overwritten.
+            if rows_KH is not None:
+                dx_CH = _back_through_rows(rounded_CV, x_NH[part], weight_VH, rows_KH, columns_K,
+                                           drows_KH)  # fmt: skip
+                if dx_NH is not None:
+                    dx_NH[part] = dx_CH
+            elif dx_NH is not None:
                 torch.mm(rounded_CV, weight_VH, out=dx_NH[part])
-            torch.mm(rounded_CV, b_VR, out=dh_NR[part])
-            db_VR += rounded_CV.t() @ h_NR[part]
             del logits, probabilities, d_CV, rounded_CV
-        return dx_NH, None, None, None, None, None, dh_NR, db_VR.to(b_VR.dtype)
+        if db_VR is not None:
+            db_VR = db_VR.to(b_VR.dtype)
+        if drows_KH is not None:
+            drows_KH = drows_KH.to(rows_KH.dtype)
+        return dx_NH, None, None, None, None, None, dh_NR, db_VR, drows_KH, None
+
+
+def _part(h_NR: Tensor | None, part: slice) -> Tensor | None:
+    return None if h_NR is None else h_NR[part]
+
+
+def _back_through_rows(
+    d_CV: Tensor, x_CH: Tensor, weight_VH: Tensor, rows_KH: Tensor, columns_K: Tensor | None,
+    drows_KH: Tensor,
+) -> Tensor:  # fmt: skip
+    """Add a chunk's gradient of the trained rows to ``drows_KH``; returns that of x. Consumes
+    ``d_CV``."""
+    if columns_K is None:
+        drows_KH += d_CV.t() @ x_CH
+        return d_CV @ rows_KH
+    d_CK = d_CV[:, columns_K]
+    drows_KH += d_CK.t() @ x_CH
+    # Where a trained row made the logit, the weight's own row took no part in it.
+    return d_CV.index_fill_(1, columns_K, 0) @ weight_VH + d_CK @ rows_KH
 
 
 def token_logprobs(
     x_NH: Tensor, weight_VH: Tensor, targets_N: Tensor, group: ProcessGroup, size: int,
     *, with_mean: bool = False, h_NR: Tensor | None = None, b_VR: Tensor | None = None,
+    trained: TrainedRows | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(log-probability of each token, logsumexp, mean logit), each ``[N]`` in float32 or wider, on
     every rank of ``group``.
 
     Args:
         x_NH: all N tokens on every rank.
-        weight_VH: this rank's rows of the frozen output weight; ranks hold them in order.
+        weight_VH: this rank's rows of the output weight; ranks hold them in order. It gets no
+            gradient.
         targets_N: int64 token ids of the whole vocabulary.
         size: tokens of a chunk.
         with_mean: whether the mean logit is wanted; it is zeros otherwise.
         h_NR, b_VR: A x of the output layer's adapter on all tokens, and this rank's rows of its B,
             scale folded in.
+        trained: rows of the output weight that are trained, with gradients.
     """
-    if h_NR is None or b_VR is None:
+    if h_NR is None and trained is None:
         results: Any = _Frozen.apply(x_NH, weight_VH, targets_N, group, size, with_mean)
-    else:
-        results = _Adapted.apply(x_NH, weight_VH, targets_N, group, size, with_mean, h_NR, b_VR)
+        return results
+    rows_KH = None if trained is None else trained.rows_KH
+    columns_K = None if trained is None else trained.columns_K
+    results = _Trained.apply(
+        x_NH, weight_VH, targets_N, group, size, with_mean, h_NR, b_VR, rows_KH, columns_K
+    )
     return results

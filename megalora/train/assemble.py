@@ -174,8 +174,9 @@ def assemble(
     inputs = inputs or Inputs.read(config)
     with parallel_groups(config.parallel, config.train.seed) as groups:
         model = build_for_training(
-            config, inputs.shape, inputs.adapted, groups, make_base, resumed=resumed
-        )
+            config, inputs.shape, inputs.adapted, groups, make_base, resumed=resumed,
+            keeps_base=config.objective.asks_base,
+        )  # fmt: skip
         # Before the optimizer, which copies the adapters into its float32 masters.
         if prepare is not None:
             prepare(model)
@@ -198,8 +199,13 @@ def build_for_training(
     make_base: MakeBase | None = None,
     *,
     resumed: bool = False,
+    keeps_base: bool = False,
 ) -> AdaptedModel:
     """The base with adapters and recomputation on this rank, without an optimizer; collective.
+
+    Args:
+        resumed: as in ``build_adapted``.
+        keeps_base: as in ``unfreeze``; passes of the base need it.
 
     Raises:
         ValueError: ``model.attention`` names what this machine does not have, or as ``build_model``
@@ -212,7 +218,7 @@ def build_for_training(
     model = build_adapted(
         make_base, shape, adapted, groups, resumed=resumed,
         model=config.model, parallel=config.parallel, lora=config.lora, seed=config.train.seed,
-        rows_per_expert=shape.rows_per_expert(config),
+        rows_per_expert=shape.rows_per_expert(config), keeps_base=keeps_base,
     )  # fmt: skip
     # After the adapters are in: recomputation wraps layers from outside, adapters included.
     apply_recompute(model.chunks, config.train.recompute)

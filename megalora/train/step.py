@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import finalize_model_grads
+from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from megalora import host
@@ -262,17 +262,25 @@ class Stepper:
         )  # fmt: skip
 
     def _finalize(self, model: Any, num_tokens: Tensor | None = None, **kwargs: Any) -> None:
-        """Check gradients, reduce them over data parallelism as Megatron does, then sum those of
-        replicated factors over the group that the table names.
+        """Check gradients, reduce them over data parallelism, sum those of a tied embedding over
+        its two stages, then those of replicated factors over the group that the table names.
 
         In this order replicas get the same bits: data-parallel reductions of two tensor-parallel
         ranks are different collectives, which may add in different orders. Megatron's reduction
         leaves values outside a rank's own slice, which are summed too and not read.
+
+        In place of Megatron's ``finalize_model_grads``, which would sum some trained norms and
+        routers a second time, by their names.
         """
         if self.check is not None:
             self.check.after_backward(self.b_has_moved)
-        # Without ``num_tokens``: the objective has divided each term already.
-        finalize_model_grads(model, None, **kwargs)
+        # Nothing is divided by ``num_tokens``: the objective has divided each term already.
+        for chunk in model:
+            chunk.finish_grad_sync(force_all_reduce=kwargs.get("force_all_reduce", False))
+        for parameter in self.parameters:
+            if getattr(parameter, "shared_embedding", False):
+                both_ends = parallel_state.get_embedding_group()
+                dist.all_reduce(parameter.main_grad, group=both_ends)  # pyright: ignore
         for name in ("tp", "etp"):
             partial_gradients = [p for p in self.parameters if p.sum_group == name]  # pyright: ignore[reportAttributeAccessIssue]
             sum_partial_gradients(partial_gradients, self.groups.named(name))

@@ -158,7 +158,7 @@ def own_model(folder: Path, shape: ModelShape, adapter: Adapter) -> Iterator[Any
         model = build_adapted(
             partial(build_model, folder=folder), shape, adapter.adapted, groups,
             model=ModelConfig(path=str(folder), dtype="float32"), parallel=ParallelConfig(),
-            lora=LoRAConfig(), seed=0,
+            lora=LoRAConfig(), seed=0, keeps_base=True,
         )  # fmt: skip
         load_adapter(model, adapter.tensors)
         yield model.chunks[0].eval()

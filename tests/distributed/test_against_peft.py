@@ -146,6 +146,8 @@ def check_gradients(
     loss, found = run_ranks(first_gradients, world, config, tmp_path / WEIGHTS)[0]
     # The limits of the grid: ``LIMITS`` in tests/parity/case.py says where they come from.
     assert loss == pytest.approx(expected_loss, rel=1e-6)
+    # A tied embedding is in the file under both names, and is trained under one.
+    expected = {name: value for name, value in expected.items() if name in factors}
     assert of_largest(found, expected) <= 1e-5
     # Zeros equal zeros: every projection must have a gradient for the comparison to mean something.
     trained = set()

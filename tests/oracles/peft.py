@@ -95,6 +95,14 @@ class PeftOracle:
             return _of_expert(fused, expert, projection, factor, shape)
         if name.endswith(".lora_B.bias"):
             return trained[f"{name.removesuffix('.bias')}.{adapter}.bias"]
+        stem = name.removesuffix(".weight")
+        if name.endswith(".trainable_tokens_delta"):
+            return trained[f"{name}.{adapter}"]
+        if ".lora_" not in name:
+            saved = trained.get(f"{stem}.modules_to_save.{adapter}.weight")
+            # A head that is tied to the embedding is one parameter with it.
+            tied = "base_model.model.model.embed_tokens"
+            return trained[f"{tied}.modules_to_save.{adapter}.weight"] if saved is None else saved
         stem, factor = name.removesuffix(".weight").rsplit(".", 1)
         return trained[f"{stem}.{factor}.{adapter}.weight"]
 

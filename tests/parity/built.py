@@ -18,6 +18,7 @@ from megalora.lora.magnitude import refresh_norms
 from megalora.lora.select import resolve
 from megalora.lora.spec import Adapted
 from megalora.lora.trained_weight import trained_weights
+from megalora.lora.whole import with_trained
 from megalora.model.fields import model_shape
 from megalora.train.assemble import Run, assemble
 from tests.parity.gradients import reduced_gradients
@@ -69,6 +70,7 @@ def random_factors(
     its weight's. ``num_scores``: of a score head, whose weight is among them."""
 
     shape = replace(model_shape(read_hf_config(base)), num_scores=num_scores)
+    shape = with_trained(config, shape)
     adapted = resolve(config, shape)
     generator = torch.Generator().manual_seed(seed)
     factors = {}
@@ -94,9 +96,11 @@ def random_factors(
                 magnitude = torch.rand(a.shape("M"), generator=generator)
                 factors[a.tensor_name("M", expert)] = 0.5 + magnitude
     for weight in trained_weights(shape):
-        # Scores have a spread of 1, as hidden states behind a norm have.
-        drawn = torch.randn(weight.size, generator=generator)
-        factors[weight.tensor] = drawn / shape.hidden**0.5
+        # Scores, logits and choices have a spread of 1, as hidden states behind a norm have.
+        drawn = torch.randn(weight.size, generator=generator) / shape.hidden**0.5
+        if len(weight.size) == 1:
+            drawn = 0.5 + torch.rand(weight.size, generator=generator)
+        factors[weight.tensor] = drawn
     return adapted, factors
 
 

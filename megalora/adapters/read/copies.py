@@ -18,18 +18,18 @@ import numpy as np
 from megalora.adapters.read.weights import FLOATS, AdapterWeights, as_floats, mapped_rows
 from megalora.hf.folder import weight_shards
 from megalora.hf.safetensors import Stored, read_header
-from megalora.hf.tensor_names import parse_weight, published_name
-from megalora.lora.modules import EMBEDDING, linear_modules
+from megalora.hf.tensor_names import EMBED_TOKENS, parse_weight, published_name
+from megalora.lora.modules import linear_modules
 from megalora.model.shape import ModelShape
 
-TIED = (EMBEDDING, "lm_head")
+TIED = (EMBED_TOKENS, "lm_head")
 """One weight, under either name, where the base ties them."""
 
 
 def copies_in(weights: AdapterWeights, shape: ModelShape) -> dict[str, str]:
     """Tensor name -> HF module, for what can only be a weight of this base: of its embedding or of
     one of its linears."""
-    modules = {EMBEDDING} | linear_modules(shape).keys()
+    modules = {EMBED_TOKENS} | linear_modules(shape).keys()
     copies = {}
     for name in weights.info:
         module = parse_weight(name)
@@ -85,7 +85,7 @@ def check_copies(
 
 def _size(module: str, shape: ModelShape) -> tuple[int, int]:
     """Shape of the weight of the embedding or of a linear."""
-    if module == EMBEDDING:
+    if module == EMBED_TOKENS:
         return shape.vocab, shape.hidden
     projection, _, _ = linear_modules(shape)[module]
     return projection.features(shape)

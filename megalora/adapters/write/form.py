@@ -19,7 +19,6 @@ an adapter that was trained so can be written so.
 
 import json
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,8 @@ from megalora.adapters.as_plain import as_plain, plain_form
 from megalora.adapters.files import CONFIG, LORA, PART_DORA, WEIGHTS
 from megalora.adapters.read.stacked import DOWN, GATE_UP, Factors, pack, stacked_factors
 from megalora.adapters.write.engines import FileFormat
-from megalora.hf.tensor_names import SCORE, experts_block, within_layer
+from megalora.adapters.write.whole import whole_options, whole_tensors
+from megalora.hf.tensor_names import experts_block, within_layer
 from megalora.lora.section import most_common, without_noise
 from megalora.lora.spec import (
     PLAIN,
@@ -44,7 +44,7 @@ from megalora.lora.spec import (
     make_adapted,
     tensor_name,
 )
-from megalora.lora.trained_weight import TrainedWeight, trained_weights
+from megalora.lora.trained_weight import trained_weights
 from megalora.model.families import layer_projections
 from megalora.model.projections import DENSE_MLP, SHARED_EXPERT, SHARED_EXPERTS, Projection
 from megalora.model.shape import ModelShape
@@ -100,7 +100,10 @@ def _group(projection: Projection) -> str:
 def num_tensors(adapted: list[Adapted], shape: ModelShape) -> int:
     """Number of tensors in a checkpoint's adapter file: all factors of each linear, and weights
     that are trained whole."""
-    count = len(trained_weights(shape))
+    count = 0
+    for weight in trained_weights(shape):
+        # A tied embedding is there under both names.
+        count += 2 if weight.tied and not weight.tokens else 1
     for written, _ in export_form(plain_form(adapted), shape):
         count += len(written.factors) * len(written.hf_modules())
     return count
@@ -196,7 +199,6 @@ def _either(name: str, other: str) -> str:
 def peft_config(
     entries: list[_Entry],
     base: str,
-    whole: Sequence[TrainedWeight] = (),
     *,
     use_dora: bool = False,
     peft_type: str = LORA,
@@ -204,7 +206,6 @@ def peft_config(
     """``adapter_config.json``; what deviates from r and lora_alpha becomes a pattern.
 
     Args:
-        whole: weights that are trained whole.
         peft_type: one of ``files.py``.
     """
     default = [e for e in entries if e.decides_default] or entries
@@ -227,15 +228,12 @@ def peft_config(
             rank_pattern[key] = e.rank
         if e.alpha != alpha:
             alpha_pattern[key] = e.alpha
-    saved = [weight.module for weight in whole]
-    # PEFT makes a classifier of the base where it reads this.
-    task = "SEQ_CLS" if SCORE in saved else "CAUSAL_LM"
     return {
-        "peft_type": peft_type, "task_type": task, "base_model_name_or_path": base,
+        "peft_type": peft_type, "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
         "inference_mode": True,
         "r": rank, "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none", "use_rslora": False,
         "use_dora": use_dora,
-        "fan_in_fan_out": False, "init_lora_weights": True, "modules_to_save": saved or None,
+        "fan_in_fan_out": False, "init_lora_weights": True, "modules_to_save": None,
         "target_modules": sorted(targets), "target_parameters": sorted(parameters) or None,
         "rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern,
     }  # fmt: skip
@@ -330,14 +328,13 @@ def write_adapter(
         of_experts, more = _stacked(adapted, shape, trained)
         tensors = tensors | of_experts
         entries = entries + more
-    whole = trained_weights(shape)
-    for weight in whole:
-        tensors[weight.tensor] = trained[weight.tensor].contiguous()
+    tensors |= whole_tensors(shape, trained)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt", **metadata})
     # PEFT has DoRA on all that a folder adapts, zeros included, or on nothing.
     peft_type = PART_DORA if in_parts(written) else LORA
     has_dora = has_magnitudes(written)
-    config = peft_config(entries, base, whole, use_dora=has_dora, peft_type=peft_type)
+    config = peft_config(entries, base, use_dora=has_dora, peft_type=peft_type)
+    config |= whole_options(shape)
     if has_biases(written):
         config["lora_bias"] = True
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")

@@ -1,0 +1,62 @@
+"""Write weights that are trained whole, and trained rows of the embedding, as PEFT does.
+
+PEFT trains every module whose name *ends* in an entry of ``modules_to_save``: its "norm" is also
+``input_layernorm`` and ``q_norm``. So entries begin where a name of the model does.
+
+A tied embedding is one weight here. PEFT makes a copy of it for each name, unless the file has
+``ensure_weight_tying`` and the weight under both names.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from megalora.hf.tensor_names import SCORE, weight_name, within_layer
+from megalora.lora.trained_weight import TrainedWeight, savable, trained_weights
+from megalora.lora.whole import LM_HEAD
+from megalora.model.shape import ModelShape
+
+
+def whole_tensors(shape: ModelShape, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The file's tensors of all that is trained beside factors."""
+    tensors: dict[str, Tensor] = {}
+    for weight in trained_weights(shape):
+        tensors[weight.tensor] = trained[weight.tensor].contiguous()
+        if weight.tied and not weight.tokens:
+            # A copy, because a file holds no tensor under two names.
+            tensors[weight_name(LM_HEAD)] = trained[weight.tensor].clone()
+    return tensors
+
+
+def whole_options(shape: ModelShape) -> dict[str, Any]:
+    """Options of ``adapter_config.json`` that make PEFT load these tensors."""
+    weights = trained_weights(shape)
+    options: dict[str, Any] = {"modules_to_save": _entries(weights, shape) or None}
+    # PEFT makes a classifier of the base where it reads this.
+    options["task_type"] = "SEQ_CLS" if shape.num_scores else "CAUSAL_LM"
+    for weight in weights:
+        if weight.tokens:
+            # In the order of the rows.
+            options["trainable_token_indices"] = list(weight.tokens)
+        if weight.tied:
+            options["ensure_weight_tying"] = True
+    return options
+
+
+def _entries(weights: Sequence[TrainedWeight], shape: ModelShape) -> list[str]:
+    """``modules_to_save``: a name without its layer where all layers are trained that have it."""
+    layers_with: dict[str, int] = defaultdict(int)
+    for weight in savable(shape):
+        layers_with[within_layer(weight.module)] += 1
+    trained: dict[str, list[str]] = defaultdict(list)
+    for weight in weights:
+        if not weight.tokens:
+            trained[within_layer(weight.module)].append(weight.module)
+    entries: list[str] = []
+    for name, modules in trained.items():
+        # The score head is none of the base's weights.
+        everywhere = name == SCORE or len(modules) == layers_with[name]
+        entries += [name] if everywhere else modules
+    return entries

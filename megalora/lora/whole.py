@@ -1,0 +1,86 @@
+"""Select the weights that a ``lora`` section trains whole, and the tokens whose rows it trains."""
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import replace
+
+from megalora.config import LoRAConfig
+from megalora.hf.tensor_names import EMBED_TOKENS
+from megalora.lora.patterns import end_pattern
+from megalora.lora.spec import Adapted
+from megalora.lora.trained_weight import savable
+from megalora.model.projections import HEAD
+from megalora.model.shape import ModelShape
+from megalora.wording import first_few
+
+LM_HEAD = HEAD[0].hf
+
+
+def with_trained(lora: LoRAConfig, shape: ModelShape) -> ModelShape:
+    """The model's sizes with what ``lora`` trains beside adapters.
+
+    Raises:
+        ValueError: an entry matches nothing that can be trained whole, a token is not in the
+            vocabulary, or the embedding is named by both options.
+    """
+    saved = _saved(lora.modules_to_save, shape)
+    tokens = tuple(sorted(lora.trainable_token_indices))
+    if tokens and tokens[-1] >= shape.vocab:
+        raise ValueError(
+            f"lora.trainable_token_indices: {tokens[-1]} is no token of this model's"
+            f" {shape.vocab:,}; resize and save the base first, if it is a new one"
+        )
+    if tokens and EMBED_TOKENS in saved:
+        raise ValueError(
+            "lora.trainable_token_indices: lora.modules_to_save trains all rows of embed_tokens"
+            " already: leave one of them out"
+        )
+    return replace(shape, saved=saved, tokens=tokens)
+
+
+def check_apart(adapted: Sequence[Adapted], shape: ModelShape) -> None:
+    """Raise ``ValueError`` for a linear that is adapted and trained whole at once, as PEFT does."""
+    both: list[str] = []
+    for a in adapted:
+        # A head that is adapted and tied to a trained embedding would be two weights in one.
+        is_tied_head = a.layer is None and shape.tied_embeddings
+        names = {a.hf_module(0), a.projection.loaded.format(layer=a.layer, expert=0)}
+        if is_tied_head:
+            names.add(EMBED_TOKENS)
+        if names & set(shape.saved) or (is_tied_head and shape.tokens):
+            both.append(a.hf_module(0))
+    if both:
+        raise ValueError(
+            f"{first_few(both)} would be adapted and trained whole (lora.modules_to_save,"
+            " lora.trainable_token_indices): leave it out of one of them, or of"
+            " lora.target_modules"
+        )
+
+
+def _saved(entries: Sequence[str], shape: ModelShape) -> tuple[str, ...]:
+    """HF modules that the entries mean, in the order of the model's layers."""
+    known = [weight.module for weight in savable(shape)]
+    # One weight under two names, of which the embedding's stands for both.
+    tied = shape.tied_embeddings and not shape.num_scores
+    meant: set[str] = set()
+    for entry in entries:
+        pattern = end_pattern("lora.modules_to_save", entry)
+        found = {module for module in known if pattern.match(module)}
+        if tied and pattern.match(LM_HEAD):
+            found.add(EMBED_TOKENS)
+        # From a dot on: PEFT's "norm" also means input_layernorm and q_norm.
+        if not found:
+            raise ValueError(_matches_nothing(entry, known))
+        meant |= found
+    return tuple(module for module in known if module in meant)
+
+
+def _matches_nothing(entry: str, known: Sequence[str]) -> str:
+    """The message for an entry that means no weight that can be trained whole."""
+    names = list(dict.fromkeys(module.rsplit(".", 1)[-1] for module in known))
+    close = difflib.get_close_matches(entry, names, n=1)
+    hint = f"; did you mean {close[0]}?" if close else "."
+    return (
+        f"lora.modules_to_save: {entry!r} matches nothing that can be trained whole{hint} Of this"
+        f" model these can: {', '.join(names)}"
+    )
