@@ -24,6 +24,7 @@ from megalora.atomic_folder import check_new, whole_or_gone
 from megalora.hf.folder import local_folder
 from megalora.hf.json_file import read_hf_config, read_json_object
 from megalora.lora.spec import in_parts
+from megalora.lora.whole import saved_entries
 from megalora.model.fields import model_shape
 from megalora.model.shape import ModelShape
 
@@ -119,7 +120,8 @@ def export(
             run = read_json_object(source / STATE_JSON)
         facts = Facts(
             named, out.name, layout, engine, adapter.adapted, zeros, adapter.absent, list(drop),
-            in_peft, adapter.num_scores, run,
+            in_peft, adapter.num_scores, saved_entries(shape) if adapter.saved else [],
+            adapter.tokens, run,
         )  # fmt: skip
         (temporary / CARD).write_text(card(facts))
         # With something left out, a server would rightly answer otherwise than the probe says.

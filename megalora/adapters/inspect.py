@@ -31,7 +31,9 @@ from megalora.hf.tensor_names import (
     is_training_only,
     parse_factor,
     parse_in_layer,
+    parse_tokens,
     parse_weight,
+    within_layer,
 )
 from megalora.wording import shorten
 
@@ -66,6 +68,7 @@ def describe(adapter: Path) -> str:
     zero_b = 0
     not_finite = []
     heads: list[str] = []
+    whole: dict[str, list[int]] = defaultdict(list)
     # One tensor at a time: an adapter of all experts is larger than some hosts' memory.
     for name, info in weights.info.items():
         tensor = weights.tensor(name)
@@ -75,6 +78,13 @@ def describe(adapter: Path) -> str:
         if has_score(config) and parse_weight(name) == SCORE and tensor.dim() == 2:
             num_parameters += tensor.numel()
             heads.append(_head_line(tensor))
+            continue
+        # Weights of the base that are trained themselves have one line for all of a name.
+        if part := _trained_part(name, config):
+            num_parameters += tensor.numel()
+            whole[part].append(tensor.numel())
+            if not torch.isfinite(tensor).all():
+                not_finite.append(name)
             continue
         dims = 1 if factor is not None and factor[1] in ("M", "C") else 2
         if factor is None or tensor.dim() != dims or info.dtype not in FLOATS:
@@ -90,6 +100,8 @@ def describe(adapter: Path) -> str:
     for (name, _), row in rows.items():
         lines.append(_line(name, row))
     lines += heads
+    for part, sizes in whole.items():
+        lines.append(f"{part}: {len(sizes)} tensors, {sum(sizes):,} parameters, trained whole")
     if zero_b:
         lines.append(f"B is zero in {zero_b} tensors: these adapters do nothing")
     if not_finite:
@@ -102,6 +114,21 @@ def _below_lines(adapter: Path) -> list[str]:
     """A line about adapters in sub-folders, where there are any."""
     below = adapters_below(adapter)
     return [f"sub-folders with adapters of their own: {', '.join(below)}"] if below else []
+
+
+def _trained_part(name: str, config: dict[str, Any]) -> str:
+    """What a tensor is of the base that is trained itself, by its name without the layer; nothing
+    for other tensors."""
+    if (module := parse_tokens(name)) is not None:
+        return f"rows of {within_layer(module)}"
+    module = parse_weight(name)
+    entries = config.get("modules_to_save") or ()
+    if module is None:
+        return ""
+    # By PEFT's rule, from the end of the name; a tied head is there beside the embedding.
+    is_tied_head = module == "lm_head" and bool(config.get("ensure_weight_tying"))
+    is_saved = is_tied_head or any(module.endswith(entry) for entry in entries)
+    return within_layer(module) if is_saved else ""
 
 
 def _head_line(score: torch.Tensor) -> str:
@@ -182,9 +209,6 @@ def _config_lines(config: dict[str, Any]) -> list[str]:
             " megalora export writes two folders that it loads together"
         )
     for key, why in not_plain(config).items():
-        # The head has a line of its own.
-        if key == "modules_to_save" and has_score(config):
-            continue
         lines.append(
             f"{CONFIG}: {key}={shorten(config[key])} is not plain LoRA, so that import, merge and"
             f" export refuse it: {why}"

@@ -34,6 +34,7 @@ from megalora.adapters.files import CONFIG
 from megalora.adapters.merge_head import Shard, add_lm_head, replace_lm_head, untie
 from megalora.adapters.merge_report import REPORT, MergedModule, MergeReport
 from megalora.adapters.merge_score import make_classifier
+from megalora.adapters.merge_whole import replace_whole
 from megalora.adapters.read.adapter import read_adapter
 from megalora.atomic_folder import check_new, check_space, whole_or_gone
 from megalora.hf.folder import INDEX, check_base_folder, local_folder, weight_shards
@@ -99,6 +100,7 @@ def merge(adapter: Path, base: str, out: Path) -> MergeReport:
     untied = shape.tied_embeddings and any(a.projection in HEAD for a in read.adapted)
     if untied:
         add_lm_head(folder, shards)
+    notes = [*read.notes, *replace_whole(folder, shards, read, shape)]
     blocks = _find_blocks(folder, read.adapted, shape, shards)
     others = [path for path in sorted(folder.iterdir()) if _is_copied(path)]
     num_bytes = 0
@@ -116,7 +118,7 @@ def merge(adapter: Path, base: str, out: Path) -> MergeReport:
             untie(temporary, shards)
         if score is not None:
             make_classifier(temporary, read, *score)
-        report = MergeReport(adapter, base, out, num_bytes, tuple(merged), tuple(read.notes))
+        report = MergeReport(adapter, base, out, num_bytes, tuple(merged), tuple(notes))
         (temporary / REPORT).write_text(json.dumps(report.to_json(), indent=1) + "\n")
     return report
 

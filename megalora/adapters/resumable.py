@@ -85,10 +85,10 @@ def import_adapter(
             "imported_from": str(source),
             "base": base,
             "adapted": settings(adapted),
-            "num_scores": shape.num_scores,
         }
-        if not shape.num_scores:
-            del state["num_scores"]
+        # Most adapters have none of these.
+        beside = {"num_scores": shape.num_scores, "saved": shape.saved, "tokens": shape.tokens}
+        state |= {key: value for key, value in beside.items() if value}
         state["identity"] = _base_identity(folder)
         (temporary / STATE_JSON).write_text(json.dumps(state, indent=1) + "\n")
         lora = OmegaConf.create({"lora": section})

@@ -79,10 +79,13 @@ def _of_checkpoint(adapter: Adapter, shape: ModelShape) -> TrainedForm:
     """What was trained, as the training state has it, in the dtype of the adapter's file."""
     state = read_state(adapter.folder)
     adapted = state.trained(shape)
-    whole = trained_weights(adapter.shape_of(shape))
+    own = adapter.shape_of(shape)
+    whole = trained_weights(own)
     # The optimizer's file holds the head too, of as many rows.
     if state.num_scores != adapter.num_scores:
         raise _contradiction(adapter, f"{WEIGHTS} has {adapter.num_scores} scores")
+    if state.shape_of(shape) != own:
+        raise _contradiction(adapter, f"{CONFIG} saves other modules or tokens of the base")
     dtypes: dict[str, torch.dtype] = {}
     for a in adapted:
         for expert, module in enumerate(a.hf_modules()):

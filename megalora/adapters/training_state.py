@@ -3,7 +3,7 @@ lie beside the optimizer's moments."""
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from megalora.lora.section import adapted_of, settings
 from megalora.lora.select import resolve
 from megalora.lora.spec import FACTORS_BY_NAME, Adapted, expected_tensors
 from megalora.lora.trained_weight import TrainedWeight
+from megalora.lora.whole import with_trained
 from megalora.model.shape import ModelShape
 
 Json = dict[str, Any]
@@ -54,6 +55,10 @@ class SavedState:
     """Finished steps when the adapter began that is trained now."""
     imported_scores: int = 0
     """Numbers that an imported score head gives."""
+    imported_saved: tuple[str, ...] = ()
+    """``ModelShape.saved`` of an imported adapter."""
+    imported_tokens: tuple[int, ...] = ()
+    """``ModelShape.tokens`` of an imported adapter."""
 
     @property
     def num_scores(self) -> int:
@@ -62,6 +67,25 @@ class SavedState:
         # Checkpoints of earlier versions have options that may be unknown now; none had a head.
         scored = options.get("name") in ("classify", "reward")
         return ObjectiveConfig(**options).num_scores if scored else self.imported_scores
+
+    def shape_of(self, base: ModelShape) -> ModelShape:
+        """The base's sizes with the score head, and with what is trained of the base.
+
+        Raises:
+            ValueError: the state describes another model than ``base``.
+        """
+        with_score = replace(base, num_scores=self.num_scores)
+        if self.imported_from is not None:
+            return replace(with_score, saved=self.imported_saved, tokens=self.imported_tokens)
+        lora = self.config["lora"]
+        # Earlier versions trained neither, and their other options may be unknown now.
+        if not lora.get("modules_to_save") and not lora.get("trainable_token_indices"):
+            return with_score
+        try:
+            return with_trained(LoRAConfig(**lora), with_score)
+        except (TypeError, ValueError) as error:
+            path = self.folder / STATE_JSON
+            raise ValueError(f"{path} does not fit this base: {error}") from None
 
     def trained(self, shape: ModelShape) -> list[Adapted]:
         """The projections that were trained, with their own ranks and scales.
@@ -106,6 +130,8 @@ def read_state(folder: Path) -> SavedState:
             base=_text(path, state, "base"),
             adapted=_adapted(path, state),
             imported_scores=_count(path, {"num_scores": 0, **state}, "num_scores"),
+            imported_saved=_texts(path, {"saved": [], **state}, "saved"),
+            imported_tokens=_counts(path, {"tokens": [], **state}, "tokens"),
             **known,
         )
     return SavedState(
@@ -201,6 +227,19 @@ def _text(path: Path, state: Json, key: str) -> str:
     value = state.get(key)
     _require(isinstance(value, str), path, key, "text", value)
     return str(value)
+
+
+def _texts(path: Path, state: Json, key: str) -> tuple[str, ...]:
+    value = state.get(key)
+    is_texts = isinstance(value, list) and all(isinstance(text, str) for text in value)
+    _require(is_texts, path, key, "a list of texts", value)
+    return tuple(value or ())
+
+
+def _counts(path: Path, state: Json, key: str) -> tuple[int, ...]:
+    value = state.get(key)
+    _require(isinstance(value, list), path, key, "a list of counts", value)
+    return tuple(_count(path, {key: count}, key) for count in value or ())
 
 
 def _sections(path: Path, state: Json) -> Json:

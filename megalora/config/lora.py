@@ -67,9 +67,9 @@ class LoRAConfig:
     modules_to_save: list[str] = field(default_factory=list)
     """Modules that are trained whole beside the adapters: ``embed_tokens``, ``lm_head``, ``gate``
     (the router), ``norm`` (the last one), ``input_layernorm``, ``post_attention_layernorm``,
-    ``q_norm``, ``k_norm``, or regular expressions on full module names. A tied embedding and lm_head
-    are one weight. Loads in PEFT; vLLM and SGLang need it merged. Without train.relora and with a
-    language model's head alone."""
+    ``q_norm``, ``k_norm``, or regular expressions on full module names. A tied embedding and
+    lm_head are one weight. Loads in PEFT; vLLM and SGLang need it merged. Without train.relora and
+    with a language model's head alone."""
     trainable_token_indices: list[int] = field(default_factory=list)
     """Token ids whose rows of the embedding are trained, and of a head that is tied to it, such as
     those of new special tokens. Loads in PEFT; vLLM and SGLang need it merged."""

@@ -76,7 +76,9 @@ def _build(plan: Plan, groups: Groups) -> AdaptedModel:
         # A checkpoint has its run's start as it was trained, without what engines want beside it.
         if config.objective.holds_start:
             adapter = trained_form(adapter, shape).adapter
-    model = build_for_training(config, shape, adapter.adapted if adapter else [], groups, keeps_base=True)
+    model = build_for_training(
+        config, shape, adapter.adapted if adapter else [], groups, keeps_base=True
+    )
     if adapter is not None:
         load_adapter(model, adapter.tensors)
     return model

@@ -58,6 +58,9 @@ _PLAIN_FACTOR = re.compile(
 _COPY = re.compile(r"(?P<module>.+?)(?:\.base_layer)?\.weight")
 _COPY_OF_VOCABULARY = re.compile(r".*\.(?:embed_tokens|lm_head)\.base_layer\.weight")
 
+_TOKENS = re.compile(
+    r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta(?:\.[^.]+)?"  # an adapter's name
+)
 _OTHER = {
     r"lora_embedding_[AB](\..+)?": "an adapter of an embedding",
     r"(trainable_tokens|token_adapter).*": "trained rows of an embedding (trainable_token_indices)",
@@ -232,6 +235,16 @@ def parse_weight(name: str) -> str | None:
     if match is None:
         return None
     return match["module"].removeprefix(PEFT_PREFIX)
+
+
+def parse_tokens(name: str) -> str | None:
+    """The HF module some of whose rows a tensor holds, trained; None for other names.
+
+    >>> parse_tokens("base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta")
+    'model.embed_tokens'
+    """
+    match = _TOKENS.fullmatch(_WRAPPERS.sub("", name))
+    return None if match is None else match["module"].removeprefix(PEFT_PREFIX)
 
 
 def parse_plain_factor(name: str) -> tuple[str, FactorName] | None:

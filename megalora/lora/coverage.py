@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megalora import host
+from megalora.hf.tensor_names import weight_name
 from megalora.lora.shards import FactorShard
 from megalora.lora.spec import FACTORS, Adapted, FactorName, expected_tensors
 from megalora.lora.trained_weight import TrainedWeight, trained_weights
@@ -160,11 +161,13 @@ class GradientCheck:
         # Also on a rank that holds none of them.
         self.parts = {factor: _Parts() for factor in self.expected}
         # A weight that is trained whole is a group by itself, without an A or a B.
-        self.whole = [weight.module for weight in whole]
+        # Rows of single tokens have none where a batch lacks these.
+        self.whole = [weight.module for weight in whole if not weight.tokens]
         self.whole_parts = _Parts()
         for shard in shards:
             if shard.factor is None:
-                self.whole_parts.add(self.whole.index(shard.module), shard)
+                if shard.name == weight_name(shard.module):
+                    self.whole_parts.add(self.whole.index(shard.module), shard)
             elif shard.factor in self.parts:
                 self.parts[shard.factor].add(number[shard.module], shard)
         for parts in self.parts.values():

@@ -17,13 +17,14 @@ from megalora.lora.spec import (
     has_magnitudes,
     make_adapted,
 )
+from megalora.lora.whole import saved_entries
 from megalora.model.projections import Projection
 from megalora.model.shape import ModelShape
 
 
 def lora_section(adapted: list[Adapted], shape: ModelShape) -> dict[str, Any]:
     """Options of ``LoRAConfig``, defaults left out, that ``resolve`` turns into ``adapted``, ranks
-    and scales included."""
+    and scales included, and with what ``shape`` trains beside."""
     adapted_layers: dict[Projection, dict[int | None, Adapted]] = defaultdict(dict)
     ranks_and_alphas: list[tuple[int, float]] = []
     for a in adapted:
@@ -64,6 +65,10 @@ def lora_section(adapted: list[Adapted], shape: ModelShape) -> dict[str, Any]:
         section["use_dora"] = _use_dora(adapted_layers, uses_of_name)
     if has_biases(adapted):
         section["lora_bias"] = True
+    if shape.saved:
+        section["modules_to_save"] = saved_entries(shape)
+    if shape.tokens:
+        section["trainable_token_indices"] = list(shape.tokens)
     resolved = resolve(LoRAConfig(**section), shape)
     assert not differing(settings(resolved), settings(adapted)), section
     return section

@@ -31,8 +31,9 @@ def adapters_off(chunks: Iterable[nn.Module]) -> Iterator[None]:
         for parameter in chunk.parameters():
             # Set on what is trained of the base.
             if hasattr(parameter, "base_value"):
-                assert parameter.base_value is not None, "whoever built the model keeps the base"
-                values[parameter] = parameter.base_value
+                kept: Tensor | None = parameter.base_value  # pyright: ignore
+                assert kept is not None, "whoever built the model keeps the base"
+                values[parameter] = kept
     # A rank without any adapter has none to switch off.
     if parameters:
         largest = max(parameter.numel() for parameter in parameters)

@@ -4,20 +4,21 @@ alone: an entry for each says its name, shape and split.
 Initialisation, marks, gathering, checkpoints, coverage and the drift check follow from the entry,
 as those of factors follow from the table in ``spec.py``.
 
-    weight                      in memory                           shape    over TP      gradient
-    embed_tokens                embedding.word_embeddings           [V, H]   dim 0        whole
-    lm_head                     output_layer                        [V, H]   dim 0        whole
-    norm                        decoder.final_layernorm             [H]      replicated   partial: S/t
-    input_layernorm, post_...   input_layernorm, pre_mlp_layernorm  [H]      replicated   partial: S/t
-    q_norm, k_norm              self_attention.q_layernorm, k_...   [d]      replicated   partial: heads
-    the same of all heads       the same                            [h d]    dim 0        whole
-    gate                        mlp.router                          [E, H]   replicated   partial: S/t
-    score                       output_layer (the head)             [C, H]   replicated   partial: S/t
-    trained tokens              embedding.rows, output_layer.rows   [n, H]   replicated   partial: S/t,
-                                                                                          V/t of a head
+    weight                     in memory                           shape    over TP      gradient
+    embed_tokens               embedding.word_embeddings           [V, H]   dim 0        whole
+    lm_head                    output_layer                        [V, H]   dim 0        whole
+    norm                       decoder.final_layernorm             [H]      replicated   partial
+    input_layernorm            input_layernorm                     [H]      replicated   partial
+    post_attention_layernorm   pre_mlp_layernorm                   [H]      replicated   partial
+    q_norm, k_norm             self_attention.q_layernorm, k_...   [d]      replicated   partial
+    the same of all heads      the same                            [h d]    dim 0        whole
+    gate                       mlp.router                          [E, H]   replicated   partial
+    score                      output_layer (the head)             [C, H]   replicated   partial
+    trained tokens             embedding.rows, output_layer.rows   [n, H]   replicated   partial
 
-S/t: a rank has the gradient of its own part of the tokens. A tied embedding is one weight, which
-the first and the last pipeline stage each hold; its gradient is the sum of both.
+Partial: a rank has the gradient of its own S/t tokens, of its own heads, or, of trained tokens in a
+head, of its V/t logits. A tied embedding is one weight, which the first and the last pipeline stage
+each hold; its gradient is the sum of both.
 """
 
 from collections.abc import Iterator
@@ -97,11 +98,10 @@ def trained_weights(shape: ModelShape) -> list[TrainedWeight]:
     if shape.saved:
         weights = [weight for weight in savable(shape) if weight.module in shape.saved]
     if shape.tokens:
+        rows = (len(shape.tokens), shape.hidden)
+        tied = _is_tied(shape)
         weights.append(
-            TrainedWeight(
-                EMBED_TOKENS, (len(shape.tokens), shape.hidden), path="embedding",
-                tied=_is_tied(shape), tokens=shape.tokens,
-            )  # fmt: skip
+            TrainedWeight(EMBED_TOKENS, rows, path="embedding", tied=tied, tokens=shape.tokens)
         )
     if shape.num_scores:
         weights.append(TrainedWeight(SCORE, (shape.num_scores, shape.hidden)))

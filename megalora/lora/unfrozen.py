@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from megalora import host
+from megalora.comm import gather_seq
 from megalora.hf.tensor_names import SCORE
 from megalora.lora.init import initial_score
 from megalora.lora.shards import FactorShard, shard_of_whole
@@ -56,22 +57,38 @@ class EmbeddingWithRows(nn.Module):
         return torch.where(is_trained[..., None], F.embedding(places, self.rows), out)
 
 
-class OutputRows(nn.Module):
+class HeadWithRows(nn.Module):
     """The same rows in a head that is tied to the embedding.
 
     tensor   shape on one rank   across TP             gradient across TP
     rows     [K, H]              replicated            partial: each rank has V/t of the logits
+    x        [S/t, B, H]         dim 0
+    result   [S, B, V/t]         dim 2
     """
 
-    def __init__(self, rows_KH: nn.Parameter, tokens_K: Tensor, width: int, rank: int) -> None:
-        """``width``: entries of the vocabulary on a rank, ``rank`` this one's."""
+    def __init__(self, base: Any, rows_KH: nn.Parameter, tokens_K: Tensor, width: int) -> None:
+        """``width``: entries of the vocabulary on a rank."""
         super().__init__()
+        self.base = base
         self.rows = rows_KH
-        columns = tokens_K - rank * width
+        columns = tokens_K - base.tp_group.rank() * width
         here = ((columns >= 0) & (columns < width)).nonzero()[:, 0]
         # Which of the rows make a logit here, and which one.
         self.register_buffer("here", here, persistent=False)
         self.register_buffer("columns", columns[here], persistent=False)
+
+    @property
+    def weight(self) -> Any:
+        # Megatron reads it where it is tied to the embedding of another stage.
+        return self.base.weight
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """All logits, for callers without ``head.py``."""
+        out, bias = self.base(x, *args, **kwargs)
+        own = self.of_rank()
+        assert own.columns_K is not None
+        logits = F.linear(gather_seq(x, self.base.tp_group), own.rows_KH)
+        return out.index_copy(2, own.columns_K, logits), bias
 
     def of_rank(self) -> TrainedRows:
         """The rows that make this rank's logits, with their columns."""
@@ -147,13 +164,12 @@ def _rows(chunk: Any, weight: TrainedWeight, group: ProcessGroup) -> Iterator[nn
         rows = nn.Parameter(_whole_rows(embedding.weight, tokens, group))
         chunk.embedding.word_embeddings = EmbeddingWithRows(embedding, rows, tokens)
     if weight.tied and chunk.post_process:
-        output = chunk.output_layer
         own = chunk.shared_embedding_or_output_weight()
         if rows is None:
             rows = nn.Parameter(_whole_rows(own, tokens, group))
             # As Megatron marks a copy, which counts once in the gradient's norm.
             rows.shared = True  # pyright: ignore[reportAttributeAccessIssue]
-        output.trained_rows = OutputRows(rows, tokens, len(own), group.rank())
+        chunk.output_layer = HeadWithRows(chunk.output_layer, rows, tokens, len(own))
     if rows is None:
         return
     # A bucket of its own, so that both stages' optimizers own the same part of it.

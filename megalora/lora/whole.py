@@ -1,14 +1,15 @@
 """Select the weights that a ``lora`` section trains whole, and the tokens whose rows it trains."""
 
 import difflib
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 
 from megalora.config import LoRAConfig
-from megalora.hf.tensor_names import EMBED_TOKENS
+from megalora.hf.tensor_names import EMBED_TOKENS, SCORE, within_layer
 from megalora.lora.patterns import end_pattern
 from megalora.lora.spec import Adapted
-from megalora.lora.trained_weight import savable
+from megalora.lora.trained_weight import savable, trained_weights
 from megalora.model.projections import HEAD
 from megalora.model.shape import ModelShape
 from megalora.wording import first_few
@@ -55,6 +56,24 @@ def check_apart(adapted: Sequence[Adapted], shape: ModelShape) -> None:
             " lora.trainable_token_indices): leave it out of one of them, or of"
             " lora.target_modules"
         )
+
+
+def saved_entries(shape: ModelShape) -> list[str]:
+    """``modules_to_save``, ours or PEFT's, of a model whose ``shape`` says what is trained: a name
+    without its layer where all layers are trained that have it."""
+    layers_with: dict[str, int] = defaultdict(int)
+    for weight in savable(shape):
+        layers_with[within_layer(weight.module)] += 1
+    trained: dict[str, list[str]] = defaultdict(list)
+    for weight in trained_weights(shape):
+        if not weight.tokens:
+            trained[within_layer(weight.module)].append(weight.module)
+    entries: list[str] = []
+    for name, modules in trained.items():
+        # The score head is none of the base's weights.
+        everywhere = name == SCORE or len(modules) == layers_with[name]
+        entries += [name] if everywhere else modules
+    return entries
 
 
 def _saved(entries: Sequence[str], shape: ModelShape) -> tuple[str, ...]:

@@ -134,7 +134,9 @@ def project(
         # A x of the rank's own tokens, dropout included, as the layer itself computes it.
         h_NR = _select(adapter.low_rank(hidden_states), context.positions)
         b_VR = adapter.factors.stacked_b()
-    head = Head(weight.detach(), base.tp_group, b_VR, _trained(base, weight), context.chunk_bytes)
+    head = Head(
+        weight.detach(), base.tp_group, b_VR, _trained(output_layer, weight), context.chunk_bytes
+    )
     return head(x_NH, context.targets, context.want, h_NR)
 
 
@@ -154,7 +156,8 @@ def _layers(output_layer: Any) -> tuple[Any, Any]:
     """(Megatron's output layer, the ``ColumnLoRA`` around it or None)."""
     if hasattr(output_layer, "factors"):
         return output_layer.base, output_layer
-    return output_layer, None
+    # One with trained rows is around it, too.
+    return getattr(output_layer, "base", output_layer), None
 
 
 def _operands(
@@ -169,11 +172,11 @@ def _operands(
     return _select(gather_seq(hidden_states, group), context.positions), weight
 
 
-def _trained(base: Any, weight: Tensor) -> TrainedRows | None:
+def _trained(output_layer: Any, weight: Tensor) -> TrainedRows | None:
     """Rows of the output weight that are trained; None where it is frozen."""
-    # ``lora/unfrozen.py`` puts them there.
-    if (rows := getattr(base, "trained_rows", None)) is not None:
-        return rows.of_rank()
+    # The module of ``lora/unfrozen.py`` around the layer.
+    if hasattr(output_layer, "of_rank"):
+        return output_layer.of_rank()
     return TrainedRows(weight, None) if weight.requires_grad else None
 
 

@@ -212,10 +212,15 @@ class _Trained(torch.autograd.Function):
         g_mean = grads[2]
         # With nothing adapted below the head, x has no use for a gradient.
         dx_NH = torch.empty_like(x_NH) if ctx.needs_input_grad[0] else None
-        dh_NR = None if h_NR is None else torch.empty_like(h_NR)
-        # Sums over chunks, which bfloat16 would round at each.
-        db_VR = None if b_VR is None else torch.zeros_like(b_VR, dtype=lse_N.dtype)
-        drows_KH = None if rows_KH is None else torch.zeros_like(rows_KH, dtype=lse_N.dtype)
+        # Those of B and of rows are sums over chunks, which bfloat16 would round at each.
+        dh_NR: Any = None
+        db_VR: Any = None
+        if h_NR is not None:
+            dh_NR = torch.empty_like(h_NR)
+            db_VR = torch.zeros_like(b_VR, dtype=lse_N.dtype)
+        drows_KH: Any = None
+        if rows_KH is not None:
+            drows_KH = torch.zeros_like(rows_KH, dtype=lse_N.dtype)
         vocab = len(weight_VH) * ctx.group.size()
         for part in chunks(len(x_NH), ctx.size):
             h_CR = _part(h_NR, part)
@@ -239,15 +244,18 @@ class _Trained(torch.autograd.Function):
             elif dx_NH is not None:
                 torch.mm(rounded_CV, weight_VH, out=dx_NH[part])
             del logits, probabilities, d_CV, rounded_CV
-        if db_VR is not None:
-            db_VR = db_VR.to(b_VR.dtype)
-        if drows_KH is not None:
-            drows_KH = drows_KH.to(rows_KH.dtype)
-        return dx_NH, None, None, None, None, None, dh_NR, db_VR, drows_KH, None
+        return (
+            dx_NH, None, None, None, None, None,
+            dh_NR, _rounded(db_VR, x_NH), _rounded(drows_KH, x_NH), None,
+        )  # fmt: skip
 
 
 def _part(h_NR: Tensor | None, part: slice) -> Tensor | None:
     return None if h_NR is None else h_NR[part]
+
+
+def _rounded(total: Tensor | None, like: Tensor) -> Tensor | None:
+    return None if total is None else total.to(like.dtype)
 
 
 def _back_through_rows(

@@ -91,7 +91,7 @@ def train(config: RunConfig, job: str | None = None) -> Path | None:
         if note := unused_note(open_folder(folder)):
             notes.append(note)
         if found.state:
-            notes += check_same_run(found.state, config, identity, adapted)
+            notes += check_same_run(found.state, config, identity, adapted, shape)
         notes += reference_notes(config.objective, found.state)
         tokenizer = load_tokenizer(folder)
         splits = load_data(config.data, tokenizer, objective=config.objective)
@@ -117,6 +117,9 @@ def _fit(run: Run, probe: Probe, at: Start) -> Path | None:
     folder = Path(config.checkpoint.dir)
     notes = list(at.notes)
     now = Progress(start=0, step=0, saved=None)
+    # Before a checkpoint is loaded, which may hold weights of the base that were trained.
+    finished = at.state.step if at.state else 0
+    compared = _compare_layers(run, is_over=finished >= num_steps)
     if at.state:
         notes += load_checkpoint(at.state, run.model, run.optimizer)
         step = at.state.step
@@ -145,7 +148,7 @@ def _fit(run: Run, probe: Probe, at: Start) -> Path | None:
         for note in notes:
             metrics.say(note)
         cycles = Cycles(run, at.state)
-        _open(run, metrics, now, at.shown, cycles)
+        _open(run, metrics, now, at.shown, compared, cycles)
         average = average_of(run.model, config.train.ema_decay, at.state)
         saver = Saver(run, probe, at.samples, at.identity, serve, cycles, average)
         answers = Answers(run, at.questions, at.tokenizer)
@@ -205,11 +208,31 @@ def _train_to_the_end(
         )
 
 
+def _compare_layers(run: Run, *, is_over: bool) -> list[str]:
+    """Compare the base with transformers before it is trained on; returns lines about it.
+    Collective.
+
+    Args:
+        is_over: whether the run resumes at its end and trains no more.
+    """
+    config = run.config
+    if config.train.check_base == "off" or is_over:
+        return []
+    folder = local_folder(config.model.path)
+    dtype = getattr(torch, config.model.dtype)
+    return [check_layers(run.model.chunks, run.model.groups, folder, dtype)]
+
+
 def _open(
-    run: Run, metrics: Metrics, now: Progress, shown: list[dict[str, Any]], cycles: Cycles
-) -> None:
-    """Record and announce the run, and compare the base with transformers before it is trained
-    on; then merge what a resumed run had merged."""
+    run: Run, metrics: Metrics, now: Progress, shown: list[dict[str, Any]], compared: list[str],
+    cycles: Cycles,
+) -> None:  # fmt: skip
+    """Record and announce the run, then merge what a resumed run had merged.
+
+    Args:
+        shown: samples, as the run's folder keeps them.
+        compared: lines about the comparison with transformers.
+    """
     config = run.config
     model = run.model
     if dist.get_rank() == 0:
@@ -218,16 +241,11 @@ def _open(
         write_manifest(folder / MANIFEST, model.adapted, model.whole)
         write_about(folder, shown)
     metrics.say(opening(config, model, run.batches, now.saved))
-    check = config.train.check_base
-    # A resumed run that is at its end trains no more.
-    if now.step >= run.batches.num_steps:
-        check = "off"
-    if check != "off":
-        folder = local_folder(config.model.path)
-        dtype = getattr(torch, config.model.dtype)
-        metrics.say(check_layers(model.chunks, model.groups, folder, dtype))
+    for line in compared:
+        metrics.say(line)
     cycles.restore()
-    if check == "loss":
+    # A resumed run that is at its end trains no more.
+    if config.train.check_base == "loss" and now.step < run.batches.num_steps:
         metrics.say(_check_first_loss(run, now.step, now.saved))
 
 

@@ -21,6 +21,7 @@ from megalora.adapters.read.parts import together
 from megalora.adapters.read.rules import Rules
 from megalora.adapters.read.stacked import DOWN, GATE_UP, ColumnOrder, Factors, StackedFile
 from megalora.adapters.read.weights import AdapterWeights
+from megalora.adapters.read.whole import Whole, whole_of
 from megalora.hf.tensor_names import (
     SCORE,
     TINKER_HEAD,
@@ -84,15 +85,18 @@ def _read(
     heads = score_of(weights, config, shape)
     # Beside a score head nothing of lm_head may be in the folder.
     shape = replace(shape, num_scores=len(heads.get(weight_name(SCORE), ())))
+    whole = Whole() if heads else whole_of(weights, config, shape)
     rules = Rules(folder, config, weights.where)
-    copies = copies_in(weights, shape)
+    copies = copies_in(weights, shape, whole.taken)
     notes = weights.notes + check_copies(weights, copies, shape, base)
     linears = Linears(weights, shape, rules)
     groups = _Groups(weights, shape)
     if passed_over := [name for name in weights.info if is_training_only(name)]:
         notes.append(f"passed over, as PEFT needs them in training alone: {', '.join(passed_over)}")
     for name in weights.info:
-        if name in copies or name in passed_over or (heads and parse_weight(name) == SCORE):
+        if name in copies or name in passed_over or name in whole.taken:
+            continue
+        if heads and parse_weight(name) == SCORE:
             continue
         module, factor = factor_of(weights, name)
         if factor in ("M", "C"):
@@ -106,7 +110,8 @@ def _read(
         linears, groups, StackedFile(weights.where, config, shape, rules, groups.stacks, order)
     )
     rules.check_targets(linears.factors.keys(), _targetable(linears, shape))
-    return linears.adapter([*notes, *rules.notes()], heads, config)
+    read = linears.adapter([*notes, *rules.notes()], heads | whole.tensors, config)
+    return replace(read, saved=whole.saved, tokens=whole.tokens)
 
 
 def _targetable(linears: Linears, shape: ModelShape) -> dict[str, tuple[str, ...]]:

@@ -10,7 +10,7 @@ So it is a copy if all of it equals the base's, rounded to one of those dtypes. 
 a few thousand rows at a time, without torch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import numpy as np
@@ -26,14 +26,16 @@ TIED = (EMBED_TOKENS, "lm_head")
 """One weight, under either name, where the base ties them."""
 
 
-def copies_in(weights: AdapterWeights, shape: ModelShape) -> dict[str, str]:
-    """Tensor name -> HF module, for what can only be a weight of this base: of its embedding or of
-    one of its linears."""
+def copies_in(
+    weights: AdapterWeights, shape: ModelShape, trained: Collection[str] = ()
+) -> dict[str, str]:
+    """Tensor name -> HF module, for what can only be a weight of this base, of its embedding or of
+    one of its linears, and is not among those that are ``trained``."""
     modules = {EMBED_TOKENS} | linear_modules(shape).keys()
     copies = {}
     for name in weights.info:
         module = parse_weight(name)
-        if module in modules:
+        if module in modules and name not in trained:
             copies[name] = module
     return copies
 

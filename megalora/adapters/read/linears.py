@@ -55,6 +55,10 @@ class Adapter:
     ``tensors`` as zeros."""
     notes: list[str] = field(default_factory=list)
     """What the folder holds beside the factors, a line each."""
+    saved: tuple[str, ...] = ()
+    """As ``ModelShape.saved``; their weights are among ``tensors``."""
+    tokens: tuple[int, ...] = ()
+    """As ``ModelShape.tokens``, likewise."""
 
     @property
     def num_scores(self) -> int:
@@ -62,8 +66,8 @@ class Adapter:
         return len(self.tensors.get(weight_name(SCORE), ()))
 
     def shape_of(self, base: ModelShape) -> ModelShape:
-        """The base's sizes with the score head."""
-        return replace(base, num_scores=self.num_scores)
+        """The base's sizes with the score head, and with what is trained of the base."""
+        return replace(base, num_scores=self.num_scores, saved=self.saved, tokens=self.tokens)
 
 
 class Linears:

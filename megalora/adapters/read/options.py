@@ -88,8 +88,9 @@ OPTIONS: dict[str, Option] = {
     # PEFT before 0.5.
     "merge_weights": WITHOUT_EFFECT,
     "enable_lora": WITHOUT_EFFECT,
-    "modules_to_save": _refused("it trains whole weights beside the factors"),
-    "trainable_token_indices": _refused("it trains rows of the embedding"),
+    "modules_to_save": Option("honoured", refused_by=("vllm", "sglang")),
+    "trainable_token_indices": Option("honoured", refused_by=("vllm", "sglang")),
+    "ensure_weight_tying": HONOURED,
     "layer_replication": _refused("it repeats layers of the base"),
     "fan_in_fan_out": _refused(
         "it is for weights stored as [in, out], which this base has none of"
@@ -101,7 +102,6 @@ OPTIONS: dict[str, Option] = {
     "kasa_config": _refused("KaSA truncates the base and scales between A and B"),
     "monteclora_config": _refused("MonteCLoRA samples its factors"),
     "megatron_config": _refused("it is for Megatron's own linears"),
-    "ensure_weight_tying": _refused("it ties what is trained of the embedding and of lm_head"),
 }
 
 PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
@@ -180,15 +180,13 @@ def refuse_variants(where: Path, config: dict[str, Any], *, score: bool = False)
     Args:
         score: whether a score head is read.
     """
+    if has_score(config) and not score:
+        raise ValueError(
+            f"{where}: a classifier or reward model (task_type SEQ_CLS): it has a score head in"
+            " place of lm_head and writes no text. Load it with PEFT, as its README.md says,"
+            " or merge it: megalora merge"
+        )
     for key, why in not_plain(config).items():
-        if key == "modules_to_save" and has_score(config):
-            if score:
-                continue
-            raise ValueError(
-                f"{where}: a classifier or reward model (task_type SEQ_CLS): it has a score head in"
-                " place of lm_head and writes no text. Load it with PEFT, as its README.md says,"
-                " or merge it: megalora merge"
-            )
         raise ValueError(
             f"{where}: {key}={shorten(config[key])} is not plain LoRA, which is all megalora"
             f" computes: {why}"
@@ -251,6 +249,9 @@ _TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "target_modules": (_name_or_names, "a name, or a list of names"),
     "target_parameters": (_strings, "a list of names"),
     "exclude_modules": (_name_or_names, "a name, or a list of names"),
+    "modules_to_save": (_strings, "a list of names"),
+    "trainable_token_indices": (lambda v: isinstance(v, list | dict), "a list of token ids"),
+    "ensure_weight_tying": (lambda v: isinstance(v, bool), "true or false"),
     "layers_to_transform": (_layers, "a layer's number, or a list of them"),
     "layers_pattern": (_name_or_names, "a name, or a list of names"),
     "peft_version": (lambda v: isinstance(v, str), "text"),

@@ -33,4 +33,7 @@ def together(folder: Path, parts: list[Adapter]) -> Adapter:
         notes += part.notes
     # lm_head, which is in no layer, comes last, as in the table.
     adapted.sort(key=lambda a: (a.layer is None, a.layer or 0))
-    return Adapter(folder, adapted, tensors, absent, notes)
+    # A weight that is trained whole is in one of them, or its name would be there twice.
+    saved = with_dora.saved + without.saved
+    tokens = with_dora.tokens + without.tokens
+    return Adapter(folder, adapted, tensors, absent, notes, saved, tokens)

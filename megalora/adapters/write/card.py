@@ -39,6 +39,10 @@ class Facts:
     loads_in_peft: bool
     num_scores: int
     """Numbers that its score head gives; 0 for a language model."""
+    saved: list[str]
+    """What is trained whole of the base, as PEFT's ``modules_to_save`` names it."""
+    tokens: tuple[int, ...]
+    """Tokens whose rows of the embedding are trained."""
     run: dict[str, Any] | None
     """``training_state/state.json`` of the checkpoint; None for an adapter made elsewhere."""
 
@@ -124,6 +128,11 @@ def _table(facts: Facts) -> str:
     rows: list[str] = []
     if facts.num_scores:
         rows += [_score(facts), ""]
+    if facts.saved:
+        rows += [f"Trained whole: {', '.join(f'`{name}`' for name in facts.saved)}", ""]
+    if facts.tokens:
+        count = len(facts.tokens)
+        rows += [f"Trained rows of the embedding: {count} tokens, {ranges(list(facts.tokens))}", ""]
     rows += ["| projection | rank | scale | layers | experts |", "|---|--:|--:|---|--:|"]
     # A row for each projection, and another where some of its layers have another rank or scale.
     groups: dict[tuple[str, int, float, int], list[int]] = {}
@@ -235,8 +244,7 @@ def _loading(facts: Facts) -> str:
             f"{_peft_model(facts)}\n```\n\n{_HARMLESS}"
         )
     # vLLM serves no adapter of a larger rank: better no command than one that fails.
-    if has_magnitudes(facts.adapted) or has_biases(facts.adapted):
-        what = "DoRA" if has_magnitudes(facts.adapted) else "biases of B (`lora_bias`)"
+    if what := _not_served(facts):
         sections.append(
             f"## Servers\n\nvLLM and SGLang do not load {what}. Merge it into the base for them:"
             "\n\n"
@@ -258,6 +266,17 @@ def _loading(facts: Facts) -> str:
             f" --lora-paths {facts.folder_name}=./{facts.folder_name}\n```"
         )
     return "\n\n".join(sections)
+
+
+def _not_served(facts: Facts) -> str:
+    """What no server loads of the adapter; nothing where they load all."""
+    if has_magnitudes(facts.adapted):
+        return "DoRA"
+    if has_biases(facts.adapted):
+        return "biases of B (`lora_bias`)"
+    if facts.saved:
+        return "weights that are trained whole (`modules_to_save`)"
+    return "rows of an embedding (`trainable_token_indices`)" if facts.tokens else ""
 
 
 def _peft_model(facts: Facts) -> str:

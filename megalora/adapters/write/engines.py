@@ -85,6 +85,12 @@ def check_engine(name: EngineName, layout: str, adapted: list[Adapted], shape: M
             " that was trained in place of lm_head. Merge it into a classifier's folder: megalora"
             " merge"
         )
+    if (shape.saved or shape.tokens) and name != "peft":
+        what = "modules_to_save" if shape.saved else "trainable_token_indices"
+        raise ValueError(
+            f"{engine.title} does not load weights of the base that were trained themselves"
+            f" (lora.{what}): its adapters are A and B. Merge it into the base: megalora merge"
+        )
     if layout not in engine.layouts:
         raise ValueError(f"--layout {layout}: {engine.title} reads {' or '.join(engine.layouts)}")
     check_honoured(name, adapted, shape)

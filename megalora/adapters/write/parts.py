@@ -1,6 +1,7 @@
 """Write an adapter of which only some linears have DoRA as the two folders that PEFT loads at
 once."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -26,11 +27,14 @@ def write_in_parts(
         return write_adapter(folder, adapted, shape, trained, base, layout)
     # Both may hold zeros that engines want beside what was trained.
     zeros: set[str] = set()
+    of_part = shape
     for name, half in halves.items():
         (folder / name).mkdir()
         zeros.update(
             write_adapter(
-                folder / name, half, shape, trained, base, layout, **{PART_OF: ", ".join(PARTS)}
+                folder / name, half, of_part, trained, base, layout, **{PART_OF: ", ".join(PARTS)}
             )
         )
+        # In the first alone: PEFT takes such a module from one of the active adapters.
+        of_part = replace(shape, saved=(), tokens=())
     return sorted(zeros)

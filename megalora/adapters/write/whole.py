@@ -7,15 +7,14 @@ A tied embedding is one weight here. PEFT makes a copy of it for each name, unle
 ``ensure_weight_tying`` and the weight under both names.
 """
 
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
-from megalora.hf.tensor_names import SCORE, weight_name, within_layer
-from megalora.lora.trained_weight import TrainedWeight, savable, trained_weights
-from megalora.lora.whole import LM_HEAD
+from megalora.hf.tensor_names import weight_name
+from megalora.lora.trained_weight import trained_weights
+from megalora.lora.whole import LM_HEAD, saved_entries
 from megalora.model.shape import ModelShape
 
 
@@ -33,7 +32,7 @@ def whole_tensors(shape: ModelShape, trained: Mapping[str, Tensor]) -> dict[str,
 def whole_options(shape: ModelShape) -> dict[str, Any]:
     """Options of ``adapter_config.json`` that make PEFT load these tensors."""
     weights = trained_weights(shape)
-    options: dict[str, Any] = {"modules_to_save": _entries(weights, shape) or None}
+    options: dict[str, Any] = {"modules_to_save": saved_entries(shape) or None}
     # PEFT makes a classifier of the base where it reads this.
     options["task_type"] = "SEQ_CLS" if shape.num_scores else "CAUSAL_LM"
     for weight in weights:
@@ -43,20 +42,3 @@ def whole_options(shape: ModelShape) -> dict[str, Any]:
         if weight.tied:
             options["ensure_weight_tying"] = True
     return options
-
-
-def _entries(weights: Sequence[TrainedWeight], shape: ModelShape) -> list[str]:
-    """``modules_to_save``: a name without its layer where all layers are trained that have it."""
-    layers_with: dict[str, int] = defaultdict(int)
-    for weight in savable(shape):
-        layers_with[within_layer(weight.module)] += 1
-    trained: dict[str, list[str]] = defaultdict(list)
-    for weight in weights:
-        if not weight.tokens:
-            trained[within_layer(weight.module)].append(weight.module)
-    entries: list[str] = []
-    for name, modules in trained.items():
-        # The score head is none of the base's weights.
-        everywhere = name == SCORE or len(modules) == layers_with[name]
-        entries += [name] if everywhere else modules
-    return entries

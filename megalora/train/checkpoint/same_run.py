@@ -1,7 +1,7 @@
 """Check that a checkpoint belongs to the run that a config describes."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from megalora.data.chat import Encoded
 from megalora.data.digest import samples_digest
 from megalora.lora.section import differing, settings
 from megalora.lora.spec import Adapted, has_start
+from megalora.model.shape import ModelShape
 from megalora.train.checkpoint.identity import Identity, Samples
 
 SAME_RUN = (
@@ -25,6 +26,7 @@ change in the middle of a run."""
 ADDED = {
     "data.too_long": "left_out", "objective.name": "sft", "objective.reference": "base",
     "lora.share_outer": False, "lora.use_dora": False, "lora.init": "lora", "lora.lora_bias": False,
+    "lora.modules_to_save": [], "lora.trainable_token_indices": [],
     "train.relora": None, "train.ema_decay": 0.0,
     "objective.num_labels": None, "objective.labels": None,
 }  # fmt: skip
@@ -36,12 +38,26 @@ _MISSING = object()
 
 
 def check_same_run(
-    state: SavedState, config: RunConfig, identity: Identity, adapted: list[Adapted]
+    state: SavedState,
+    config: RunConfig,
+    identity: Identity,
+    adapted: list[Adapted],
+    shape: ModelShape,
 ) -> list[str]:
     """Raise ``ValueError``, with what differs, unless the run that saved ``state`` is this one;
-    returns lines for the user."""
+    returns lines for the user.
+
+    Args:
+        shape: of the model, with what this run trains of it beside adapters.
+    """
     if state.imported_from is not None:
         _check_import(state, config, identity, adapted)
+        if state.shape_of(replace(shape, saved=(), tokens=())) != shape:
+            raise ValueError(
+                f"{state.folder} trains other weights of the base than this config does"
+                " (lora.modules_to_save, lora.trainable_token_indices). Use the section in"
+                f" {state.folder / LORA_SECTION}"
+            )
         return []
     _check_options(state, config)
     # Digests cannot be made up afterwards: the data may have changed since.

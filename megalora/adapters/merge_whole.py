@@ -1,0 +1,83 @@
+"""Put weights that were trained whole, and trained rows of the embedding, in place of a merged
+folder's own."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megalora.adapters.merge_head import Shard
+from megalora.adapters.read.linears import Adapter
+from megalora.hf.safetensors import Stored
+from megalora.hf.tensor_names import LM_HEAD, published_name
+from megalora.lora.trained_weight import TrainedWeight, trained_weights
+from megalora.model.families import layer_projections
+from megalora.model.shape import ModelShape
+
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+def replace_whole(
+    folder: Path, shards: dict[str, Shard], adapter: Adapter, shape: ModelShape
+) -> list[str]:
+    """Let ``shards`` write what was trained whole, each rounded once to the base's dtype; returns a
+    line about it.
+
+    Raises:
+        ValueError: the base lacks such a weight, or has it in another size or quantised.
+    """
+    at: dict[str, tuple[str, Stored]] = {}
+    for name, shard in shards.items():
+        for tensor in shard.tensors:
+            at[published_name(tensor.name)] = (name, tensor)
+    weights = trained_weights(adapter.shape_of(shape))
+    replaced: list[str] = []
+    for weight in weights:
+        names = [f"{_published(weight, shape)}.weight"]
+        # A tied base may have it under both names.
+        if weight.tied and LM_HEAD in at:
+            names.append(LM_HEAD)
+        for name in names:
+            if name not in at:
+                raise ValueError(
+                    f"{folder} has no {name}, which was trained; merge into the model that was"
+                    " trained, as published or as save_pretrained writes it"
+                )
+            shard, stored = at[name]
+            values = _values(folder / shard, stored, weight, adapter.tensors[weight.tensor], shape)
+            shards[shard].added[stored.name] = values
+            replaced.append(weight.module)
+    if not replaced:
+        return []
+    return [f"trained whole, and in place of the base's: {', '.join(dict.fromkeys(replaced))}"]
+
+
+def _published(weight: TrainedWeight, shape: ModelShape) -> str:
+    """The module's name in checkpoints, where that is another than in transformers' model."""
+    if weight.layer is not None:
+        for projection in layer_projections(shape, weight.layer):
+            if projection.loaded.format(layer=weight.layer, expert=0) == weight.module:
+                return projection.hf.format(layer=weight.layer)
+    return weight.module
+
+
+def _values(
+    shard: Path, stored: Stored, weight: TrainedWeight, trained: Tensor, shape: ModelShape
+) -> Tensor:
+    """What is stored of a weight, in the base's dtype."""
+    size = (shape.vocab, shape.hidden) if weight.tokens else weight.size
+    if stored.dtype not in DTYPES or stored.shape != size:
+        raise ValueError(
+            f"{shard}: {stored.name} is {stored.dtype} of shape {stored.shape}; what was trained of"
+            f" it needs {', '.join(DTYPES)} and {size}. Merge into the model that was trained"
+        )
+    dtype = DTYPES[stored.dtype]
+    if not weight.tokens:
+        return trained.to(dtype).contiguous()
+    with shard.open("rb") as file:
+        file.seek(stored.start)
+        # A bytearray, because torch wants memory that may be written to.
+        raw = bytearray(file.read(stored.num_bytes))
+    rows = torch.frombuffer(raw, dtype=dtype).view(size)
+    rows[list(weight.tokens)] = trained.to(dtype)
+    return rows

@@ -1,0 +1,252 @@
+"""What is trained of the base itself, from a config to the files: saved, resumed, verified with
+stock PEFT, merged, imported and judged."""
+
+import json
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from megalora.adapters.export import export
+from megalora.adapters.files import WEIGHTS
+from megalora.adapters.inspect import describe
+from megalora.adapters.merge import merge
+from megalora.adapters.read.adapter import read_adapter
+from megalora.adapters.resumable import import_adapter
+from megalora.config import LoRAConfig, ObjectiveConfig, RunConfig
+from megalora.hf.json_file import read_hf_config
+from megalora.model.fields import model_shape
+from megalora.tiny import make_tiny
+from megalora.train.loop import train
+from megalora.verify.peft import verify_peft
+from tests.distributed.ranks import run_ranks
+from tests.paired import pairs_of
+from tests.parity.runs import make_config, records
+from tests.peft_warnings import IGNORED
+
+pytestmark = IGNORED
+
+EMBEDDING = "base_model.model.model.embed_tokens"
+ROWS = f"{EMBEDDING}.token_adapter.trainable_tokens_delta"
+ATTENTION = ["q_proj", "v_proj"]
+SAVED = LoRAConfig(
+    rank=4, alpha=12.0, target_modules=ATTENTION,
+    modules_to_save=["embed_tokens", "lm_head", "norm", r"layers\.0\.input_layernorm", "gate"],
+)  # fmt: skip
+TOKENS = LoRAConfig(
+    rank=4, alpha=12.0, target_modules=ATTENTION, trainable_token_indices=[300, 220, 44]
+)
+"""Of these the chats have the second one alone."""
+LORAS = {"saved": SAVED, "tokens": TOKENS}
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
+    """Whether lm_head is tied -> a base."""
+    folder = tmp_path_factory.mktemp("bases")
+    found = {}
+    for tied in (False, True):
+        found[tied] = make_tiny(folder / str(tied), num_hidden_layers=2, tie_word_embeddings=tied)
+    return found
+
+
+def config_of(base: Path, chats: Path, out: Path, lora: LoRAConfig, **options: Any) -> RunConfig:
+    return make_config(base, chats, out, lora=lora, **{"parallel": {}, "lr": 3e-3, **options})
+
+
+@pytest.fixture(scope="module")
+def trained(
+    bases: dict[bool, Path], chats: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[str, bool], Path]:
+    """(what is trained, whether lm_head is tied) -> a checkpoint of four steps on one rank."""
+    found = {}
+    for name, lora in LORAS.items():
+        for tied, base in bases.items():
+            out = tmp_path_factory.mktemp("runs") / name
+            run_ranks(train, 1, config_of(base, chats, out, lora, steps=4))
+            found[name, tied] = out / "step_000004"
+    return found
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("name", LORAS)
+def test_stock_peft_computes_the_checkpoint(
+    name: str, tied: bool, bases: dict[bool, Path], trained: dict[tuple[str, bool], Path]
+) -> None:
+    folder = trained[name, tied]
+    report = verify_peft(folder, str(bases[tied]), atol=1e-4)
+    assert report.text().endswith("verified: stock PEFT computes the same model")
+    tensors = load_file(folder / WEIGHTS)
+    base = AutoModelForCausalLM.from_pretrained(bases[tied])
+    embedding = base.get_input_embeddings().weight.data
+    if name == "saved":
+        # Trained, and in the file under both names where it is one weight.
+        assert (tensors[f"{EMBEDDING}.weight"] - embedding).abs().max() > 1e-3
+        same = torch.equal(
+            tensors[f"{EMBEDDING}.weight"], tensors["base_model.model.lm_head.weight"]
+        )
+        assert same is tied
+        # Named from the model's beginning: PEFT takes a shorter name's end.
+        assert sum("layernorm" in tensor for tensor in tensors) == 1
+        assert not any("q_norm" in tensor for tensor in tensors)
+    else:
+        assert tensors[ROWS].shape == (3, embedding.shape[1])
+        moved = (tensors[ROWS] - embedding[sorted(TOKENS.trainable_token_indices)]).abs().amax(1)
+        assert (moved > 1e-4).any()
+    assert "trained whole" in describe(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "tied", "world", "parallel"),
+    [
+        ("saved", True, 4, {"tp": 2, "pp": 2, "ep": 2}),
+        ("saved", True, 4, {"pp": 2}),
+        ("saved", False, 2, {"ep": 2, "tp": 2}),
+        ("saved", False, 4, {"pp": 2, "cp": 2}),
+        ("tokens", True, 4, {"tp": 2, "pp": 2, "ep": 2}),
+        ("tokens", True, 4, {"pp": 2}),
+        ("tokens", False, 2, {"ep": 2, "tp": 2}),
+    ],
+)
+def test_resuming_at_another_layout(
+    name: str, tied: bool, world: int, parallel: dict[str, int], bases: dict[bool, Path],
+    trained: dict[tuple[str, bool], Path], chats: Path, tmp_path: Path,
+) -> None:  # fmt: skip
+    """Two steps on several ranks and two on one make the run of four on one."""
+    out = tmp_path / "run"
+    first = config_of(bases[tied], chats, out, LORAS[name], steps=2, parallel=parallel)
+    run_ranks(train, world, first)
+    on = config_of(bases[tied], chats, out, LORAS[name], steps=4)
+    run_ranks(train, 1, replace(on, checkpoint=replace(on.checkpoint, resume=True)))
+    theirs = load_file(trained[name, tied] / WEIGHTS)
+    ours = load_file(out / "step_000004" / WEIGHTS)
+    assert ours.keys() == theirs.keys()
+    for tensor, value in theirs.items():
+        # Adam takes a step of the rate where a gradient is rounding; steps of 3e-3.
+        assert (ours[tensor] - value).abs().max() < 1e-4, tensor
+    whole = records(trained[name, tied].parent, "loss")
+    assert records(out, "loss") == pytest.approx(whole, rel=1e-5)
+
+
+def logits_of(model: Any) -> Tensor:
+    ids = torch.arange(40).view(2, 20) * 7 % 500
+    with torch.no_grad():
+        return model(input_ids=ids).logits
+
+
+@pytest.mark.parametrize(("name", "tied"), [("saved", False), ("saved", True), ("tokens", True)])
+def test_a_merged_folder_is_the_model(
+    name: str, tied: bool, bases: dict[bool, Path], trained: dict[tuple[str, bool], Path],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    folder = trained[name, tied]
+    report = merge(folder, str(bases[tied]), tmp_path / "merged")
+    assert any("trained whole" in note for note in report.notes)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert merged.config.tie_word_embeddings is tied
+    base = AutoModelForCausalLM.from_pretrained(bases[tied])
+    adapted = PeftModel.from_pretrained(base, str(folder)).eval()
+    assert (logits_of(merged.eval()) - logits_of(adapted)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", LORAS)
+def test_an_adapter_of_peft_is_imported_and_trained_on(
+    name: str, bases: dict[bool, Path], trained: dict[tuple[str, bool], Path], chats: Path,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    """As stock PEFT writes it, its names in the order of the model, tokens as they were given."""
+    base = AutoModelForCausalLM.from_pretrained(bases[True])
+    loaded = PeftModel.from_pretrained(base, str(trained[name, True]))
+    loaded.save_pretrained(tmp_path / "theirs")
+    imported = import_adapter(tmp_path / "theirs", tmp_path / "imported", str(bases[True]))
+    section = imported.section
+    if name == "saved":
+        assert section["modules_to_save"] == [
+            "model.embed_tokens", "model.layers.0.input_layernorm", "mlp.gate", "model.norm",
+        ]  # fmt: skip
+    else:
+        assert section["trainable_token_indices"] == [44, 220, 300]
+    config = config_of(bases[True], chats, tmp_path / "run", LoRAConfig(**section), steps=1)
+    on = replace(config.checkpoint, resume=str(tmp_path / "imported"))
+    run_ranks(train, 1, replace(config, checkpoint=on))
+    # It goes on from where the other ended: its first loss is below the base's by far.
+    began = records(trained[name, True].parent, "loss")
+    assert records(tmp_path / "run", "loss")[0] < began[0] - 0.3
+    other = replace(config, lora=replace(config.lora, modules_to_save=["q_norm"]))
+    other = replace(other, lora=replace(other.lora, trainable_token_indices=[1]))
+    elsewhere = replace(on, dir=str(tmp_path / "other"))
+    with pytest.raises(Exception, match="trains other weights of the base than this config"):
+        run_ranks(train, 1, replace(other, checkpoint=elsewhere))
+
+
+def test_copies_that_untie_the_model_are_refused(
+    bases: dict[bool, Path], trained: dict[tuple[str, bool], Path], tmp_path: Path
+) -> None:
+    shutil.copytree(trained["saved", True], tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    config = json.loads(path.read_text())
+    shape = model_shape(read_hf_config(bases[True]))
+
+    def refused(match: str, **options: Any) -> None:
+        path.write_text(json.dumps(config | options))
+        with pytest.raises(ValueError, match=match):
+            read_adapter(path.parent, shape)
+
+    refused("they are two weights from then on", ensure_weight_tying=False)
+    # What PEFT would train by a name's end.
+    refused("norm.* were|has 0 tensors for model.layers.0.post", modules_to_save=["norm"])
+    refused("modules_to_save='q_proj' trains whole", modules_to_save=["q_proj"])
+    refused("no module that megalora knows", modules_to_save=["visual"])
+    refused("is a whole weight|differs from", modules_to_save=["embed_tokens"])
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+@pytest.mark.parametrize("name", LORAS)
+def test_no_server_is_given_such_weights(
+    name: str, engine: Any, trained: dict[tuple[str, bool], Path], tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="does not load weights of the base that were trained"):
+        export(trained[name, True], tmp_path / "out", engine=engine)
+    export(trained[name, True], tmp_path / "out")
+    said = (tmp_path / "out" / "README.md").read_text()
+    assert "megalora merge" in said and "vllm serve" not in said
+    assert ("Trained whole: `model.embed_tokens`" in said) is (name == "saved")
+
+
+@pytest.mark.parametrize("name", LORAS)
+def test_the_reference_of_dpo_is_the_base(
+    name: str, bases: dict[bool, Path], chats: Path, tmp_path: Path
+) -> None:
+    """Where policy and reference are one model the loss is log 2; behind a step they are not, and
+    a reference that had moved along would leave it there."""
+    dpo = ObjectiveConfig(name="dpo", beta=0.5)
+    lora = replace(LORAS[name], target_modules=["q_proj"])
+    config = config_of(
+        bases[True], pairs_of(chats), tmp_path / "run", lora, objective=dpo, steps=3, lr=1e-2
+    )
+    run_ranks(train, 1, config)
+    losses = records(tmp_path / "run", "loss")
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert all(abs(loss - math.log(2)) > 1e-3 for loss in losses[1:])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("check", ["layer", "loss"])
+def test_the_base_is_compared_before_what_was_trained_is_loaded(
+    check: str, bases: dict[bool, Path], chats: Path, tmp_path: Path
+) -> None:
+    config = config_of(bases[True], chats, tmp_path / "run", SAVED, steps=2, check_base=check)
+    run_ranks(train, 1, replace(config, train=replace(config.train, steps=1)))
+    resumed = replace(config, checkpoint=replace(config.checkpoint, resume=True))
+    # Trained norms differ from those on disk, which the comparison must not see.
+    run_ranks(train, 1, resumed)
+    assert len(records(tmp_path / "run", "loss")) == 2
