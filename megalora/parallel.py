@@ -25,6 +25,7 @@ class Groups:
     ep   ranks that share out the experts
     etp  ranks that share one expert
     edp  replicas of expert parameters
+    ends   the first and the last pipeline stage, which both have a tied embedding
     """
 
     tp: dist.ProcessGroup
@@ -35,6 +36,7 @@ class Groups:
     ep: dist.ProcessGroup
     etp: dist.ProcessGroup
     edp: dist.ProcessGroup
+    ends: dist.ProcessGroup
     experts_reduce_separately: bool
     """Whether expert parameters have another data-parallel group than the rest (EP > 1, or ETP
     differs from TP)."""
@@ -76,6 +78,8 @@ def init_groups(config: ParallelConfig, seed: int = 0) -> Groups:
         ep=state.get_expert_model_parallel_group(),
         etp=state.get_expert_tensor_parallel_group(),
         edp=state.get_expert_data_parallel_group(),
+        # On the stages between them a group that they never use.
+        ends=state.get_embedding_group(check_initialized=False),
         experts_reduce_separately=config.ep > 1 or config.etp != config.tp,
     )
 

@@ -69,6 +69,7 @@ WITHOUT_TORCH = (
     "megalora/data/__init__.py", "megalora/data/messages.py", "megalora/data/sources.py",
     "megalora/data/pack.py", "megalora/data/logits_header.py",
     "megalora/lora/__init__.py", "megalora/lora/spec.py", "megalora/lora/trained_weight.py",
+    "megalora/lora/whole.py",
     "megalora/lora/factor_checks.py",
     "megalora/lora/select.py",
     "megalora/lora/modules.py", "megalora/lora/patterns.py", "megalora/wording.py",

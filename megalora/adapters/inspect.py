@@ -54,6 +54,62 @@ class _Row:
     norms: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
 
 
+@dataclass
+class _Counted:
+    """What the tensors of a folder are, counted as they come in."""
+
+    config: dict[str, Any]
+    rows: dict[tuple[str, bool], _Row] = field(default_factory=lambda: defaultdict(_Row))
+    heads: list[str] = field(default_factory=list)
+    """A line about each score head."""
+    whole: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
+    """Name without the layer -> sizes of weights of the base that are trained themselves."""
+    other: list[str] = field(default_factory=list)
+    not_finite: list[str] = field(default_factory=list)
+    num_bytes: int = 0
+    num_parameters: int = 0
+    zero_b: int = 0
+
+    def take(self, name: str, tensor: torch.Tensor, dtype: str) -> None:
+        """Count a tensor, whose dtype the file calls so."""
+        self.num_bytes += tensor.nbytes
+        factor = parse_factor(name)
+        # The head of a classifier or reward model has a line of its own, below the table.
+        if has_score(self.config) and parse_weight(name) == SCORE and tensor.dim() == 2:
+            self.num_parameters += tensor.numel()
+            self.heads.append(_head_line(tensor))
+            return
+        if part := _trained_part(name, self.config):
+            self.num_parameters += tensor.numel()
+            self.whole[part].append(tensor.numel())
+            if not torch.isfinite(tensor).all():
+                self.not_finite.append(name)
+            return
+        dims = 1 if factor is not None and factor[1] in ("M", "C") else 2
+        if factor is None or tensor.dim() != dims or dtype not in FLOATS:
+            self.other.append(name)
+            return
+        self.num_parameters += tensor.numel()
+        norm = _add(self.rows, *factor, tensor)
+        if factor[1] == "B" and norm == 0:
+            self.zero_b += 1
+        if not norm < float("inf"):  # NaN too
+            self.not_finite.append(name)
+
+    def lines(self) -> list[str]:
+        """The table's rows, and what looks wrong."""
+        lines = [_line(name, row) for (name, _), row in self.rows.items()]
+        lines += self.heads
+        for part, sizes in self.whole.items():
+            lines.append(f"{part}: {len(sizes)} tensors, {sum(sizes):,} parameters, trained whole")
+        if self.zero_b:
+            lines.append(f"B is zero in {self.zero_b} tensors: these adapters do nothing")
+        if self.not_finite:
+            first = self.not_finite[0]
+            lines.append(f"NaN or infinite in {len(self.not_finite)} tensors, such as {first}")
+        return lines
+
+
 def describe(adapter: Path) -> str:
     """A table with a row per projection: ranks, sizes, coverage, norms of A and B; then what looks
     wrong."""
@@ -61,52 +117,12 @@ def describe(adapter: Path) -> str:
     if parts := parts_of(adapter):
         return "\n\n".join(describe(part) for part in parts)
     weights = AdapterWeights(adapter)
-    rows: dict[tuple[str, bool], _Row] = defaultdict(_Row)
-    other: list[str] = []
-    num_bytes = 0
-    num_parameters = 0
-    zero_b = 0
-    not_finite = []
-    heads: list[str] = []
-    whole: dict[str, list[int]] = defaultdict(list)
+    counted = _Counted(config)
     # One tensor at a time: an adapter of all experts is larger than some hosts' memory.
     for name, info in weights.info.items():
-        tensor = weights.tensor(name)
-        num_bytes += tensor.nbytes
-        factor = parse_factor(name)
-        # The head of a classifier or reward model has a line of its own, below the table.
-        if has_score(config) and parse_weight(name) == SCORE and tensor.dim() == 2:
-            num_parameters += tensor.numel()
-            heads.append(_head_line(tensor))
-            continue
-        # Weights of the base that are trained themselves have one line for all of a name.
-        if part := _trained_part(name, config):
-            num_parameters += tensor.numel()
-            whole[part].append(tensor.numel())
-            if not torch.isfinite(tensor).all():
-                not_finite.append(name)
-            continue
-        dims = 1 if factor is not None and factor[1] in ("M", "C") else 2
-        if factor is None or tensor.dim() != dims or info.dtype not in FLOATS:
-            other.append(name)
-            continue
-        num_parameters += tensor.numel()
-        norm = _add(rows, *factor, tensor)
-        if factor[1] == "B" and norm == 0:
-            zero_b += 1
-        if not norm < float("inf"):  # NaN too
-            not_finite.append(name)
-    lines = _title(adapter, config, num_parameters, num_bytes)
-    for (name, _), row in rows.items():
-        lines.append(_line(name, row))
-    lines += heads
-    for part, sizes in whole.items():
-        lines.append(f"{part}: {len(sizes)} tensors, {sum(sizes):,} parameters, trained whole")
-    if zero_b:
-        lines.append(f"B is zero in {zero_b} tensors: these adapters do nothing")
-    if not_finite:
-        lines.append(f"NaN or infinite in {len(not_finite)} tensors, such as {not_finite[0]}")
-    lines += _other_lines(other, weights) + _config_lines(config) + weights.notes
+        counted.take(name, weights.tensor(name), info.dtype)
+    lines = _title(adapter, config, counted.num_parameters, counted.num_bytes) + counted.lines()
+    lines += _other_lines(counted.other, weights) + _config_lines(config) + weights.notes
     return "\n".join(lines + _state_lines(adapter) + _below_lines(adapter))
 
 

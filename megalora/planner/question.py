@@ -97,6 +97,12 @@ class Question:
             " nor its pass nor its logits beside the model's are counted. A plan for"
             " objective.name=sft is a lower bound",
         )
+        for option in ("modules_to_save", "trainable_token_indices"):
+            require(
+                not getattr(config.lora, option),
+                f"lora.{option} is not planned yet: gradients and optimizer state of what it trains"
+                " are not counted. A plan without it is a lower bound",
+            )
         # The table of the GPU that is planned for, whatever this machine is.
         work = replace(
             Workload.of(config, options.imbalance),

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from megalora import host
@@ -279,8 +278,7 @@ class Stepper:
             chunk.finish_grad_sync(force_all_reduce=kwargs.get("force_all_reduce", False))
         for parameter in self.parameters:
             if getattr(parameter, "shared_embedding", False):
-                both_ends = parallel_state.get_embedding_group()
-                dist.all_reduce(parameter.main_grad, group=both_ends)  # pyright: ignore
+                dist.all_reduce(parameter.main_grad, group=self.groups.ends)  # pyright: ignore
         for name in ("tp", "etp"):
             partial_gradients = [p for p in self.parameters if p.sum_group == name]  # pyright: ignore[reportAttributeAccessIssue]
             sum_partial_gradients(partial_gradients, self.groups.named(name))

@@ -164,7 +164,6 @@ def test_config_refused(tmp_path: Path, content: str | None, message: str) -> No
     [
         # Each changes what the model computes beside scale * B A.
         {"bias": "all"},
-        {"modules_to_save": ["lm_head"]},
         {"layer_replication": [[0, 2]]},
         {"fan_in_fan_out": True},
         {"use_qalora": True},
@@ -172,7 +171,6 @@ def test_config_refused(tmp_path: Path, content: str | None, message: str) -> No
         {"init_lora_weights": "pissa_niter_4"},
         # Both have changed the base's own weights.
         {"init_lora_weights": "olora"},
-        {"trainable_token_indices": [3]},
     ],
     ids=lambda option: next(iter(option)),
 )

@@ -215,8 +215,11 @@ def test_what_writes_text_refuses_it(classifier: Path, tiny: Path) -> None:
     [
         ({"lost": True}, "has 0 tensors for score.weight, which its config saves"),
         ({"hidden": 1}, "is .3, 1., but this base model needs .number of labels, 64."),
-        ({"task_type": "CAUSAL_LM"}, r"modules_to_save=\['score'\] is not plain LoRA"),
-        ({"modules_to_save": ["score", "lm_head"]}, "is not plain LoRA"),
+        (
+            {"task_type": "CAUSAL_LM"},
+            r"modules_to_save=\['score'\]: megalora reads a score head where",
+        ),
+        ({"modules_to_save": ["score", "lm_head"]}, "all that is trained whole and task_type"),
         ({"modules_to_save": None}, "it is a whole weight"),
     ],
 )

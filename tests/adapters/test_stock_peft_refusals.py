@@ -21,21 +21,21 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         {"bias": "all"},
         "bias='all' is not plain LoRA, .*: it trains biases of the base",
     ),
-    # modules_to_save trains whole weights beside the adapter.
-    "a saved head": (
+    # modules_to_save trains whole weights beside the adapter, of which not all are read.
+    "a saved linear": (
         "moe",
-        {"modules_to_save": ["lm_head"]},
-        r"modules_to_save=\['lm_head'\] is not .* trains whole weights",
+        {"modules_to_save": ["o_proj"]},
+        r"modules_to_save='o_proj' trains whole what megalora does not .model.layers.0.self_attn.o",
     ),
-    "a saved norm": (
+    "a saved expert": (
         "moe",
-        {"modules_to_save": ["norm"]},
-        r"modules_to_save=\['norm'\] is not plain LoRA",
+        {"modules_to_save": ["mlp.experts"]},
+        "modules_to_save='mlp.experts' trains whole .* .no module that megalora knows",
     ),
-    "trained tokens": (
+    "trained tokens of a head": (
         "dense",
-        {"trainable_token_indices": [3, 5]},
-        r"trainable_token_indices=\[3, 5\] .* rows of the embedd",
+        {"trainable_token_indices": {"lm_head": [3, 5]}},
+        "trainable_token_indices=.'lm_head': .3, 5.. with 1 tensors of rows; megalora reads token",
     ),
     "repeated layers": (
         "dense",

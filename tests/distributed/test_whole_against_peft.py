@@ -32,8 +32,12 @@ CASES = {
 }
 
 
+FAST = ("tp2-ep2", "tokens, tied: tp2-pp2")
+NAMES = [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in CASES]
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_gradients_of_stock_peft(name: str, chats: Path, tmp_path: Path) -> None:
     lora, tied, world, parallel = CASES[name]
     base = make_tiny(tmp_path / "base", num_hidden_layers=2, tie_word_embeddings=tied)

@@ -113,8 +113,8 @@ DISTILL_BUGS: tuple[Bug, ...] = (
         0,
         "the teacher's head moved by one token of the vocabulary",
         "megalora/model/head.py",
-        'return {"hidden": x_NH, "weight": weight}',
-        'return {"hidden": x_NH, "weight": weight.roll(1, 0)}',
+        'return {"hidden": x_NH, "weight": weight.detach()}',
+        'return {"hidden": x_NH, "weight": weight.detach().roll(1, 0)}',
         GRID,
     ),
     # logits that were written before

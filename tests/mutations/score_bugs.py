@@ -33,16 +33,16 @@ SCORE_BUGS: tuple[Bug, ...] = (
         0,
         "a head whose gradient is this rank's tokens' alone",
         "megalora/lora/trained_weight.py",
-        'parameter.sum_group = "tp" if group.size() > 1 else None',
+        'parameter.sum_group = "tp" if is_partial else None',
         "parameter.sum_group = None",
         GRID,
     ),
     bug(
         0,
         "a head that starts as another seed's",
-        "megalora/lora/inject.py",
-        "drawn = initial_score(seed, *weight.size",
-        "drawn = initial_score(0 * seed + 7, *weight.size",
+        "megalora/lora/unfrozen.py",
+        "drawn = initial_score(seed, rows",
+        "drawn = initial_score(0 * seed + 7, rows",
         f"{OF_HEAD} every_layout",
     ),
     bug(
@@ -167,7 +167,7 @@ SCORE_BUGS: tuple[Bug, ...] = (
     bug(
         0,
         "a head that is not saved",
-        "megalora/adapters/write/form.py",
+        "megalora/adapters/write/whole.py",
         "        tensors[weight.tensor] = trained[weight.tensor].contiguous()\n",
         "        pass\n",
         f"{OF_FILES} verifies",
@@ -175,9 +175,9 @@ SCORE_BUGS: tuple[Bug, ...] = (
     bug(
         0,
         "a classifier's folder that says it writes text",
-        "megalora/adapters/write/form.py",
-        'task = "SEQ_CLS" if SCORE in saved else "CAUSAL_LM"',
-        'task = "CAUSAL_LM"',
+        "megalora/adapters/write/whole.py",
+        '"SEQ_CLS" if shape.num_scores else "CAUSAL_LM"',
+        '"CAUSAL_LM"',
         f"{OF_FILES} verifies",
     ),
     bug(
@@ -225,8 +225,8 @@ SCORE_BUGS: tuple[Bug, ...] = (
         0,
         "a classifier that is asked to write",
         "megalora/adapters/read/options.py",
-        "            if score:\n                continue\n",
-        "            continue\n",
+        "    if has_score(config) and not score:\n",
+        "    if False:\n",
         f"{OF_FILES} writes_text",
     ),
 )

@@ -282,7 +282,7 @@ TUNE_BUGS: tuple[Bug, ...] = (
         0,
         "training does not say which rows it expects",
         "megalora/train/assemble.py",
-        "        rows_per_expert=shape.rows_per_expert(config),\n",
+        "rows_per_expert=shape.rows_per_expert(config), ",
         "",
         "tests/train/test_expected_rows.py expects",
     ),

@@ -62,24 +62,42 @@ def config_of(base: Path, chats: Path, out: Path, lora: LoRAConfig, **options: A
     return make_config(base, chats, out, lora=lora, **{"parallel": {}, "lr": 3e-3, **options})
 
 
+class Trained(dict[tuple[str, bool], Path]):
+    """(what is trained, whether lm_head is tied) -> a checkpoint of four steps on one rank, made
+    when it is asked for."""
+
+    def __init__(self, bases: dict[bool, Path], chats: Path, folder: Path) -> None:
+        super().__init__()
+        self.bases = bases
+        self.chats = chats
+        self.folder = folder
+
+    def __missing__(self, key: tuple[str, bool]) -> Path:
+        name, tied = key
+        out = self.folder / f"{name}-{tied}"
+        run_ranks(train, 1, config_of(self.bases[tied], self.chats, out, LORAS[name], steps=4))
+        self[key] = out / "step_000004"
+        return self[key]
+
+
 @pytest.fixture(scope="module")
 def trained(
     bases: dict[bool, Path], chats: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[tuple[str, bool], Path]:
-    """(what is trained, whether lm_head is tied) -> a checkpoint of four steps on one rank."""
-    found = {}
-    for name, lora in LORAS.items():
-        for tied, base in bases.items():
-            out = tmp_path_factory.mktemp("runs") / name
-            run_ranks(train, 1, config_of(base, chats, out, lora, steps=4))
-            found[name, tied] = out / "step_000004"
-    return found
+) -> Trained:
+    return Trained(bases, chats, tmp_path_factory.mktemp("runs"))
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("name", LORAS)
+EVERY = [
+    ("saved", True),
+    ("tokens", True),
+    pytest.param("saved", False, marks=pytest.mark.slow),
+    pytest.param("tokens", False, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("name", "tied"), EVERY)
 def test_stock_peft_computes_the_checkpoint(
-    name: str, tied: bool, bases: dict[bool, Path], trained: dict[tuple[str, bool], Path]
+    name: str, tied: bool, bases: dict[bool, Path], trained: Trained
 ) -> None:
     folder = trained[name, tied]
     report = verify_peft(folder, str(bases[tied]), atol=1e-4)
@@ -119,7 +137,7 @@ def test_stock_peft_computes_the_checkpoint(
 )
 def test_resuming_at_another_layout(
     name: str, tied: bool, world: int, parallel: dict[str, int], bases: dict[bool, Path],
-    trained: dict[tuple[str, bool], Path], chats: Path, tmp_path: Path,
+    trained: Trained, chats: Path, tmp_path: Path,
 ) -> None:  # fmt: skip
     """Two steps on several ranks and two on one make the run of four on one."""
     out = tmp_path / "run"
@@ -143,9 +161,10 @@ def logits_of(model: Any) -> Tensor:
         return model(input_ids=ids).logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "tied"), [("saved", False), ("saved", True), ("tokens", True)])
 def test_a_merged_folder_is_the_model(
-    name: str, tied: bool, bases: dict[bool, Path], trained: dict[tuple[str, bool], Path],
+    name: str, tied: bool, bases: dict[bool, Path], trained: Trained,
     tmp_path: Path,
 ) -> None:  # fmt: skip
     folder = trained[name, tied]
@@ -158,9 +177,10 @@ def test_a_merged_folder_is_the_model(
     assert (logits_of(merged.eval()) - logits_of(adapted)).abs().max() < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LORAS)
 def test_an_adapter_of_peft_is_imported_and_trained_on(
-    name: str, bases: dict[bool, Path], trained: dict[tuple[str, bool], Path], chats: Path,
+    name: str, bases: dict[bool, Path], trained: Trained, chats: Path,
     tmp_path: Path,
 ) -> None:  # fmt: skip
     """As stock PEFT writes it, its names in the order of the model, tokens as they were given."""
@@ -189,7 +209,7 @@ def test_an_adapter_of_peft_is_imported_and_trained_on(
 
 
 def test_copies_that_untie_the_model_are_refused(
-    bases: dict[bool, Path], trained: dict[tuple[str, bool], Path], tmp_path: Path
+    bases: dict[bool, Path], trained: Trained, tmp_path: Path
 ) -> None:
     shutil.copytree(trained["saved", True], tmp_path / "adapter")
     path = tmp_path / "adapter" / "adapter_config.json"
@@ -212,7 +232,7 @@ def test_copies_that_untie_the_model_are_refused(
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
 @pytest.mark.parametrize("name", LORAS)
 def test_no_server_is_given_such_weights(
-    name: str, engine: Any, trained: dict[tuple[str, bool], Path], tmp_path: Path
+    name: str, engine: Any, trained: Trained, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match="does not load weights of the base that were trained"):
         export(trained[name, True], tmp_path / "out", engine=engine)
@@ -222,6 +242,7 @@ def test_no_server_is_given_such_weights(
     assert ("Trained whole: `model.embed_tokens`" in said) is (name == "saved")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LORAS)
 def test_the_reference_of_dpo_is_the_base(
     name: str, bases: dict[bool, Path], chats: Path, tmp_path: Path

@@ -186,6 +186,13 @@ def refuse_variants(where: Path, config: dict[str, Any], *, score: bool = False)
             " place of lm_head and writes no text. Load it with PEFT, as its README.md says,"
             " or merge it: megalora merge"
         )
+    saved = config.get("modules_to_save") or ()
+    if SCORE in saved and not has_score(config):
+        raise ValueError(
+            f"{where}: modules_to_save={shorten(saved)}: megalora reads a score head where it is"
+            " all that is trained whole and task_type is SEQ_CLS. Merge the adapter with PEFT"
+            " (merge_and_unload)"
+        )
     for key, why in not_plain(config).items():
         raise ValueError(
             f"{where}: {key}={shorten(config[key])} is not plain LoRA, which is all megalora"
