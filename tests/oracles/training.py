@@ -7,7 +7,7 @@ differentiated by autograd.
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +22,8 @@ from transformers import AutoModelForCausalLM
 from transformers.loss.loss_utils import ForSequenceClassificationLoss
 
 PREFIX = "base_model.model."
+EMBEDDING = "model.embed_tokens"
+ROWS = "token_adapter.trainable_tokens_delta"
 SCORE = "base_model.model.score.weight"
 PARTS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 """Mixtral's name of an expert's linear -> what it computes, as other families call it."""
@@ -88,10 +90,12 @@ class Oracle:
         dtype: torch.dtype = torch.float64,
         balance: float = 0.0,
         teacher: Path | None = None,
+        tokens: Sequence[int] = (),
     ) -> None:
         """``scale``: one for all, or by HF module name. ``dtype``: of weights and activations;
         factors are float64. ``balance``: coefficient of the loss that keeps experts evenly used.
-        ``teacher``: a second model to learn from; None for the base."""
+        ``teacher``: a second model to learn from; None for the base. ``tokens``: whose rows of the
+        embedding are among the factors."""
         self.dtype = dtype
         self.model = frozen(base, dtype)
         self.teacher = self.model if teacher is None else frozen(teacher, dtype)
@@ -102,6 +106,7 @@ class Oracle:
             is_trained = re.search(r"\.lora_[AB]0\.", name) is None
             self.factors[name] = t.clone().double().requires_grad_(is_trained)
         self.scale = scale
+        self.tokens = list(tokens)
         self.balance = balance
         self.routed: list[Tensor] = []
         """What each layer that has routed since the list was emptied adds to that loss."""
@@ -136,8 +141,8 @@ class Oracle:
         name, and is none."""
         found: dict[str, None] = {}
         for name in self.factors:
-            # A score head is trained whole.
-            if name == SCORE:
+            # What is trained whole, a score head or weights of the base, is no linear's factor.
+            if ".lora_" not in name:
                 continue
             module = name.removeprefix(PREFIX).split(".lora_")[0]
             if ".experts." not in module or re.search(r"\.experts\.\d+\.", module):
@@ -204,8 +209,26 @@ class Oracle:
                 [parts["gate_proj"], parts["up_proj"]], dim=1
             )
             merged[f"{stem}.down_proj"] = parts["down_proj"]
+        merged |= self.whole(weights)
         # Rounded once, after the sum: the closest that this dtype has to the exact weight.
         return {name: weight.to(self.dtype) for name, weight in merged.items()}
+
+    def whole(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Weights of the base that are trained themselves, by transformers' parameter name; a tied
+        embedding under both of its names."""
+        found: dict[str, Tensor] = {}
+        for name, value in self.factors.items():
+            plain = name.removeprefix(PREFIX)
+            if plain == f"{EMBEDDING}.{ROWS}":
+                rows = torch.tensor(self.tokens)
+                plain = f"{EMBEDDING}.weight"
+                value = weights[plain].double().index_copy(0, rows, value)
+            elif ".lora_" in name or name == SCORE:
+                continue
+            found[plain] = value
+            if plain == f"{EMBEDDING}.weight" and self.model.config.tie_word_embeddings:
+                found["lm_head.weight"] = value
+        return found
 
     def sequence_logprobs(self, sample: Any, weights: dict[str, Tensor]) -> list[Tensor]:
         """Log-probabilities of the target tokens of each of a sample's sequences."""

@@ -192,8 +192,9 @@ def expected(
             scales[module] = a.alpha / a.rank**exponent
     teacher = config.objective.teacher_model
     oracle = Oracle(
-        base, factors, scales, arithmetic, BALANCE[case.balance], teacher and Path(teacher)
-    )
+        base, factors, scales, arithmetic, BALANCE[case.balance], teacher and Path(teacher),
+        sorted(config.lora.trainable_token_indices),
+    )  # fmt: skip
     # A run evaluates before its first step, with the adapter it starts from.
     loss_of = loss_by(oracle, config.objective)
     with torch.no_grad():

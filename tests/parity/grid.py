@@ -18,6 +18,7 @@ from megalora.config import (
     TrainConfig,
 )
 from megalora.lora.select import resolve
+from megalora.lora.whole import with_trained
 from tests.paired import labelled_of, pairs_of, rated_of
 from tests.parity.models import ADAPTERS, MODELS, adapter, shape_of, teacher_of
 
@@ -207,17 +208,18 @@ def can_be_uneven(pp: int, vpp: int, model: str) -> bool:
 def accepted(case: Case) -> bool:
     """Whether megalora takes this case: its own checks, nothing else."""
     try:
+        shape = shape_of(case.model)
+        lora = adapter(case.adapter, shape)
         config = RunConfig(
-            model=ModelConfig(path="-"), data=DataConfig(train="-", **case.data),
+            lora=lora, model=ModelConfig(path="-"), data=DataConfig(train="-", **case.data),
             parallel=ParallelConfig(**case.parallel), objective=OBJECTIVES[case.objective],
             train=TrainConfig(steps=1, global_batch_size=case.batch, **case.rows),
         )  # fmt: skip
         config.check_world(case.world)
-        shape = shape_of(case.model)
         shape.check_layout(config.parallel)
         # A score head stands in place of lm_head, which then cannot be adapted.
         scores = config.objective.num_scores
-        resolve(adapter(case.adapter, shape), replace(shape, num_scores=scores))
+        resolve(lora, with_trained(lora, replace(shape, num_scores=scores)))
     except ValueError:
         return False
     return True

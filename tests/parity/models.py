@@ -74,6 +74,12 @@ ADAPTERS: dict[str, LoRAConfig] = {
     # A and B beside a pair that stays as it is, which the grid draws as it draws them.
     "begun": LoRAConfig(rank=4, alpha=12.0, target_modules=[*NAMES, "gate"], init="olora",
                         rank_pattern={"q_proj": 3, "v_proj": 5, "up_proj": 2}),
+    # Weights of the base beside adapters: of those that a model has.
+    "saved": LoRAConfig(rank=4, alpha=12.0, modules_to_save=[
+                            "embed_tokens", "lm_head", "norm", "input_layernorm", "k_norm", "gate",
+                        ]),
+    # Rows of the embedding: one that nearly all samples have, and some that few or none have.
+    "tokens": LoRAConfig(rank=4, alpha=12.0, trainable_token_indices=[220, 17, 300, 510]),
 }  # fmt: skip
 
 
@@ -114,6 +120,13 @@ def adapter(name: str, shape: ModelShape) -> LoRAConfig:
     # Without experts there is nothing to share, and asking for it is an error.
     if not shape.moe_layers:
         lora = replace(lora, share_outer=False)
+    # Nor has every model norms of keys, or a router that can be trained whole.
+    lacking = set()
+    if not shape.qk_norm:
+        lacking.add("k_norm")
+    if not shape.moe_layers or shape.correction_bias:
+        lacking.add("gate")
+    lora = replace(lora, modules_to_save=[m for m in lora.modules_to_save if m not in lacking])
     if shape.moe_layers or "gate" not in lora.target_modules:
         return lora
     # A target that matches nothing is an error, so it cannot stay.

@@ -77,6 +77,20 @@ QUICK = (
     Case(4, tp=4, ep=4, adapter="begun", model="2 kv heads", micro=3),
     Case(2, pp=2, vpp=2, adapter="begun", model="mixed", recompute="full"),
     Case(2, cp=2, ep=2, adapter="begun", micro=PACKED, objective="dpo"),
+    # Weights of the base: tied over two stages, a head of its own, norms of heads that ranks share
+    # and of all heads at once.
+    Case(2, tp=2, ep=2, adapter="saved", micro=3),
+    Case(4, pp=2, adapter="saved", model="tied", micro=3, recompute="selective"),
+    Case(4, tp=4, ep=2, etp=2, adapter="saved", model="2 kv heads", recompute="full"),
+    Case(2, tp=2, ep=2, adapter="saved", model="olmoe", micro=3),
+    Case(4, cp=2, pp=2, adapter="saved", micro=PACKED, objective="dpo"),
+    Case(2, tp=2, ep=2, adapter="saved", model="tied", micro=3, head="whole"),
+    Case(4, pp=2, vpp=2, tp=2, ep=2, adapter="saved", model="mixed", balance="on"),
+    # Rows of single tokens.
+    Case(4, tp=2, pp=2, ep=2, adapter="tokens", model="tied", micro=3),
+    Case(2, tp=2, ep=2, adapter="tokens", micro=3, recompute="full"),
+    Case(4, tp=2, cp=2, adapter="tokens", model="tied", micro=PACKED, objective="kto"),
+    Case(4, pp=2, adapter="tokens", model="tied", micro=3, head="whole"),
     # Pairs, whose two sequences may lie on different context-parallel ranks.
     Case(2, adapter="router", micro=3, objective="dpo"),
     Case(2, cp=2, ep=2, micro=PACKED, objective="dpo"),
