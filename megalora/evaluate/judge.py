@@ -76,6 +76,7 @@ def _build(plan: Plan, groups: Groups) -> AdaptedModel:
         # A checkpoint has its run's start as it was trained, without what engines want beside it.
         if config.objective.holds_start:
             adapter = trained_form(adapter, shape).adapter
+        shape = adapter.shape_of(shape)
     model = build_for_training(
         config, shape, adapter.adapted if adapter else [], groups, keeps_base=True
     )

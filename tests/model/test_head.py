@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megalora.model.head import Head
+from megalora.model.token_logprobs import TrainedRows
 from megalora.model.vocab_logits import (
     VocabLogits,
     entropy,
@@ -30,6 +31,8 @@ V = 44
 R = 3
 K = 5
 CHUNK = 4
+TRAINED = torch.tensor([1, 9, 20, 21])
+"""Tokens whose rows of the weight are trained: of four ranks' parts the last has none."""
 LIMIT = 1e-6
 """Of the largest entry, in float32: sums over 44 entries and 23 tokens, each rounded at 6e-8."""
 
@@ -51,6 +54,7 @@ def problem(dtype: torch.dtype, sharpness: float = 1.0) -> dict[str, Tensor]:
         "x": x.to(dtype), "weight": weight.to(dtype), "targets": targets,
         "a": (normal(R, H) * 0.3).to(dtype), "b": (normal(V, R) * 0.3).to(dtype),
         "ids": torch.randint(V, (N, K), generator=generator), "teacher": normal(N, V),
+        "rows": (normal(len(TRAINED), H) * sharpness / H**0.5).to(dtype),
     }  # fmt: skip
 
 
@@ -68,12 +72,15 @@ def divergence(teacher_NV: Tensor) -> Callable[[VocabLogits], Tensor]:
     return read
 
 
-def plain(p: dict[str, Tensor], with_adapter: bool) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """(every result, the leaves x, A and B) in float64 by torch alone."""
-    leaves = [p[name].double().clone().requires_grad_() for name in ("x", "a", "b")]
-    x, a, b = leaves
-    logits = x @ p["weight"].double().t()
-    if with_adapter:
+def plain(p: dict[str, Tensor], kind: str) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """(every result, the leaves x, A, B, the weight and rows of it) in float64 by torch alone."""
+    names = ("x", "a", "b", "weight", "rows")
+    leaves = [p[name].double().clone().requires_grad_() for name in names]
+    x, a, b, weight, rows = leaves
+    if kind == "rows":
+        weight = weight.index_copy(0, TRAINED, rows)
+    logits = x @ weight.t()
+    if kind == "adapter":
         logits = logits + (x @ a.t()) @ b.t()
     logprobs = logits.log_softmax(-1)
     largest = logprobs.topk(K, dim=-1)
@@ -95,7 +102,7 @@ FUSED = {"logprob": logprob, "logsumexp": logsumexp, "mean_logit": mean_logit}
 
 
 def ours(
-    p: dict[str, Tensor], with_adapter: bool, want: tuple[str, ...]
+    p: dict[str, Tensor], kind: str, want: tuple[str, ...]
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
     """The same on this rank of the world, with its part of the vocabulary; chunks of 4 tokens."""
     group: Any = dist.group.WORLD
@@ -106,24 +113,32 @@ def ours(
         **FUSED, "entropy": entropy, "given": logprobs_of(p["ids"]), "top": top_k(K),
         "divergence": divergence(p["teacher"]),
     }  # fmt: skip
-    weight = p["weight"].chunk(group.size())[group.rank()].contiguous()
-    head = Head(weight, group, b if with_adapter else None)
+    weight = p["weight"].chunk(group.size())[group.rank()].clone().requires_grad_(kind == "whole")
+    rows = p["rows"].clone().requires_grad_()
+    trained = TrainedRows(weight, None) if kind == "whole" else None
+    if kind == "rows":
+        # Those of this rank's part of the vocabulary; some ranks have none.
+        columns = TRAINED - group.rank() * len(weight)
+        here = ((columns >= 0) & (columns < len(weight))).nonzero()[:, 0]
+        trained = TrainedRows(rows.index_select(0, here), columns[here])
+    leaves += [weight, rows]
+    head = Head(weight.detach(), group, b if kind == "adapter" else None, trained)
     chosen = {name: readers[name] for name in want}
     with pytest.MonkeyPatch.context() as patch:
         # Five chunks of 4 tokens and one of 3.
         patch.setattr(Head, "chunk_size", lambda head, bytes_per_logit: CHUNK)
-        found = head(x, p["targets"], chosen, x @ a.t() if with_adapter else None)
+        found = head(x, p["targets"], chosen, x @ a.t() if kind == "adapter" else None)
     if "top" in found:
         found["largest"], found["ids"] = found.pop("top")
     return found, leaves
 
 
-def deviations(dtype: torch.dtype, with_adapter: bool, want: tuple[str, ...]) -> dict[str, float]:
+def deviations(dtype: torch.dtype, kind: str, want: tuple[str, ...]) -> dict[str, float]:
     """Largest deviation of each result and gradient from float64, relative to the largest entry; a
     rank function."""
     p = problem(dtype)
-    expected, expected_leaves = plain(p, with_adapter)
-    found, leaves = ours(p, with_adapter, want)
+    expected, expected_leaves = plain(p, kind)
+    found, leaves = ours(p, kind, want)
     # Another weight for every number of every result, so that none can stand for another.
     generator = torch.Generator().manual_seed(1)
     total = torch.zeros((), dtype=torch.float64)
@@ -140,7 +155,12 @@ def deviations(dtype: torch.dtype, with_adapter: bool, want: tuple[str, ...]) ->
     group: Any = dist.group.WORLD
     # x and A are replicated: each rank has its part of a sum. B is divided.
     deviation["dx"] = distance(summed(leaves[0]), expected_leaves[0].grad)
-    if with_adapter:
+    if kind == "whole":
+        own = expected_leaves[3].grad.chunk(group.size())[group.rank()]  # pyright: ignore
+        deviation["dW"] = distance(leaves[3].grad, own)
+    if kind == "rows":
+        deviation["drows"] = distance(summed(leaves[4]), expected_leaves[4].grad)
+    if kind == "adapter":
         deviation["dA"] = distance(summed(leaves[1]), expected_leaves[1].grad)
         own = expected_leaves[2].grad.chunk(group.size())[group.rank()]  # pyright: ignore
         deviation["dB"] = distance(leaves[2].grad, own)
@@ -169,20 +189,19 @@ def every_deviation() -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     for dtype in (torch.float32, torch.float64):
         for want in (("logprob",), tuple(FUSED), GENERAL):
-            for with_adapter in (False, True):
-                adapter = "adapter" if with_adapter else "frozen"
-                name = f"{dtype}, {len(want)} readers, {adapter}"
-                found[name] = deviations(dtype, with_adapter, want)
+            for kind in ("frozen", "adapter", "whole", "rows"):
+                name = f"{dtype}, {len(want)} readers, {kind}"
+                found[name] = deviations(dtype, kind, want)
     return found
 
 
 @pytest.mark.parametrize("world", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_results_and_gradients_are_those_of_whole_logits(world: int) -> None:
     for by_path in run_ranks(every_deviation, world):
-        assert len(by_path) == 12
+        assert len(by_path) == 24
         for path, of_path in by_path.items():
             limit = LIMIT if "float32" in path else 1e-14
-            # Results, dx, and with an adapter dA and dB.
+            # Results, dx, and gradients of what is trained in the head.
             assert len(of_path) >= 2
             for name, deviation in of_path.items():
                 assert deviation <= limit, f"{path}: {name} on {world} ranks"

@@ -39,6 +39,7 @@ from tests.mutations.stage_bugs import STAGE_BUGS
 from tests.mutations.tokens_bugs import TOKENS_BUGS
 from tests.mutations.tune_bugs import TUNE_BUGS
 from tests.mutations.wait_bugs import WAIT_BUGS
+from tests.mutations.whole_bugs import WHOLE_BUGS
 
 EVERY_BUG = (
     MODEL_BUGS
@@ -80,4 +81,5 @@ EVERY_BUG = (
     + BEGUN_BUGS
     + EXPERT_DORA_BUGS
     + SHARED_BUGS
+    + WHOLE_BUGS
 )

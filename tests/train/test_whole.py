@@ -22,12 +22,14 @@ from megalora.adapters.merge import merge
 from megalora.adapters.read.adapter import read_adapter
 from megalora.adapters.resumable import import_adapter
 from megalora.config import LoRAConfig, ObjectiveConfig, RunConfig
+from megalora.evaluate.request import Request
 from megalora.hf.json_file import read_hf_config
 from megalora.model.fields import model_shape
 from megalora.tiny import make_tiny
 from megalora.train.loop import train
 from megalora.verify.peft import verify_peft
 from tests.distributed.ranks import run_ranks
+from tests.evaluate.test_variants import judged
 from tests.paired import pairs_of
 from tests.parity.runs import make_config, records
 from tests.peft_warnings import IGNORED
@@ -271,3 +273,75 @@ def test_the_base_is_compared_before_what_was_trained_is_loaded(
     # Trained norms differ from those on disk, which the comparison must not see.
     run_ranks(train, 1, resumed)
     assert len(records(tmp_path / "run", "loss")) == 2
+
+
+def test_rows_are_read_in_the_order_of_their_tokens(
+    bases: dict[bool, Path], trained: Trained, tmp_path: Path
+) -> None:
+    """PEFT keeps tokens in the order in which they were given."""
+    shutil.copytree(trained["tokens", True], tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    config = json.loads(path.read_text())
+    assert config["trainable_token_indices"] == [44, 220, 300]
+    path.write_text(json.dumps(config | {"trainable_token_indices": [300, 44, 220]}))
+    tensors = load_file(path.with_name(WEIGHTS))
+    shape = model_shape(read_hf_config(bases[True]))
+    read = read_adapter(path.parent, shape)
+    assert read.tokens == (44, 220, 300)
+    # The first row of the file is token 300's, the last in memory.
+    assert torch.equal(read.tensors[ROWS], tensors[ROWS][[1, 2, 0]])
+    for tokens in ([300, 44], [300, 44, 512], [300, 44, 44], {"lm_head": [300, 44, 220]}):
+        path.write_text(json.dumps(config | {"trainable_token_indices": tokens}))
+        with pytest.raises(ValueError, match="trainable_token_indices=|these tokens and this base"):
+            read_adapter(path.parent, shape)
+
+
+@pytest.mark.parametrize(
+    "change", [{"modules_to_save": ["embed_tokens"]}, {"trainable_token_indices": [7]}]
+)
+def test_other_weights_in_the_middle_of_a_run_are_refused(
+    change: dict[str, Any], bases: dict[bool, Path], trained: Trained, chats: Path
+) -> None:
+    out = trained["saved", True].parent
+    lora = LoRAConfig(rank=4, alpha=12.0, target_modules=ATTENTION, **change)
+    config = config_of(bases[True], chats, out, lora, steps=5)
+    config = replace(config, checkpoint=replace(config.checkpoint, resume=True))
+    with pytest.raises(Exception, match="was trained with lora.modules_to_save="):
+        run_ranks(train, 1, config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LORAS)
+def test_evaluation_compares_with_the_base(
+    name: str, bases: dict[bool, Path], trained: Trained, chats: Path, tmp_path: Path
+) -> None:
+    """The base's loss is that of the base, although its embedding is the adapter's in memory; an
+    average lies between."""
+    out = tmp_path / "run"
+    config = config_of(bases[True], chats, out, LORAS[name], steps=2, lr=1e-2, ema_decay=0.5)
+    run_ranks(train, 1, config)
+    before, after = records(out, "eval_loss")
+    assert before - after > 0.02
+    (verdict,) = run_ranks(judged, 1, Request(target=str(out)))
+    assert verdict.judged["adapter"].loss == pytest.approx(after, rel=1e-5)
+    assert verdict.judged["base"].loss == pytest.approx(before, rel=1e-5)
+    (of_average,) = run_ranks(judged, 1, Request(target=str(out / "step_000002" / "ema")))
+    assert after < of_average.judged["adapter"].loss < before
+
+
+@pytest.mark.slow
+def test_dora_beside_it_is_exported_as_two_folders(
+    bases: dict[bool, Path], chats: Path, tmp_path: Path
+) -> None:
+    """The weights that are trained whole are in one of them, and PEFT loads both at once."""
+    lora = replace(
+        SAVED, target_modules=["q_proj", "gate_proj", "up_proj", "down_proj"], use_dora=["q_proj"]
+    )
+    run_ranks(train, 1, config_of(bases[True], chats, tmp_path / "run", lora, steps=2))
+    export(tmp_path / "run" / "step_000002", tmp_path / "out")
+    report = verify_peft(tmp_path / "out", str(bases[True]), atol=1e-4)
+    assert report.text().endswith("verified: stock PEFT computes the same model")
+    saved = []
+    for part in ("dora", "plain"):
+        saved.append(f"{EMBEDDING}.weight" in load_file(tmp_path / "out" / part / WEIGHTS))
+    assert saved == [True, False]
