@@ -45,6 +45,7 @@ from megalora.train.saver import Progress, Saver, is_due
 from megalora.train.signals import terminated
 from megalora.train.trace import Trace, tracing
 from megalora.train.trackers import check_installed
+from megalora.train.unseen_tokens import unseen_note
 from megalora.verify.first_loss import compare_losses
 from megalora.verify.layer import check_layers
 
@@ -97,6 +98,7 @@ def train(config: RunConfig, job: str | None = None) -> Path | None:
         splits = load_data(config.data, tokenizer, objective=config.objective)
         samples = Samples.of(splits[0].samples)
         check_agreement("training samples", samples)
+        notes += unseen_note(config.lora.trainable_token_indices, splits[0].samples)
         # Raises where the warm-up is longer than the run.
         duration.num_steps(config.train, samples.count)
         if found.state:

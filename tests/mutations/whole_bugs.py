@@ -26,10 +26,10 @@ WHOLE_BUGS: tuple[Bug, ...] = (
     ),
     bug(
         0,
-        "an embedding summed over ranks that each have other rows",
+        "an embedding that each rank takes for the whole",
         WEIGHT,
-        "is_partial = group.size() > 1 and not self.split",
-        "is_partial = group.size() > 1",
+        "return group_size if self.split else 1",
+        "return 1",
         f"{PEFT} tp2-ep2",
     ),
     bug(
@@ -46,7 +46,7 @@ WHOLE_BUGS: tuple[Bug, ...] = (
         UNFROZEN,
         "            rows.shared = True  # pyright: ignore[reportAttributeAccessIssue]\n",
         "",
-        f"{GRID} tp2-pp2-ep2 and tokens",
+        f"{GRID} tokens",
     ),
     bug(
         0,
@@ -81,7 +81,7 @@ WHOLE_BUGS: tuple[Bug, ...] = (
         LOGPROBS,
         "drows_KH += d_CV.t() @ x_CH",
         "drows_KH.copy_(d_CV.t() @ x_CH)",
-        f"{HEAD} whole_logits and 2",
+        f"{HEAD} whole_logits",
     ),
     bug(
         0,
@@ -89,7 +89,7 @@ WHOLE_BUGS: tuple[Bug, ...] = (
         LOGPROBS,
         "return d_CV.index_fill_(1, columns_K, 0) @ weight_VH + d_CK @ rows_KH",
         "return d_CV @ weight_VH + d_CK @ rows_KH",
-        f"{HEAD} whole_logits and 2",
+        f"{HEAD} whole_logits",
     ),
     bug(
         0,
@@ -105,7 +105,7 @@ WHOLE_BUGS: tuple[Bug, ...] = (
         READERS,
         "h_CR, b_VR, rows_KH, self.columns_K)",
         "h_CR, b_VR, None, None)",
-        f"{HEAD} whole_logits and 2",
+        f"{HEAD} whole_logits",
     ),
     bug(
         0,
@@ -146,7 +146,7 @@ WHOLE_BUGS: tuple[Bug, ...] = (
         "megalora/lora/switched_off.py",
         "                values[parameter] = kept\n",
         "                pass\n",
-        f"{RUNS} reference",
+        f"{GRID} saved",
     ),
     bug(
         0,

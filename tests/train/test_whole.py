@@ -2,12 +2,13 @@
 stock PEFT, merged, imported and judged."""
 
 import json
-import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
@@ -21,16 +22,16 @@ from megalora.adapters.inspect import describe
 from megalora.adapters.merge import merge
 from megalora.adapters.read.adapter import read_adapter
 from megalora.adapters.resumable import import_adapter
-from megalora.config import LoRAConfig, ObjectiveConfig, RunConfig
+from megalora.config import LoRAConfig, RunConfig
 from megalora.evaluate.request import Request
 from megalora.hf.json_file import read_hf_config
 from megalora.model.fields import model_shape
 from megalora.tiny import make_tiny
 from megalora.train.loop import train
+from megalora.train.unseen_tokens import unseen_note
 from megalora.verify.peft import verify_peft
 from tests.distributed.ranks import run_ranks
 from tests.evaluate.test_variants import judged
-from tests.paired import pairs_of
 from tests.parity.runs import make_config, records
 from tests.peft_warnings import IGNORED
 
@@ -245,24 +246,6 @@ def test_no_server_is_given_such_weights(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", LORAS)
-def test_the_reference_of_dpo_is_the_base(
-    name: str, bases: dict[bool, Path], chats: Path, tmp_path: Path
-) -> None:
-    """Where policy and reference are one model the loss is log 2; behind a step they are not, and
-    a reference that had moved along would leave it there."""
-    dpo = ObjectiveConfig(name="dpo", beta=0.5)
-    lora = replace(LORAS[name], target_modules=["q_proj"])
-    config = config_of(
-        bases[True], pairs_of(chats), tmp_path / "run", lora, objective=dpo, steps=3, lr=1e-2
-    )
-    run_ranks(train, 1, config)
-    losses = records(tmp_path / "run", "loss")
-    assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
-    assert all(abs(loss - math.log(2)) > 1e-3 for loss in losses[1:])
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("check", ["layer", "loss"])
 def test_the_base_is_compared_before_what_was_trained_is_loaded(
     check: str, bases: dict[bool, Path], chats: Path, tmp_path: Path
@@ -345,3 +328,13 @@ def test_dora_beside_it_is_exported_as_two_folders(
     for part in ("dora", "plain"):
         saved.append(f"{EMBEDDING}.weight" in load_file(tmp_path / "out" / part / WEIGHTS))
     assert saved == [True, False]
+
+
+def test_tokens_that_the_data_lacks_are_said() -> None:
+    assert unseen_note([], []) == []
+    samples: Any = []
+    for tokens in ([5, 7], [9, 5]):
+        samples.append(SimpleNamespace(input_ids=np.array(tokens)))
+    assert unseen_note([9, 5], samples) == []
+    (said,) = unseen_note([9, 300, 5, 44], samples)
+    assert "no training sample has 44, 300;" in said
