@@ -27,9 +27,11 @@ OBJECTIVES = (
 NOT_SCORED = {
     ("head", "whole"), ("adapter", "router"), ("adapter", "some dora"), ("model", "olmoe"),
     ("model", "glm4_moe"),
+    ("adapter", "dora"), ("adapter", "saved"), ("adapter", "tokens"),
 }  # fmt: skip
-"""What no score head goes with: whole logits, an adapted lm_head, families of which transformers
-has no classifier."""
+"""What no score head goes with: whole logits, an adapted lm_head, DoRA, weights of the base,
+families of which transformers has no classifier."""
+WITH_NORMS = {("adapter", "dora"), ("adapter", "some dora")}
 
 
 def taken_by_the_config(model: str, world: int, **sizes: int) -> bool:
@@ -89,7 +91,8 @@ def test_every_possible_pair_of_values_is_tested() -> None:
             if factor not in ("too_long", "head", "objective", "balance"):
                 possible |= {((factor, value), each) for each in of_samples}
     # So does each objective, but that pairs are never cut, and that a score head stands where
-    # lm_head would be adapted, has no logits, and is not of every family.
+    # lm_head would be adapted, has no logits, is not of every family and not beside DoRA or weights
+    # of the base. Norms of DoRA are not kept of a run's start.
     for objective in OBJECTIVES:
         of_loss = ("objective", objective)
         for factor, value in {value for pair in possible for value in pair}:
@@ -97,6 +100,7 @@ def test_every_possible_pair_of_values_is_tested() -> None:
             is_cut = factor == "too_long" and value != "left_out"
             is_other = objective != "sft" and is_cut
             is_other |= is_scored and (factor, value) in NOT_SCORED
+            is_other |= objective == "dpo of start" and (factor, value) in WITH_NORMS
             if factor not in ("objective", "balance") and not is_other:
                 possible.add(((factor, value), of_loss))
     # Balanced or not goes with everything, where there are experts.
