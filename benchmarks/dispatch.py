@@ -147,10 +147,15 @@ def measure(ranks: int, tokens: int, repeats: int) -> dict[str, Any]:
         everywhere = torch.load(f"{folder}/found.pt")
     row: dict[str, Any] = {"ep": ranks, "tokens": tokens}
     for name in ARMS:
-        of_ranks = [found[name] for found in everywhere]
-        slowest = [max(times) for times in zip(*(f["seconds"] for f in of_ranks), strict=True)]
+        num_bytes = 0
+        seconds: list[list[float]] = []
+        for found in everywhere:
+            num_bytes += found[name]["bytes"]
+            seconds.append(found[name]["seconds"])
+        # Ranks wait for each other: a pass takes as long as on the slowest.
+        slowest = list(map(max, zip(*seconds, strict=True)))
         row[name] = {
-            "bytes": sum(f["bytes"] for f in of_ranks),
+            "bytes": num_bytes,
             # The first pass allocates.
             "milliseconds": 1e3 * statistics.median(slowest[1:]),
         }

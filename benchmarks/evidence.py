@@ -242,10 +242,14 @@ def launches(results: Results) -> str:
         if name not in names:
             names.append(name)
     for name in names:
-        limits = [CEILINGS[f"{name} {which}"] for which in COUNTED]
+        num_kernels: list[Any] = []
+        host_operations: list[int] = []
+        for which in COUNTED:
+            kernels, operations = CEILINGS[f"{name} {which}"]
+            num_kernels.append(kernels)
+            host_operations.append(operations)
         # The last two are the adapters'; the base's host operations are not ours to lower.
-        host = limits[2][1] + limits[3][1]
-        num_kernels = [kernels for kernels, _ in limits]
+        host = sum(host_operations[2:4])
         rows.append((name, *num_kernels, host))
     profiled = False
     for row in results.on_gpu("gpu_model.json").get("rows", []):

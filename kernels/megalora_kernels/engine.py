@@ -123,6 +123,7 @@ class Engine:
 
     def dense(self, t: torch.Tensor) -> torch.Tensor:
         """t with rows that the kernels can read."""
+        # Kernels step along rows; plain torch takes any strides.
         return t if t.stride(-1) == 1 or self.passes is IN_TORCH else t.contiguous()
 
     def buffers(self, like: torch.Tensor, features: int, rank: int, weight: Weight) -> Rows:
@@ -181,10 +182,12 @@ class Engine:
     ) -> Rows:  # fmt: skip
         """(dy, dS) of gate_up. The gradients of probabilities, A of down and B of gate_up go to
         ``sums`` and places there."""
+        # dy is as wide as y: gate's half, then up's.
         rows = self.buffers(y_MJ, y_MJ.shape[1], 0 if s_MR is None else s_MR.shape[1], weight)
         self.passes.swiglu_backward(
             dh_MI, y_MJ, p_M, self.routing, rows.x, s_MR, ds_MQ, sums, da, db
         )
+        # Behind dy itself, of which it is a product.
         if blocks is not None:
             self.shrink_beside(rows, blocks, scale)
         return rows
@@ -196,6 +199,7 @@ class Engine:
     def _padded(self, rows: Rows) -> torch.Tensor | None:
         """S with the columns that pad it."""
         if rows.joined is None:
+            # Without one buffer there is no padding to fill.
             return rows.s_MR
         return rows.joined[:, rows.x.shape[1] :]
 
@@ -235,6 +239,7 @@ class VendorEngine(Engine):
     def buffers(self, like: torch.Tensor, features: int, rank: int, weight: Weight) -> Rows:
         num_rows = self.routing.num_rows
         pad = padded_rank(rank, like.dtype) if rank else 0
+        # Nothing goes beside the rows, so they need not be joined.
         if rank == 0:
             return Rows(like.new_empty(num_rows, features))
         if weight.joined is None:

@@ -65,6 +65,7 @@ class ExpertFactors:
         found = []
         start = 0
         for i, b in enumerate(self.b):
+            # Only projections with an adapter take rows of the stacked A.
             if b is not None:
                 found.append((i, start, start + b.shape[2]))
                 start += b.shape[2]
@@ -77,6 +78,7 @@ class ExpertFactors:
     def rank_scale(self) -> RankScale:
         """The scale of every column of S."""
         scales = [self.scale[i] for i, _, _ in self.ranks()]
+        # With one projection all columns come before the split, and both scales are its.
         _, _, split = self.ranks()[0]
         return RankScale(scales[0], scales[-1], split)
 
@@ -86,12 +88,15 @@ class ExpertFactors:
         blocks = []
         ranks = {i: (j, k) for i, j, k in self.ranks()}
         total = self.a.shape[1]
+        # Down: nothing to put beside it.
         if len(self.b) == 1 and self.b[0] is not None:
             return self.b[0] * self.scale[0]
         for i, b in enumerate(self.b):
             if b is None:
+                # Its rows of the weight get nothing from any rank.
                 blocks.append(self.a.new_zeros(self.a.shape[0], height, total))
             else:
+                # Zero columns before and behind: those are the other projection's ranks.
                 blocks.append(F.pad(b * self.scale[i], (ranks[i][0], total - ranks[i][1])))
         return torch.cat(blocks, 1)
 

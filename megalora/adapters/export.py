@@ -101,11 +101,13 @@ def export(
     named = base or str(config.get("base_model_name_or_path") or "")
     if not named:
         raise ValueError(f"{source} does not name its base model; give --base")
+    # Before the base is looked for, which may be on the hub.
     check_new(out, source)
     folder = local_folder(named, "--base", weights=False)
     shape = model_shape(read_hf_config(folder))
     # As trained, without zeros that an earlier export wrote: each engine wants zeros of its own.
     form = trained_form(read_adapter(source, shape, base=folder, score=True), shape)
+    # What the user leaves out counts for no engine's refusal.
     adapter = _without(form.adapter, drop)
     shape = adapter.shape_of(shape)
     layout = _layout(engine, layout, adapter, shape)
@@ -158,6 +160,7 @@ def _without(adapter: Adapter, drop: Sequence[str]) -> Adapter:
                 f"--drop {name}: this adapter has none; it adapts {', '.join(sorted(trained))}"
             )
     kept = [a for a in adapter.adapted if a.name not in drop]
+    # An adapter of nothing would load, and be the base.
     if not kept:
         raise ValueError(f"--drop {' '.join(drop)} leaves nothing of the adapter")
     absent = [module for module in adapter.absent if module.rsplit(".", 1)[-1] not in drop]

@@ -48,6 +48,7 @@ class MergeReport:
         """A table with a row per projection, over all its layers and experts."""
         groups: dict[tuple[str, str], list[MergedModule]] = defaultdict(list)
         for m in self.modules:
+            # A base may mix dtypes, which lose different amounts.
             groups[projection(m.module), m.dtype].append(m)
         names = ["projection", *(name for name, _ in groups)]
         width = max(map(len, names)) + 2
@@ -70,6 +71,7 @@ class MergeReport:
                 zero += 1
             elif m.error > LOSSY:
                 lossy.append(m)
+        # Not an error: engines want zeros beside what was trained.
         if zero:
             lines.append(f"the adapter is zero in {zero:,} modules: they are the base's")
         if lossy:

@@ -75,10 +75,12 @@ def import_adapter(
     adapted = form.adapter.adapted
     shape = form.adapter.shape_of(shape)
     tensors = form.adapter.tensors
+    # What a config must say for the run to fit these tensors.
     section = lora_section(adapted, shape)
     with whole_or_gone(out) as temporary:
         write_adapter(temporary, adapted, shape, tensors, base)
         (temporary / STATE).mkdir()
+        # Adam begins anew: a folder of PEFT's has no moments.
         save_file(_fresh_state(tensors), temporary / OPTIMIZER)
         state = {
             "step": 0,

@@ -57,6 +57,7 @@ def write_arithmetic(
         if pairs:
             row = {"chosen": equation, "rejected": sentence}
         if ratings:
+            # Alternating, so that any part of the file has as many of both.
             is_good = len(lines) % 2 == 0
             row = {"messages": equation if is_good else sentence, "label": is_good}
         if labels:
@@ -73,6 +74,7 @@ def _conversations(operator: str, left: int, right: int) -> tuple[str, list[Any]
     result = _OPERATORS[operator](left, right)
     asked = {"role": "user", "content": f"What is {question}?"}
     equation = {"role": "assistant", "content": f"{question} = {result}"}
+    # The number is right in both: what is preferred is the form alone.
     said = f"Let me see. I would say that it is {result}."
     sentence = {"role": "assistant", "content": said}
     return asked["content"], [asked, equation], [asked, sentence]
@@ -85,6 +87,7 @@ def main() -> None:
         "--num", type=int, default=2000, help="number of questions (default %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0, help="(default %(default)s)")
+    # A row has one form.
     forms = parser.add_mutually_exclusive_group()
     forms.add_argument(
         "--pairs", action="store_true", help="two answers to each question, one preferred"

@@ -51,6 +51,7 @@ def locate(source: str) -> Location:
     name = source
     start = None
     stop = None
+    # The slice is taken off first: what is left is a path or a name.
     if source.endswith("]"):
         match = _SLICE.fullmatch(source)
         if match is None:
@@ -61,6 +62,7 @@ def locate(source: str) -> Location:
         start = int(match["start"]) if match["start"] else None
         stop = int(match["stop"]) if match["stop"] else None
     path = _looked_up(name)
+    # A folder of shards has no order of rows that anybody has said.
     if path.is_dir():
         raise ValueError(f"{name}: this is a folder; name one {', '.join(_SUFFIXES)} file in it")
     if path.is_file():
@@ -81,6 +83,7 @@ def locate(source: str) -> Location:
             f"{name!r} is neither a file nor the name of a hub data set.\n  Use a path ending in"
             f" {', '.join(_SUFFIXES)}, or org/name, org/name:split, org/name/config:split."
         )
+    # The hub's own default: data sets without splits call theirs train.
     hub = (match["name"], match["config"], match["split"] or "train")
     return Location(name, start, stop, hub=hub)
 

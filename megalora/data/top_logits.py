@@ -49,6 +49,7 @@ class TopLogits:
         empty = cls(np.zeros((0, k)), np.zeros((0, k)), np.zeros(0))
         every = [empty, *parts]
         found: list[np.ndarray] = []
+        # Empty arrays have no dtype of their own, so each field is given its.
         for name, dtype in _FIELDS.items():
             found.append(np.concatenate([getattr(part, name) for part in every]).astype(dtype))
         return cls(*found)
@@ -57,6 +58,7 @@ class TopLogits:
 def write_samples(folder: Path, name: str, first: int, samples: Sequence[TopLogits]) -> None:
     """The file of the samples from ``first`` on."""
     parts = TopLogits.joined(samples, samples[0].ids.shape[1])
+    # One column of all tokens, and where each sample ends in it.
     ends = np.cumsum([len(sample.ids) for sample in samples], dtype=np.int64)
     tensors = {"ids": parts.ids, "logprobs": parts.logprobs, "rest": parts.rest, "ends": ends}
     save_file(tensors, _file(folder, name, first))
@@ -84,10 +86,12 @@ class LogitsOfSamples:
 
     def _read_ends(self, file: Path) -> np.ndarray:
         with self._opened(file) as opened:
+            # A leading zero, so that sample i is between ends i and i + 1.
             return np.concatenate([[0], opened.get_tensor("ends")])
 
     def of(self, number: int, num_targets: int) -> TopLogits:
         """What is kept of a sample; raises ``ValueError`` unless it has so many target tokens."""
+        # Files begin at multiples of their size: the name follows from the number.
         first = number // SAMPLES_OF_FILE * SAMPLES_OF_FILE
         file = _file(self.folder, self.name, first)
         begin, end = self._ends(file)[number - first : number - first + 2]
@@ -97,6 +101,7 @@ class LogitsOfSamples:
             " the data",
         )
         with self._opened(file) as opened:
+            # A slice, so that of 256 samples one is read.
             return TopLogits(*(opened.get_slice(name)[begin:end] for name in _FIELDS))
 
 

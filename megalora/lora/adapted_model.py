@@ -102,6 +102,7 @@ def build_adapted(
         RuntimeError: a tensor is missing or surplus, which is a bug of ours.
     """
     model = adapt_base(make_base, shape, adapted, groups, **settings)
+    # Before anything is computed with them: a missing tensor is a bug of ours.
     check_coverage(model.adapted, model.shards, model.whole)
     refresh_norms(model.chunks, groups, start=True)
     if has_start(adapted) and not resumed:
@@ -113,6 +114,7 @@ def load_adapter(model: AdaptedModel, tensors: Mapping[str, Tensor]) -> None:
     """Fill the adapters from whole tensors by name; collective where there are magnitudes. Raises
     ``ValueError`` when a tensor is missing or does not fit."""
     names = tensors.keys()
+    # Values are copied into parameters, which autograd must not see.
     with torch.no_grad():
         take_parts(names, tensors.__getitem__, model.shards, model.values(), where="the adapter")
     refresh_norms(model.chunks, model.groups)

@@ -44,6 +44,7 @@ EXPOSED = (0.0, 1.0)
 @cache
 def scenarios(machine: Machine) -> list[Machine]:
     """The machine in every combination of limits of what is assumed; empty where nothing is."""
+    # Every kind of assumption doubles the list: at most eight machines.
     found = [machine]
     if isinstance(machine.gemm, Roofline | Constant):
         found = [_with_compute(m, factor) for m, factor in product(found, COMPUTE)]
@@ -71,6 +72,7 @@ def _with_links(machine: Machine, factor: float) -> Machine:
     links = _assumed_links(machine.network)
     assert links is not None
     links = Links(
+        # A faster link also answers sooner.
         factor * links.inside_bytes_per_s,
         factor * links.outside_bytes_per_s,
         links.inside_latency_s / factor,
@@ -78,6 +80,7 @@ def _with_links(machine: Machine, factor: float) -> Machine:
     )
     network: Network = links
     if isinstance(machine.network, MeasuredNetwork):
+        # Groups that were measured keep their times; only those beyond them move.
         network = replace(machine.network, beyond=links)
     return replace(machine, network=network)
 

@@ -64,6 +64,7 @@ def measure(checkpoint: Path, manifest: dict[str, Any]) -> Norms:
                 a = file.get_tensor(a_name).double()
                 b = file.get_tensor(b_name).double()
                 scale = scales.get(_without_expert(module, found.expert), default)
+                # |B A|^2 = trace of (B^T B)(A A^T): two products of rank size, not [out, in].
                 square = scale**2 * float(((b.T @ b) * (a @ a.T)).sum())
                 squares[found.layer, found.expert, found.leaf] = square
     except (SafetensorError, OSError, RuntimeError) as error:
@@ -90,6 +91,7 @@ def _scales(manifest: dict[str, Any]) -> dict[str, float]:
     """Module -> scale, of all experts of a layer under one name."""
     scales: dict[str, float] = {}
     rows = manifest.get("adapted", [])
+    # A manifest that somebody has edited loses rows here, not the whole page.
     for row in rows if isinstance(rows, list) else []:
         if isinstance(row, dict) and isinstance(row.get("scale"), int | float):
             scales[str(row.get("module"))] = float(row["scale"])
@@ -111,10 +113,12 @@ def _arranged(squares: dict[tuple[int, int | None, str], float], left_out: int) 
         if expert is None:
             dense[layer, leaf] = math.sqrt(square)
         else:
+            # Gate, up and down of an expert as one: norms add up in squares.
             experts[layer, expert] += square
     norms = Norms(left_out=left_out)
     norms.layers = sorted({layer for layer, _ in dense})
     norms.projections = sorted({leaf for _, leaf in dense})
+    # NaN is drawn as nothing: a projection that a layer does not adapt.
     norms.dense = np.full((len(norms.layers), len(norms.projections)), np.nan)
     for (layer, leaf), norm in dense.items():
         norms.dense[norms.layers.index(layer), norms.projections.index(leaf)] = norm

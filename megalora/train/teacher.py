@@ -78,6 +78,7 @@ class SecondModel:
 
     def readers(self, batches: list[Batch], inputs: list[DeviceBatch], student: Student) -> Readers:
         """As the protocol says."""
+        # Its own counter: a log of experts is of the student's.
         load = ExpertLoad(self.chunks)
         found = _hidden(self.chunks, student.groups, load, batches, inputs)
         return partial(_reader, self.divergence, found)
@@ -158,14 +159,17 @@ def build_teacher(config: RunConfig, objective: Objective) -> Teacher | None:
     if not isinstance(objective, Distill):
         return None
     name = config.objective.teacher_model
+    # The base is in memory already, under the adapters.
     if name is None:
         return OwnBase(objective.divergence)
     student = local_folder(config.model.path)
+    # Before any weights: such a folder needs none.
     if is_logits_folder(name):
         return FromFile(objective.divergence, check_logits(config, student).k)
     folder = local_folder(name, "objective.teacher")
     shape, parallel = plan_second(config.parallel, folder, student)
     chunks = build_model(config.model, parallel, shape, folder)
     for chunk in chunks:
+        # Neither dropout nor balancing acts in it.
         chunk.eval()
     return SecondModel(chunks, objective.divergence)

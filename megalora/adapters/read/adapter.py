@@ -66,6 +66,7 @@ def read_adapter(
     """
     if parts := parts_of(folder):
         return together(folder, [_read(part, shape, order, base) for part in parts])
+    # Half an adapter would load like any other, and do half of what was trained.
     if others := AdapterWeights(folder).part_of:
         raise ValueError(
             f"{folder} is a part of an adapter, which is {others} together: put them beside each"
@@ -91,11 +92,13 @@ def _read(
     notes = weights.notes + check_copies(weights, copies, shape, base)
     linears = Linears(weights, shape, rules)
     groups = _Groups(weights, shape)
+    # Named, so that nobody looks for them in the result.
     if passed_over := [name for name in weights.info if is_training_only(name)]:
         notes.append(f"passed over, as PEFT needs them in training alone: {', '.join(passed_over)}")
     for name in weights.info:
         if name in copies or name in passed_over or name in whole.taken:
             continue
+        # Read above, with the number of its labels.
         if heads and parse_weight(name) == SCORE:
             continue
         module, factor = factor_of(weights, name)
@@ -157,6 +160,7 @@ class _Groups:
             named = self.fused.setdefault(module, {})
         else:
             return False
+        # Wrappers around a name can hide that two tensors are one.
         if factor in named:
             of = "experts" if place else "module"
             raise ValueError(
@@ -178,6 +182,7 @@ def _put_banks(linears: Linears, banks: dict[tuple[int, str], Named]) -> None:
     for (layer, which), named in banks.items():
         a, b = _both(linears, named)
         names = f"{linears.where}: {named['A'][0]} and its lora_B"
+        # One tensor of all experts: shapes say in which order its dimensions are.
         factors = bank_factors(names, which, a, b, linears.shape)
         own = f"{experts_block(layer)}.{which}"
         scale = linears.rules.scale(own, factors[0].shape[1], own)

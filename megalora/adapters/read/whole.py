@@ -50,6 +50,7 @@ def whole_of(weights: AdapterWeights, config: Mapping[str, Any], shape: ModelSha
     saved = _meant(weights, config.get("modules_to_save") or (), shape)
     tensors: dict[str, Tensor] = {}
     taken: set[str] = set()
+    # Each must be there, whole: PEFT goes on with the base's where it is not.
     for weight in saved:
         own = _one(weights, weight.module, weight.size)
         taken.add(own)
@@ -70,6 +71,7 @@ def _meant(
     known = list(savable(shape))
     tied = shape.tied_embeddings and not shape.num_scores
     meant: set[str] = set()
+    # As PEFT: from the end of the name, wherever that begins.
     for entry in entries:
         found = {weight.module for weight in known if weight.module.endswith(entry)}
         if tied and LM_HEAD.endswith(entry):
@@ -144,6 +146,7 @@ def _rows(weights: AdapterWeights, config: Mapping[str, Any], shape: ModelShape)
             f"{weights.where}: trainable_token_indices={shorten(tokens)} with {len(names)} tensors"
             " of rows; megalora reads token ids of embed_tokens, and one tensor of their rows"
         )
+    # ``type``, because true is an int too.
     fits = all(type(token) is int and 0 <= token < shape.vocab for token in tokens)
     if not fits or len(set(tokens)) < len(tokens):
         raise ValueError(

@@ -44,6 +44,7 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 def vllm_max_rank(rank: int) -> int | None:
     """The smallest ``--max-lora-rank`` that holds an adapter of ``rank``; None where none does."""
+    # vLLM takes these alone, not any number.
     for largest in VLLM_RANKS:
         if rank <= largest:
             return largest
@@ -104,6 +105,7 @@ def check_engine(name: EngineName, layout: str, adapted: list[Adapted], shape: M
             f"{engine.title} does not load biases of B (lora.lora_bias). Merge the adapter into the"
             " base: megalora merge"
         )
+    # Of experts alone: other linears load everywhere.
     experts = [a for a in adapted if a.projection.is_expert]
     if name == "peft":
         check_dora(adapted, shape)
@@ -136,6 +138,7 @@ def _check_sglang(engine: Engine, experts: list[Adapted], shape: ModelShape) -> 
                 f"{engine.title} knows no adapters of linears called {a.name}, as"
                 f" {shape.model_type}'s experts have them; merge it: megalora merge"
             )
+    # SGLang looks for experts in every layer.
     is_mixed = 0 < len(shape.moe_layers) < shape.num_layers
     if experts and is_mixed:
         raise ValueError(
