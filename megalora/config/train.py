@@ -9,7 +9,8 @@ from megalora.config.recompute import Recompute
 
 # Checked as "above 0", so that NaN, which is neither above nor below, is refused too.
 _ABOVE_ZERO = (
-    "steps", "epochs", "lr", "loraplus_lr_ratio", "global_batch_size", "micro_batch_size",
+    "steps", "epochs", "lr", "loraplus_lr_ratio", "saved_lr_ratio",
+    "global_batch_size", "micro_batch_size",
     "micro_batch_tokens", "timeout_minutes",
 )  # fmt: skip
 # Of these 0 means never, or none.
@@ -115,6 +116,10 @@ class TrainConfig:
     loraplus_lr_ratio: float = 1.0
     """Learning rate of the B factors over that of the A factors, as in LoRA+ (arXiv 2402.12354,
     which advises 16). ``train.lr``, and the rate in the log, are those of A; 1 is plain LoRA."""
+    saved_lr_ratio: float = 1.0
+    """Learning rate of what is trained whole (``lora.modules_to_save``,
+    ``lora.trainable_token_indices``, a score head) over ``train.lr``; below 1 for embeddings, which
+    have more to lose than adapters."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Decay of the learning rate after warm-up: ``cosine`` and ``linear`` end at zero on the last
     step, ``constant`` does not decay."""
@@ -197,10 +202,9 @@ class TrainConfig:
             f"train.micro_batch_tokens={self.micro_batch_tokens} decides how many samples share a"
             f" row, and so does train.micro_batch_size={self.micro_batch_size}: give one of them",
         )
-        require(
-            math.isfinite(self.loraplus_lr_ratio),
-            f"train.loraplus_lr_ratio must be a finite number, got {self.loraplus_lr_ratio}",
-        )
+        for option in ("loraplus_lr_ratio", "saved_lr_ratio"):
+            ratio = getattr(self, option)
+            require(math.isfinite(ratio), f"train.{option} must be a finite number, got {ratio}")
         # Not negative, as infinity is: the first loss would be infinite.
         require(
             math.isfinite(self.z_loss), f"train.z_loss must be a finite number, got {self.z_loss}"

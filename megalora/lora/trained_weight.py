@@ -85,6 +85,7 @@ class TrainedWeight:
         is_partial = group.size() > 1 and not self.split
         parameter.sum_group = "tp" if is_partial else None
         parameter.allreduce = True
+        parameter.is_trained_whole = True
         parameter.tensor_model_parallel = self.split
         parameter.partition_dim = 0 if self.split else -1
         parameter.partition_stride = 1

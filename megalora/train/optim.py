@@ -49,7 +49,8 @@ def build_optimizer(
 ) -> Any:
     """AdamW (betas 0.9, 0.999, eps 1e-8) whose state is split over data-parallel ranks.
 
-    B factors are in groups of their own where LoRA+ gives them another learning rate than the A's.
+    B factors are in groups of their own where LoRA+ gives them another learning rate than the A's,
+    and so is what is trained whole where it has one.
 
     Args:
         dtype: dtype of the parameters; their masters and moments are float32.
@@ -70,6 +71,10 @@ def build_optimizer(
             own["wd_mult"] = 0.0
         if own:
             overrides[ParamKey(name=f"*.lora_{factor}.*")] = own  # pyright: ignore
+    if config.saved_lr_ratio != 1:
+        whole_rate = {"max_lr": config.lr * config.saved_lr_ratio}
+        # The attribute that ``TrainedWeight.mark`` sets.
+        overrides[ParamKey(attr="is_trained_whole")] = whole_rate  # pyright: ignore
     with quiet():
         return get_megatron_optimizer(
             settings, chunks, config_overrides=overrides, use_gloo_process_groups=False  # pyright: ignore

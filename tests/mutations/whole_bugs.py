@@ -223,4 +223,12 @@ WHOLE_BUGS: tuple[Bug, ...] = (
         "",
         f"{RUNS} other_weights",
     ),
+    bug(
+        0,
+        "one learning rate for all",
+        "megalora/train/optim.py",
+        "if config.saved_lr_ratio != 1:",
+        "if False:",
+        "tests/train/test_loraplus.py trained_whole",
+    ),
 )

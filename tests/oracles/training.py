@@ -378,20 +378,27 @@ class Oracle:
         clip: float,
         eps: float = 1e-8,
         lr_b: float | None = None,
+        lr_whole: float | None = None,
         loss_of: Callable[[list], Tensor] | None = None,
     ) -> "Trained":
         """AdamW without decay at a constant rate.
 
         Args:
             lr_b: rate of B factors where it differs.
+            lr_whole: rate of what is trained whole where it differs.
             loss_of: what a batch adds up to; None for ``loss``.
         """
         # DoRA's magnitudes have the rate of B, and a score head that of the A factors, as in PEFT.
         like_b = (".lora_B.", ".lora_magnitude_vector")
         of_b = [t for name, t in self.factors.items() if any(part in name for part in like_b)]
-        of_a = [t for name, t in self.factors.items() if not any(part in name for part in like_b)]
-        of_a = [t for t in of_a if t.requires_grad]
-        groups = [{"params": of_a}, {"params": of_b, "lr": lr_b or lr}]
+        of_whole = [t for name, t in self.factors.items() if ".lora_" not in name]
+        others = {*map(id, of_b), *map(id, of_whole)}
+        of_a = [t for t in self.factors.values() if id(t) not in others and t.requires_grad]
+        groups = [
+            {"params": of_a},
+            {"params": of_b, "lr": lr_b or lr},
+            {"params": of_whole, "lr": lr_whole or lr},
+        ]
         optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=0.0, eps=eps)
         losses = []
         uneven: list[float] = []

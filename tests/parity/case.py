@@ -166,10 +166,12 @@ def expected(
     arithmetic: torch.dtype = torch.float64,
     seed: int = 0,
     lr_b: float | None = None,
+    lr_whole: float | None = None,
 ) -> Expected:  # fmt: skip
     """The same training by the oracle: names, ranks and alphas are all it gets from megalora.
 
-    ``lr_b``: the learning rate of B factors, where it is another than ``LR``."""
+    ``lr_b``: the learning rate of B factors, where it is another than ``LR``; ``lr_whole``: of what
+    is trained whole."""
     config = run_config(case, steps, base, chats, Path("unused"), dtype, seed)
     tokenizer = AutoTokenizer.from_pretrained(base)
     objective = config.objective
@@ -203,7 +205,9 @@ def expected(
     for step in range(steps):
         indices = global_batch_indices(step, case.batch, len(train_split.samples), seed)
         batches.append([train_split.samples[i] for i in indices])
-    trained = oracle.train(batches, LR, clip=1.0, eps=EPS, lr_b=lr_b, loss_of=loss_of)
+    trained = oracle.train(
+        batches, LR, clip=1.0, eps=EPS, lr_b=lr_b, lr_whole=lr_whole, loss_of=loss_of
+    )
     return Expected(eval_loss, trained, seed, oracle.margin)
 
 
@@ -234,12 +238,13 @@ def loss_by(oracle: Oracle, objective: ObjectiveConfig) -> Callable[[list[Any]],
 
 
 def expected_of_clear_routing(
-    case: Case, steps: int, base: Path, chats: Path, lr_b: float | None = None
-) -> Expected:
+    case: Case, steps: int, base: Path, chats: Path, lr_b: float | None = None,
+    lr_whole: float | None = None,
+) -> Expected:  # fmt: skip
     """The oracle's answer for the first order of the data in which no token's experts are a matter
     of rounding."""
     for seed in SEEDS:
-        answer = expected(case, steps, base, chats, seed=seed, lr_b=lr_b)
+        answer = expected(case, steps, base, chats, seed=seed, lr_b=lr_b, lr_whole=lr_whole)
         if answer.margin >= MARGIN:
             return answer
     raise AssertionError(

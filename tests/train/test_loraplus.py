@@ -62,6 +62,19 @@ def test_two_rates_in_every_layout(case: Case, reference, chats: Path, tmp_path:
     assert not exceeded(row), row
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [Case(4, tp=2, pp=2, ep=2, adapter="saved")])
+def test_a_rate_of_what_is_trained_whole(case: Case, chats: Path, tmp_path: Path) -> None:
+    base = make_model(case.model, tmp_path / "base")
+    oracle = expected_of_clear_routing(case, SHORT, base, chats, lr_whole=LR / 4)
+    out = tmp_path / "run"
+    config, start = prepare_run(case, SHORT, base, chats, out, "float32", oracle.seed)
+    config = replace(config, train=replace(config.train, saved_lr_ratio=0.25))
+    run_ranks(train_recording_gradients, case.world, config, start, case.head)
+    row = deviations(read_run(out), oracle)
+    assert not exceeded(row), row
+
+
 def rates_of_parameters(config: RunConfig) -> dict[str, float]:
     """Learning rate of a step at half the peak by parameter name; a rank function."""
     with built(config) as run:
