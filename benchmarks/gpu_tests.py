@@ -25,6 +25,7 @@ from benchmarks.gpu_timing import Budget, earlier, save, the_gpu
 ROOT = Path(__file__).parents[1]
 STEP = "tests/gpu/test_step_on_gpu.py"
 KERNELS = "tests/gpu/test_kernels_on_gpu.py"
+LOSS = "tests/gpu/test_loss_on_gpu.py"
 CHOICE = f"{Path(STEP).stem} or nothing_waits or (agree and float64 and bfloat16)"
 DEADLINE = "MEGALORA_TESTS_DEADLINE"
 PASSED = "MEGALORA_TESTS_PASSED"
@@ -105,7 +106,7 @@ def words_for(dry: bool, everything: bool) -> list[str]:
     if everything:
         return [*words, "tests/gpu"]
     # The kernels' tests on a CPU are tests/kernels, which need no GPU.
-    files = [STEP] if dry else [STEP, KERNELS]
+    files = [STEP] if dry else [STEP, KERNELS, LOSS]
     # Without the conftest, which imports what all other tests need.
     return [*words, "--noconftest", "-k", CHOICE, *files]
 

@@ -110,20 +110,20 @@ CASES = (
     ),
     Case(
         "verl (RL)", "LoRA r128, 8 x H100, 33.4 GiB", 8, {"rank": 128}, 4096, 64, None,
-        "dp8 ep4 micro2 full9+off",
-        "6.7 billion adapter parameters with gradients and optimizer: EP shares them out; RL"
-        " leaves room for the sampler, which is not planned",
+        "pp4 vpp4 dp2 micro2 full1+off",
+        "6.7 billion adapter parameters with gradients and optimizer: stages share them out, and"
+        " nobody waits for an all-to-all; RL leaves room for the sampler, which is not planned",
     ),
     Case(
         "NeMo Automodel", "full training, 8 x H100, 4,096, 12,040 tokens/s/GPU", 8, {"rank": 16},
-        4096, 64, {"ep": 8}, "dp8 ep2 micro2",
+        4096, 64, {"ep": 8}, "dp8 micro4 full47+off",
         "full training needs EP 8 for the experts' gradients and optimizer; LoRA has none of the"
-        " base, and EP 2 sends a fifth of the bytes",
+        " base: a whole copy fits where layers are recomputed, and nobody waits for an all-to-all",
     ),
     Case(
         "Megatron-Bridge", "pre-training, 16 x H100, 4,096, 13,011 tokens/s/GPU", 16,
         {"rank": 16}, 4096, 256, {"ep": 16}, "dp16 ep2 micro2",
-        "as before; EP 16 also crosses nodes",
+        "as before; EP 2 sends a fifth of the bytes, and EP 16 crosses nodes",
     ),
 )  # fmt: skip
 

@@ -8,6 +8,12 @@ from .destinations import Destinations, route_to_ranks
 from .expert_factors import ExpertFactors
 from .expert_mlp import expert_mlp
 from .grouped_lora import grouped_lora
+from .logit_rows import (
+    join_blocks_triton,
+    read_logits_triton,
+    softmax_gradient_triton,
+    takes_logit_kernels,
+)
 from .lora_wgrad import lora_wgrad
 from .permute_shrink import permute_shrink
 from .regroup import Arrivals, regroup_values
@@ -26,14 +32,18 @@ __all__ = [
     "dense_lora",
     "expert_mlp",
     "grouped_lora",
+    "join_blocks_triton",
     "lora_wgrad",
     "permute",
     "permute_shrink",
     "permute_values",
     "prefers_grouped_mm",
+    "read_logits_triton",
     "regroup_values",
     "route",
     "route_to_ranks",
     "route_values",
+    "softmax_gradient_triton",
+    "takes_logit_kernels",
     "unpermute",
 ]

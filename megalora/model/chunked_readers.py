@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from megalora.model.token_logprobs import TrainedRows, chunks, logits_of, wide
+from megalora.model.chunk_logits import logits_of, wide
+from megalora.model.token_logprobs import TrainedRows, chunks
 from megalora.model.vocab_logits import Reader, VocabLogits
 
 Operands = Sequence[Tensor | None]

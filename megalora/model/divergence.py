@@ -21,8 +21,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from megalora.model.chunk_logits import logits_of
 from megalora.model.head_chunk import CHUNK_BYTES
-from megalora.model.token_logprobs import logits_of
 from megalora.model.vocab_logits import Reader, VocabLogits, columns_of, top_k
 
 CHUNK_BYTES_BESIDE_TEACHER = CHUNK_BYTES * 2 // 5

@@ -5,8 +5,9 @@ holding the logits of more than one chunk of tokens.
 pipeline stage in place of its output layer and loss, and returns what it returns.
 
 A chunk has as many tokens as fit into ``chunk_bytes`` (``head_chunk.py``). On the fast path a logit
-takes 4 + e bytes: float32, and rounded to the model's dtype of e bytes before and after. With
-readers it takes 16 + e: their own temporaries are counted as three more tensors in float32.
+takes e bytes on a GPU, those of the model's dtype, and elsewhere 4 + e: float32, and rounded before
+and after. With readers it takes 16 + e: their own temporaries are counted as three more tensors in
+float32.
 
 Beside it the call keeps x of its N tokens (N * H * e, where tokens were gathered or selected) and,
 for a frozen layer, as much again for the gradient that forward makes. Qwen3's 151,936 entries in
@@ -22,14 +23,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from megalora_kernels import takes_logit_kernels
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megalora.comm import gather_seq
+from megalora.model.chunk_logits import wide
 from megalora.model.chunked_readers import read_chunks
-from megalora.model.head_chunk import CHUNK_BYTES, chunk_tokens
+from megalora.model.head_chunk import CHUNK_BYTES, bytes_per_logit, chunk_tokens
 from megalora.model.score_head import ScoreHead
-from megalora.model.token_logprobs import TrainedRows, token_logprobs, wide
+from megalora.model.token_logprobs import TrainedRows, token_logprobs
 from megalora.model.vocab_logits import Reader, logprob, logsumexp, mean_logit
 
 FUSED = (logprob, logsumexp, mean_logit)
@@ -82,18 +85,17 @@ class Head:
             h_NR: A x of the adapter; given exactly if the head has a B.
         """
         assert (h_NR is None) == (self.b is None), "h and B of an adapter belong together"
-        dtype_bytes = x_NH.element_size()
-        wide_bytes = wide(x_NH.dtype).itemsize
         if all(reader in FUSED for reader in want.values()):
             assert targets_N is not None, "log-probabilities of which tokens?"
+            width = bytes_per_logit(x_NH.element_size(), takes_logit_kernels(x_NH))
             results = token_logprobs(
-                x_NH, self.weight, targets_N, self.group,
-                self.chunk_size(wide_bytes + dtype_bytes),
+                x_NH, self.weight, targets_N, self.group, self.chunk_size(width),
                 with_mean=mean_logit in want.values(), h_NR=h_NR, b_VR=self.b,
                 trained=self.trained,
             )  # fmt: skip
             return {name: results[FUSED.index(reader)] for name, reader in want.items()}
-        size = self.chunk_size(4 * wide_bytes + dtype_bytes)
+        # Three more tensors in float32 than the fast path has without kernels.
+        size = self.chunk_size(4 * wide(x_NH.dtype).itemsize + x_NH.element_size())
         return read_chunks(
             x_NH, self.weight, targets_N, self.group, size, want, h_NR=h_NR, b_VR=self.b,
             trained=self.trained,

@@ -8,6 +8,23 @@ CHUNK_BYTES = 512 << 20
 by arithmetic on an H100, so that a larger chunk is no faster."""
 
 
+WIDE = 4
+"""Bytes of a float32."""
+
+
+def bytes_per_logit(element_bytes: int, by_kernel: bool) -> int:
+    """Bytes that the logits of a chunk take at once, each.
+
+    Args:
+        element_bytes: of the model's dtype.
+        by_kernel: whether kernels read them in that dtype and write their gradient over them, as on
+            a GPU; torch widens them first.
+    """
+    if by_kernel:
+        return element_bytes
+    return max(WIDE, element_bytes) + element_bytes
+
+
 def chunk_tokens(chunk_bytes: int, vocab: int, bytes_per_logit: int) -> int:
     """Tokens of a chunk: at least one, and multiples of 128, in which GPUs compute, from 128 on.
 

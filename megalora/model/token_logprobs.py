@@ -28,18 +28,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from megalora.comm import gather_seq
+from megalora.model.chunk_logits import chunk_of, weighted_gradient, wide
 from megalora.model.vocab_logits import columns_of
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """Dtype of sums over the vocabulary: float32, or float64 for float64."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def chunks(num_tokens: int, size: int) -> Iterator[slice]:
@@ -59,72 +53,6 @@ class TrainedRows:
     weight."""
 
 
-def logits_of(
-    x_CH: Tensor, weight_VH: Tensor, h_CR: Tensor | None = None, b_VR: Tensor | None = None,
-    rows_KH: Tensor | None = None, columns_K: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """[C, V] in float32 or wider. They are rounded to x's dtype first, as those of the layer
-    itself are."""
-    # Without columns the rows are the weight.
-    if rows_KH is not None and columns_K is None:
-        weight_VH = rows_KH
-    logits = F.linear(x_CH, weight_VH)
-    if rows_KH is not None and columns_K is not None:
-        # Not a copy of the weight with other rows: it is the largest of the model.
-        logits = logits.index_copy_(1, columns_K, F.linear(x_CH, rows_KH))
-    if h_CR is not None and b_VR is not None:
-        # In place, as the layer adds its adapter: backward of F.linear does not need the old value.
-        logits = logits.addmm_(h_CR, b_VR.t())
-    return logits.to(wide(x_CH.dtype))
-
-
-@dataclass(frozen=True, eq=False)
-class _Chunk:
-    """What one chunk's logits come to."""
-
-    results: Tensor
-    """[3, C]: logprob, lse, mean; zeros for a mean that nobody asked for."""
-    exponentials: Tensor
-    """[C, V], in the memory of the logits: probabilities but for a factor."""
-    factor: Tensor
-    """[C]."""
-
-    def probabilities(self) -> Tensor:
-        """[C, V], in the same memory again: to be called once."""
-        return self.exponentials.mul_(self.factor[:, None])
-
-
-def _read(logits_CV: Tensor, targets_C: Tensor, group: ProcessGroup, with_mean: bool) -> _Chunk:
-    """Consumes the logits."""
-    width = logits_CV.shape[1]
-    columns, here = columns_of(targets_C, group.rank() * width, width)
-    target = logits_CV.gather(1, columns[:, None])[:, 0].masked_fill_(~here, 0.0)
-    total = logits_CV.sum(1) if with_mean else torch.zeros_like(target)
-    largest = logits_CV.amax(1)
-    # In place: no second tensor as large as the logits.
-    exponentials = logits_CV.sub_(largest[:, None]).exp_()
-    own = torch.stack([largest, exponentials.sum(1), target, total])
-    # One message instead of a maximum and three sums. [t * 4, C], for gloo wants dim 0 to grow.
-    parts = gather_seq(own, group).view(group.size(), *own.shape)
-    largest_of_all = parts[:, 0].amax(0)
-    sum_of_all = (parts[:, 1] * (parts[:, 0] - largest_of_all).exp()).sum(0)
-    log_sum = sum_of_all.log()
-    # l_y - max first: lse itself is rounded at the size of the logits, which may be large.
-    logprob = parts[:, 2].sum(0) - largest_of_all - log_sum
-    mean = parts[:, 3].sum(0) / (width * group.size())
-    results = torch.stack([logprob, largest_of_all + log_sum, mean])
-    factor = (largest - largest_of_all).exp() / sum_of_all
-    return _Chunk(results, exponentials, factor)
-
-
-def _add_to_targets(values_CV: Tensor, targets_C: Tensor, group: ProcessGroup, add: Any) -> None:
-    """Add ``add``, ``[C]`` or one number, to the column of each token that lies on this rank, in
-    place."""
-    width = values_CV.shape[1]
-    columns, here = columns_of(targets_C, group.rank() * width, width)
-    values_CV.scatter_add_(1, columns[:, None], (here * add).to(values_CV.dtype)[:, None])
-
-
 class _Frozen(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -134,12 +62,11 @@ class _Frozen(torch.autograd.Function):
         results = x_NH.new_empty(3, len(x_NH), dtype=wide(x_NH.dtype))
         unit_NH = torch.empty_like(x_NH) if ctx.needs_input_grad[0] else None
         for part in chunks(len(x_NH), size):
-            chunk = _read(logits_of(x_NH[part], weight_VH), targets_N[part], group, with_mean)
+            chunk = chunk_of(targets_N[part], group, with_mean, x_NH[part], weight_VH)
             results[:, part] = chunk.results
             if unit_NH is not None:
-                d_CV = chunk.probabilities()
-                _add_to_targets(d_CV, targets_N[part], group, -1)
-                torch.mm(d_CV.to(x_NH.dtype), weight_VH, out=unit_NH[part])
+                d_CV = chunk.gradient(targets_N[part], group, x_NH.dtype)
+                torch.mm(d_CV, weight_VH, out=unit_NH[part])
                 del d_CV
             # Or the next chunk's logits would lie beside these.
             del chunk
@@ -190,11 +117,11 @@ class _Trained(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         results = x_NH.new_empty(3, len(x_NH), dtype=wide(x_NH.dtype))
         for part in chunks(len(x_NH), size):
-            logits = logits_of(x_NH[part], weight_VH, _part(h_NR, part), b_VR, rows_KH, columns_K)
-            chunk = _read(logits, targets_N[part], group, with_mean)
+            operands = (x_NH[part], weight_VH, _part(h_NR, part), b_VR, rows_KH, columns_K)
+            chunk = chunk_of(targets_N[part], group, with_mean, *operands)
             results[:, part] = chunk.results
-            # Or the next chunk's logits would lie beside these.
-            del chunk, logits
+            # Freed before the next chunk's are made.
+            del chunk
         ctx.save_for_backward(
             x_NH, weight_VH, targets_N, h_NR, b_VR, rows_KH, columns_K, results[1]
         )
@@ -221,17 +148,13 @@ class _Trained(torch.autograd.Function):
         drows_KH: Any = None
         if rows_KH is not None:
             drows_KH = torch.zeros_like(rows_KH, dtype=lse_N.dtype)
-        vocab = len(weight_VH) * ctx.group.size()
         for part in chunks(len(x_NH), ctx.size):
             h_CR = _part(h_NR, part)
-            logits = logits_of(x_NH[part], weight_VH, h_CR, b_VR, rows_KH, columns_K)
-            # The sum over all ranks is known from forward: nothing to send.
-            probabilities = logits.sub_(lse_N[part, None]).exp_()
-            d_CV = probabilities.mul_((g_lse - g_logprob)[part, None])
-            _add_to_targets(d_CV, targets_N[part], ctx.group, g_logprob[part])
-            if g_mean is not None:
-                d_CV += (g_mean[part] / vocab)[:, None]
-            rounded_CV = d_CV.to(x_NH.dtype)
+            operands = (x_NH[part], weight_VH, h_CR, b_VR, rows_KH, columns_K)
+            of_chunk = (g_logprob[part], g_lse[part], _part(g_mean, part))
+            rounded_CV = weighted_gradient(
+                targets_N[part], ctx.group, lse_N[part], of_chunk, *operands
+            )
             if h_CR is not None and b_VR is not None:
                 torch.mm(rounded_CV, b_VR, out=dh_NR[part])
                 db_VR += rounded_CV.t() @ h_CR
@@ -243,15 +166,16 @@ class _Trained(torch.autograd.Function):
                     dx_NH[part] = dx_CH
             elif dx_NH is not None:
                 torch.mm(rounded_CV, weight_VH, out=dx_NH[part])
-            del logits, probabilities, d_CV, rounded_CV
+            # As in forward.
+            del rounded_CV
         return (
             dx_NH, None, None, None, None, None,
             dh_NR, _rounded(db_VR, x_NH), _rounded(drows_KH, x_NH), None,
         )  # fmt: skip
 
 
-def _part(h_NR: Tensor | None, part: slice) -> Tensor | None:
-    return None if h_NR is None else h_NR[part]
+def _part(of_tokens: Tensor | None, part: slice) -> Tensor | None:
+    return None if of_tokens is None else of_tokens[part]
 
 
 def _rounded(total: Tensor | None, like: Tensor) -> Tensor | None:

@@ -4,7 +4,7 @@ is there beside it for a while.
 Symbols as in ``activations.py``; V vocabulary, C tokens of a chunk, or scores of a head.
 """
 
-from megalora.model.head_chunk import CHUNK_BYTES, chunk_tokens
+from megalora.model.head_chunk import CHUNK_BYTES, bytes_per_logit, chunk_tokens
 from megalora.planner.activations import head_input_needs_gradient
 from megalora.planner.layouts import ParallelLayout
 from megalora.planner.microbatch import STATISTIC, Microbatch
@@ -43,10 +43,11 @@ def head_bytes(model: PlannedModel, layout: ParallelLayout, work: Workload) -> i
 def logits_bytes(model: PlannedModel, layout: ParallelLayout, work: Workload, chunk: Chunk) -> int:
     """Beside what the loss keeps with lm_head, the larger of
 
-    forward: logits of a chunk of tokens in float32, and with bfloat16 once more before they are
-        widened, C V / t (4 + 2); x after tokens are selected, T H, unless an adapter's head keeps
-        it; the head's input (T / t) H; and the embedding's output, if on this stage, which
-        ``forward`` still holds (recomputing whole layers keeps it anyway);
+    forward: logits of a chunk of tokens, C V / t e on a GPU; on the CPU in float32, and with
+        bfloat16 once more before they are widened, C V / t (4 + 2); x after tokens are selected, T
+        H, unless an adapter's head keeps it; the head's input (T / t) H; and the embedding's
+        output, if on this stage, which ``forward`` still holds (recomputing whole layers keeps it
+        anyway);
     backward of an adapter's head: the same chunk, computed again, with gradients of x and h, T (H +
         R), and of B, V / t R, in float32 and once more rounded.
     """
@@ -56,10 +57,11 @@ def logits_bytes(model: PlannedModel, layout: ParallelLayout, work: Workload, ch
     s = model.shape
     e = batch.element_bytes
     vocab = s.vocab // layout.parallel.tp
-    size = min(batch.tokens, chunk_tokens(CHUNK_BYTES, vocab, STATISTIC + e))
-    logits = size * vocab * STATISTIC
-    if work.dtype != "float32":
-        logits += size * vocab * e
+    width = bytes_per_logit(e, by_kernel=not work.on_cpu)
+    size = min(batch.tokens, chunk_tokens(CHUNK_BYTES, vocab, width))
+    # Widening float32 makes no second tensor.
+    at_once = STATISTIC if work.on_cpu and work.dtype == "float32" else width
+    logits = size * vocab * at_once
     head = model.modules_of(None).get("output_layer", [])
     own = batch.own_tokens * s.hidden * e
     forward = logits + own

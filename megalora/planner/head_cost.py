@@ -11,8 +11,13 @@ from megalora.planner.microbatch import STATISTIC
 from megalora.planner.weights import stacked_rank
 
 LOSS_PASSES = 9
-"""Times that the float32 logits of a chunk are read or written whenever they are computed: widened,
-their maximum, less it, exponentials, their sum, a factor, rounded. Assumed."""
+"""Times that torch reads or writes the float32 logits of a chunk whenever they are computed:
+widened, their maximum, less it, exponentials, their sum, a factor, rounded. Assumed, like the
+next."""
+READ_LOGITS = 1
+"""The same by kernels, of logits in the model's dtype: read for what the loss needs of them."""
+LOGITS_TO_GRADIENT = 2
+"""The same where the gradient is written over them."""
 
 
 class HeadCosts(LayerCosts):
@@ -25,7 +30,7 @@ class HeadCosts(LayerCosts):
         vocab = self.shape.vocab // self.p.tp
         adapted = self.model.by_layer.get(None, {}).get("output_layer", [])
         forward = Ledger()
-        self.traffic(forward, "head", LOSS_PASSES * self.batch.tokens * vocab * STATISTIC)
+        self._logits(forward, vocab, READ_LOGITS)
         self._linear(forward, Ledger(), "head", adapted, vocab, column=True, live=False)
         return forward
 
@@ -45,20 +50,28 @@ class HeadCosts(LayerCosts):
         forward = Ledger()
         backward = Ledger()
         live = head_input_needs_gradient(self.model, self.layout)
-        passes = LOSS_PASSES * b.tokens * vocab * STATISTIC
-        self.traffic(forward, "head", passes)
         if adapted:
+            self._logits(forward, vocab, READ_LOGITS)
             self._linear(forward, backward, "head", adapted, vocab, column=True, live=live)
             self.gemm(backward, "head", b.tokens, vocab, hidden)
             self.gemm(backward, "head", b.tokens, vocab, stacked_rank(adapted))
-            self.traffic(backward, "head", passes)
+            self._logits(backward, vocab, LOGITS_TO_GRADIENT)
             return forward, backward
+        self._logits(forward, vocab, READ_LOGITS + live * LOGITS_TO_GRADIENT)
         self._linear(forward, backward, "head", [], vocab, column=True, live=False)
         if live:
             self.gemm(forward, "head", b.tokens, hidden, vocab)
             moved = b.tokens * hidden * self.e
             self.collective(backward, "tensor parallel head", "reduce_scatter", "tp", moved)
         return forward, backward
+
+    def _logits(self, to: Ledger, vocab: int, passes: int) -> None:
+        """The loss of all tokens over logits that are there, by so many passes of kernels."""
+        logits = self.batch.tokens * vocab
+        if self.on_cpu:
+            self.traffic(to, "head", LOSS_PASSES * logits * STATISTIC)
+        else:
+            self.traffic(to, "head", passes * logits * self.e)
 
     def _score_head(self) -> tuple[Ledger, Ledger]:
         """C scores of the rank's own tokens; in backward the gradients of the weight and, where

@@ -28,6 +28,7 @@ class Prices:
         self.p = layout.parallel
         self.batch = Microbatch.of(model, layout, work, typical=True)
         self.e = work.element_bytes
+        self.on_cpu = work.on_cpu
         self.has_room = has_room(model, layout, work)
         p = layout.parallel
         # Ranks are numbered tp fastest, then cp, dp, pp; in experts etp fastest, then ep, then edp.

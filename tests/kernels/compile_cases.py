@@ -14,7 +14,16 @@ from itertools import product as pairs
 from typing import Any, NamedTuple
 
 import torch
-from megalora_kernels import ExpertFactors, Routing, expert_mlp, permute_shrink, route
+from megalora_kernels import (
+    ExpertFactors,
+    Routing,
+    expert_mlp,
+    join_blocks_triton,
+    permute_shrink,
+    read_logits_triton,
+    route,
+    softmax_gradient_triton,
+)
 from megalora_kernels import variants as choices
 from megalora_kernels.destinations import places_triton
 from megalora_kernels.gemm_kernel import grouped_gemm_triton
@@ -103,6 +112,20 @@ def scaled_rows(dtype: torch.dtype) -> None:
     for source in (None, source_M):
         gain_rows_triton(u_MH, gain_EH, routing, u_MH, source)
         gain_gradient_triton(u_MH, u_MH, routing, gain_EH, source)
+
+
+def loss_of_chunk(dtype: torch.dtype) -> None:
+    """A chunk's logits read, joined with those of another rank and turned into a gradient, plain
+    and weighted."""
+    logits_CV = torch.zeros(32, 151_936, dtype=dtype)
+    targets_C = torch.zeros(32, dtype=torch.int64)
+    ones_C = torch.ones(32)
+    for with_mean in (False, True):
+        parts = read_logits_triton(logits_CV, targets_C, 151_936, with_mean)
+    join_blocks_triton(torch.cat([parts, parts]), 2 * 151_936)
+    softmax_gradient_triton(logits_CV, targets_C, 151_936, ones_C, ones_C)
+    softmax_gradient_triton(logits_CV, targets_C, 151_936, ones_C, ones_C, ones_C)
+    softmax_gradient_triton(logits_CV, targets_C, 151_936, ones_C, ones_C, ones_C, ones_C)
 
 
 def layers(capability: int, dtype: torch.dtype, rank: int, tokens: int, whole: bool = True) -> Case:
@@ -269,6 +292,7 @@ def few(capability: int) -> list[Case]:
         layers(capability, HALF, 16, 2048, whole=False),
         Case("routing", capability, partial(routing_of_128, HALF)),
         Case("scaled rows", capability, partial(scaled_rows, HALF)),
+        Case("loss", capability, partial(loss_of_chunk, HALF)),
         swiglus(capability, HALF, 64, 32),
         swiglus(100, HALF, 32, 0),  # Blackwell's compiler refuses it where it is pipelined
         gemms(
@@ -298,8 +322,10 @@ def every(capability: int) -> list[Case]:
         layers(capability, HALF, 64, 2048),
         layers(capability, torch.float16, 16, 2048),
         layers(capability, torch.float32, 16, 64),
+        Case("loss, float32", capability, partial(loss_of_chunk, torch.float32)),
         Case("routing", capability, partial(routing_of_128, HALF)),
         Case("scaled rows", capability, partial(scaled_rows, HALF)),
+        Case("loss", capability, partial(loss_of_chunk, HALF)),
         *[swiglus(capability, HALF, *ranks) for ranks in SWIGLU_RANKS],
         *every_candidate(capability),
         *refused_for_memory(capability),

@@ -3,7 +3,12 @@ far apart in memory that is hardly touched."""
 
 import pytest
 import torch
-from megalora_kernels import Routing
+from megalora_kernels import (
+    Routing,
+    join_blocks_triton,
+    read_logits_triton,
+    softmax_gradient_triton,
+)
 from triton.runtime.interpreter import GridExecutor
 
 from tests.kernels.conftest import combine, gemm_kernel, shrink, swiglu
@@ -90,4 +95,19 @@ def test_swiglu(vast, name):
         return [h, s2, dy, found.dp_M, found.da_EQI, found.db_EJR]
 
     for got, want in zip(results({**o, name: far(o[name], vast)}), results(o), strict=True):
+        assert torch.equal(got, want) and got.isfinite().all()
+
+
+def test_logits(vast):
+    """The third row of what a loss reads and overwrites."""
+    g = torch.Generator().manual_seed(0)
+    near = torch.randn(3, 80, generator=g).half()
+    targets = torch.tensor([3, 0, 79])
+
+    def results(logits: torch.Tensor) -> list[torch.Tensor]:
+        rows = join_blocks_triton(read_logits_triton(logits, targets, 0, True), 80)
+        softmax_gradient_triton(logits, targets, 0, rows[3], rows[4])
+        return [rows, logits]
+
+    for got, want in zip(results(far(near, vast)), results(near), strict=True):
         assert torch.equal(got, want) and got.isfinite().all()

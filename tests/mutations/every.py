@@ -23,6 +23,7 @@ from tests.mutations.install_bugs import INSTALL_BUGS
 from tests.mutations.kernel_bugs import KERNEL_BUGS
 from tests.mutations.kto_bugs import KTO_BUGS
 from tests.mutations.layer_bugs import LAYER_BUGS
+from tests.mutations.logit_bugs import LOGIT_BUGS
 from tests.mutations.long_bugs import LONG_BUGS
 from tests.mutations.plan_bugs import PLAN_BUGS
 from tests.mutations.planner_bugs import PLANNER_BUGS
@@ -62,6 +63,7 @@ EVERY_BUG = (
     + DISPATCH_BUGS
     + INSTALL_BUGS
     + HEAD_BUGS
+    + LOGIT_BUGS
     + ROW_BUGS
     + LONG_BUGS
     + GENERATE_BUGS

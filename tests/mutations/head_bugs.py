@@ -3,9 +3,9 @@ form as ``bugs.py``."""
 
 from tests.mutations.bugs import Bug, bug
 
-HEAD, FUSED, READERS, LOGITS = (
+HEAD, FUSED, CHUNK, READERS, LOGITS = (
     f"megalora/model/{name}.py"
-    for name in ("head", "token_logprobs", "chunked_readers", "vocab_logits")
+    for name in ("head", "token_logprobs", "chunk_logits", "chunked_readers", "vocab_logits")
 )
 TEST = "tests/model/test_head.py"
 SFT = "megalora/objectives/sft.py"
@@ -16,17 +16,17 @@ IN_MODEL = "tests/distributed/test_head_in_model.py"
 HEAD_BUGS: tuple[Bug, ...] = (
     bug(0, "a chunk without its last token", FUSED, "min(begin + size, num_tokens)",
         "min(begin + size, num_tokens) - 1", f"{TEST} whole_logits"),
-    bug(0, "a sum of exponentials over this rank's vocabulary alone", FUSED,
+    bug(0, "a sum of exponentials over this rank's vocabulary alone", CHUNK,
         "(parts[:, 0] - largest_of_all).exp()).sum(0)",
         "(parts[:, 0] - largest_of_all).exp())[group.rank()]", f"{TEST} whole_logits"),
-    bug(0, "exponentials of ranks joined without their maxima", FUSED,
+    bug(0, "exponentials of ranks joined without their maxima", CHUNK,
         "factor = (largest - largest_of_all).exp() / sum_of_all", "factor = 1 / sum_of_all",
         f"{TEST} whole_logits"),
-    bug(0, "a mean over this rank's part of the vocabulary", FUSED,
+    bug(0, "a mean over this rank's part of the vocabulary", CHUNK,
         "mean = parts[:, 3].sum(0) / (width * group.size())", "mean = parts[:, 3].sum(0) / width",
         f"{TEST} whole_logits"),
-    bug(0, "the one-hot taken off after rounding", FUSED,
-        "                _add_to_targets(d_CV, targets_N[part], group, -1)\n", "",
+    bug(0, "the one-hot taken off after rounding", CHUNK,
+        "        _add_to_targets(d_CV, targets_C, group, -1)\n", "",
         f"{TEST} bfloat16"),
     bug(0, "a chunk's logits kept beside the next one's", FUSED,
         "            # Or the next chunk's logits would lie beside these.\n            del chunk\n",

@@ -6,6 +6,7 @@ from tests.mutations.bugs import Bug, bug
 UNFROZEN = "megalora/lora/unfrozen.py"
 WEIGHT = "megalora/lora/trained_weight.py"
 LOGPROBS = "megalora/model/token_logprobs.py"
+CHUNK = "megalora/model/chunk_logits.py"
 READERS = "megalora/model/chunked_readers.py"
 READ = "megalora/adapters/read/whole.py"
 WRITE = "megalora/adapters/write/whole.py"
@@ -94,7 +95,7 @@ WHOLE_BUGS: tuple[Bug, ...] = (
     bug(
         0,
         "logits of the base's rows",
-        LOGPROBS,
+        CHUNK,
         "logits = logits.index_copy_(1, columns_K, F.linear(x_CH, rows_KH))",
         "pass",
         f"{PEFT} tp2-pp2",

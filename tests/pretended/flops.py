@@ -95,7 +95,8 @@ KERNEL_FLOPS: dict[str, Any] = {
     # These move or add numbers: no matrix product, so no FLOPs of the planner's kind.
     **dict.fromkeys(
         ("_combine_kernel", "_regroup_kernel", "_count_kernel", "_place_kernel", "_places_kernel",
-         "_spread_kernel", "_sum_parts_kernel", "_gain_rows_kernel", "_gain_gradient_kernel"),
+         "_spread_kernel", "_sum_parts_kernel", "_gain_rows_kernel", "_gain_gradient_kernel",
+         "_read_logits_kernel", "_join_blocks_kernel", "_softmax_gradient_kernel"),
         lambda a: 0,
     ),
 }  # fmt: skip

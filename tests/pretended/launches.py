@@ -4,7 +4,8 @@
 
 Counted on the pretended GPU for ``expert_mlp`` alone and for megalora's whole MoE layer (router,
 sort, all-to-all, experts, combine; gradients added to Megatron's buffers), by back end, with 1 and
-with 8 expert-parallel ranks, without and with adapters on gate, up and down. A kernel is a Triton
+with 8 expert-parallel ranks, without and with adapters on gate, up and down; and for the loss of
+one chunk of tokens. A kernel is a Triton
 launch or an operation of torch that reads or writes memory of the GPU; torch's grouped GEMM is two
 (one prepares pointers), others may be more than the one they count for. A host operation is any
 call of torch's dispatcher, views and allocations among them, or a Triton launch. Collectives stand
@@ -202,6 +203,28 @@ def of_layer(recorder: Recorder, backend: str, ranks: int, adapted: bool) -> dic
         return both_passes(recorder, lambda: layer(x)[0], [x])
 
 
+def of_loss(recorder: Recorder, adapted: bool) -> dict[str, Cell]:
+    """Log-probabilities of one chunk of tokens, on one rank."""
+    from megalora.model.token_logprobs import token_logprobs
+
+    leaves: list[torch.Tensor] = []
+
+    def leaf(*shape: int) -> torch.Tensor:
+        made = torch.zeros(*shape, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+        leaves.append(made)
+        return made
+
+    x = leaf(TOKENS, HIDDEN)
+    weight = leaf(EXPERTS * INNER, HIDDEN).detach()
+    targets = torch.zeros(TOKENS, dtype=torch.int64, device="cuda")
+    factors: dict[str, Any] = {}
+    if adapted:
+        factors = {"h_NR": leaf(TOKENS, RANK), "b_VR": leaf(EXPERTS * INNER, RANK)}
+    group = torch.distributed.group.WORLD
+    call = lambda: token_logprobs(x, weight, targets, group, TOKENS, **factors)[0]  # noqa: E731
+    return both_passes(recorder, call, leaves)
+
+
 def count_all() -> dict[str, Cell]:
     """Every cell, by "subject backend ep adapters pass". Needs a process that has not met the
     pretended device."""
@@ -222,6 +245,11 @@ def count_all() -> dict[str, Cell]:
         name = f"{subject} {backend} ep{ranks} {which_model}"
         for which, cell in cells.items():
             found[f"{name} {which}"] = cell
+    for adapted in (False, True):
+        with pretended_gpu(recorder), host.fake_world(0, 1):
+            cells = of_loss(recorder, adapted)
+        for which, cell in cells.items():
+            found[f"loss {'adapters' if adapted else 'base'} {which}"] = cell
     return found
 
 

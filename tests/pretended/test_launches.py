@@ -64,6 +64,12 @@ CEILINGS = {
     "layer grouped_mm ep8 base backward": (24, 48),
     "layer grouped_mm ep8 adapters forward": (42, 147),
     "layer grouped_mm ep8 adapters backward": (34, 110),
+    # One chunk of the loss. Frozen: logits, two passes over them with the blocks joined between,
+    # and dx, which backward only scales. With an adapter backward makes the logits again.
+    "loss base forward": (6, 22),
+    "loss base backward": (2, 5),
+    "loss adapters forward": (5, 21),
+    "loss adapters backward": (11, 28),
 }
 """(kernels, host operations)."""
 
