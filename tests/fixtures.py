@@ -9,7 +9,7 @@ import tests.prepare  # noqa: F401  before anything from Megatron
 from megalora.data.arithmetic import write_arithmetic
 from megalora.tiny import make_tiny
 from tests.jsonl import read_jsonl, write_jsonl
-from tests.paired import write_labels, write_pairs, write_rated
+from tests.paired import write_labels, write_pairs, write_rated, write_rollouts
 from tests.parity.everything import EVERYTHING
 from tests.parity.models import silence_experts
 
@@ -64,4 +64,5 @@ def write_chats(path: Path) -> Path:
     write_pairs(path)
     write_rated(path)
     write_labels(path)
+    write_rollouts(path)
     return path

@@ -1,5 +1,6 @@
 """Make pairs of a preferred and a rejected answer out of chats."""
 
+import random
 from pathlib import Path
 
 from tests.jsonl import read_jsonl, write_jsonl
@@ -26,6 +27,39 @@ def write_rated(chats: Path) -> None:
     for i, row in enumerate(read_jsonl(chats)):
         rows.append({"messages": row["messages"], "label": i % 3 != 1})
     write_jsonl(rated_of(chats), rows)
+
+
+def write_rollouts(chats: Path) -> None:
+    """Completions of random tokens with rewards, in groups of three or four, some with a tool's
+    tokens in their middle, in the file that ``rollouts_of`` names."""
+    drawn = random.Random(5)
+    rows = []
+    for i in range(96):
+        # Groups neither stand together nor are of one size, and no two have rewards alike.
+        prompt = [3 + (i % 28), *range(40, 40 + i % 28 % 5)]
+        length = 28 + i % 13
+        mask = [1] * length
+        if i % 3 == 0:
+            mask[5:9] = [0] * 4
+        # Of a random model, whose tokens all have about the same probability.
+        logprobs = [-6.9 + drawn.gauss(0, 0.3) for _ in range(length)]
+        rows.append(
+            {
+                "prompt_ids": prompt,
+                "completion_ids": [drawn.randrange(3, 250) for _ in range(length)],
+                "logprobs": logprobs,
+                "mask": mask,
+                "reward": drawn.gauss(1, 0.6),
+                "group": f"prompt {i % 28}",
+                "version": i % 3,
+            }
+        )
+    write_jsonl(rollouts_of(chats), rows)
+
+
+def rollouts_of(chats: Path) -> Path:
+    """Where ``write_chats`` puts rollouts."""
+    return chats.with_name(f"{chats.stem}_rollouts.jsonl")
 
 
 def rated_of(chats: Path) -> Path:

@@ -1,6 +1,6 @@
 """Write docs/options.md: every key of a config with its values, default and meaning."""
 
-from megalora.config.reference import Option, Section, sections
+from megalora.config.reference import Option, Section, sections, with_keys
 
 HEAD = """# Options
 
@@ -28,7 +28,8 @@ def _section(section: Section) -> str:
     """One section: its heading, what it is about, and a table of its keys."""
     lines = [f"## `{section.name}`\n", f"{section.purpose}\n"]
     lines += ["| key | values | default | meaning |", "| --- | --- | --- | --- |"]
-    for option in section.options:
+    options = [one for option in section.options for one in with_keys(option)]
+    for option in options:
         # From reStructuredText to Markdown; a bare | would end the cell.
         meaning = option.meaning.replace("``", "`").replace("|", "\\|")
         lines.append(f"| `{option.name}` | {option.values} | {_default(option)} | {meaning} |")

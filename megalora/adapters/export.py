@@ -81,8 +81,7 @@ class Export:
 
 def export(
     source: Path, out: Path, *, engine: EngineName | None = None, layout: str | None = None,
-    drop: Sequence[str] = (),
-    base: str | None = None,
+    drop: Sequence[str] = (), base: str | None = None,
 ) -> Export:  # fmt: skip
     """Write ``source``, a checkpoint or an adapter folder, to the new folder ``out``.
 

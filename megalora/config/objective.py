@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megalora.config.checks import require
+from megalora.config.policy import PolicyConfig
 from megalora.paths import expand
 
 _OPTIONS = {
@@ -15,6 +16,7 @@ _OPTIONS = {
     "reward": ("centre",),
     "classify": ("num_labels", "labels"),
     "distill": ("teacher", "divergence", "temperature", "beta", "sft_weight"),
+    "grpo": ("policy", "reference"),
 }
 """Options that an objective reads; another one that is set would do nothing."""
 _PAIRS = ("dpo", "simpo", "orpo", "reward")
@@ -27,7 +29,9 @@ MOST_LABELS = 1 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    name: Literal["sft", "dpo", "simpo", "orpo", "kto", "reward", "classify", "distill"] = "sft"
+    name: Literal["sft", "dpo", "simpo", "orpo", "kto", "reward", "classify", "distill", "grpo"] = (
+        "sft"
+    )
     """``sft``: cross entropy of the assistant's tokens. ``dpo``, ``simpo``, ``orpo`` and ``reward``
     learn from pairs of a preferred and a rejected answer, of which ``train.global_batch_size``
     counts pairs: ``dpo`` compares with a reference, whose log-probabilities a pass of its own finds
@@ -35,11 +39,14 @@ class ObjectiveConfig:
     or bad, compared with a reference. ``reward`` and ``classify`` train a score head in place of
     lm_head: ``reward`` gives an answer a number by which the preferred one is to lead
     (Bradley-Terry), ``classify`` gives a text or a conversation one of several labels. ``distill``
-    learns the next-token distributions of ``objective.teacher`` at the assistant's tokens."""
+    learns the next-token distributions of ``objective.teacher`` at the assistant's tokens. ``grpo``
+    learns from completions that were sampled before, with their rewards: by how much each is better
+    than others of its prompt. ``objective.policy`` says how."""
     reference: Literal["base", "start"] = "base"
-    """Of ``dpo`` and ``kto``, what the model is compared with: ``base``, with the adapters switched
-    off, or ``start``, the adapter as it was when the run began, such as an imported one. A second
-    copy of the factors holds ``start``, and so does every checkpoint."""
+    """Of ``dpo`` and ``kto``, and of ``grpo`` with ``objective.policy.kl_coef``, what the model is
+    compared with: ``base``, with the adapters switched off, or ``start``, the adapter as it was
+    when the run began, such as an imported one. A second copy of the factors holds ``start``, and
+    so does every checkpoint."""
     loss: Literal["sigmoid", "robust", "hinge", "ipo"] = "sigmoid"
     """Of ``dpo``: ``sigmoid`` (DPO, and conservative DPO with ``objective.label_smoothing``),
     ``robust`` (unbiased where that share of the labels is wrong), ``hinge`` (SLiC) or ``ipo`` (per
@@ -86,6 +93,10 @@ class ObjectiveConfig:
     """Of ``distill``: divides the logits of teacher and student; the distance is multiplied by its
     square."""
 
+    policy: PolicyConfig | None = None
+    """Of ``grpo``: the loss, what it is compared with, and how rewards become advantages. null is
+    all of its defaults."""
+
     def __post_init__(self) -> None:
         # An option that only another objective reads is a mistake: it would do nothing.
         read = _OPTIONS[self.name]
@@ -93,7 +104,7 @@ class ObjectiveConfig:
             "loss": "sigmoid", "beta": None, "label_smoothing": 0, "sft_weight": None,
             "margin": None, "reference": "base", "desirable_weight": 1, "undesirable_weight": 1,
             "centre": None, "num_labels": None, "labels": None, "teacher": None,
-            "divergence": "forward", "temperature": 1,
+            "divergence": "forward", "temperature": 1, "policy": None,
         }  # fmt: skip
         for option, default in defaults.items():
             value = getattr(self, option)
@@ -128,6 +139,12 @@ class ObjectiveConfig:
             self._check_labels()
         if self.name == "distill":
             self._check_distillation()
+        policy = self.learned_policy
+        require(
+            policy is None or bool(policy.kl_coef) or self.reference == "base",
+            f"objective.reference={self.reference} does nothing for objective.name=grpo without"
+            " objective.policy.kl_coef above 0: nothing is compared with it",
+        )
 
     def _check_distillation(self) -> None:
         if self.teacher is None:
@@ -219,6 +236,11 @@ class ObjectiveConfig:
         # Of KTO the model and the reference read mismatched answers, too.
         if self.teacher == "base":
             return 1
+        if (policy := self.learned_policy) is not None:
+            # Both uses share a pass where they read the same model.
+            models = [self.reference] if policy.kl_coef else []
+            models += ["start"] if policy.proximal == "start" else []
+            return len(set(models))
         return {"dpo": 1, "kto": 3}.get(self.name, 0)
 
     @property
@@ -235,4 +257,11 @@ class ObjectiveConfig:
     @property
     def holds_start(self) -> bool:
         """Whether a run keeps a copy of the adapter that it began with."""
-        return self.reference == "start"
+        policy = self.learned_policy
+        of_policy = policy is not None and policy.proximal == "start"
+        return self.reference == "start" or of_policy
+
+    @property
+    def learned_policy(self) -> PolicyConfig | None:
+        """How rollouts are learned; None where samples are none."""
+        return (self.policy or PolicyConfig()) if self.name == "grpo" else None

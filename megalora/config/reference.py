@@ -20,6 +20,9 @@ BASE_MEANING = (
     "The file whose options hold where this file gives none of its own, relative to this file."
 )
 
+_MOST_IN_A_CELL = 8
+"""Keys of a mapping that are described where the mapping is; more have rows of their own."""
+
 
 @dataclass(frozen=True)
 class Option:
@@ -80,6 +83,15 @@ def options_of(cls: type, where: str) -> tuple[Option, ...]:
     return tuple(found)
 
 
+def with_keys(option: Option) -> list[Option]:
+    """The option, and behind it the keys of a mapping that has too many for one cell."""
+    found = [option]
+    for alternative in alternatives(option.hint):
+        if is_dataclass(alternative) and len(fields(alternative)) > _MOST_IN_A_CELL:
+            found += options_of(alternative, f"{option.name}.")  # pyright: ignore[reportArgumentType]
+    return found
+
+
 def find(name: str) -> list[Option]:
     """The options of a section, or the one option of that name.
 
@@ -90,7 +102,9 @@ def find(name: str) -> list[Option]:
     for section in sections():
         known[section.name] = list(section.options)
         for option in section.options:
-            known[option.name] = [option]
+            known[option.name] = with_keys(option)
+            for key in known[option.name][1:]:
+                known[key.name] = [key]
     if name in known:
         return known[name]
     # Someone who remembers rank, and not where it stands.
@@ -136,6 +150,9 @@ def _values(hint: Any) -> Iterator[str]:
             yield ", ".join(f"`{value}`" for value in get_args(option))
         # Source and RecomputeLayers, whose keys have no row of their own in the page.
         elif is_dataclass(option):
+            if len(fields(option)) > _MOST_IN_A_CELL:
+                yield "a mapping of its keys"
+                continue
             parts = []
             for name, inner in get_type_hints(option).items():
                 parts.append(f"`{name}` ({' or '.join(_values(inner))})")
@@ -151,7 +168,7 @@ def _values(hint: Any) -> Iterator[str]:
 
 def _default(field: Field) -> str:
     """A field's default as YAML writes it."""
-    # Lists and mappings, all of them empty.
+    # Lists and mappings.
     if field.default_factory is not MISSING:
         return str(field.default_factory())
     if field.default is MISSING:

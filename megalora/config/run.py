@@ -120,8 +120,8 @@ class RunConfig:
         )
         require(
             not self.objective.holds_start,
-            "objective.reference=start compares with the run's first adapter, whose norms"
-            " lora.use_dora would need as well: set objective.reference=base, or leave use_dora"
+            "objective.reference=start, or objective.policy.proximal=start, compares with the run's"
+            " first adapter, whose norms lora.use_dora would need as well: leave start or use_dora"
             " out",
         )
         # Nothing was compared with PEFT's of both.
@@ -179,6 +179,8 @@ class RunConfig:
             f"data.too_long={self.data.too_long} would cut one answer of a pair and not the other;"
             f" with objective.name={name} it must be left_out",
         )
+        if self.objective.learned_policy is not None:
+            self._check_rollouts()
         if not self.objective.labelled:
             return
         require(
@@ -195,6 +197,19 @@ class RunConfig:
         require(
             self.data.eval != 1 or isinstance(self.data.eval, float),
             f"objective.name={name} needs data.eval of at least 2 samples, got 1: {other}",
+        )
+
+    def _check_rollouts(self) -> None:
+        """What means nothing where completions were sampled before."""
+        require(
+            self.data.too_long == "left_out",
+            f"data.too_long={self.data.too_long} would give a part of a completion the reward of"
+            " the whole; with objective.name=grpo it must be left_out",
+        )
+        require(
+            not isinstance(self.log.samples, int) or not self.log.samples,
+            f"log.samples={self.log.samples} asks questions of the data, and rollouts are none;"
+            " list the questions themselves: log.samples=[...]",
         )
 
     def _check_scored(self) -> None:

@@ -1,8 +1,8 @@
 """Lay whole samples out in one flat row of tokens: a microbatch without padding between them."""
 
 from bisect import bisect_right
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -34,11 +34,12 @@ class Batch:
     """Number of tokens of filler."""
     values: tuple[float, ...] = ()
     """What each sequence is compared with: the label of an answer or of a text, a value, the margin
-    of its pair; none where nothing is."""
-
+    of its pair, an advantage; none where nothing is."""
     taught: TopLogits | None = None
     """What a teacher gives for the target tokens, in their order in the row; None where no file
     says."""
+    columns: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """Name -> [N] float32, a number for each of the target tokens, likewise."""
 
     @property
     def num_sequences(self) -> int:
@@ -82,7 +83,13 @@ def filler_of(samples: Sequence[Encoded]) -> np.ndarray:
     return ids[:FILLER]
 
 
-def flat_row(samples: Sequence[Encoded], *, filler: np.ndarray, multiple_of: int = 1) -> Batch:
+def flat_row(
+    samples: Sequence[Encoded],
+    *,
+    filler: np.ndarray,
+    multiple_of: int = 1,
+    columns: Sequence[str] = (),
+) -> Batch:
     """Shift sequences and put them one after another: n tokens give n - 1 predictions. The two of
     a pair stand side by side, the chosen one first.
 
@@ -90,11 +97,16 @@ def flat_row(samples: Sequence[Encoded], *, filler: np.ndarray, multiple_of: int
         samples: in the order of the row; without any the row is filler.
         filler: input tokens of filler, repeated as often as needed.
         multiple_of: T is rounded up to it with filler outside of the loss.
+        columns: names of the numbers that each sample has for its tokens.
     """
     sequences: list[tuple[np.ndarray, np.ndarray]] = []
     values: list[float] = []
+    by_column: dict[str, list[np.ndarray]] = {name: [] for name in columns}
     for sample in samples:
         sequences += sample.sequences
+        for name, parts in by_column.items():
+            # As labels: a token's numbers are asked for where it is predicted.
+            parts.append(sample.floats[name][1:][sample.loss_mask[1:]])
         values += [sample.value] * len(sample.sequences)
     ends = [0]
     for ids, _ in sequences:
@@ -113,4 +125,8 @@ def flat_row(samples: Sequence[Encoded], *, filler: np.ndarray, multiple_of: int
     tokens[ends[-1] :] = torch.from_numpy(np.resize(filler, num_filler))
     while ends[-1] < length:
         ends.append(min(ends[-1] + FILLER, length))
-    return Batch(tokens, labels, loss_mask, tuple(ends), num_filler, tuple(values))
+    joined: dict[str, np.ndarray] = {}
+    for name, parts in by_column.items():
+        # An empty one first: a row of filler has no sample.
+        joined[name] = np.concatenate([np.zeros(0, np.float32), *parts])
+    return Batch(tokens, labels, loss_mask, tuple(ends), num_filler, tuple(values), columns=joined)

@@ -26,6 +26,7 @@ from megalora.data.chunk import Chunk
 from megalora.data.columns import used_columns
 from megalora.data.encode_rows import EncodedChunk, RowEncoder
 from megalora.data.pairs import resolve
+from megalora.data.rollouts import resolve_rollouts
 from megalora.data.rows import Rows, open_rows
 from megalora.data.scored import Scoring, resolve_scored
 from megalora.data.tokens import SAMPLES, TOKENS, Header
@@ -63,6 +64,8 @@ class Recipe:
     """Whether a row says if its answer is good."""
     scoring: Scoring | None = None
     """What a score head is to learn; None for a language model."""
+    rollouts: bool = False
+    """Whether a row is a completion with its reward."""
 
 
 def build_store(recipe: Recipe, folder: Path, made_of: dict[str, Any]) -> None:
@@ -77,13 +80,11 @@ def build_store(recipe: Recipe, folder: Path, made_of: dict[str, Any]) -> None:
     # The first row decides for all, so that no row is read otherwise than the one before.
     first = next(next(rows.chunks()).rows())
     try:
-        if recipe.scoring is None:
-            columns = resolve(recipe.format, first.keys(), pairs=recipe.pairs, labels=recipe.labels)
-        else:
-            columns = resolve_scored(recipe.format, first.keys(), recipe.scoring)
+        columns = _columns_of(recipe, first.keys())
         encoder = RowEncoder(
-            recipe.tokenizer, columns, recipe.allow_left_out, recipe.every_refusal, recipe.scoring
-        )
+            recipe.tokenizer, columns, recipe.allow_left_out, recipe.every_refusal, recipe.scoring,
+            recipe.rollouts,
+        )  # fmt: skip
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
     refused: dict[int, str] = {}
@@ -100,6 +101,15 @@ def build_store(recipe: Recipe, folder: Path, made_of: dict[str, Any]) -> None:
     if refused:
         raise ValueError(f"{source}: {_refusals(refused, len(rows))}")
     writer.finish(source, made_of, columns)
+
+
+def _columns_of(recipe: Recipe, columns: Collection[str]) -> dict[str, str]:
+    """Which of the first row's columns holds what; raises ``ValueError``."""
+    if recipe.rollouts:
+        return resolve_rollouts(recipe.format, columns)
+    if recipe.scoring is not None:
+        return resolve_scored(recipe.format, columns, recipe.scoring)
+    return resolve(recipe.format, columns, pairs=recipe.pairs, labels=recipe.labels)
 
 
 class _Writer:

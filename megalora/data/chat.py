@@ -5,8 +5,9 @@ conversation is refused if its chat template leaves a part of it out (``reach.py
 assistant says in the text (``spans.py``) is found by marks (``marks.py``), in any template.
 """
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,6 +29,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """What is known of a completion that was sampled, beside its tokens."""
+
+    reward: float = math.nan
+    """NaN where nothing judged it."""
+    group: int = 0
+    """The same for all completions of a prompt."""
+    version: int = 0
+    """Of the adapter that sampled it."""
+    truncated: bool = False
+    """Whether the length limit ended it."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Encoded:
     """A tokenised conversation of n tokens."""
@@ -47,10 +62,15 @@ class Encoded:
     part."""
     value: float = 0.0
     """1 where the answer is a good one, 0 where it is a bad one or has no label; what a score is
-    compared with: the number of a label, a value, or a pair's margin."""
+    compared with: the number of a label, a value, a pair's margin, or a rollout's advantage."""
     second: int = 0
     """Of a pair, which is one sample of two sequences: the first token of the rejected one, before
     which the chosen one ends. 0 where the sample is one sequence."""
+    rollout: Rollout = field(default_factory=Rollout)
+    """Where the sample is a completion that was sampled."""
+    floats: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """Name -> [n] float32, a number for each token, such as a log-probability; NaN where there is
+    none."""
 
     @property
     def num_target_tokens(self) -> int:

@@ -1,10 +1,11 @@
 """Tokenise a chunk of rows into arrays: what each process that builds a token store does.
 
 A token is one 32-bit number: its id, and in the highest bit whether it is in the loss. So ids and
-loss mask can neither get apart nor need a second file, and any part of a sample is one slice.
+loss mask can neither get apart nor need a second file. Behind the tokens of a sample stand the
+numbers that each of them has, such as log-probabilities, as many float32 for each name.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from megalora.data.chunk import Chunk
 from megalora.data.columns import to_conversation
 from megalora.data.labelled import label_of, without_label
 from megalora.data.pairs import is_of_pairs, joined_pair, to_pair
+from megalora.data.rollouts import BY_TOKEN, rollout_of
 from megalora.data.scored import Scoring, scored_sample
 from megalora.data.template import ChatTemplate
 
@@ -35,24 +37,44 @@ SAMPLE = np.dtype(
         ("unmarked", "<i4"),
         ("second", "<i4"),
         ("value", "<f8"),
+        ("reward", "<f8"),
+        ("group", "<u8"),
+        ("version", "<i8"),
+        ("truncated", "?"),
+        ("largest", "<i4"),
         ("digest", f"V{DIGEST_BYTES}"),
     ]
 )
 """What is kept of a sample beside its tokens. ``left_out`` is an index into a list of the different
-values of ``Encoded.left_out``; ``digest`` is that of the tokens' bytes."""
+values of ``Encoded.left_out``; ``largest`` is the largest token id, ``digest`` that of the tokens'
+bytes."""
 
 
 def pack(sample: Encoded) -> np.ndarray:
-    """[n] tokens of a sample, with the loss mask in the highest bits."""
+    """[n (1 + C)] tokens of a sample, with the loss mask in the highest bits, and C numbers of
+    each."""
     # No vocabulary has 2**31 tokens, so that the highest bit of an id is free.
     packed = sample.input_ids.astype(TOKEN)
     packed[sample.loss_mask] |= IN_LOSS
-    return packed
+    floats = [values.astype("<f4").view(TOKEN) for values in sample.floats.values()]
+    return np.concatenate([packed, *floats])
 
 
-def unpack(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """[n] int32 ids and [n] bool loss mask; both are new arrays."""
-    return (packed & ~IN_LOSS).astype(np.int32), packed >= IN_LOSS
+def unpack(
+    packed: np.ndarray, names: Sequence[str] = ()
+) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    """[n] int32 ids, [n] bool loss mask and [n] float32 of each name; all are new arrays."""
+    tokens, *numbers = np.split(packed, 1 + len(names))
+    floats: dict[str, np.ndarray] = {}
+    for name, values in zip(names, numbers, strict=True):
+        floats[name] = values.view("<f4").astype(np.float32)
+    return (tokens & ~IN_LOSS).astype(np.int32), tokens >= IN_LOSS, floats
+
+
+def names_of_floats(columns: Mapping[str, str]) -> tuple[str, ...]:
+    """Names of the numbers that each token of a sample has, where these are the columns of its
+    rows."""
+    return tuple(name for name in BY_TOKEN if name in columns)
 
 
 def digest_of(packed: np.ndarray) -> bytes:
@@ -65,7 +87,7 @@ class EncodedChunk:
     """The samples of a chunk, one behind the other."""
 
     tokens: np.ndarray
-    """[sum of lengths] TOKEN."""
+    """What ``pack`` makes of each sample; TOKEN."""
     samples: np.ndarray
     """[samples] SAMPLE; ``left_out`` is an index into this chunk's list."""
     left_out: list[tuple[str, ...]]
@@ -87,6 +109,7 @@ class RowEncoder:
         allow_left_out: Collection[str],
         every_refusal: bool,
         scoring: Scoring | None = None,
+        rollouts: bool = False,
     ) -> None:
         """Raises ``ValueError`` for a tokenizer that cannot be used; see ``ChatTemplate``."""
         self.template = ChatTemplate(tokenizer)
@@ -94,6 +117,7 @@ class RowEncoder:
         self.allow_left_out = allow_left_out
         self.every_refusal = every_refusal
         self.scoring = scoring
+        self.rollouts = rollouts
 
     def encode(self, chunk: Chunk) -> EncodedChunk:
         """Tokenise a chunk, up to its first refused row unless every refusal is asked for.
@@ -127,6 +151,8 @@ class RowEncoder:
             return scored_sample(
                 row, self.columns, self.template, self.allow_left_out, self.scoring
             )
+        if self.rollouts:
+            return rollout_of(row, self.columns, self.template, self.allow_left_out)
         if "label" in self.columns:
             conversation = to_conversation(row, without_label(self.columns), self.allow_left_out)
             encoded = encode_conversation(conversation, self.template, self.allow_left_out)
@@ -152,7 +178,7 @@ def _joined(
         tokens = pack(sample)
         packed.append(tokens)
         samples[at] = (
-            len(tokens),
+            len(sample.input_ids),
             sample.num_target_tokens,
             kinds.setdefault(sample.left_out, len(kinds)),
             sample.stops,
@@ -160,6 +186,11 @@ def _joined(
             sample.num_unmarked,
             sample.second,
             sample.value,
+            sample.rollout.reward,
+            sample.rollout.group,
+            sample.rollout.version,
+            sample.rollout.truncated,
+            sample.input_ids.max(initial=0),
             digest_of(tokens),
         )
     return EncodedChunk(np.concatenate(packed), samples, list(kinds), num_rows, columns, refused)

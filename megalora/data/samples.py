@@ -12,6 +12,7 @@ from typing import overload
 
 import numpy as np
 
+from megalora.config.checks import require
 from megalora.data.chat import Encoded
 from megalora.data.encode_rows import digest_of, pack
 from megalora.data.tokens import TokenStore
@@ -83,7 +84,9 @@ def _cut(sample: Encoded, begin: int, end: int) -> Encoded:
         mask[0] = False
     # Whether the end of the last turn is still there.
     stops = sample.stops and not sample.loss_mask[end:].any()
-    return replace(sample, input_ids=sample.input_ids[begin:end], loss_mask=mask, stops=stops)
+    floats = {name: values[begin:end] for name, values in sample.floats.items()}
+    ids = sample.input_ids[begin:end]
+    return replace(sample, input_ids=ids, loss_mask=mask, stops=stops, floats=floats)
 
 
 def select(samples: Sequence[Encoded], indices: np.ndarray) -> Sequence[Encoded]:
@@ -108,6 +111,13 @@ def concatenate(parts: Sequence[Sequence[Encoded]]) -> Sequence[Encoded]:
         pieces.append(moved)
         stores += part.stores
     assert not (pieces and listed), "samples of stores and samples in memory are not mixed"
+    for store in stores:
+        require(
+            store.floats == stores[0].floats,
+            f"{store.header.source} has {', '.join(store.floats) or 'no numbers'} for its tokens,"
+            f" and {stores[0].header.source} {', '.join(stores[0].floats) or 'none'}; all sources"
+            " of data.train need the same columns",
+        )
     return StoredSamples(stores, np.concatenate(pieces)) if pieces else listed
 
 
@@ -130,6 +140,13 @@ def values_of(samples: Sequence[Encoded]) -> np.ndarray:
     if isinstance(samples, StoredSamples):
         return samples.record_of("value")
     return np.array([sample.value for sample in samples], np.float64)
+
+
+def floats_of(samples: Sequence[Encoded]) -> tuple[str, ...]:
+    """Names of the numbers that each token has, the same for all samples."""
+    if isinstance(samples, StoredSamples):
+        return samples.stores[0].floats
+    return tuple(samples[0].floats) if len(samples) else ()
 
 
 def digest_of_samples(samples: Sequence[Encoded]) -> str:

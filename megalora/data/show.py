@@ -70,6 +70,8 @@ def _show_samples(split: Split, tokenizer: Any, console: Console) -> None:
         targets = f"{sample.num_target_tokens:,} of {len(sample.input_ids):,} tokens in the loss"
         if split.labels:
             targets = f"{'good' if sample.value else 'bad'}, {targets}"
+        if split.policy is not None and not split.policy.by_batch:
+            targets = f"advantage {sample.value:+.3f}, {targets}"
         console.print(Text(f"\nsample {number} ({targets}; {legend})", "bold"), soft_wrap=True)
         console.print(sample_text(sample, tokenizer, colour=colour), soft_wrap=True)
 

@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megalora.config import DataConfig, ObjectiveConfig, TooLong
+from megalora.config.policy import PolicyConfig
+from megalora.data.advantages import with_advantages
 from megalora.data.build_tokens import Recipe
 from megalora.data.chat import Encoded
 from megalora.data.samples import (
     concatenate,
+    floats_of,
     lengths_of,
     sample_numbers,
     select,
@@ -49,6 +52,10 @@ class Split:
     """Whether each sample says if its answer is good."""
     scoring: Scoring | None = None
     """What a score head is to learn of a sample; None for a language model."""
+    policy: PolicyConfig | None = None
+    """How rollouts are learned; None where samples are none."""
+    credit_notes: tuple[str, ...] = ()
+    """What became of rollouts, for the user."""
     parts: tuple["Split", ...] = ()
     """Where ``data.train`` is a list: the samples of each source, which stand one source behind the
     other in ``samples``."""
@@ -70,6 +77,11 @@ class Split:
         return self.sample_lengths - (2 if self.pairs else 1)
 
     @property
+    def floats(self) -> tuple[str, ...]:
+        """Names of the numbers that each token of a rollout has."""
+        return () if self.policy is None else floats_of(self.samples)
+
+    @property
     def num_tokens(self) -> int:
         return int(self.sample_lengths.sum())
 
@@ -79,7 +91,10 @@ class Split:
 
     def summary(self) -> str:
         """One line for the log: how much data there is, and what was left out."""
-        line = f"{self.source}: {len(self.samples):,} {'pairs' if self.pairs else 'samples'}, "
+        called = "pairs" if self.pairs else "samples"
+        if self.policy is not None:
+            called = "rollouts"
+        line = f"{self.source}: {len(self.samples):,} {called}, "
         if self.scoring is not None:
             # Without the places behind the texts, each of which is in the loss.
             places = self.num_target_tokens
@@ -93,7 +108,7 @@ class Split:
 
     def left_out(self) -> list[str]:
         """What was left out and why, and what the user should know of the rest."""
-        reasons = self.fit.notes()
+        reasons = [*self.fit.notes(), *self.credit_notes]
         reasons += _template_notes(self.samples)
         if self.unused_columns:
             reasons.append(f"columns not used: {', '.join(self.unused_columns)}")
@@ -159,6 +174,7 @@ def load_data(
             pairs=objective.pairs,
             labels=objective.labelled,
             scoring=Scoring.of(objective),
+            policy=objective.learned_policy,
             every_refusal=every_refusal,
         )
 
@@ -191,6 +207,7 @@ def combined(parts: Sequence[Split]) -> Split:
         pairs=parts[0].pairs,
         labels=parts[0].labels,
         scoring=parts[0].scoring,
+        policy=parts[0].policy,
         parts=tuple(parts),
     )
 
@@ -208,6 +225,7 @@ def load_split(
     pairs: bool = False,
     labels: bool = False,
     scoring: Scoring | None = None,
+    policy: PolicyConfig | None = None,
     every_refusal: bool = False,
 ) -> Split:
     """The samples of a source, tokenised once and kept (``token_cache.py``).
@@ -222,23 +240,24 @@ def load_split(
         cache: folder for token stores; see ``cache_folder``.
         workers: processes that tokenise where there is no store yet; None for what pays.
         pairs, labels: whether a row holds two answers, or says if its answer is good.
-        scoring: what a score head is to learn of a row; None for a language model.
+        scoring, policy: what a score head is to learn, or how rollouts are; None for neither.
         every_refusal: try all rows and name all that are refused, instead of the first alone.
     Raises:
         ValueError: a row that cannot be read or tokenised, or of which something would be left out
             (with its number), or no sample is left.
     """
     # The limit is no part of the recipe: samples are stored whole.
-    how = (allow_left_out, workers, every_refusal, pairs, labels, scoring)
+    how = (allow_left_out, workers, every_refusal, pairs, labels, scoring, policy is not None)
     recipe = Recipe(source, tokenizer, format, *how)
     store = stored_tokens(recipe, cache_folder(cache))
     # The place to score, behind the text, is no token of it.
     places = int(scoring is not None)
     samples, found = fit(store, max_length, too_long, places)
+    samples, notes = with_advantages(store, samples, policy)
     split = Split(
         source, max_length, samples, fit=found, lengths=store.longest - places, pairs=pairs,
         labels=labels, scoring=scoring, columns=store.header.columns,
-        unused_columns=tuple(store.header.unused_columns),
+        unused_columns=tuple(store.header.unused_columns), policy=policy, credit_notes=notes,
     )  # fmt: skip
     if not split.samples:
         raise ValueError(_nothing_is_left(split, store.num_samples))
@@ -290,7 +309,7 @@ def split_off_eval(split: Split, eval: float, seed: int) -> tuple[Split, Split]:
     name = f"{split.source} (held out)"
     held = Split(
         name, split.max_length, eval_samples, pairs=split.pairs, labels=split.labels,
-        scoring=split.scoring,
+        scoring=split.scoring, policy=split.policy,
     )  # fmt: skip
     return _without(split, held_out), held
 

@@ -35,13 +35,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _FIX = "; choose a folder on a local disk with data.cache"
-LAYOUT = 4
+LAYOUT = 5
 """Version of the files of a store."""
 CODE = (
     "arrow_rows", "build_tokens", "chat", "chunk", "columns", "conversation", "encode_rows",
-    "json_rows", "labelled", "marks", "messages", "pairs", "reach", "rows", "scored", "sharegpt",
-    "spans",
-    "template", "turns",
+    "json_rows", "labelled", "marks", "messages", "pairs", "reach", "rollouts", "rows", "scored",
+    "sharegpt", "spans", "template", "turns",
 )  # fmt: skip
 """Our files on which samples depend. Their text is part of a store's name: a version number that
 somebody forgets to raise would hand yesterday's samples to today's code."""
@@ -167,6 +166,7 @@ def what_it_is_made_of(recipe: Recipe, cache: Path) -> dict[str, Any]:
         "pairs": recipe.pairs,
         "labels": recipe.labels,
         "scoring": recipe.scoring.as_json() if recipe.scoring else None,
+        "rollouts": recipe.rollouts,
         "allow_left_out": sorted(recipe.allow_left_out),
         "code": _code_digest(CODE),
         "libraries": {name: version(name) for name in LIBRARIES},

@@ -20,8 +20,8 @@ from typing import Any, Self
 
 import numpy as np
 
-from megalora.data.chat import Encoded
-from megalora.data.encode_rows import SAMPLE, TOKEN, digest_of, unpack
+from megalora.data.chat import Encoded, Rollout
+from megalora.data.encode_rows import SAMPLE, TOKEN, digest_of, names_of_floats, unpack
 
 HEADER = "header.json"
 TOKENS = "tokens.bin"
@@ -42,6 +42,7 @@ class Header:
     """What the source was called when the store was built; it may have moved since."""
     num_samples: int
     num_tokens: int
+    """The numbers that belong to tokens included."""
     columns: dict[str, str]
     """Column that each part of the conversation is read from."""
     unused_columns: list[str]
@@ -95,16 +96,29 @@ class TokenStore:
         second = self.records["second"].astype(np.int64)
         self.longest: np.ndarray = np.maximum(second, self.lengths - second)
         """[num_samples] tokens in the longest sequence of each sample."""
+        self.floats = names_of_floats(self.header.columns)
+        """Names of the numbers that each token has."""
+        self.sizes: np.ndarray = self.lengths * (1 + len(self.floats))
+        """[num_samples] tokens in each sample, and their numbers."""
         # The first token of each sample is where the one before it ends.
-        self.starts: np.ndarray = np.cumsum(self.lengths) - self.lengths
+        self.starts: np.ndarray = np.cumsum(self.sizes) - self.sizes
         """[num_samples] place of each sample's first token in the file."""
         _require_size(folder / TOKENS, self.header.num_tokens * TOKEN.itemsize)
         # Not checked as a whole, which would read all of it at every start.
         self._file = (folder / TOKENS).open("rb", buffering=0)
 
+    def give_values(self, values: np.ndarray, rewards: np.ndarray) -> None:
+        """Let samples have other values and rewards than those that were stored, in this process
+        alone: ``[num_samples]`` each."""
+        # A copy in memory; the file and its digest stay as they are.
+        records = np.array(self.records)
+        records["value"] = values
+        records["reward"] = rewards
+        self.records = records
+
     def packed(self, index: int) -> np.ndarray:
-        """[n] tokens of a sample with the loss mask in the highest bits, read-only."""
-        size = int(self.lengths[index]) * TOKEN.itemsize
+        """What ``pack`` has made of a sample, read-only."""
+        size = int(self.sizes[index]) * TOKEN.itemsize
         # At a place of its own, so that forked processes may share the open file.
         content = os.pread(self._file.fileno(), size, int(self.starts[index]) * TOKEN.itemsize)
         packed = np.frombuffer(content, TOKEN) if len(content) == size else None
@@ -117,7 +131,7 @@ class TokenStore:
 
     def sample(self, index: int) -> Encoded:
         """A sample as it was tokenised."""
-        ids, mask = unpack(self.packed(index))
+        ids, mask, floats = unpack(self.packed(index), self.floats)
         record = self.records[index]
         return Encoded(
             ids,
@@ -128,6 +142,13 @@ class TokenStore:
             num_unmarked=int(record["unmarked"]),
             second=int(record["second"]),
             value=float(record["value"]),
+            rollout=Rollout(
+                float(record["reward"]),
+                int(record["group"]),
+                int(record["version"]),
+                bool(record["truncated"]),
+            ),
+            floats=floats,
         )
 
 

@@ -136,7 +136,7 @@ def _pieces(store: TokenStore, number: int, max_length: int, how: TooLong) -> np
         begins = np.arange(0, length - 1, max_length - 1)
     ends = np.minimum(begins + max_length, length)
     # Tokens in the loss before each place; a piece does not predict its first token.
-    in_loss = store.packed(number) >= IN_LOSS
+    in_loss = store.packed(number)[:length] >= IN_LOSS
     before = np.concatenate([[0], np.cumsum(in_loss)])
     pieces = np.zeros(len(begins), PIECE)
     pieces["sample"] = number

@@ -127,6 +127,11 @@ def plan_of(request: Request) -> Plan:
         f"{request.target}: objective.name={config.objective.name} is judged by a score head, which"
         " eval does not read; the run's own evaluations are in its metrics.jsonl",
     )
+    require(
+        config.objective.learned_policy is None,
+        f"{request.target}: objective.name=grpo learns from rollouts, and eval has conversations"
+        " and answers; add objective.name=sft objective.policy=null to judge it by those of --data",
+    )
     # Sizes and tensors from headers; raises where the layout does not fit.
     open_folder(base).shape.check_layout(config.parallel)
     check_teacher(config, base)

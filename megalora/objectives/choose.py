@@ -5,6 +5,7 @@ from megalora.model.divergence import Divergence
 from megalora.objectives.distill import Distill
 from megalora.objectives.kto import KTO
 from megalora.objectives.objective import Objective
+from megalora.objectives.policy import Policy
 from megalora.objectives.preference import Preference
 from megalora.objectives.scored import Classify, Reward
 from megalora.objectives.sft import SFT
@@ -26,6 +27,8 @@ def objective_of(config: RunConfig) -> Objective:
         return Classify(options.num_scores)
     if options.name == "distill":
         return distill_of(options)
+    if (policy := options.learned_policy) is not None:
+        return Policy(policy, options.reference)
     if options.name == "reward":
         return Reward(options.centre or 0.0)
     # As TRL has it; but for SimPO, whose paper has 2 to 2.5 and scales means by it, not sums.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megalora.comm import sum_alike
+from megalora.comm import sum_alike, sum_over
 from megalora.model.vocab_logits import Reader
 
 
@@ -37,8 +37,11 @@ class Sequences:
     """Name of a ``Reference`` over mismatched sequences -> scalar, the mean of such sums over the
     global batch."""
     values: Tensor = field(default_factory=lambda: torch.zeros(0))
-    """[Q] float32: what each sequence is compared with, its label, value or margin; zeros where it
-    has none."""
+    """[Q] float32: what each sequence is compared with, its label, value, margin or advantage;
+    zeros where it has none."""
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
+    """Name -> [N], a number for each target token: what the data gives, and under the name of a
+    ``Reference`` by token its log-probabilities; without gradients."""
 
     def sums(self, values_N: Tensor) -> Tensor:
         """[Q] float64: sums over each sequence, over all ranks that share the row. Whatever is
@@ -47,6 +50,14 @@ class Sequences:
         # behind the point.
         own = torch.zeros(len(self.targets), dtype=torch.float64, device=values_N.device)
         return sum_alike(own.index_add(0, self.numbers, values_N.double()), self.cp)
+
+    def spread(self, values_N: Tensor) -> Tensor:
+        """[N] float64: the sum over the sequence of each target token, on all ranks that share the
+        row. Here each token's term is its own rank's, so that a gradient is the sum of all ranks'.
+        """
+        own = torch.zeros(len(self.targets), dtype=torch.float64, device=values_N.device)
+        own = own.index_add(0, self.numbers, values_N.double())
+        return sum_over(own, self.cp)[self.numbers]
 
     def once(self, value: Tensor) -> Tensor:
         """``value``, which all ranks that share the row have computed, on the first of them, and
@@ -62,13 +73,16 @@ is."""
 @dataclass(frozen=True)
 class Reference:
     """A pass without gradients and without dropout that comes before a step's own: the sums over
-    sequences that it finds stand in ``Sequences.references``."""
+    sequences that it finds stand in ``Sequences.references``, or each token in
+    ``Sequences.columns``."""
 
     name: str
     model: WhichModel = "base"
     mismatched: bool = False
     """Whether it reads prompts of the global batch with the answers to other ones, of which the
     mean stands in ``Sequences.means``."""
+    by_token: bool = False
+    """Whether its log-probabilities are kept by token."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +94,8 @@ class Loss:
     all microbatches and ranks."""
     metrics: dict[str, tuple[Tensor, Tensor]]
     """Name -> (sum, count) of a number to report, without gradients; what is reported is the sum of
-    sums over the sum of counts."""
+    sums over the sum of counts. Of a name that ends in ``_max`` both are largest values, not below
+    0, and so is what is reported."""
 
 
 class Objective(Protocol):
@@ -104,7 +119,7 @@ class Objective(Protocol):
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """Names of what ``loss`` reports, what it minimises first."""
+        """Names of what ``loss`` reports, what it minimises first, largest values last."""
         ...
 
     @property

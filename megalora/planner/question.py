@@ -103,6 +103,12 @@ class Question:
                 f"lora.{option} is not planned yet: gradients and optimizer state of what it trains"
                 " are not counted. A plan without it is a lower bound",
             )
+        require(
+            config.objective.learned_policy is None,
+            "objective.name=grpo is not planned yet: neither the entropy that its head reads nor"
+            " the passes of objective.policy are counted. A plan for objective.name=sft is a lower"
+            " bound",
+        )
         # The table of the GPU that is planned for, whatever this machine is.
         work = replace(
             Workload.of(config, options.imbalance),

@@ -52,12 +52,15 @@ def reference_notes(objective: ObjectiveConfig, state: SavedState | None) -> lis
     """Lines about a reference that may not be the one the user has in mind."""
     if not objective.num_references:
         return []
-    if objective.holds_start and state is None:
+    if objective.reference == "start" and state is None:
         return [
             "objective.reference=start: a fresh adapter is the base, with which"
             " objective.reference=base compares without a copy"
         ]
-    if not objective.holds_start and state is not None and state.imported_from is not None:
+    of_base = objective.reference == "base"
+    if (policy := objective.learned_policy) is not None:
+        of_base &= policy.kl_coef > 0
+    if of_base and state is not None and state.imported_from is not None:
         return [
             f"objective.name={objective.name} compares with the base, not with the imported"
             " adapter; objective.reference=start compares with that"

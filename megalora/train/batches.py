@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 
 from megalora.config import RunConfig
+from megalora.data.advantages import of_batch, rewards_of
 from megalora.data.batch import Batch, filler_of, flat_row
 from megalora.data.labelled import mismatched
 from megalora.data.logits_header import is_logits_folder
 from megalora.data.mixture import mixture_indices
 from megalora.data.order import global_batch_indices
 from megalora.data.pack import Rows, measure_fill, rows_by_count, rows_by_tokens
+from megalora.data.samples import values_of
 from megalora.data.splits import Split
 from megalora.data.top_logits import LogitsOfSamples, TopLogits, find_samples
 from megalora.parallel import Groups
@@ -173,10 +175,15 @@ class Batches:
             lengths = _row_lengths(split, numbers)
             longest = max(1, *(sum(lengths[place] for place in row) for row in rows))
             multiple = math.ceil(longest / multiple) * multiple
+        values = _advantages(split, numbers)
         batches = []
         for row in rows:
             samples = [split.samples[numbers[place]] for place in row]
-            batch = flat_row(samples, filler=self.filler, multiple_of=multiple)
+            if values is not None:
+                samples = [replace(s, value=values[at]) for s, at in zip(samples, row, strict=True)]
+            batch = flat_row(
+                samples, filler=self.filler, multiple_of=multiple, columns=split.floats
+            )
             if (logits := self.logits.get(id(split))) is not None:
                 parts: list[TopLogits] = []
                 for place, targets in zip(row, batch.targets, strict=True):
@@ -184,6 +191,17 @@ class Batches:
                 batch = replace(batch, taught=TopLogits.joined(parts, logits.header.k))
             batches.append(batch)
         return batches
+
+
+def _advantages(split: Split, numbers: np.ndarray) -> np.ndarray | None:
+    """[numbers] the advantages of a whole global batch, where it takes the batch to know them; None
+    where the samples have their own."""
+    policy = split.policy
+    if policy is None or not policy.by_batch:
+        return None
+    # Every rank computes those of the whole batch, from arrays alone.
+    centred = values_of(split.samples)[numbers]
+    return of_batch(centred, rewards_of(split.samples)[numbers], policy)
 
 
 def _row_lengths(split: Split, numbers: np.ndarray) -> list[int]:

@@ -5,8 +5,8 @@ Only what a rank reads travels: of each row its context-parallel part; tokens to
 stage, target tokens and their places to the last, and to all of them where documents begin.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -52,6 +52,9 @@ class DeviceBatch:
     taught: tuple[Tensor, Tensor, Tensor] | None = None
     """(ids [N, k] int64, logprobs [N, k], rest [N] float32) that a teacher's file gives for
     ``labels``; None where there is none."""
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
+    """Name -> [N] float32, a number that the data gives for each of ``labels``; with
+    ``sequences``."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +135,13 @@ def to_device(batches: list[Batch], part: Part, asked: Asked = TARGETS) -> list[
     parts = iter(flat.split(sizes))
     found: list[DeviceBatch] = []
     for number, (batch, of_batch) in enumerate(zip(batches, chunks, strict=True)):
-        found.append(_unpack(of_batch, parts, part, asked, part.filler(batch), number))
+        device_batch = _unpack(of_batch, parts, part, asked, part.filler(batch), number)
+        if part.last and asked.sequences:
+            columns: dict[str, Tensor] = {}
+            for name in batch.columns:
+                columns[name] = next(parts).clone().view(torch.float32)
+            device_batch = replace(device_batch, columns=columns)
+        found.append(device_batch)
     return found
 
 
@@ -162,7 +171,7 @@ def _host_pieces(batch: Batch, chunks: tuple[Chunk, ...], part: Part, asked: Ask
             values[: len(batch.values)] = torch.tensor(batch.values)
             pieces.append(values.view(torch.int32))
         if asked.taught and batch.taught is not None:
-            pieces += _taught_pieces(batch, batch.taught, own, places)
+            pieces += _taught_pieces(batch.taught, _numbers_of_targets(batch, own))
     # Every stage has routers, so that each gets them.
     if asked.routed:
         pieces.append(_of_tp_rank(own(_without_filler(batch)), part))
@@ -171,16 +180,21 @@ def _host_pieces(batch: Batch, chunks: tuple[Chunk, ...], part: Part, asked: Ask
     for chunk in chunks:
         pieces.append(torch.tensor(chunk.query_ends))
         pieces.append(torch.tensor(chunk.key_ends))
+    if part.last and asked.sequences:
+        chosen = _numbers_of_targets(batch, own)
+        for values in batch.columns.values():
+            pieces.append(torch.from_numpy(values[chosen].view(np.int32)))
     return pieces
 
 
-def _taught_pieces(
-    batch: Batch, taught: TopLogits, own: Callable[[Tensor], Tensor], places: Tensor
-) -> list[Tensor]:
-    """ids, logprobs and rest of this rank's target tokens, flat; floats as the bits of integers."""
-    # Number of each target token among those of the row, at its place.
+def _numbers_of_targets(batch: Batch, own: Callable[[Tensor], Tensor]) -> np.ndarray:
+    """Number of each of this rank's target tokens among those of the row."""
     numbers = torch.cumsum(batch.loss_mask > 0, 0) - 1
-    chosen = own(numbers)[places].numpy()
+    return own(numbers).numpy()[own(batch.loss_mask).numpy() > 0]
+
+
+def _taught_pieces(taught: TopLogits, chosen: np.ndarray) -> list[Tensor]:
+    """ids, logprobs and rest of these target tokens, flat; floats as the bits of integers."""
     floats = (taught.logprobs[chosen].ravel(), taught.rest[chosen])
     return [
         torch.from_numpy(taught.ids[chosen].ravel()),

@@ -16,6 +16,7 @@ from megalora.data.probe_text import probe_tokens
 from megalora.data.questions import Question
 from megalora.data.splits import load_data
 from megalora.data.tokenizer import load_tokenizer
+from megalora.data.vocabulary import check_vocabulary
 from megalora.first_rank import on_first_rank
 from megalora.hf.folder import local_folder
 from megalora.lora.coverage import write_manifest
@@ -96,6 +97,8 @@ def train(config: RunConfig, job: str | None = None) -> Path | None:
         notes += reference_notes(config.objective, found.state)
         tokenizer = load_tokenizer(folder)
         splits = load_data(config.data, tokenizer, objective=config.objective)
+        for split in splits:
+            check_vocabulary(split, shape.vocab)
         samples = Samples.of(splits[0].samples)
         check_agreement("training samples", samples)
         notes += unseen_note(config.lora.trainable_token_indices, splits[0].samples)

@@ -24,6 +24,8 @@ class Found:
     """Name of a reference -> its ``[Q]`` of each microbatch; empty lists before the last stage."""
     means: dict[str, Tensor] = field(default_factory=dict)
     """As ``Sequences.means``."""
+    tokens: dict[str, list[Tensor]] = field(default_factory=dict)
+    """Name of a reference by token -> its ``[N]`` of each microbatch; likewise."""
 
     def add(
         self, reference: Reference, sums: list[Tensor], mismatched: list[Batch], dp: ProcessGroup
@@ -31,10 +33,14 @@ class Found:
         """Take what a reference's pass has found.
 
         Args:
-            sums: ``[Q]`` of each microbatch, without any before the last stage.
+            sums: ``[Q]`` of each microbatch, or ``[N]`` by token, without any before the last
+                stage.
             mismatched: this data-parallel rank's rows of such sequences.
             dp: ranks that share the global batch; collective over them.
         """
+        if reference.by_token:
+            self.tokens[reference.name] = sums
+            return
         if not reference.mismatched:
             self.sums[reference.name] = sums
             return

@@ -155,10 +155,18 @@ class Stepper:
 
     def _sum(self, sums: Tensor) -> Tensor:
         """Sum in place over the pipeline, whose last stage has the numbers, over the parts of a
-        row, and over data-parallel ranks."""
-        dist.all_reduce(sums, group=self.groups.pp)
-        dist.all_reduce(sums, group=self.groups.dp_cp)
+        row, and over data-parallel ranks. Largest values stay that: no stage has one below 0."""
+        num_means = self._num_means
+        for group in (self.groups.pp, self.groups.dp_cp):
+            dist.all_reduce(sums[:num_means], group=group)
+            if num_means < len(sums):
+                dist.all_reduce(sums[num_means:], op=dist.ReduceOp.MAX, group=group)
         return sums
+
+    @property
+    def _num_means(self) -> int:
+        """Metrics that are means; those behind them are largest values."""
+        return sum(not name.endswith("_max") for name in self.objective.metrics)
 
     def _run(self, batches: list[Batch], mismatched: Sequence[Batch], forward_only: bool) -> Tensor:
         """(sum, count) of each metric on the last pipeline stage, ``[M, 2]``; zeros elsewhere."""
@@ -185,8 +193,11 @@ class Stepper:
 
         total = torch.zeros(len(objective.metrics), 2, dtype=torch.float64, device=host.device())
         ending = ending_of(objective, readers, report)
+        num_means = self._num_means
         for sums in self._end(batches, inputs, ending, forward_only):
-            total += sums
+            total[:num_means] += sums[:num_means]
+            # Of the largest values the largest.
+            torch.maximum(total[num_means:], sums[num_means:], out=total[num_means:])
         return total
 
     @torch.no_grad()
@@ -198,7 +209,8 @@ class Stepper:
 
         def read(reference: Reference) -> list[Tensor]:
             rows = (mismatched, others) if reference.mismatched else (batches, inputs)
-            return self._schedule(*rows, {"logprob": logprob}, self._sum_of_sequences, True)
+            report = _each_token if reference.by_token else self._sum_of_sequences
+            return self._schedule(*rows, {"logprob": logprob}, report, True)
 
         found = Found()
         if self.objective.references:
@@ -223,10 +235,14 @@ class Stepper:
         if batch.sequences is None or batch.targets is None or batch.values is None:
             return None
         # Microbatches report in their order, also under the interleaved schedule.
-        columns = {name: rows[batch.number] for name, rows in references.sums.items()}
+        sums = {name: rows[batch.number] for name, rows in references.sums.items()}
+        columns = dict(batch.columns)
+        for name, of_tokens in references.tokens.items():
+            columns[name] = of_tokens[batch.number]
         return Sequences(
-            batch.sequences, batch.targets, self.groups.cp, columns, references.means, batch.values
-        )
+            batch.sequences, batch.targets, self.groups.cp, sums, references.means, batch.values,
+            columns,
+        )  # fmt: skip
 
     def _divisors(self, batches: list[Batch]) -> dict[str, Tensor]:
         """Unit -> its number in the global batch, at least 1, before any pass. Every rank has whole
@@ -282,6 +298,11 @@ class Stepper:
         for name in ("tp", "etp"):
             partial_gradients = [p for p in self.parameters if p.sum_group == name]  # pyright: ignore[reportAttributeAccessIssue]
             sum_partial_gradients(partial_gradients, self.groups.named(name))
+
+
+def _each_token(outputs: Outputs, batch: DeviceBatch) -> tuple[Tensor, Tensor, Tensor]:
+    """Reports the log-probability of each target token."""
+    return outputs["logprob"].sum(), one(), outputs["logprob"]
 
 
 def _mean(sum_and_count: Tensor) -> tuple[float, int]:

@@ -146,8 +146,8 @@ DISTILL_BUGS: tuple[Bug, ...] = (
         0,
         "logits in the order of the row on every context-parallel rank",
         "megalora/train/inputs.py",
-        "chosen = own(numbers)[places].numpy()",
-        "chosen = numbers[: len(places)].clamp(min=0).numpy()",
+        "return own(numbers).numpy()[own(batch.loss_mask).numpy() > 0]",
+        "return numbers.clamp(min=0).numpy()[: int(own(batch.loss_mask > 0).sum())]",
         f"{OF_FILE} under_any_layout",
     ),
     bug(

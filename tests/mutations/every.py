@@ -27,6 +27,7 @@ from tests.mutations.logit_bugs import LOGIT_BUGS
 from tests.mutations.long_bugs import LONG_BUGS
 from tests.mutations.plan_bugs import PLAN_BUGS
 from tests.mutations.planner_bugs import PLANNER_BUGS
+from tests.mutations.policy_bugs import POLICY_BUGS
 from tests.mutations.preference_bugs import PREFERENCE_BUGS
 from tests.mutations.recipe_bugs import RECIPE_BUGS
 from tests.mutations.relora_bugs import RELORA_BUGS
@@ -75,6 +76,7 @@ EVERY_BUG = (
     + RECIPE_BUGS
     + PREFERENCE_BUGS
     + KTO_BUGS
+    + POLICY_BUGS
     + DISTILL_BUGS
     + BALANCE_BUGS
     + RELORA_BUGS

@@ -27,6 +27,7 @@ from megalora.lora.spec import Adapted
 from megalora.model.fields import model_shape
 from megalora.train import assemble, loop
 from tests.distributed.ranks import run_ranks
+from tests.oracles.policy import policy_loss
 from tests.oracles.training import Oracle, Trained
 from tests.parity.built import random_factors
 from tests.parity.compare import distance, of_largest
@@ -178,6 +179,7 @@ def expected(
     source = str(case.source(chats))
     what: dict[str, Any] = {
         "pairs": objective.pairs, "labels": objective.labelled, "scoring": Scoring.of(objective),
+        "policy": objective.learned_policy,
     }  # fmt: skip
     split = load_split(source, tokenizer, format="auto", **what, **case.data)
     whole = load_split(source, tokenizer, format="auto", **what, max_length=256)
@@ -228,8 +230,10 @@ def loss_by(oracle: Oracle, objective: ObjectiveConfig) -> Callable[[list[Any]],
             temperature=objective.temperature,
             sft_weight=objective.sft_weight or 0.0,
         )
-    if objective.reference == "start":
+    if objective.holds_start:
         oracle.compare_with_start()
+    if (policy := objective.learned_policy) is not None:
+        return partial(policy_loss, oracle, policy=policy)
     assert objective.beta is not None
     if objective.name == "kto":
         good, bad = objective.desirable_weight, objective.undesirable_weight

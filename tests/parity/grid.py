@@ -17,9 +17,10 @@ from megalora.config import (
     RunConfig,
     TrainConfig,
 )
+from megalora.config.policy import PolicyConfig
 from megalora.lora.select import resolve
 from megalora.lora.whole import with_trained
-from tests.paired import labelled_of, pairs_of, rated_of
+from tests.paired import labelled_of, pairs_of, rated_of, rollouts_of
 from tests.parity.models import ADAPTERS, MODELS, adapter, shape_of, teacher_of
 
 # Up to 8 ranks, which fork on a machine of two cores; sizes beyond these need more ranks.
@@ -60,11 +61,33 @@ OBJECTIVES = {
     "distill base": ObjectiveConfig(
         name="distill", teacher="base", temperature=2.0, sft_weight=0.5
     ),
+    "grpo": ObjectiveConfig(
+        name="grpo",
+        policy=PolicyConfig(
+            # Rewards as they are: advantages of both signs would cancel in the loss.
+            loss="gspo",
+            clip_low=0.1,
+            clip_high=0.1,
+            kl_coef=0.5,
+            advantage_mean="none",
+            advantage_std="batch",
+        ),
+    ),
+    "grpo of start": ObjectiveConfig(
+        name="grpo",
+        policy=PolicyConfig(
+            proximal="start",
+            mismatch="token",
+            mismatch_upper=1.2,
+            drop_divergence=0.1,
+            entropy_coef=0.1,
+        ),
+    ),
 }
 """A loss of tokens; one of pairs of sequences that share a row, compared with the base and with the
 adapter that the run began with; one of labelled answers, compared over the global batch; both ways
 to use a score head; the distributions of a second model, whose folder ``with_teacher`` fills in,
-and of the base."""
+and of the base; rollouts, by ratios of sequences and of tokens."""
 
 BALANCE = {"off": 0.0, "on": 0.3}
 """Coefficient of the loss that keeps experts evenly used, with which it is not lost in the
@@ -143,6 +166,8 @@ class Case:
         objective = OBJECTIVES[self.objective]
         if self.objective == "classify":
             return labelled_of(chats)
+        if objective.learned_policy is not None:
+            return rollouts_of(chats)
         if objective.labelled:
             return rated_of(chats)
         return pairs_of(chats) if objective.pairs else chats

@@ -157,6 +157,16 @@ QUICK = (
     Case(4, tp=2, model="dense", adapter="dora", micro=PACKED, objective="distill base"),
     Case(4, cp=2, pp=2, model="tied", micro=PACKED, too_long="split", objective="distill"),
     Case(8, tp=2, pp=2, ep=2, model="shared", micro=3, recompute="selective", objective="distill"),
+    # Rollouts: ratios of sequences that lie on several ranks, and tokens of two passes.
+    Case(1, micro=3, objective="grpo"),
+    Case(2, tp=2, ep=2, micro=3, objective="grpo"),
+    Case(1, micro=3, objective="grpo of start"),
+    Case(2, pp=2, adapter="router", micro=3, objective="grpo of start"),
+    Case(2, cp=2, ep=2, micro=PACKED, objective="grpo"),
+    Case(4, tp=2, ep=2, adapter="router", micro=3, head="whole", objective="grpo of start"),
+    Case(4, cp=2, pp=2, model="tied", micro=PACKED, objective="grpo of start", balance="on"),
+    Case(4, pp=2, vpp=2, etp=2, adapter="rslora", recompute="full", objective="grpo"),
+    Case(8, tp=2, pp=2, ep=2, model="shared", micro=PACKED, objective="grpo"),
     *QUICK_OF_FAMILIES,
 )
 """For ``make test-all``: the layouts README names, every value of every factor at least once, and

@@ -22,7 +22,8 @@ SIZES = {
 
 
 OBJECTIVES = (
-    "sft", "dpo", "dpo of start", "kto", "classify", "reward", "distill", "distill base",
+    "sft", "dpo", "dpo of start", "kto", "classify", "reward", "distill", "distill base", "grpo",
+    "grpo of start",
 )  # fmt: skip
 NOT_SCORED = {
     ("head", "whole"), ("adapter", "router"), ("adapter", "some dora"), ("model", "olmoe"),
@@ -100,7 +101,7 @@ def test_every_possible_pair_of_values_is_tested() -> None:
             is_cut = factor == "too_long" and value != "left_out"
             is_other = objective != "sft" and is_cut
             is_other |= is_scored and (factor, value) in NOT_SCORED
-            is_other |= objective == "dpo of start" and (factor, value) in WITH_NORMS
+            is_other |= objective.endswith("of start") and (factor, value) in WITH_NORMS
             if factor not in ("objective", "balance") and not is_other:
                 possible.add(((factor, value), of_loss))
     # Balanced or not goes with everything, where there are experts.

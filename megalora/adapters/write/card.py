@@ -108,6 +108,12 @@ def _objective(options: dict[str, Any]) -> str:
         teacher = options["teacher"]
         shown += ["the base" if teacher == "base" else f"`{teacher}`", options["divergence"]]
         shown.append(f"temperature {options['temperature']:g}")
+    if options["name"] == "grpo":
+        # null is all of its defaults.
+        policy = options["policy"] or {}
+        shown += [f"loss {policy.get('loss', 'clip')}"]
+        if policy.get("kl_coef"):
+            shown.append(f"kl_coef {policy['kl_coef']:g} to the {options['reference']}")
     names = ["beta", "label_smoothing", "sft_weight", "margin", "centre"]
     if options["name"] == "kto":
         names = ["beta", "desirable_weight", "undesirable_weight"]
