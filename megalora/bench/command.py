@@ -12,6 +12,7 @@ from megalora.bench.rows import PARTS, BenchOptions, Predicted, Row
 from megalora.config import RunConfig
 from megalora.config.checks import require
 from megalora.config.file import load_config
+from megalora.data.logits_header import is_logits_folder
 from megalora.paths import prepare_file
 from megalora.planner.crossings import crossings_of
 from megalora.planner.gpus import find_machine
@@ -69,11 +70,7 @@ def bench_command(
     # Before hours of measuring: the results can be written.
     prepare_file(asked.out / "results.json")
     config = load_config(path, overrides)
-    require(
-        config.objective.name == "sft",
-        f"bench measures the step of supervised fine-tuning; objective.name={config.objective.name}"
-        " is not measured yet. Measure with objective.name=sft",
-    )
+    check_teacher(config)
     machine = find_machine(asked.gpu)
     imbalance = 1.0 if options.routing == "balanced" else asked.imbalance
     if asked.top is None:
@@ -108,6 +105,16 @@ def fastest(
     # Raises where no layout fits, and says why.
     plan.best()
     return [found.layout for found in plan.layouts()[:top]]
+
+
+def check_teacher(config: RunConfig) -> None:
+    """Raise ``ValueError`` for a teacher that cannot be asked about a benchmark's samples."""
+    teacher = config.objective.teacher
+    require(
+        teacher is None or not is_logits_folder(teacher),
+        f"objective.teacher={teacher} has logits of the samples of a data set, and a benchmark"
+        " trains on samples of its own. Name the teacher's model, or base",
+    )
 
 
 def workload(config: RunConfig, imbalance: float, machine: Machine) -> Workload:

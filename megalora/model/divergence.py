@@ -22,12 +22,7 @@ import torch
 from torch import Tensor
 
 from megalora.model.chunk_logits import logits_of
-from megalora.model.head_chunk import CHUNK_BYTES
 from megalora.model.vocab_logits import Reader, VocabLogits, columns_of, top_k
-
-CHUNK_BYTES_BESIDE_TEACHER = CHUNK_BYTES * 2 // 5
-"""Room for the logits of a chunk, of which ``head.py`` counts four tensors in float32: with those
-of the teacher, its logarithms, probabilities and products there are ten."""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,9 @@ C = chunk_bytes / (V/t * bytes per logit)
 CHUNK_BYTES = 512 << 20
 """Room for the logits of a chunk. At 512 tokens and more, products with the output weight are bound
 by arithmetic on an H100, so that a larger chunk is no faster."""
+CHUNK_BYTES_BESIDE_TEACHER = CHUNK_BYTES * 2 // 5
+"""The same where a teacher's logits are made beside the model's. ``head.py`` counts four tensors in
+float32: with those of the teacher, its logarithms, probabilities and products there are ten."""
 
 
 WIDE = 4

@@ -33,6 +33,17 @@ def plan_second(
         f"{option}={folder} has {shape.vocab:,} vocabulary entries and model.path={first} has"
         f" {vocab:,}: their distributions cannot be compared",
     )
+    return shape, cut_second(p, shape, f"{option}={folder}")
+
+
+def cut_second(p: ParallelConfig, shape: ModelShape, name: str) -> ParallelConfig:
+    """How the second model is cut, beside a first one that is cut as ``p`` says.
+
+    Args:
+        name: what the model is called in messages.
+    Raises:
+        ValueError: it cannot be cut so.
+    """
     cut = replace(p, stage_layers=None)
     if not shape.moe_layers:
         # Dense layers use neither group: ranks that share out the first model's experts are
@@ -43,5 +54,5 @@ def plan_second(
     try:
         shape.check_layout(cut)
     except ValueError as error:
-        raise ValueError(f"{option}={folder}: {error}") from None
-    return shape, cut
+        raise ValueError(f"{name}: {error}") from None
+    return cut

@@ -7,6 +7,7 @@ Work is counted from sizes (``layer_cost.py``); how fast it is done is the machi
 """
 
 from collections import Counter
+from dataclasses import replace
 
 from megalora.config import Level, ParallelConfig
 from megalora.planner.adapter_count import AdapterCount
@@ -15,6 +16,7 @@ from megalora.planner.head_cost import HeadCosts
 from megalora.planner.layouts import ParallelLayout
 from megalora.planner.ledger import Ledger, StepTime
 from megalora.planner.state_bytes import GRADIENT, buffers
+from megalora.planner.teacher_bytes import second_layout
 from megalora.planner.weights import (
     Chunk,
     Content,
@@ -37,8 +39,8 @@ forward and backward each: a norm 2, a sum 3."""
 
 
 REFERENCE = "reference"
-"""The part of a step that is the forward passes with adapters switched off, their bubble
-included."""
+"""The part of a step that is the forward passes of a teacher, or with adapters switched off, their
+bubble included."""
 
 
 def waits_before_all_to_all(p: ParallelConfig) -> bool:
@@ -72,7 +74,9 @@ def step_time(
         through_all += times * passes[stage].total
         bases.update(passes[stage].bases.values())
         if work.references:
-            forward = costs.forward_only(stage_chunks(model, p, stage))
+            # A teacher's pass ends with hidden states: its logits are made in the step's own.
+            ends = work.teacher is not None
+            forward = costs.forward_only(stage_chunks(model, p, stage), until_head=ends)
             forwards += [forward.total] * times
     stage = max(passes, key=lambda stage: passes[stage].total)
     longest = passes[stage]
@@ -81,14 +85,44 @@ def step_time(
     step.take(longest, layout.num_microbatches(work))
     bubble = (through_all - longest.total) / p.vpp
     step.add("bubble", bubble, weakest(list(bases)))
+    num_microbatches = layout.num_microbatches(work)
     if forwards:
-        # As many microbatches through the same stages.
-        slowest = max(forwards)
-        once = layout.num_microbatches(work) * slowest + (sum(forwards) - slowest) / p.vpp
+        once = _through(forwards, num_microbatches, p.vpp)
         step.add(REFERENCE, work.references * once, weakest(list(bases)))
+    if work.teacher is not None and work.teacher.model is not None:
+        forwards, basis = _second_model(work.teacher.model, layout, work, machine)
+        step.add(REFERENCE, _through(forwards, num_microbatches, p.vpp), basis)
     step.take(costs.after_backward(stage))
     step.add("host", machine.overhead.step_s, machine.overhead.basis)
     return StepTime(stage, step.parts())
+
+
+def _through(forwards: list[float], num_microbatches: int, vpp: int) -> float:
+    """Seconds of a forward pass of as many microbatches through stages that need so many seconds
+    for one."""
+    slowest = max(forwards)
+    return num_microbatches * slowest + (sum(forwards) - slowest) / vpp
+
+
+def _second_model(
+    model: PlannedModel, layout: ParallelLayout, work: Workload, machine: Machine
+) -> tuple[list[float], Basis]:
+    """(seconds of a teacher's forward pass of one microbatch on each stage, how they are known).
+    It reads the same rows, and has no adapters."""
+    assert work.teacher is not None
+    beside = second_layout(work.teacher, layout)
+    alone = replace(work, teacher=None, references=0, balanced=False, ranks_per_token=None)
+    costs = StageCosts(model, beside, alone, machine)
+    forwards: list[float] = []
+    bases: set[Basis] = set()
+    for stage, times in first_of_their_like(model, beside.parallel):
+        chunks = stage_chunks(model, beside.parallel, stage)
+        # Fills in the layers' forwards.
+        costs.microbatch(chunks)
+        forward = costs.forward_only(chunks, until_head=True)
+        forwards += [forward.total] * times
+        bases.update(forward.bases.values())
+    return forwards, weakest(list(bases))
 
 
 LayerKind = tuple[int, bool, Level]
@@ -115,9 +149,13 @@ class StageCosts(HeadCosts):
         self.chunks: dict[ChunkKind, Ledger] = model.memo.setdefault((*key, border), {})
         """Seconds of a chunk of each kind."""
 
-    def forward_only(self, chunks: list[Chunk]) -> Ledger:
+    def forward_only(self, chunks: list[Chunk], *, until_head: bool = False) -> Ledger:
         """A microbatch through a stage's chunks without gradients; ``microbatch`` comes first. B is
-        zero and multiplied all the same."""
+        zero and multiplied all the same.
+
+        Args:
+            until_head: it ends with the last hidden states, which all ranks of TP get.
+        """
         found = Ledger()
         for chunk in chunks:
             for kind, times in self._alike(chunk).items():
@@ -125,7 +163,7 @@ class StageCosts(HeadCosts):
             if chunk.has_embedding:
                 self.embedding(found)
             if chunk.has_head:
-                found.take(self.head_without_gradient())
+                found.take(self.last_hidden() if until_head else self.head_without_gradient())
             self.borders(found, chunk)
         return found
 

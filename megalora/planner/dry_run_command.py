@@ -5,12 +5,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from megalora.config import RunConfig
 from megalora.config.checks import require
 from megalora.config.file import load_config
 from megalora.model.fields import model_shape
 from megalora.planner.layouts import ParallelLayout, check
-from megalora.planner.memory import memory_of
+from megalora.planner.memory import TEACHER, memory_of
 from megalora.planner.models import find_architecture
+from megalora.planner.teacher_bytes import second_layout
 from megalora.planner.weights import chunks_of, router_buffer_bytes
 from megalora.planner.workload import Workload
 
@@ -47,18 +49,35 @@ def dry_run_command(
 
     with host.fake_world(rank, gpus):
         built = dry_run(hf, config.lora, p, config.model, shape.num_scores)
+    of_teacher = _teacher_bytes(config, layout, work, rank)
     say(
         f"rank {rank} of {gpus}, stage {stage}: {len(built.shapes):,} parameters' tensors, parts of"
         f" {built.num_tensors:,} adapter tensors"
     )
-    rows = (
+    rows = [
         ("base weights", built.base_bytes, planned["weights"]),
         ("adapters", built.adapter_bytes, planned["adapters"]),
         ("buffers", built.buffer_bytes, buffer_bytes),
-    )
+    ]
+    if work.teacher is not None:
+        rows.append(("teacher", of_teacher, planned[TEACHER]))
     agrees = True
     for name, found, expected in rows:
         verdict = "the same" if found == expected else "DIFFERENT"
         say(f"{name:<13} built {found:>16,} bytes   planned {expected:>16,}   {verdict}")
         agrees = agrees and found == expected
     return agrees
+
+
+def _teacher_bytes(config: RunConfig, layout: ParallelLayout, work: Workload, rank: int) -> int:
+    """Bytes of a second model as built on this rank; 0 where there is none."""
+    if work.teacher is None or work.teacher.model is None:
+        return 0
+    # Late, as above.
+    from megalora import host
+    from megalora.planner.dryrun import second_model_bytes
+
+    parallel = second_layout(work.teacher, layout).parallel
+    # In a world of its own: groups of the first model may be of other sizes.
+    with host.fake_world(rank, layout.num_ranks):
+        return second_model_bytes(find_architecture(work.teacher.name), parallel, config.model)

@@ -69,6 +69,21 @@ def dry_run(
         return _count(made.chunks, len({shard.name for shard in made.shards}))
 
 
+def second_model_bytes(hf: Mapping[str, Any], parallel: ParallelConfig, model: ModelConfig) -> int:
+    """Bytes of this rank's part of a frozen model without adapters, built in the same way.
+
+    Args:
+        parallel: how it is cut: as ``cut_second`` says beside a first model.
+    """
+    # Late, as above.
+    from megalora.model.build import make_chunks
+    from megalora.parallel import parallel_groups
+
+    with parallel_groups(parallel), _meta_device():
+        chunks = make_chunks(hf, model, parallel, model_shape(dict(hf)))
+        return _count(chunks, 0).base_bytes
+
+
 def _count(chunks: list[Any], num_tensors: int) -> RankCount:
     """Add up the parameters and buffers of this rank's model chunks."""
     base_bytes = 0

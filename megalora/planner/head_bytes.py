@@ -9,6 +9,7 @@ from megalora.planner.activations import head_input_needs_gradient
 from megalora.planner.layouts import ParallelLayout
 from megalora.planner.microbatch import STATISTIC, Microbatch
 from megalora.planner.mlp_activations import INDEX, low_rank
+from megalora.planner.teacher_bytes import logits_beside_teacher
 from megalora.planner.weights import Chunk, PlannedModel, stacked_rank
 from megalora.planner.workload import Workload
 
@@ -37,6 +38,9 @@ def head_bytes(model: PlannedModel, layout: ParallelLayout, work: Workload) -> i
         total += batch.dropped(batch.own_tokens * s.hidden, live and model.has_dropout)
         total += low_rank(head, batch.tokens, vocab, e)
         total += batch.tokens * 3 * STATISTIC
+    elif work.teacher is not None:
+        # x in place of the gradient, which backward makes; distance and log-probability.
+        total += batch.tokens * 2 * STATISTIC
     return total
 
 
@@ -53,6 +57,8 @@ def logits_bytes(model: PlannedModel, layout: ParallelLayout, work: Workload, ch
     """
     if model.shape.num_scores:
         return _scores_bytes(model, layout, work, chunk)
+    if work.teacher is not None:
+        return logits_beside_teacher(model, layout, work, chunk)
     batch = Microbatch.of(model, layout, work)
     s = model.shape
     e = batch.element_bytes

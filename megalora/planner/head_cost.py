@@ -8,6 +8,7 @@ from megalora.planner.activations import head_input_needs_gradient
 from megalora.planner.layer_cost import LayerCosts
 from megalora.planner.ledger import Ledger
 from megalora.planner.microbatch import STATISTIC
+from megalora.planner.teacher import PlannedTeacher
 from megalora.planner.weights import stacked_rank
 
 LOSS_PASSES = 9
@@ -18,6 +19,13 @@ READ_LOGITS = 1
 """The same by kernels, of logits in the model's dtype: read for what the loss needs of them."""
 LOGITS_TO_GRADIENT = 2
 """The same where the gradient is written over them."""
+DISTANCE_PASSES = {"forward": 17, "reverse": 17, "jsd": 33}
+"""The same beside a teacher, of both models' logits together, by the distance: widened, their
+log-probabilities, terms and sums. Assumed, like the next two."""
+FILE_PASSES = 8
+"""The same beside the tokens of a file."""
+SCALED_PASSES = 4
+"""What a temperature adds to it: a copy of both models' logits."""
 
 
 class HeadCosts(LayerCosts):
@@ -34,6 +42,38 @@ class HeadCosts(LayerCosts):
         self._linear(forward, Ledger(), "head", adapted, vocab, column=True, live=False)
         return forward
 
+    def last_hidden(self) -> Ledger:
+        """Hidden states of every token, gathered and copied to where they stay."""
+        forward = Ledger()
+        hidden = self.batch.tokens * self.shape.hidden * self.e
+        self.collective(forward, "tensor parallel head", "all_gather", "tp", hidden)
+        self.traffic(forward, "head", 2 * hidden)
+        return forward
+
+    def _beside_teacher(self, teacher: PlannedTeacher) -> tuple[Ledger, Ledger]:
+        """Logits of the model and of its teacher, which backward makes anew, and the distance."""
+        b = self.batch
+        hidden = self.shape.hidden
+        vocab = self.shape.vocab // self.p.tp
+        adapted = self.model.by_layer.get(None, {}).get("output_layer", [])
+        forward = Ledger()
+        backward = Ledger()
+        # The gradient of x is made in any case, and with it those of h and B.
+        self._linear(forward, backward, "head", adapted, vocab, column=True, live=True)
+        self.gemm(backward, "head", b.tokens, vocab, hidden)
+        self.gemm(backward, "head", b.tokens, vocab, stacked_rank(adapted))
+        if not teacher.top:
+            shape = teacher.shape or self.shape
+            for ledger in (forward, backward):
+                self.gemm(ledger, "head", b.tokens, vocab, shape.hidden)
+        passes = FILE_PASSES if teacher.top else DISTANCE_PASSES[teacher.divergence]
+        passes += SCALED_PASSES * teacher.is_scaled
+        once = passes * b.tokens * vocab * STATISTIC
+        self.traffic(forward, "head", once)
+        # The same again, and the gradients.
+        self.traffic(backward, "head", 2 * once)
+        return forward, backward
+
     def head(self) -> tuple[Ledger, Ledger]:
         """Output layer and log-probabilities, forward and backward, of which every token is taken
         for a target.
@@ -43,6 +83,8 @@ class HeadCosts(LayerCosts):
         """
         if self.shape.num_scores:
             return self._score_head()
+        if self.teacher is not None:
+            return self._beside_teacher(self.teacher)
         b = self.batch
         hidden = self.shape.hidden
         vocab = self.shape.vocab // self.p.tp

@@ -149,7 +149,8 @@ def enumerate_layouts(
     # etp.
     why_not_batch: dict[tuple[int, int, int, int, int], str | None] = {}
     for p in candidates(shape, num_ranks, work.sequence_length):
-        if reason := _why_not_cp(work, p) or _why_not_model(shape, p):
+        reason = _why_not_cp(work, p) or _why_not_model(shape, p)
+        if reason := reason or _why_not_teacher(shape, work, p):
             found.rejected.append(Rejected(p, None, reason))
             continue
         for micro in micro_batch_sizes:
@@ -226,6 +227,7 @@ def candidates(shape: ModelShape, num_ranks: int, sequence_length: int) -> Itera
 def check(shape: ModelShape, layout: ParallelLayout, work: Workload) -> None:
     """Raise ``ValueError`` when the model or the workload cannot run as ``layout`` says."""
     reason = _why_not_model(shape, layout.parallel, layout.recompute)
+    reason = reason or _why_not_teacher(shape, work, layout.parallel)
     reason = reason or _why_not_row(work, layout.parallel)
     reason = reason or _why_not_batch(
         work, layout.parallel, layout.num_ranks, layout.micro_batch_size
@@ -248,6 +250,16 @@ def _why_not_model(
     """The reason why these sizes cannot split the model, on one line; None where they can."""
     try:
         shape.check_layout(p, recompute)
+    except ValueError as error:
+        return _one_line(error)
+    return None
+
+
+def _why_not_teacher(shape: ModelShape, work: Workload, p: ParallelConfig) -> str | None:
+    """The reason why the teacher cannot be cut as the model is, on one line; None where it can."""
+    try:
+        if work.teacher is not None:
+            work.teacher.check(shape, p)
     except ValueError as error:
         return _one_line(error)
     return None

@@ -18,6 +18,7 @@ from typing import Literal
 
 from megalora.config import LoRAConfig
 from megalora.model.shape import ModelShape
+from megalora.planner import teacher_bytes
 from megalora.planner.adapter_count import AdapterCount
 from megalora.planner.hardware import Basis
 from megalora.planner.layouts import ParallelLayout
@@ -50,19 +51,26 @@ from megalora.planner.weights import (
 )
 from megalora.planner.workload import Workload
 
-When = Literal["always", "pass", "loss", "layer", "step"]
-"""``pass``: during forward and backward, and there either at the ``loss`` or while a ``layer`` runs
-backward; ``step``: while gradients are reduced and the optimizer runs."""
+When = Literal["always", "teacher", "pass", "loss", "layer", "step"]
+"""``teacher``: while a second model runs forward; ``pass``: during forward and backward, and there
+either at the ``loss`` or while a ``layer`` runs backward; ``step``: while gradients are reduced and
+the optimizer runs."""
 GIB = 2**30
 CONTEXT = "CUDA context, NCCL"
 ROOM = "room for adapters"
 """Parts that no count of tensors sees: not an allocator's, and only on some GPUs."""
 START = "adapter at the start"
 AVERAGE = "average of adapters"
+TEACHER = "teacher"
 CONTEXT_BYTES = 3 * 2**29
 """CUDA context, cuBLAS workspaces and NCCL's buffers: 1.5 GiB."""
 
-MOMENTS: tuple[tuple[When, ...], ...] = (("pass", "loss"), ("pass", "layer"), ("step",))
+MOMENTS: tuple[tuple[When, ...], ...] = (
+    ("teacher",),
+    ("pass", "loss"),
+    ("pass", "layer"),
+    ("step",),
+)
 """What is there together, beside what always is: the peak is one of these moments."""
 
 
@@ -148,6 +156,12 @@ def memory_of_model(
             f"there is no pipeline stage {stage}: parallel.pp={p.pp} has stages 0 to {p.pp - 1}"
         )
     chunks, always, step = _state(model, layout, work, stage)
+    rows = row_bytes(model, layout, work, chunks)
+    states = teacher_bytes.state_bytes(model, layout, work, chunks)
+    if work.teacher is not None:
+        always += (Part(TEACHER, teacher_bytes.weight_bytes(layout, work, stage), "measured"),)
+    # Its states are there until the end of the pass that learns from them.
+    of_teacher = rows + teacher_bytes.pass_bytes(layout, work, chunks, states)
     found = of_chunks(model, layout, work, chunks)
     kept = activation_bytes(layout, work, chunks, found)
     transfers = pipeline_bytes(model, layout, work, stage)
@@ -156,7 +170,7 @@ def memory_of_model(
     parts = (
         *always,
         Part("activations", kept, "measured", "pass"),
-        Part("rows", row_bytes(model, layout, work, chunks), "measured", "pass"),
+        Part("rows", rows, "measured", "pass"),
         Part("pipeline", transfers, "measured", "pass"),
         Part("loss", loss, "measured", "loss"),
         Part("logits", logits, "measured", "loss"),
@@ -166,6 +180,11 @@ def memory_of_model(
         step,
         Part(CONTEXT, CONTEXT_BYTES, "assumed"),
     )
+    if work.teacher is not None:
+        parts += (
+            Part("teacher's states", states, "measured", "pass"),
+            Part("teacher's pass", of_teacher, "measured", "teacher"),
+        )
     return MemoryPlan(stage, parts)
 
 

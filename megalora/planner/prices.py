@@ -29,6 +29,7 @@ class Prices:
         self.batch = Microbatch.of(model, layout, work, typical=True)
         self.e = work.element_bytes
         self.on_cpu = work.on_cpu
+        self.teacher = work.teacher
         self.has_room = has_room(model, layout, work)
         p = layout.parallel
         # Ranks are numbered tp fastest, then cp, dp, pp; in experts etp fastest, then ep, then edp.

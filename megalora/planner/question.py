@@ -91,12 +91,6 @@ class Question:
         # tokenizer may be readable.
         shape = shape_in(config)
         shape.check_balance(config.train.router_aux_loss_coef)
-        require(
-            config.objective.teacher is None,
-            f"objective.teacher={config.objective.teacher} is not planned yet: neither its weights"
-            " nor its pass nor its logits beside the model's are counted. A plan for"
-            " objective.name=sft is a lower bound",
-        )
         for option in ("modules_to_save", "trainable_token_indices"):
             require(
                 not getattr(config.lora, option),

@@ -7,6 +7,7 @@ from megalora.config import RunConfig
 from megalora.config.checks import require
 from megalora.planner.crossings import NO_TABLE, Crossings
 from megalora.planner.packing import Packing
+from megalora.planner.teacher import PlannedTeacher, teacher_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,8 @@ class Workload:
     """Whether the adapter that the run began with is kept beside the one in training."""
     averaged: bool = False
     """Whether a moving average of the adapter is kept in float32."""
+    teacher: PlannedTeacher | None = None
+    """Whose next-token distributions are learned."""
     packing: Packing | None = None
     """Lengths of the samples, which are then packed; None: all are of full length."""
     crossings: Crossings = NO_TABLE
@@ -69,6 +72,7 @@ class Workload:
             balanced=config.train.router_aux_loss_coef > 0,
             holds_start=config.objective.holds_start,
             averaged=config.train.ema_decay > 0,
+            teacher=teacher_of(config.objective),
         )
 
     @property

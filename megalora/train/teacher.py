@@ -21,13 +21,13 @@ from megalora.hf.folder import local_folder
 from megalora.lora.switched_off import adapters_off
 from megalora.model.build import build_model
 from megalora.model.divergence import (
-    CHUNK_BYTES_BESIDE_TEACHER,
     Divergence,
     distance_from,
     distance_from_top,
 )
 from megalora.model.expert_load import ExpertLoad
 from megalora.model.head import Outputs, last_hidden
+from megalora.model.head_chunk import CHUNK_BYTES_BESIDE_TEACHER
 from megalora.model.second_model import plan_second
 from megalora.model.vocab_logits import Reader
 from megalora.objectives.distill import DISTANCE, Distill

@@ -25,9 +25,10 @@ from megalora.hf.folder import local_folder
 from megalora.hf.vocabulary import tokens_digest
 from megalora.model.attention import activate
 from megalora.model.build import build_model
-from megalora.model.divergence import CHUNK_BYTES_BESIDE_TEACHER, top_of
+from megalora.model.divergence import top_of
 from megalora.model.expert_load import ExpertLoad
 from megalora.model.head import Outputs
+from megalora.model.head_chunk import CHUNK_BYTES_BESIDE_TEACHER
 from megalora.model.second_model import plan_second
 from megalora.parallel import Groups, parallel_groups
 from megalora.train.batches import Batches

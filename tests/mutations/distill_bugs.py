@@ -210,10 +210,10 @@ DISTILL_BUGS: tuple[Bug, ...] = (
     bug(
         0,
         "a plan that leaves the teacher out",
-        "megalora/planner/question.py",
-        "config.objective.teacher is None,",
-        "True,",
-        f"{OF_RUN} leave_a_teacher",
+        "megalora/planner/memory.py",
+        "teacher_bytes.weight_bytes(layout, work, stage)",
+        "0",
+        "tests/planner/test_teacher.py second_model",
     ),
     bug(
         0,

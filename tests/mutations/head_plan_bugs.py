@@ -10,6 +10,8 @@ SAMPLES = "megalora/bench/samples.py"
 DRY = "tests/planner/test_dryrun.py score_head"
 PEAK = "tests/planner/test_peak.py classify"
 COST = "tests/planner/test_cost.py score_head"
+TEACHER_BYTES = "megalora/planner/teacher_bytes.py"
+TEACHER = "tests/planner/test_teacher.py"
 BENCH = "tests/bench/test_objectives.py"
 
 HEAD_PLAN_BUGS: tuple[Bug, ...] = (
@@ -92,5 +94,78 @@ HEAD_PLAN_BUGS: tuple[Bug, ...] = (
         "self._moments.append((self._whole or self._parts[-1],",
         "self._moments.append((self._parts[-1],",
         f"{BENCH} nested",
+    ),
+    # teachers
+    bug(
+        0,
+        "a mixture of two distributions planned like one",
+        TEACHER_BYTES,
+        '"jsd": (8, 11)',
+        '"jsd": (7, 7)',
+        f"{TEACHER} holds_of_a_chunk",
+    ),
+    bug(
+        0,
+        "a teacher's states of one microbatch",
+        TEACHER_BYTES,
+        "return received + layout.num_microbatches(work) * batch.tokens * token",
+        "return received + batch.tokens * token",
+        f"{TEACHER} states",
+    ),
+    bug(
+        0,
+        "the last input that a teacher's stage received forgotten",
+        TEACHER_BYTES,
+        "number = len(chunks) - chunks[0].has_embedding",
+        "number = 0",
+        f"{TEACHER} states",
+    ),
+    bug(
+        0,
+        "a dense teacher cut by the experts' groups",
+        "megalora/model/second_model.py",
+        "cut = replace(cut, ep=1, etp=1)",
+        "pass",
+        f"{TEACHER} second_model",
+    ),
+    bug(
+        0,
+        "a teacher's MLP without what SwiGLU copies",
+        TEACHER_BYTES,
+        "batch.tokens * 5 * (s.intermediate",
+        "batch.tokens * 3 * (s.intermediate",
+        "tests/planner/test_peak.py taught_by_wide",
+    ),
+    bug(
+        0,
+        "a teacher's logits that backward finds again for nothing",
+        HEAD_COST,
+        "for ledger in (forward, backward):\n                self.gemm(ledger",
+        "for ledger in (forward,):\n                self.gemm(ledger",
+        f"{TEACHER} two_heads",
+    ),
+    bug(
+        0,
+        "a teacher's pass with the products of its head",
+        "megalora/planner/cost.py",
+        "forward = costs.forward_only(chunks, until_head=True)",
+        "forward = costs.forward_only(chunks)",
+        f"{TEACHER} two_heads",
+    ),
+    bug(
+        0,
+        "a layout that the teacher cannot be cut by",
+        "megalora/planner/layouts.py",
+        "            work.teacher.check(shape, p)\n",
+        "            pass\n",
+        f"{TEACHER} rejected",
+    ),
+    bug(
+        0,
+        "a teacher's pass timed as other work",
+        "megalora/bench/passes_before.py",
+        "        stepper.teacher = _Timed(stepper.teacher, timeline)\n",
+        "        pass\n",
+        f"{BENCH} for_real",
     ),
 )

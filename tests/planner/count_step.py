@@ -20,6 +20,7 @@ from megalora.config import ObjectiveConfig, RunConfig
 from megalora.data.batch import Batch
 from megalora.train.assemble import Run
 from megalora.train.optim import _parts, clip_and_step
+from megalora.train.teacher import SecondModel
 from tests.lora.held import norms_of
 from tests.parity.built import built
 
@@ -141,6 +142,8 @@ def tensors_of(run: Run) -> dict[str, list[Tensor]]:
     # Of adapters what lies outside of buffers.
     others: list[Tensor] = list({shard.parameter for shard in run.model.frozen})
     own = {id(parameter) for parameter in others}
+    for chunk in chunks_of_teacher(run):
+        frozen += list(chunk.parameters())
     for chunk in run.model.chunks:
         others += norms_of(chunk)
         for parameter in chunk.parameters():
@@ -154,8 +157,14 @@ def tensors_of(run: Run) -> dict[str, list[Tensor]]:
     }  # fmt: skip
 
 
+def chunks_of_teacher(run: Run) -> list[nn.Module]:
+    """Those of a second model; empty where there is none."""
+    teacher = run.stepper.teacher
+    return teacher.chunks if isinstance(teacher, SecondModel) else []
+
+
 def modules_of(run: Run) -> Iterator[nn.Module]:
-    for chunk in run.model.chunks:
+    for chunk in [*run.model.chunks, *chunks_of_teacher(run)]:
         yield from chunk.modules()
 
 

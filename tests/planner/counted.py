@@ -25,9 +25,10 @@ from megalora.config import LoRAConfig, ObjectiveConfig, RunConfig
 from megalora.config.recompute import recompute_from
 from megalora.planner.dropout_backward import experts_have_dropout
 from megalora.planner.layouts import ParallelLayout
-from megalora.planner.memory import CONTEXT, ROOM, MemoryPlan, memory_of_model
+from megalora.planner.memory import CONTEXT, ROOM, TEACHER, MemoryPlan, memory_of_model
 from megalora.planner.microbatch import Microbatch
 from megalora.planner.models import shape_in
+from megalora.planner.teacher import teacher_of
 from megalora.planner.weights import Chunk, PlannedModel, attention_widths, chunks_of
 from megalora.planner.workload import Workload
 from megalora.tiny import make_tiny
@@ -36,6 +37,7 @@ from tests.paired import labelled_of, pairs_of
 from tests.parity.runs import make_config
 from tests.planner.count_step import MICROBATCHES, SEQUENCE, SFT, count_step, ranks_of_tokens
 
+DISTILL = ObjectiveConfig(name="distill", teacher="base", sft_weight=0.1, temperature=2.0)
 RANK = 8
 """Rank of the adapter."""
 # Wide enough that indexes and scalars, which are not planned, are below a hundredth.
@@ -45,6 +47,7 @@ _SIZES = {
     "num_hidden_layers": 4,
 }  # fmt: skip
 _EXPERTS = {"moe_intermediate_size": 60, "num_experts": 16, "num_experts_per_tok": 4}
+_WIDE = {"arch": "qwen3", "hidden_size": 640, "num_hidden_layers": 2}
 MODELS: dict[str, dict[str, Any]] = {
     "moe": _SIZES | _EXPERTS,
     "vocab": _SIZES | _EXPERTS | {"vocab_size": 8192, "num_hidden_layers": 2},
@@ -54,9 +57,14 @@ MODELS: dict[str, dict[str, Any]] = {
     "shared": _SIZES | _EXPERTS
     | {"arch": "qwen2_moe", "intermediate_size": 420, "shared_expert_intermediate_size": 140,
        "mlp_only_layers": [1]},
+    "wide": _SIZES | _WIDE | {"intermediate_size": 2500},
+    "many heads": _SIZES | _WIDE
+    | {"intermediate_size": 100, "num_attention_heads": 64, "num_key_value_heads": 16},
+    "wide experts": _SIZES | _EXPERTS
+    | {"hidden_size": 640, "moe_intermediate_size": 300, "num_hidden_layers": 2},
 }  # fmt: skip
 """In proportions like those of Qwen3-30B. ``vocab``: the loss is the peak; ``many``: more experts
-than are given room."""
+than are given room. Those behind ``shared`` teach others."""
 CATEGORIES = (
     "weights",
     "adapters",
@@ -88,6 +96,8 @@ class Case:
     init: str = "lora"
     dora: bool = False
     objective: ObjectiveConfig = SFT
+    teacher: str = ""
+    """One of ``MODELS`` that it learns from, or ``base``."""
 
     @property
     def name(self) -> str:
@@ -99,11 +109,18 @@ class Case:
         name += "" if self.init == "lora" else f" {self.init}"
         name += " dora" if self.dora else ""
         name += "" if self.objective.name == "sft" else f" {self.objective.name}"
+        name += f" taught by {self.teacher}" * bool(self.teacher)
         return f"{name} share outer" if self.share_outer else name
 
     def config(self, folder: Path, chats: Path) -> RunConfig:
         """The run, on a model that is made in ``folder``."""
         base = make_model(self.model, folder)
+        objective = self.objective
+        if self.teacher:
+            teacher = self.teacher
+            if teacher != "base":
+                teacher = str(make_model(teacher, folder))
+            objective = replace(DISTILL, teacher=teacher)
         # Read and not trained on; it must be what the objective learns.
         data = chats
         if self.objective.num_scores:
@@ -118,7 +135,7 @@ class Case:
                 rank=RANK, dropout=self.dropout, share_outer=self.share_outer, init=self.init,
                 use_dora=self.dora,
             ),
-            dtype=self.dtype, objective=self.objective,
+            dtype=self.dtype, objective=objective,
             router_aux_loss_coef=0.01 * self.balanced, **sizes
         )  # fmt: skip
         # The batches of the count are made by hand; the config must be one that could run.
@@ -152,6 +169,8 @@ def compare(case: Case, folder: Path, chats: Path) -> list[dict[str, Any]]:
         on_cpu=True,
         balanced=case.balanced,
         sequences=case.objective.sequences,
+        references=config.objective.num_references,
+        teacher=teacher_of(config.objective),
     )
     top_k = 0
     if model.shape.moe_layers:
@@ -187,11 +206,14 @@ def compare(case: Case, folder: Path, chats: Path) -> list[dict[str, Any]]:
 def categories(plan: MemoryPlan) -> dict[str, int]:
     """A plan in the categories that a step is counted in; ``pass`` and ``step`` are what they add
     to what is always there."""
-    # The loss and a layer's backward come one after the other.
+    # The loss and a layer's backward come one after the other, and a teacher's pass before both.
     passes = plan.sum_of("pass") + max(plan.sum_of("loss"), plan.sum_of("layer"))
+    passes = max(passes, plan.sum_of("teacher"))
+    second = sum(part.num_bytes for part in plan.parts if part.name == TEACHER)
     step = plan.sum_of("step")
     return {
-        "weights": plan["weights"], "adapters": plan["adapters"] + plan["buffer padding"],
+        "weights": plan["weights"] + second,
+        "adapters": plan["adapters"] + plan["buffer padding"],
         "gradients": plan["gradients"],
         "optimizer": plan["optimizer"], "activations": plan["activations"] + plan["loss"],
         "pass": passes, "step": step, "peak": plan.peak_bytes - plan[CONTEXT] - plan[ROOM],

@@ -15,8 +15,6 @@ from megalora.evaluate.report import record_of, text_of
 from megalora.evaluate.request import Request, plan_of
 from megalora.evaluate.verdict import Verdict
 from megalora.model.second_model import plan_second
-from megalora.planner.gpus import GPUS
-from megalora.planner.question import PlanOptions, Question
 from megalora.preflight import check_teacher
 from megalora.tiny import make_tiny
 from megalora.train.loop import train
@@ -150,12 +148,6 @@ def test_teachers_that_do_not_fit_are_refused(
     config = taught(tmp_path / "nowhere", tiny, chats, tmp_path)
     with pytest.raises(ValueError, match=r"objective.teacher=.*nowhere: no such folder"):
         check_teacher(config, tiny)
-
-
-def test_a_plan_does_not_leave_a_teacher_out(tiny: Path, chats: Path, tmp_path: Path) -> None:
-    config = taught("base", tiny, chats, tmp_path, of={"sft_weight": 0.1})
-    with pytest.raises(ValueError, match=r"objective.teacher=base is not planned yet: neither its"):
-        Question.on(GPUS["h100"], config, PlanOptions(gpus=[1], gpu="h100"))
 
 
 def test_the_card_names_the_teacher() -> None:
