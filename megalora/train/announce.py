@@ -11,6 +11,7 @@ from megalora.config import ObjectiveConfig, RunConfig
 from megalora.data.mixture import turns_by
 from megalora.lora.adapted_model import AdaptedModel
 from megalora.lora.coverage import trainable_summary
+from megalora.planner.dropout_cost import dropout_cost
 from megalora.train import duration
 from megalora.train.batches import Batches
 from megalora.train.checkpoint.writer import checkpoint_name
@@ -39,6 +40,10 @@ def opening(
         for part, turns in zip(batches.train.parts, turns_by(num_samples, weights), strict=True):
             passes = turns / len(part.samples)
             lines.append(f"  {turns:,} samples of {part.source}, {passes:.2f} passes")
+    if config.lora.dropout:
+        on_cpu = host.device().type == "cpu"
+        cost = dropout_cost(config, model.shape, model.adapted, world, on_cpu=on_cpu)
+        lines.append(cost)
     if batches.eval:
         lines.append(f"eval: {batches.eval.summary()}")
     if note := duration.note(config.train, len(batches.train.samples)):

@@ -134,7 +134,7 @@ HEAD_PLAN_BUGS: tuple[Bug, ...] = (
         TEACHER_BYTES,
         "batch.tokens * 5 * (s.intermediate",
         "batch.tokens * 3 * (s.intermediate",
-        "tests/planner/test_peak.py taught_by_wide",
+        "tests/planner/test_peak.py wide",
     ),
     bug(
         0,
@@ -167,5 +167,22 @@ HEAD_PLAN_BUGS: tuple[Bug, ...] = (
         "        stepper.teacher = _Timed(stepper.teacher, timeline)\n",
         "        pass\n",
         f"{BENCH} for_real",
+    ),
+    # dropout
+    bug(
+        0,
+        "dropout's cost of a run that has none",
+        "megalora/planner/dropout_cost.py",
+        "model = PlannedModel(shape, tuple(adapted), has_dropout)",
+        "model = PlannedModel(shape, tuple(adapted), False)",
+        "tests/planner/test_dropout_cost.py ratios",
+    ),
+    bug(
+        0,
+        "a log that leaves out what dropout costs",
+        "megalora/train/announce.py",
+        "        lines.append(cost)\n",
+        "        pass\n",
+        "tests/planner/test_dropout_cost.py log",
     ),
 )
