@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from megalora.adapters.files import CARD, PARTS, PROBE, STATE_JSON, read_config
 from megalora.adapters.named_base import is_on_this_machine
@@ -116,19 +117,22 @@ def export(
         zeros = write_in_parts(
             temporary, adapter.adapted, shape, adapter.tensors, named, formats[layout]
         )
-        run = None
-        if (source / STATE_JSON).is_file():
-            run = read_json_object(source / STATE_JSON)
         facts = Facts(
             named, out.name, layout, engine, adapter.adapted, zeros, adapter.absent, list(drop),
             in_peft, adapter.num_scores, saved_entries(shape) if adapter.saved else [],
-            adapter.tokens, run,
+            adapter.tokens, _run_of(source),
         )  # fmt: skip
         (temporary / CARD).write_text(card(facts))
         # With something left out, a server would rightly answer otherwise than the probe says.
         if (source / PROBE).is_file() and not drop:
             shutil.copyfile(source / PROBE, temporary / PROBE)
     return Export(out, facts, adapter.notes)
+
+
+def _run_of(checkpoint: Path) -> dict[str, Any] | None:
+    """What a checkpoint says of its run; None where the adapter is not megalora's."""
+    path = checkpoint / STATE_JSON
+    return read_json_object(path) if path.is_file() else None
 
 
 def _layout(
