@@ -70,6 +70,12 @@ def bench_command(
     # Before hours of measuring: the results can be written.
     prepare_file(asked.out / "results.json")
     config = load_config(path, overrides)
+    # Samples of a benchmark have neither rewards nor what a sampler said of them.
+    require(
+        config.objective.name != "grpo",
+        "bench does not measure objective.name=grpo yet: it makes no rollouts with rewards. Measure"
+        " with objective.name=sft",
+    )
     check_teacher(config)
     machine = find_machine(asked.gpu)
     imbalance = 1.0 if options.routing == "balanced" else asked.imbalance
