@@ -11,7 +11,6 @@ from megalora.adapters.read.linears import Adapter
 from megalora.hf.safetensors import Stored
 from megalora.hf.tensor_names import LM_HEAD, published_name
 from megalora.lora.trained_weight import TrainedWeight, trained_weights
-from megalora.model.families import layer_projections
 from megalora.model.shape import ModelShape
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -33,10 +32,10 @@ def replace_whole(
     weights = trained_weights(adapter.shape_of(shape))
     replaced: list[str] = []
     for weight in weights:
-        names = [f"{_published(weight, shape)}.weight"]
-        # A tied base may have it under both names.
-        if weight.tied and LM_HEAD in at:
-            names.append(LM_HEAD)
+        names = [f"{weight.published}.weight"]
+        # A tied base has it under either name, or under both.
+        if weight.tied:
+            names = [name for name in (*names, LM_HEAD) if name in at] or names
         for name in names:
             if name not in at:
                 raise ValueError(
@@ -50,15 +49,6 @@ def replace_whole(
     if not replaced:
         return []
     return [f"trained whole, and in place of the base's: {', '.join(dict.fromkeys(replaced))}"]
-
-
-def _published(weight: TrainedWeight, shape: ModelShape) -> str:
-    """The module's name in checkpoints, where that is another than in transformers' model."""
-    if weight.layer is not None:
-        for projection in layer_projections(shape, weight.layer):
-            if projection.loaded.format(layer=weight.layer, expert=0) == weight.module:
-                return projection.hf.format(layer=weight.layer)
-    return weight.module
 
 
 def _values(

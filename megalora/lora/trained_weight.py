@@ -60,6 +60,17 @@ class TrainedWeight:
     """Whether lm_head is the same weight."""
     tokens: tuple[int, ...] = ()
     """Token ids of the rows, where only these are trained."""
+    other_name: str = ""
+    """Its module in checkpoints, where that is another than in transformers' model."""
+
+    @property
+    def published(self) -> str:
+        """Its module's name in checkpoints."""
+        return self.other_name or self.module
+
+    @property
+    def is_router(self) -> bool:
+        return self.path == "mlp.router"
 
     @property
     def tensor(self) -> str:
@@ -129,7 +140,11 @@ def savable(shape: ModelShape) -> Iterator[TrainedWeight]:
             if projection.kind == "router" and not shape.correction_bias:
                 # As PEFT finds it, whatever checkpoints are published with.
                 router = projection.loaded.format(layer=layer)
-                yield TrainedWeight(router, projection.features(shape), layer, projection.module)
+                published = projection.hf.format(layer=layer)
+                yield TrainedWeight(
+                    router, projection.features(shape), layer, projection.module,
+                    other_name=published,
+                )  # fmt: skip
     yield TrainedWeight("model.norm", hidden, path="decoder.final_layernorm")
     # A tied head is the embedding, and a score head stands in its place.
     if not shape.tied_embeddings and not shape.num_scores:

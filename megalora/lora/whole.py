@@ -8,7 +8,7 @@ from dataclasses import replace
 from megalora.config import LoRAConfig
 from megalora.hf.tensor_names import EMBED_TOKENS, SCORE, within_layer
 from megalora.lora.patterns import end_pattern
-from megalora.lora.spec import Adapted
+from megalora.lora.spec import Adapted, in_parts
 from megalora.lora.trained_weight import savable, trained_weights
 from megalora.model.projections import HEAD
 from megalora.model.shape import ModelShape
@@ -40,22 +40,51 @@ def with_trained(lora: LoRAConfig, shape: ModelShape) -> ModelShape:
 
 
 def check_apart(adapted: Sequence[Adapted], shape: ModelShape) -> None:
-    """Raise ``ValueError`` for a linear that is adapted and trained whole at once, as PEFT does."""
+    """Raise ``ValueError`` where adapters and what is trained of the base cannot be together."""
+    if trouble := trouble_beside(adapted, shape):
+        raise ValueError(f"lora: {trouble}")
+
+
+def trouble_beside(adapted: Sequence[Adapted], shape: ModelShape) -> str:
+    """Why adapters and what is trained of the base cannot be together; nothing where they can.
+
+    A weight cannot be adapted and trained whole at once. PEFT takes a router's adapter for one of a
+    parameter, beside which it saves no router in any layer; and it loads trained rows of an
+    embedding into one adapter, not beside a second one, which DoRA on some linears needs.
+    """
     both: list[str] = []
     for a in adapted:
-        # A head that is adapted and tied to a trained embedding would be two weights in one.
-        is_tied_head = a.layer is None and shape.tied_embeddings
         names = {a.hf_module(0), a.projection.loaded.format(layer=a.layer, expert=0)}
-        if is_tied_head:
-            names.add(EMBED_TOKENS)
-        if names & set(shape.saved) or (is_tied_head and shape.tokens):
+        if names & set(shape.saved):
             both.append(a.hf_module(0))
+        # A head that is adapted and tied to a trained embedding would be two weights in one.
+        if a.layer is None and _is_tied(shape) and (shape.tokens or EMBED_TOKENS in shape.saved):
+            return (
+                "the base ties lm_head to the embedding, which is trained (modules_to_save,"
+                " trainable_token_indices), so that lm_head cannot have an adapter of its own"
+            )
     if both:
-        raise ValueError(
-            f"{first_few(both)} would be adapted and trained whole (lora.modules_to_save,"
-            " lora.trainable_token_indices): leave it out of one of them, or of"
-            " lora.target_modules"
+        return (
+            f"{first_few(both)} would be adapted and trained whole (modules_to_save): leave it out"
+            " of one of them"
         )
+    routers = {weight.module for weight in savable(shape) if weight.is_router}
+    if routers & set(shape.saved) and any(a.projection.kind == "router" for a in adapted):
+        return (
+            "routers are trained whole in some layers (modules_to_save) and adapted in others,"
+            " which PEFT does not load: choose one of the two"
+        )
+    if shape.tokens and in_parts(list(adapted)):
+        return (
+            "DoRA on some linears alone makes two folders, which PEFT does not load together beside"
+            " trained rows (trainable_token_indices): have DoRA on all of them or on none"
+        )
+    return ""
+
+
+def _is_tied(shape: ModelShape) -> bool:
+    # A classifier has no lm_head to share the embedding with.
+    return shape.tied_embeddings and not shape.num_scores
 
 
 def saved_entries(shape: ModelShape) -> list[str]:
@@ -78,13 +107,18 @@ def saved_entries(shape: ModelShape) -> list[str]:
 
 def _saved(entries: Sequence[str], shape: ModelShape) -> tuple[str, ...]:
     """HF modules that the entries mean, in the order of the model's layers."""
-    known = [weight.module for weight in savable(shape)]
+    weights = list(savable(shape))
+    known = [weight.module for weight in weights]
     # One weight under two names, of which the embedding's stands for both.
-    tied = shape.tied_embeddings and not shape.num_scores
+    tied = _is_tied(shape)
     meant: set[str] = set()
     for entry in entries:
         pattern = end_pattern("lora.modules_to_save", entry)
-        found = {module for module in known if pattern.match(module)}
+        found: set[str] = set()
+        for weight in weights:
+            # Mixtral is published with other names than transformers gives its modules.
+            if pattern.match(weight.module) or pattern.match(weight.published):
+                found.add(weight.module)
         if tied and pattern.match(LM_HEAD):
             found.add(EMBED_TOKENS)
         # From a dot on: PEFT's "norm" also means input_layernorm and q_norm.

@@ -72,11 +72,13 @@ def open_folder(folder: Path) -> BaseFolder:
     for name, place in by_published_name(folder, found).items():
         if not name.startswith(unused):
             stored[name] = place
+    # Of a tied base that has both names one is dropped below, which is read all the same.
+    num_unused = len(found) - len(stored)
     # Before the shape: whether the head is a matrix of its own counts among the needed tensors.
     hf = tied_as_stored(folder, hf, stored)
     shape = model_shape(hf)
     places = _match(folder, shape, stored)
-    return BaseFolder(folder, hf, shape, places, len(found) - len(stored))
+    return BaseFolder(folder, hf, shape, places, num_unused)
 
 
 def unused_note(base: BaseFolder) -> str | None:

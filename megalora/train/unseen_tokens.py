@@ -10,7 +10,7 @@ from megalora.wording import first_few
 
 def unseen_note(tokens: Sequence[int], samples: Iterable[Encoded]) -> list[str]:
     """A line about tokens of ``lora.trainable_token_indices`` that no sample has, where there are
-    any: their rows of the embedding get no gradient."""
+    any: the embedding gives their rows no gradient."""
     missing = set(tokens)
     for sample in samples:
         # Most often after a few samples: then the rest need not be read.
@@ -21,6 +21,6 @@ def unseen_note(tokens: Sequence[int], samples: Iterable[Encoded]) -> list[str]:
     if not missing:
         return []
     return [
-        f"lora.trainable_token_indices: no training sample has {first_few(sorted(missing), 5)}; in"
-        " an embedding of its own such a row stays as it is"
+        f"lora.trainable_token_indices: no training sample has {first_few(sorted(missing), 5)}:"
+        " only a head that is tied to the embedding gives such a row a gradient"
     ]

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
-from safetensors.torch import load_file
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -22,9 +22,11 @@ from megalora.adapters.inspect import describe
 from megalora.adapters.merge import merge
 from megalora.adapters.read.adapter import read_adapter
 from megalora.adapters.resumable import import_adapter
-from megalora.config import LoRAConfig, RunConfig
+from megalora.config import LoRAConfig, ParallelConfig, RunConfig
 from megalora.evaluate.request import Request
 from megalora.hf.json_file import read_hf_config
+from megalora.lora.select import plan
+from megalora.model.account import open_folder, unused_note
 from megalora.model.fields import model_shape
 from megalora.tiny import make_tiny
 from megalora.train.loop import train
@@ -337,4 +339,122 @@ def test_tokens_that_the_data_lacks_are_said() -> None:
         samples.append(SimpleNamespace(input_ids=np.array(tokens)))
     assert unseen_note([9, 5], samples) == []
     (said,) = unseen_note([9, 300, 5, 44], samples)
-    assert "no training sample has 44, 300;" in said
+    assert "no training sample has 44, 300:" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"modules_to_save": ["q_norm"], "target_modules": ["q_norm"]}, "matches nothing"),
+        ({"modules_to_save": ["gate"], "target_modules": ["gate", "q_proj"]}, "adapted and train"),
+        # PEFT has one kind of wrapper for all routers.
+        ({"modules_to_save": [r"layers\.1\.mlp\.gate"], "target_modules": ["gate"], "layers": [0]},
+         "routers are trained whole in some layers"),
+        ({"trainable_token_indices": [4], "target_modules": ["q_proj", "lm_head"]},
+         "ties lm_head to the embedding, which is trained"),
+        ({"modules_to_save": ["lm_head"], "target_modules": ["q_proj", "lm_head"]}, "ties lm_head"),
+        ({"trainable_token_indices": [4], "use_dora": ["q_proj"]}, "DoRA on some linears alone"),
+        ({"modules_to_save": ["embed_tokens"], "trainable_token_indices": [4]}, "leave one of"),
+        ({"trainable_token_indices": [512]}, "512 is no token of this model's 512"),
+        ({"modules_to_save": ["nrom"]}, "did you mean norm"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_together_is_refused(
+    options: dict[str, Any], message: str, bases: dict[bool, Path]
+) -> None:
+    lora = LoRAConfig(**{"rank": 4, "target_modules": ATTENTION, **options})
+    with pytest.raises(ValueError, match=message) as caught:
+        plan(lora, ParallelConfig(), bases[True])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_ratio_of_nothing_is_refused(bases: dict[bool, Path], chats: Path) -> None:
+    lora = LoRAConfig(rank=4)
+    with pytest.raises(ValueError, match="train.saved_lr_ratio=0.1 is of what is trained whole"):
+        config_of(bases[True], chats, Path("unused"), lora, saved_lr_ratio=0.1)
+    config_of(bases[True], chats, Path("unused"), SAVED, saved_lr_ratio=0.1)
+
+
+@pytest.mark.parametrize("value", [5, True, "lm_head", [None], [["norm"]], ["norm", None]])
+def test_a_list_that_is_none_is_one_line(
+    value: Any, bases: dict[bool, Path], trained: Trained, tmp_path: Path
+) -> None:
+    shutil.copytree(trained["saved", True], tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"modules_to_save": value}))
+    with pytest.raises(ValueError, match="modules_to_save must be a list of names"):
+        read_adapter(path.parent, model_shape(read_hf_config(bases[True])))
+    # Shown as it is.
+    assert "adapter" in describe(path.parent)
+
+
+def test_folders_of_what_cannot_be_together_are_refused(
+    bases: dict[bool, Path], tmp_path: Path
+) -> None:
+    """PEFT makes an adapter of a head beside rows that the head is tied to; ours is one weight."""
+    base = AutoModelForCausalLM.from_pretrained(bases[True])
+    options: dict[str, Any] = {"trainable_token_indices": [3, 5]}
+    theirs = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj", "lm_head"], **options))
+    theirs.save_pretrained(tmp_path / "rows")
+    shape = model_shape(read_hf_config(bases[True]))
+    with pytest.raises(ValueError, match="lm_head cannot have an adapter of its own"):
+        read_adapter(tmp_path / "rows", shape, base=bases[True])
+    shutil.copytree(tmp_path / "rows", tmp_path / "both")
+    config = json.loads((tmp_path / "both" / "adapter_config.json").read_text())
+    config |= {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
+    tensors = load_file(tmp_path / "both" / WEIGHTS)
+    embedding = base.get_input_embeddings().weight.detach().clone()
+    tensors |= {f"{EMBEDDING}.weight": embedding}
+    tensors |= {"base_model.model.lm_head.weight": embedding.clone()}
+    save_file(tensors, tmp_path / "both" / WEIGHTS)
+    (tmp_path / "both" / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="PEFT refuses both together"):
+        read_adapter(tmp_path / "both", shape)
+
+
+@pytest.mark.slow
+def test_mixtral_s_router_has_two_names(chats: Path, tmp_path: Path) -> None:
+    base = make_tiny(tmp_path / "base", arch="mixtral", num_hidden_layers=2)
+    for name in ("gate", r"block_sparse_moe\.gate", "mlp.gate"):
+        shape, _ = plan(replace(SAVED, modules_to_save=[name]), ParallelConfig(), base)
+        assert shape.saved == tuple(f"model.layers.{layer}.mlp.gate" for layer in range(2))
+    # As PEFT says it, from the end of the name.
+    model = AutoModelForCausalLM.from_pretrained(base)
+    theirs = get_peft_model(
+        model, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["gate"])
+    )
+    theirs.save_pretrained(tmp_path / "theirs")
+    read = read_adapter(tmp_path / "theirs", model_shape(read_hf_config(base)), base=base)
+    assert read.saved == shape.saved
+    merge(tmp_path / "theirs", str(base), tmp_path / "merged")
+
+
+@pytest.mark.parametrize(
+    "names", [("lm_head.weight",), ("lm_head.weight", "model.embed_tokens.weight")]
+)
+def test_a_tied_base_under_other_names(
+    names: tuple[str, ...], bases: dict[bool, Path], trained: Trained, tmp_path: Path
+) -> None:
+    """Stored as its head alone, or twice: it is read, and merged into what is there."""
+    base = tmp_path / "base"
+    shutil.copytree(bases[True], base)
+    # All in one file, which needs no index.
+    tensors: dict[str, Tensor] = {}
+    for file in [*base.glob("*.safetensors"), *base.glob("*.index.json")]:
+        if file.suffix == ".safetensors":
+            tensors |= load_file(file)
+        file.unlink()
+    embedding = tensors.pop("model.embed_tokens.weight")
+    for name in names:
+        tensors[name] = embedding.clone()
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    opened = open_folder(base)
+    assert opened.num_unused == 0 and unused_note(opened) is None
+    for kind in LORAS:
+        out = tmp_path / kind
+        merge(trained[kind, True], str(base), out)
+        merge(trained[kind, True], str(bases[True]), tmp_path / f"{kind}-usual")
+        wanted = AutoModelForCausalLM.from_pretrained(tmp_path / f"{kind}-usual")
+        written = load_file(out / "model.safetensors")
+        for name in names:
+            assert torch.equal(written[name], wanted.get_input_embeddings().weight)

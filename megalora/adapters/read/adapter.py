@@ -16,7 +16,7 @@ from megalora.adapters.read.banks import BANKS, bank_factors, bank_linears, is_f
 from megalora.adapters.read.copies import check_copies, copies_in
 from megalora.adapters.read.linears import Adapter, Linears
 from megalora.adapters.read.named_tensors import checked, factor_of, score_of
-from megalora.adapters.read.options import refuse_variants
+from megalora.adapters.read.options import check_types, refuse_variants
 from megalora.adapters.read.parts import together
 from megalora.adapters.read.rules import Rules
 from megalora.adapters.read.stacked import DOWN, GATE_UP, ColumnOrder, Factors, StackedFile
@@ -38,6 +38,7 @@ from megalora.lora.modules import (
     other_modules,
     parameters_of,
 )
+from megalora.lora.whole import trouble_beside
 from megalora.model.shape import ModelShape
 
 _STACKS = ("", "base_layer", GATE_UP, DOWN)
@@ -81,6 +82,8 @@ def _read(
 ) -> Adapter:  # fmt: skip
     """``read_adapter`` of one folder, whether it is a whole adapter or a part."""
     config = read_config(folder)
+    # First of all: what follows trusts that lists are lists.
+    check_types(folder / CONFIG, config)
     refuse_variants(folder / CONFIG, config, score=score)
     weights = AdapterWeights(folder)
     heads = score_of(weights, config, shape)
@@ -114,7 +117,10 @@ def _read(
     )
     rules.check_targets(linears.factors.keys(), _targetable(linears, shape))
     read = linears.adapter([*notes, *rules.notes()], heads | whole.tensors, config)
-    return replace(read, saved=whole.saved, tokens=whole.tokens)
+    read = replace(read, saved=whole.saved, tokens=whole.tokens)
+    if trouble := trouble_beside(read.adapted, read.shape_of(shape)):
+        raise ValueError(f"{weights.where}: {trouble}")
+    return read
 
 
 def _targetable(linears: Linears, shape: ModelShape) -> dict[str, tuple[str, ...]]:

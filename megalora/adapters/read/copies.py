@@ -69,9 +69,8 @@ def check_copies(
         if largest is not None:
             raise ValueError(
                 f"{weights.path_of(name)}: {name} differs from {tensor.name} of {base}, by up to"
-                f" {largest:.3g}: it was trained, or the adapter is of another base. A LoRA adapter"
-                " has no place for it; merge it with PEFT (merge_and_unload), or train without"
-                " modules_to_save"
+                f" {largest:.3g}: it was trained, or the adapter is of another base. Its config"
+                " does not say that it was (modules_to_save); merge it with PEFT (merge_and_unload)"
             )
         equal.append(name)
     lines = []

@@ -144,13 +144,10 @@ def has_score(config: dict[str, Any]) -> bool:
     """Whether the adapter has a score head, as PEFT saves those of classifiers and reward models,
     and trains no other weight whole."""
     saved = config.get("modules_to_save")
+    if config.get("task_type") != "SEQ_CLS" or not isinstance(saved, list) or SCORE not in saved:
+        return False
     # PEFT lists both names that such a head has in any model.
-    return (
-        config.get("task_type") == "SEQ_CLS"
-        and isinstance(saved, list)
-        and SCORE in saved
-        and set(saved) <= {SCORE, "classifier"}
-    )
+    return all(name in (SCORE, "classifier") for name in saved)
 
 
 def not_followed(config: dict[str, Any], engine: str) -> dict[str, str]:

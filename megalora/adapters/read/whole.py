@@ -16,7 +16,7 @@ from torch import Tensor
 from megalora.adapters.read.named_tensors import checked
 from megalora.adapters.read.weights import AdapterWeights
 from megalora.hf.tensor_names import EMBED_TOKENS, SCORE, parse_tokens, parse_weight, tokens_name
-from megalora.lora.modules import linear_modules
+from megalora.lora.modules import projection_places
 from megalora.lora.trained_weight import TrainedWeight, savable
 from megalora.lora.whole import LM_HEAD
 from megalora.model.shape import ModelShape
@@ -58,6 +58,11 @@ def whole_of(weights: AdapterWeights, config: Mapping[str, Any], shape: ModelSha
         if weight.tied:
             taken.add(_twin(weights, config, weight, tensors[weight.tensor]))
     rows = _rows(weights, config, shape)
+    if rows.tokens and any(weight.module == EMBED_TOKENS for weight in saved):
+        raise ValueError(
+            f"{weights.where}: modules_to_save has all of embed_tokens and trainable_token_indices"
+            " rows of it; PEFT refuses both together"
+        )
     return Whole(
         tuple(weight.module for weight in saved), rows.tokens, tensors | rows.tensors,
         rows.taken | taken,
@@ -70,18 +75,26 @@ def _meant(
     """Weights that the entries mean by PEFT's rule, in the order of the model."""
     known = list(savable(shape))
     tied = shape.tied_embeddings and not shape.num_scores
+    # Linears by the names that transformers' model has, which PEFT compares; of experts there are
+    # none, but one parameter for all of a layer.
+    others: list[str] = []
+    for projection, layer in projection_places(shape):
+        name = projection.loaded.format(layer=layer, expert=0)
+        if not projection.is_expert and all(name != weight.module for weight in known):
+            others.append(name)
     meant: set[str] = set()
     # As PEFT: from the end of the name, wherever that begins.
     for entry in entries:
         found = {weight.module for weight in known if weight.module.endswith(entry)}
         if tied and LM_HEAD.endswith(entry):
             found.add(EMBED_TOKENS)
-        if any(module.endswith(entry) for module in linear_modules(shape)):
-            # The router is a linear too, which may be trained whole.
-            linears = {m for m in linear_modules(shape) if m.endswith(entry)} - found
-            if linears and not (tied and linears == {LM_HEAD}):
-                raise ValueError(_not_trained(weights, entry, sorted(linears)[0]))
-        elif not found and entry not in ONLY_IN_CLASSIFIERS:
+        # Routers are linears too, and a tied head is the embedding.
+        linears = [name for name in others if name.endswith(entry)]
+        if tied:
+            linears = [name for name in linears if name != LM_HEAD]
+        if linears:
+            raise ValueError(_not_trained(weights, entry, linears[0]))
+        if not found and entry not in ONLY_IN_CLASSIFIERS:
             raise ValueError(_not_trained(weights, entry, "no module that megalora knows"))
         meant |= found
     return [weight for weight in known if weight.module in meant]
