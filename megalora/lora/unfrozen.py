@@ -182,7 +182,9 @@ def _whole_rows(weight_VH: Tensor, tokens_K: Tensor, group: ProcessGroup) -> Ten
     width = len(weight_VH)
     columns = tokens_K - group.rank() * width
     here = (columns >= 0) & (columns < width)
-    own = weight_VH.detach()[columns.clamp(0, width - 1)] * here[:, None]
+    own = weight_VH.detach()[columns.clamp(0, width - 1)]
+    # A plan's weights are on the meta device, and the tokens are not.
+    own = own * here[:, None].to(own.device)
     # Each row lies on one rank, to which the others add zeros: exact.
     torch.distributed.all_reduce(own, group=group)
     return own

@@ -19,7 +19,7 @@ from megalora.config import Level
 from megalora.planner.layouts import ParallelLayout
 from megalora.planner.magnitudes import dense_scaling
 from megalora.planner.microbatch import STATISTIC, Microbatch
-from megalora.planner.mlp_activations import PlannedMLP, low_rank, mlp_bytes
+from megalora.planner.mlp_activations import INDEX, PlannedMLP, low_rank, mlp_bytes
 from megalora.planner.weights import Chunk, PlannedModel, attention_widths
 from megalora.planner.workload import Workload
 
@@ -103,20 +103,23 @@ def kept(
 ) -> Kept:  # fmt: skip
     """The same by parts, without and with selective recomputation.
 
-    Norm: its input (T / t) H e and rms, where that needs a gradient. Adapter of a linear: its
-        input, unless someone else keeps it, or its dropped-out copy, which nobody else does; h and
-        the block matrix of its B's.
+    Norm: its input (T / t) H e and rms, where that needs a gradient or its weight is trained.
+        Adapter of a linear: its input, unless someone else keeps it, or its dropped-out copy, which
+        nobody else does; h and the block matrix of its B's.
     """
     s = model.shape
     e = batch.element_bytes
     own = batch.own_tokens
     modules = model.modules_of(layer)
+    trains_router = model.trains(layer, "mlp.router")
     norm = own * (s.hidden * e + STATISTIC)
     hidden = own * s.hidden * e
     qkv = modules.get("self_attention.linear_qkv", [])
     o = modules.get("self_attention.linear_proj", [])
     width, kv = attention_widths(s, layout.parallel)
 
+    # A trained weight of a norm makes all behind it need a gradient, as the norm's input does.
+    live = live or model.trains(layer, "input_layernorm")
     rest = norm if live else 0
     if qkv:
         rest += low_rank(qkv, batch.tokens, width + 2 * kv, e)
@@ -125,7 +128,7 @@ def kept(
     attention = 0
     # With dropout o's adapter keeps a copy of the result instead of the result.
     reads_result = bool(o) and not model.has_dropout
-    result_is_live = live or bool(qkv)
+    result_is_live = live or bool(qkv) or model.trains_qk_norms(layer)
     if result_is_live:
         attention = _core_attention(model, layout, batch, selective, reads_result)
     elif reads_result:
@@ -137,11 +140,11 @@ def kept(
         if model.has_dropout:
             rest += batch.dropped(batch.tokens * width, result_is_live)
 
-    # An adapter of attention makes the residual stream need a gradient from here on.
-    live = live or bool(qkv or o)
+    # What is trained of attention makes the residual stream need a gradient from here on.
+    live = result_is_live or bool(o) or model.trains(layer, "pre_mlp_layernorm")
     if live:
         rest += norm
-    mlp = PlannedMLP(model, layout, batch, modules, live, selective)
+    mlp = PlannedMLP(model, layout, batch, modules, live, selective, trains_router)
     return Kept(attention, mlp_bytes(mlp, s.is_moe(layer)), rest)
 
 
@@ -193,10 +196,26 @@ def _core_attention(
     return total
 
 
+def embedding_bytes(
+    model: PlannedModel, layout: ParallelLayout, work: Workload, chunk: Chunk
+) -> int:
+    """Kept by a trained embedding for one microbatch: over TP the ids on this rank, T int64, and
+    which tokens are others', T booleans; of trained rows each token's place among them and whether
+    it is one, T / t each. On one rank the ids of the batch serve."""
+    if not (chunk.has_embedding and model.trains_embedding):
+        return 0
+    batch = Microbatch.of(model, layout, work)
+    # A boolean is one byte.
+    if model.shape.tokens:
+        return batch.own_tokens * (INDEX + 1)
+    return batch.tokens * (INDEX + 1) if layout.parallel.tp > 1 else 0
+
+
 def head_input_needs_gradient(model: PlannedModel, layout: ParallelLayout) -> bool:
     """Whether backward goes on below the head: some layer has an adapter, or another stage is
-    there to receive the gradient."""
-    return model.first_adapted < model.shape.num_layers or layout.parallel.pp > 1
+    there to receive the gradient; or the last norm's weight is trained."""
+    below = model.first_adapted < model.shape.num_layers or layout.parallel.pp > 1
+    return below or model.trains(None, "decoder.final_layernorm")
 
 
 def _input_needs_gradient(model: PlannedModel, chunk: Chunk, layer: int) -> bool:

@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import replace
 
 from megalora.config import Level, ParallelConfig
-from megalora.planner.adapter_count import AdapterCount
+from megalora.planner.adapter_count import AdapterCount, adapter_parameters, shared_elements
 from megalora.planner.hardware import Basis, Machine, weakest
 from megalora.planner.head_cost import HeadCosts
 from megalora.planner.layouts import ParallelLayout
@@ -21,10 +21,8 @@ from megalora.planner.weights import (
     Chunk,
     Content,
     PlannedModel,
-    adapter_parameters,
     content_of,
     first_of_their_like,
-    shared_elements,
     stage_chunks,
 )
 from megalora.planner.workload import Workload
@@ -92,7 +90,11 @@ def step_time(
     if work.teacher is not None and work.teacher.model is not None:
         forwards, basis = _second_model(work.teacher.model, layout, work, machine)
         step.add(REFERENCE, _through(forwards, num_microbatches, p.vpp), basis)
-    step.take(costs.after_backward(stage))
+    # Adapters of all stages are about as many. A trained embedding or head is on one of them, which
+    # the others wait for.
+    reducing = list(passes) if model.whole else [stage]
+    after = [costs.after_backward(stage) for stage in reducing]
+    step.take(max(after, key=lambda ledger: ledger.total))
     step.add("host", machine.overhead.step_s, machine.overhead.basis)
     return StepTime(stage, step.parts())
 
@@ -189,6 +191,7 @@ class StageCosts(HeadCosts):
             found.take(self.known[kind], times)
         if chunk.has_embedding:
             self.embedding(found)
+            self.of_embedding(found)
         if chunk.has_head:
             for ledger in self.head():
                 found.take(ledger)
@@ -239,6 +242,7 @@ class StageCosts(HeadCosts):
         hidden = self.batch.own_tokens * self.shape.hidden * self.e
         for ledger in (forward, backward):
             self.traffic(ledger, "other", NORMS_AND_RESIDUALS * hidden)
+        self.of_layer(backward, layer)
         if level == "full":
             again.take(forward, before="recompute ")
         elif level == "selective":
@@ -292,6 +296,8 @@ class StageCosts(HeadCosts):
                 # Adam passes over this rank's share; the whole buffer is set to zero once a step.
                 share = elements / self.strides[group][0]
                 self.traffic(to, "optimizer", ADAM_BYTES * share + gradients, times)
+            # First and last stage add up the gradients of a tied embedding.
+            self.collective(to, "reduction", "all_reduce", "pp", GRADIENT * count.tied, times)
             # ``sum_partial_gradients`` writes tables, copies them to one bucket and reads the sums
             # back: 4 passes.
             for elements, group in zip(shared, ("tp", "etp"), strict=True):

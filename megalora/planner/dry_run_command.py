@@ -8,12 +8,13 @@ from pathlib import Path
 from megalora.config import RunConfig
 from megalora.config.checks import require
 from megalora.config.file import load_config
+from megalora.lora.whole import with_trained
 from megalora.model.fields import model_shape
 from megalora.planner.layouts import ParallelLayout, check
 from megalora.planner.memory import TEACHER, memory_of
 from megalora.planner.models import find_architecture
 from megalora.planner.teacher_bytes import second_layout
-from megalora.planner.weights import chunks_of, router_buffer_bytes
+from megalora.planner.weights import chunks_of, router_buffer_bytes, token_buffer_bytes
 from megalora.planner.workload import Workload
 
 
@@ -35,6 +36,7 @@ def dry_run_command(
     p = config.parallel
     layout = ParallelLayout.of(config, gpus)
     shape = replace(model_shape(hf), num_scores=config.objective.num_scores)
+    shape = with_trained(config.lora, shape)
     work = Workload.of(config)
     check(shape, layout, work)
     # Pipeline stages are consecutive blocks of ranks.
@@ -43,6 +45,8 @@ def dry_run_command(
     buffer_bytes = 0
     for chunk in chunks_of(shape, p, stage):
         buffer_bytes += router_buffer_bytes(shape, chunk)
+        # Ranks of a tensor-parallel group are neighbours.
+        buffer_bytes += token_buffer_bytes(shape, p, chunk, rank % p.tp)
     # Late: a mistake above is answered without the ten seconds that importing Megatron takes.
     from megalora import host
     from megalora.planner.dryrun import dry_run

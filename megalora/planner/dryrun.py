@@ -12,6 +12,7 @@ from typing import Any
 
 from megalora.config import LoRAConfig, ModelConfig, ParallelConfig
 from megalora.lora.select import resolve
+from megalora.lora.whole import check_apart, with_trained
 from megalora.model.fields import model_shape
 
 
@@ -53,8 +54,10 @@ def dry_run(
         ValueError: what training with this config would raise before it reads weights.
     """
     shape = replace(model_shape(dict(hf)), num_scores=num_scores)
+    shape = with_trained(lora, shape)
     shape.check_layout(parallel)
     adapted = resolve(lora, shape)
+    check_apart(adapted, shape)
 
     # Late: planning answers without torch and Megatron, which take ten seconds to import.
     from megalora.lora.adapted_model import adapt_base

@@ -21,7 +21,7 @@ def head_bytes(model: PlannedModel, layout: ParallelLayout, work: Workload) -> i
     Norm (T / t) (H e + 4), unless the head alone is adapted; per token an int64 target and the
     int64 place of its row; of a frozen head the gradient that forward makes, T H e. Of one with an
     adapter x before (or its dropped-out copy) and after tokens are selected, h, B and three float32
-    results.
+    results; of one that is trained x after, the results, and K rows where these alone are trained.
     """
     if model.shape.num_scores:
         return _score_head_bytes(model, layout, work)
@@ -41,7 +41,48 @@ def head_bytes(model: PlannedModel, layout: ParallelLayout, work: Workload) -> i
     elif work.teacher is not None:
         # x in place of the gradient, which backward makes; distance and log-probability.
         total += batch.tokens * 2 * STATISTIC
+    elif head_is_trained(model):
+        # Those of the rank with all of them in its part of the vocabulary.
+        total += batch.tokens * 3 * STATISTIC + len(s.tokens) * s.hidden * e
     return total
+
+
+def head_is_trained(model: PlannedModel) -> bool:
+    """Whether lm_head's weight is trained, or the embedding that it is tied to, or rows of it."""
+    if model.shape.num_scores:
+        return False
+    tied = any(weight.tied for weight in model.whole.get(None, []))
+    return tied or model.trains(None, "output_layer")
+
+
+def head_gradient_bytes(
+    model: PlannedModel, layout: ParallelLayout, work: Workload, chunk: Chunk
+) -> int:
+    """What a tied embedding's gradient takes from the head's backward to the embedding's, where
+    both are in one chunk and add up to one: V / t H, or K H of trained rows."""
+    if not (head_is_trained(model) and chunk.has_head and chunk.has_embedding):
+        return 0
+    s = model.shape
+    if not s.tied_embeddings:
+        return 0
+    rows = len(s.tokens) or s.vocab // layout.parallel.tp
+    return rows * s.hidden * work.element_bytes
+
+
+def embedding_backward_bytes(
+    model: PlannedModel, layout: ParallelLayout, work: Workload, chunk: Chunk
+) -> int:
+    """Of a trained embedding: gradients of its output T H and of its weight V / t H, or of K rows
+    that are trained alone; over TP the former is copied once to leave out others' tokens."""
+    s = model.shape
+    if not (chunk.has_embedding and model.trains_embedding):
+        return 0
+    batch = Microbatch.of(model, layout, work)
+    if s.tokens:
+        rows = 2 * batch.own_tokens + len(s.tokens)
+    else:
+        rows = batch.tokens + max(s.vocab // layout.parallel.tp, batch.tokens)
+    return rows * s.hidden * batch.element_bytes
 
 
 def logits_bytes(model: PlannedModel, layout: ParallelLayout, work: Workload, chunk: Chunk) -> int:
@@ -53,7 +94,9 @@ def logits_bytes(model: PlannedModel, layout: ParallelLayout, work: Workload, ch
         output, if on this stage, which ``forward`` still holds (recomputing whole layers keeps it
         anyway);
     backward of an adapter's head: the same chunk, computed again, with gradients of x and h, T (H +
-        R), and of B, V / t R, in float32 and once more rounded.
+        R), and of B, V / t R, in float32 and once more rounded;
+    backward of one that is trained: the same of x and of the weight, V / t H, in float32 and a
+        chunk's part of it; of trained rows K H, and the chunk's gradient of x in three parts.
     """
     if model.shape.num_scores:
         return _scores_bytes(model, layout, work, chunk)
@@ -74,6 +117,16 @@ def logits_bytes(model: PlannedModel, layout: ParallelLayout, work: Workload, ch
     # pp = 1: the embedding's output is still referenced when the loss is computed.
     if chunk.has_embedding and not chunk.levels(layout.recompute)[0]:
         forward += own
+    if head_is_trained(model):
+        live = head_input_needs_gradient(model, layout)
+        sums = (len(s.tokens) or vocab) * s.hidden * STATISTIC
+        sums += live * batch.tokens * s.hidden * e
+        # The chunk's gradient of x, made when its part of the weight's is gone, may be larger.
+        parts = max(vocab, size) * s.hidden * e
+        if s.tokens:
+            parts = (len(s.tokens) + 3 * size) * s.hidden * e
+        # By then the logits' gradient is there alone, in the model's dtype.
+        return max(forward, sums + max(logits, size * vocab * e + parts))
     if not head:
         return forward + batch.tokens * s.hidden * e
     rank = stacked_rank(head)

@@ -5,10 +5,11 @@ Symbols as in ``layer_cost.py``.
 """
 
 from megalora.planner.activations import head_input_needs_gradient
-from megalora.planner.layer_cost import LayerCosts
+from megalora.planner.head_bytes import head_is_trained
 from megalora.planner.ledger import Ledger
 from megalora.planner.microbatch import STATISTIC
 from megalora.planner.teacher import PlannedTeacher
+from megalora.planner.weight_gradients import WeightGradients
 from megalora.planner.weights import stacked_rank
 
 LOSS_PASSES = 9
@@ -28,7 +29,7 @@ SCALED_PASSES = 4
 """What a temperature adds to it: a copy of both models' logits."""
 
 
-class HeadCosts(LayerCosts):
+class HeadCosts(WeightGradients):
     """Seconds of the head, beside those of layers."""
 
     def head_without_gradient(self) -> Ledger:
@@ -79,7 +80,7 @@ class HeadCosts(LayerCosts):
         for a target.
 
         A frozen layer makes the gradient of its input in forward, where the logits are; one with an
-        adapter computes the logits again in backward.
+        adapter, or that is trained, computes the logits again in backward.
         """
         if self.shape.num_scores:
             return self._score_head()
@@ -98,6 +99,13 @@ class HeadCosts(LayerCosts):
             self.gemm(backward, "head", b.tokens, vocab, hidden)
             self.gemm(backward, "head", b.tokens, vocab, stacked_rank(adapted))
             self._logits(backward, vocab, LOGITS_TO_GRADIENT)
+            return forward, backward
+        if head_is_trained(self.model):
+            self._logits(forward, vocab, READ_LOGITS)
+            self._linear(forward, backward, "head", [], vocab, column=True, live=live)
+            self.gemm(backward, "head", b.tokens, vocab, hidden)
+            self._logits(backward, vocab, LOGITS_TO_GRADIENT)
+            self.of_head(forward, backward)
             return forward, backward
         self._logits(forward, vocab, READ_LOGITS + live * LOGITS_TO_GRADIENT)
         self._linear(forward, backward, "head", [], vocab, column=True, live=False)

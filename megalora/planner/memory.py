@@ -19,7 +19,12 @@ from typing import Literal
 from megalora.config import LoRAConfig
 from megalora.model.shape import ModelShape
 from megalora.planner import teacher_bytes
-from megalora.planner.adapter_count import AdapterCount
+from megalora.planner.adapter_count import (
+    AdapterCount,
+    adapter_parameters,
+    of_base_elements,
+    with_base_value,
+)
 from megalora.planner.hardware import Basis
 from megalora.planner.layouts import ParallelLayout
 from megalora.planner.microbatch import STATISTIC
@@ -44,7 +49,6 @@ from megalora.planner.state_bytes import (
 from megalora.planner.weights import (
     Chunk,
     PlannedModel,
-    adapter_parameters,
     base_parameters,
     first_of_their_like,
     stage_chunks,
@@ -62,6 +66,7 @@ ROOM = "room for adapters"
 START = "adapter at the start"
 AVERAGE = "average of adapters"
 TEACHER = "teacher"
+BASE_VALUES = "the base's own values"
 CONTEXT_BYTES = 3 * 2**29
 """CUDA context, cuBLAS workspaces and NCCL's buffers: 1.5 GiB."""
 
@@ -195,21 +200,23 @@ def _state(
     every microbatch and recomputation."""
     p = layout.parallel
     e = work.element_bytes
-    copied = (work.holds_start, work.averaged)
+    copied = (work.holds_start, work.averaged, work.asks_base)
     key = ("state", p, layout.num_ranks, copied, e, stage, has_room(model, layout, work))
     if key in model.memo:
         return model.memo[key]
     chunks = stage_chunks(model, p, stage)
     counts: list[AdapterCount] = []
     base = 0
+    put_aside = 0
     adapters = 0
     padded = 0
     optimizer = 0
     for chunk in chunks:
-        base += base_parameters(model.shape, p, chunk)
+        base += base_parameters(model.shape, p, chunk) - of_base_elements(model, p, chunk)
+        put_aside += with_base_value(model, p, chunk)
         count = adapter_parameters(model, p, chunk)
         counts.append(count)
-        adapters += count.dense + count.expert
+        adapters += count.elements
         # Each chunk has buffers of its own, a dense one and one of experts, padded at their ends.
         padded += sum(buffers(count, layout))
         optimizer += optimizer_bytes(count, layout, work)
@@ -227,6 +234,9 @@ def _state(
         always += (Part(AVERAGE, adapters * STATISTIC, "measured"),)
     if work.holds_start:
         always += (Part(START, adapters * e, "measured"),)
+    # Passes of the base switch it on in place of what is trained of it.
+    if work.asks_base and put_aside:
+        always += (Part(BASE_VALUES, put_aside * e, "measured"),)
     step = Part("optimizer step", step_bytes(model, layout, chunks, counts), "measured", "step")
     model.memo[key] = chunks, always, step
     return chunks, always, step

@@ -29,6 +29,8 @@ class PlannedMLP:
     """Whether its input needs a gradient."""
     selective: bool
     """Whether the first product and the activation are computed again in backward."""
+    trains_router: bool = False
+    """Whether the router's own weight is trained."""
 
     def adapted(self, module: str) -> list[Adapted]:
         """Adapted projections of one module; empty where it has no adapter."""
@@ -78,9 +80,9 @@ def _moe(mlp: PlannedMLP) -> int:
     moved = p.ep * p.etp > 1
     router = mlp.adapted("mlp.router")
     total = low_rank(router, own, s.num_experts, mlp.score_bytes)
-    # With an adapter on the router, probabilities need a gradient though the layer's input does
-    # not: so does all that they weight.
-    live_router = mlp.live or bool(router)
+    # With an adapter on the router, or a trained weight, probabilities need a gradient though the
+    # layer's input does not: so does all that they weight.
+    live_router = mlp.live or bool(router) or mlp.trains_router
     if live_router:
         total += _routing(mlp, moved)
     # Copies of what experts share are made before the experts' node, and kept for it. With dropout
@@ -105,7 +107,8 @@ def _moe(mlp: PlannedMLP) -> int:
     shared_is_live = mlp.live or any(name.startswith("mlp.shared_experts") for name in mlp.modules)
     fc1 = mlp.adapted("mlp.shared_experts.linear_fc1")
     shared_keeps_x = has_shared and (mlp.a_reads_input(fc1) or (mlp.selective and shared_is_live))
-    if mlp.a_reads_input(router) or (experts_keep_x and not moved) or shared_keeps_x:
+    router_keeps_x = mlp.a_reads_input(router) or mlp.trains_router
+    if router_keeps_x or (experts_keep_x and not moved) or shared_keeps_x:
         total += mlp.norm_output_bytes
     if router and mlp.has_dropout:
         total += mlp.batch.dropped(own * s.hidden, mlp.live)

@@ -10,7 +10,12 @@ from megalora.config import Level, ParallelConfig
 from megalora.lora.spec import has_magnitudes
 from megalora.planner import activations
 from megalora.planner.dropout_backward import experts_backward_with_dropout, experts_have_dropout
-from megalora.planner.head_bytes import head_bytes, logits_bytes
+from megalora.planner.head_bytes import (
+    embedding_backward_bytes,
+    head_bytes,
+    head_gradient_bytes,
+    logits_bytes,
+)
 from megalora.planner.layouts import ParallelLayout
 from megalora.planner.microbatch import INT, Microbatch
 from megalora.planner.mlp_activations import INDEX
@@ -51,7 +56,9 @@ def of_chunks(
         if key not in known:
             kept = activations.bytes_by_layer(model, layout, work, chunk)
             known[key] = ChunkBytes(
-                sum(kept) + activations.angles_bytes(model, layout, work, chunk),
+                sum(kept)
+                + activations.angles_bytes(model, layout, work, chunk)
+                + activations.embedding_bytes(model, layout, work, chunk),
                 _chunk_backward(model, layout, work, chunk, kept),
             )
         found.append(known[key])
@@ -167,6 +174,8 @@ def _chunk_backward(
     received = 0 if chunk.has_head else batch.own_tokens * model.shape.hidden * batch.element_bytes
     known = model.memo.setdefault(("backward", layout.cut(work)), {})
     num_full, rest = chunk.levels(layout.recompute)
+    # The head's part of a tied embedding's gradient waits for the embedding's.
+    waiting = head_gradient_bytes(model, layout, work, chunk)
     most = (0, 0, 0)
     seen: set[tuple[int, Level]] = set()
     freed = 0
@@ -183,11 +192,16 @@ def _chunk_backward(
             if key not in known:
                 known[key] = _layer_backward(model, layout, work, layer, level)
             workspace, again, moved = known[key]
+            workspace += waiting
             # The last layer counts it as the gradient of its output.
             if freed:
                 workspace += received
             most = max(most, _less((workspace, again, moved), freed), key=sum)
         freed += kept[i]
+    if chunk.has_embedding and model.trains_embedding:
+        # The last thing that backward reaches.
+        embedding = waiting + received + embedding_backward_bytes(model, layout, work, chunk)
+        most = max(most, _less((embedding, 0, 0), freed), key=sum)
     return most
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from megalora.config import LoRAConfig, RunConfig
 from megalora.config.checks import require
+from megalora.lora.trained_weight import trained_weights
+from megalora.lora.whole import LM_HEAD, with_trained
 from megalora.model.shape import ModelShape
 from megalora.planner.crossings import crossings_of
 from megalora.planner.gpus import find_machine, with_ranks_per_node
@@ -91,12 +93,12 @@ class Question:
         # tokenizer may be readable.
         shape = shape_in(config)
         shape.check_balance(config.train.router_aux_loss_coef)
-        for option in ("modules_to_save", "trainable_token_indices"):
-            require(
-                not getattr(config.lora, option),
-                f"lora.{option} is not planned yet: gradients and optimizer state of what it trains"
-                " are not counted. A plan without it is a lower bound",
-            )
+        # The distance's tensors and the gradient of the head's weight were counted apart.
+        require(
+            config.objective.teacher is None or not _trains_head(with_trained(config.lora, shape)),
+            f"objective.teacher={config.objective.teacher} is not planned beside a head that is"
+            " trained itself (lm_head, or an embedding that is tied to it)",
+        )
         require(
             config.objective.learned_policy is None,
             "objective.name=grpo is not planned yet: neither the entropy that its head reads nor"
@@ -115,3 +117,8 @@ class Question:
     def lora_of_rank(self, rank: int) -> LoRAConfig:
         """The config's adapters, at another ``lora.rank``."""
         return replace(self.config.lora, rank=rank)
+
+
+def _trains_head(shape: ModelShape) -> bool:
+    """Whether the output weight is trained itself, or some rows of it."""
+    return any(weight.tied or weight.module == LM_HEAD for weight in trained_weights(shape))

@@ -5,19 +5,18 @@ Symbols as in ``activations.py``; P adapter parameters of this rank.
 """
 
 import math
+from dataclasses import replace
 
 from megalora.config import ParallelConfig
 from megalora.lora.spec import FACTORS
 from megalora.model.formats.augmented import Augmented
 from megalora.model.formats.plain import PLAIN
-from megalora.planner.adapter_count import AdapterCount
+from megalora.planner.adapter_count import AdapterCount, group_and_experts, shared_elements
 from megalora.planner.layouts import ParallelLayout
 from megalora.planner.magnitudes import magnitudes_on_rank
 from megalora.planner.weights import (
     Chunk,
     PlannedModel,
-    group_and_experts,
-    shared_elements,
     stacked_rank,
 )
 from megalora.planner.workload import Workload
@@ -33,9 +32,12 @@ it."""
 
 def buffers(count: AdapterCount, layout: ParallelLayout) -> tuple[int, int]:
     """Elements of a chunk's two gradient buffers, dense and expert: tensors at multiples of 64, the
-    end at a multiple of lcm(data-parallel size, 128)."""
+    end at a multiple of lcm(data-parallel size, 128). So is that of a tied embedding's own
+    bucket."""
+    multiple = math.lcm(layout.dp_cp, BUFFER_END)
     dense = count.dense_padded
-    dense += -dense % math.lcm(layout.dp_cp, BUFFER_END)
+    dense += -dense % multiple
+    dense += count.tied + -count.tied % multiple
     expert = count.expert_padded
     expert += -expert % math.lcm(layout.edp, BUFFER_END)
     return dense, expert
@@ -52,8 +54,11 @@ def optimizer_bytes(count: AdapterCount, layout: ParallelLayout, work: Workload)
 
 def owned_elements(count: AdapterCount, layout: ParallelLayout) -> tuple[int, int]:
     """Elements of the dense and of the expert buffer that this rank's optimizer updates."""
-    dense, expert = buffers(count, layout)
-    return min(count.dense, dense // layout.dp_cp), min(count.expert, expert // layout.edp)
+    # Each bucket is shared out by itself.
+    tied, _ = buffers(AdapterCount(tied=count.tied), layout)
+    dense, expert = buffers(replace(count, tied=0), layout)
+    own_dense = min(count.dense, dense // layout.dp_cp) + min(count.tied, tied // layout.dp_cp)
+    return own_dense, min(count.expert, expert // layout.edp)
 
 
 def step_bytes(

@@ -4,7 +4,6 @@ Each count is exact: ``dryrun.py`` builds the same rank on the meta device and f
 number.
 """
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,13 +12,10 @@ from typing import Any
 
 from megalora.config import Level, LoRAConfig, ParallelConfig, Recompute, RecomputeLayers
 from megalora.lora.select import resolve
-from megalora.lora.spec import FACTORS, Adapted, trained_sizes
-from megalora.lora.trained_weight import trained_weights
+from megalora.lora.spec import Adapted
+from megalora.lora.trained_weight import TrainedWeight, trained_weights
+from megalora.lora.whole import check_apart, with_trained
 from megalora.model.shape import ModelShape
-from megalora.planner.adapter_count import AdapterCount
-
-ALIGNMENT = 64
-"""Elements: Megatron's parameter and gradient buffers start every tensor at a multiple of this."""
 
 
 def stacked_rank(adapted: Iterable[Adapted]) -> int:
@@ -41,8 +37,11 @@ class PlannedModel:
 
     @classmethod
     def of(cls, shape: ModelShape, lora: LoRAConfig) -> "PlannedModel":
-        """Raises ``ValueError`` for targets that match nothing."""
-        return cls(shape, tuple(resolve(lora, shape)), has_dropout=lora.dropout > 0)
+        """Raises ``ValueError`` for targets that match nothing, as training does."""
+        shape = with_trained(lora, shape)
+        adapted = tuple(resolve(lora, shape))
+        check_apart(adapted, shape)
+        return cls(shape, adapted, has_dropout=lora.dropout > 0)
 
     @cached_property
     def by_layer(self) -> dict[int | None, dict[str, list[Adapted]]]:
@@ -58,6 +57,28 @@ class PlannedModel:
         return self.by_layer.get(layer, {})
 
     @cached_property
+    def whole(self) -> dict[int | None, list[TrainedWeight]]:
+        """Layer (None: outside) -> its weights that are trained whole, trained rows and a score
+        head among those outside."""
+        found: dict[int | None, list[TrainedWeight]] = {}
+        for weight in trained_weights(self.shape):
+            found.setdefault(weight.layer, []).append(weight)
+        return found
+
+    def trains(self, layer: int | None, path: str) -> bool:
+        """Whether the weight of a Megatron module is trained whole."""
+        return any(weight.path == path for weight in self.whole.get(layer, []))
+
+    def trains_qk_norms(self, layer: int) -> bool:
+        """Whether norms of queries or keys are trained: behind them attention needs a gradient."""
+        return any("self_attention" in weight.path for weight in self.whole.get(layer, []))
+
+    @property
+    def trains_embedding(self) -> bool:
+        """Whether the embedding or some rows of it are trained: backward goes down to it."""
+        return any(weight.path.startswith("embedding") for weight in self.whole.get(None, []))
+
+    @cached_property
     def kinds(self) -> list[int]:
         """For each layer the first layer that is like it, which stands for both. Models have one or
         two kinds."""
@@ -65,11 +86,12 @@ class PlannedModel:
         kinds = []
         for layer in range(self.shape.num_layers):
             # Layers are alike when their MLPs are of one sort and the same projections are adapted
-            # with the same ranks, and with magnitudes or without.
+            # with the same ranks, and with magnitudes or without, and the same weights are trained.
             ranks = []
             for adapted in self.modules_of(layer).values():
                 ranks.extend((a.projection.module, a.name, a.rank, a.factors) for a in adapted)
-            likeness = (self.shape.is_moe(layer), tuple(ranks))
+            whole = tuple(weight.path for weight in self.whole.get(layer, []))
+            likeness = (self.shape.is_moe(layer), tuple(ranks), whole)
             kinds.append(first.setdefault(likeness, layer))
         return kinds
 
@@ -81,9 +103,12 @@ class PlannedModel:
 
     @cached_property
     def first_adapted(self) -> int:
-        """The first layer with an adapter; nothing below it takes part in backward. The number of
-        layers where the head alone is adapted."""
-        layers = [layer for layer in self.by_layer if layer is not None]
+        """The first layer with an adapter or a weight that is trained; nothing below it takes part
+        in backward. The number of layers where the head alone is adapted; -1 where the embedding is
+        trained, whose output needs a gradient as that of a layer does."""
+        if self.trains_embedding:
+            return -1
+        layers = [layer for layer in (*self.by_layer, *self.whole) if layer is not None]
         return min(layers, default=self.shape.num_layers)
 
 
@@ -184,6 +209,18 @@ def router_buffer_bytes(shape: ModelShape, chunk: Chunk) -> int:
     return num_routers * shape.num_experts * 2 * 4
 
 
+def token_buffer_bytes(shape: ModelShape, p: ParallelConfig, chunk: Chunk, tp_rank: int) -> int:
+    """Bytes of a chunk's buffers for trained rows: all their token ids beside the embedding, and
+    beside a tied head which rows make a logit of this rank, and which logit; int64 each."""
+    total = 0
+    if chunk.has_embedding:
+        total += len(shape.tokens)
+    if chunk.has_head and shape.tied_embeddings and not shape.num_scores:
+        width = shape.vocab // p.tp
+        total += 2 * sum(token // width == tp_rank for token in shape.tokens)
+    return 8 * total
+
+
 def layer_parameters(shape: ModelShape, p: ParallelConfig, is_moe: bool) -> int:
     """Frozen parameters of one decoder layer on one rank.
 
@@ -216,106 +253,6 @@ def attention_widths(shape: ModelShape, p: ParallelConfig) -> tuple[int, int]:
     # With more ranks than key/value heads, Megatron repeats a head: one on each rank.
     kv_heads = max(shape.num_kv_heads, p.tp) // p.tp
     return heads * shape.head_dim, kv_heads * shape.head_dim
-
-
-def adapter_parameters(model: PlannedModel, p: ParallelConfig, chunk: Chunk) -> AdapterCount:
-    """Adapter parameters of a chunk on one rank, as ``LoRAFactors`` cuts them."""
-    total = AdapterCount()
-    for place, times in _places(model, chunk).items():
-        key = ("adapters", place, p.tp, p.ep, p.etp)
-        if key not in model.memo:
-            model.memo[key] = _adapters_of(model, p, place)
-        total += model.memo[key].times(times)
-    return total
-
-
-def _places(model: PlannedModel, chunk: Chunk) -> dict[int | None, int]:
-    """Kind of layer -> how many a chunk has of it; None -> 1 on the chunk with the head, the only
-    place outside of layers that LoRA adapts."""
-    found: dict[int | None, int] = {}
-    for layer in chunk.layers:
-        kind = model.kinds[layer]
-        found[kind] = found.get(kind, 0) + 1
-    if chunk.has_head:
-        found[None] = 1
-    return found
-
-
-def _adapters_of(model: PlannedModel, p: ParallelConfig, layer: int | None) -> AdapterCount:
-    """One layer's, or with None the head's: per module one stack of A's, and a B for each
-    projection; a score head whole."""
-    total = AdapterCount()
-    if layer is None:
-        for weight in trained_weights(model.shape):
-            n = weight.num_parameters
-            total += AdapterCount(dense=n, dense_padded=n + -n % ALIGNMENT)
-    # Where experts are replicated over the same ranks as all else, Megatron reduces them with the
-    # dense parameters.
-    separate = p.ep > 1 or p.etp != p.tp
-    for adapted in model.modules_of(layer).values():
-        is_expert = adapted[0].projection.is_expert
-        group, lead = group_and_experts(adapted[0], p)
-        for factor, size in trained_sizes(adapted, group):
-            # What experts share is there once, whole, and reduced as a dense parameter.
-            is_shared = factor == adapted[0].shared
-            n = size if is_shared else lead * size
-            padded = n + -n % ALIGNMENT
-            own = is_expert and separate
-            if own and not is_shared:
-                total += AdapterCount(expert=n, expert_padded=padded)
-            else:
-                total += AdapterCount(dense=n, dense_padded=padded)
-    return total
-
-
-def group_and_experts(a: Adapted, p: ParallelConfig) -> tuple[int, int]:
-    """(size of the group that splits an adapter's factors, how many experts' factors a rank holds
-    in one tensor: 1 outside of experts)."""
-    if a.projection.is_expert:
-        return p.etp, a.num_experts // p.ep
-    return p.tp, 1
-
-
-def shared_elements(model: PlannedModel, p: ParallelConfig, chunk: Chunk) -> tuple[int, int]:
-    """Elements that ``sum_partial_gradients`` sums over TP and over ETP: of factors that several
-    ranks of the group hold, a table with one row for each shard."""
-    dense = 0
-    expert = 0
-    for place, times in _places(model, chunk).items():
-        key = ("shared", place, p.tp, p.ep, p.etp)
-        if key not in model.memo:
-            model.memo[key] = _shared_of(model, p, place)
-        dense_in_place, expert_in_place = model.memo[key]
-        dense += times * dense_in_place
-        expert += times * expert_in_place
-    return dense, expert
-
-
-def _shared_of(model: PlannedModel, p: ParallelConfig, layer: int | None) -> tuple[int, int]:
-    """``shared_elements`` of one layer, or with None of the head."""
-    dense = 0
-    expert = 0
-    # Each rank scores its own tokens alone, and has a part of the gradient of every element.
-    if layer is None and p.tp > 1:
-        dense += sum(weight.num_parameters for weight in trained_weights(model.shape))
-    for adapted in model.modules_of(layer).values():
-        for a in adapted:
-            group, lead = group_and_experts(a, p)
-            for factor in a.factors:
-                size = math.prod(a.shape(factor)) if FACTORS[factor].trained else 0
-                # Whole on every rank of the stage, and summed over TP as a dense one.
-                if factor == a.shared:
-                    dense += size if p.tp > 1 else 0
-                    continue
-                # A factor in as many shards as the group has ranks is nobody else's. Otherwise the
-                # table has `shards` rows of size / shards elements: `size` whatever the number.
-                shards = a.num_shards(factor, group)
-                table = lead * size if shards < group else 0
-                if a.projection.is_expert:
-                    expert += table
-                else:
-                    dense += table
-    return dense, expert
 
 
 def first_of_their_like(model: PlannedModel, p: ParallelConfig) -> list[tuple[int, int]]:

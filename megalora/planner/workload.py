@@ -33,6 +33,9 @@ class Workload:
     """Whether a loss keeps experts evenly used."""
     holds_start: bool = False
     """Whether the adapter that the run began with is kept beside the one in training."""
+    asks_base: bool = False
+    """Whether steps have passes of the base, for which the base's own values of what is trained
+    whole are kept."""
     averaged: bool = False
     """Whether a moving average of the adapter is kept in float32."""
     teacher: PlannedTeacher | None = None
@@ -71,6 +74,7 @@ class Workload:
             references=config.objective.num_references,
             balanced=config.train.router_aux_loss_coef > 0,
             holds_start=config.objective.holds_start,
+            asks_base=config.objective.asks_base,
             averaged=config.train.ema_decay > 0,
             teacher=teacher_of(config.objective),
         )

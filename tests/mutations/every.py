@@ -42,6 +42,7 @@ from tests.mutations.tokens_bugs import TOKENS_BUGS
 from tests.mutations.tune_bugs import TUNE_BUGS
 from tests.mutations.wait_bugs import WAIT_BUGS
 from tests.mutations.whole_bugs import WHOLE_BUGS
+from tests.mutations.whole_plan_bugs import WHOLE_PLAN_BUGS
 
 EVERY_BUG = (
     MODEL_BUGS
@@ -49,6 +50,7 @@ EVERY_BUG = (
     + PLANNER_BUGS
     + PLAN_BUGS
     + HEAD_PLAN_BUGS
+    + WHOLE_PLAN_BUGS
     + BASE_BUGS
     + FAMILY_BUGS
     + LAYER_BUGS

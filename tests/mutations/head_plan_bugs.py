@@ -4,6 +4,7 @@ step's own. The same form as ``bugs.py``."""
 from tests.mutations.bugs import Bug, bug
 
 WEIGHTS = "megalora/planner/weights.py"
+COUNT = "megalora/planner/adapter_count.py"
 HEAD_BYTES = "megalora/planner/head_bytes.py"
 HEAD_COST = "megalora/planner/head_cost.py"
 SAMPLES = "megalora/bench/samples.py"
@@ -26,17 +27,17 @@ HEAD_PLAN_BUGS: tuple[Bug, ...] = (
     bug(
         0,
         "a score head that no adapter count has",
-        WEIGHTS,
-        "total += AdapterCount(dense=n, dense_padded=n + -n % ALIGNMENT)",
-        "total += AdapterCount(dense_padded=n + -n % ALIGNMENT)",
+        COUNT,
+        "return AdapterCount(dense=n, dense_padded=n + -n % ALIGNMENT)",
+        "return AdapterCount(dense_padded=n + -n % ALIGNMENT)",
         DRY,
     ),
     bug(
         0,
         "a score head's gradient summed without a table",
-        WEIGHTS,
-        "if layer is None and p.tp > 1:",
-        "if layer is None and p.tp > 9:",
+        COUNT,
+        "return 0 if weight.split or p.tp == 1 else weight.num_parameters",
+        "return 0 if weight.split or p.tp < 9 else weight.num_parameters",
         "tests/planner/test_memory.py score_head",
     ),
     bug(

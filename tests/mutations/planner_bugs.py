@@ -8,6 +8,7 @@ MLP_ACTIVATIONS = "megalora/planner/mlp_activations.py"
 MEMORY = "megalora/planner/memory.py"
 PASS_BYTES = "megalora/planner/pass_bytes.py"
 WEIGHTS = "megalora/planner/weights.py"
+COUNT = "megalora/planner/adapter_count.py"
 COST = "megalora/planner/cost.py"
 LAYER_COST = "megalora/planner/layer_cost.py"
 PRICES = "megalora/planner/prices.py"
@@ -28,11 +29,11 @@ PLANNER_BUGS: tuple[Bug, ...] = (
     bug(0, "loss and a layer's backward at the same time", MEMORY,
         '    ("pass", "loss"),\n    ("pass", "layer"),\n',
         '    ("pass", "loss", "layer"),\n', PEAK),
-    bug(0, "experts' adapters reduced with the dense ones", WEIGHTS, "own = is_expert and separate",
+    bug(0, "experts' adapters reduced with the dense ones", COUNT, "own = is_expert and separate",
         "own = is_expert and not separate", "tests/planner/test_memory.py"),
     bug(0, "a dry run that forgets the buffers of routers", WEIGHTS,
         "return num_routers * shape.num_experts * 2 * 4", "return 0", f"{COMMAND} have_buffers"),
-    bug(0, "a shared factor's table without its shards", WEIGHTS, "lead * size if shards < group",
+    bug(0, "a shared factor's table without its shards", COUNT, "lead * size if shards < group",
         "lead * size // shards if shards < group", "tests/planner/test_memory.py tables"),
     bug(0, "a bubble that chunks do not shorten", COST, " - longest.total) / p.vpp",
         " - longest.total)", f"{COST_TEST} bubble"),

@@ -6,7 +6,7 @@ SPEC, SHARDS, FACTORS, SELECT = (
     f"megalora/lora/{name}.py" for name in ("spec", "shards", "factors", "select")
 )
 TRAINED = "megalora/adapters/trained.py"
-WEIGHTS = "megalora/planner/weights.py"
+COUNT = "megalora/planner/adapter_count.py"
 TESTS = "tests/lora/test_share_outer.py"
 
 SHARED_BUGS: tuple[Bug, ...] = (
@@ -61,7 +61,7 @@ SHARED_BUGS: tuple[Bug, ...] = (
     bug(
         0,
         "a shared factor planned once for each expert",
-        WEIGHTS,
+        COUNT,
         "n = size if is_shared else lead * size",
         "n = lead * size",
         "tests/planner/test_dryrun.py bytes_of_a_rank",

@@ -147,6 +147,10 @@ def tensors_of(run: Run) -> dict[str, list[Tensor]]:
     for chunk in run.model.chunks:
         others += norms_of(chunk)
         for parameter in chunk.parameters():
+            # The base's own value of what is trained whole, where passes of the base need it.
+            kept: Tensor | None = getattr(parameter, "base_value", None)
+            if kept is not None:
+                others.append(kept)
             if not parameter.requires_grad and id(parameter) not in own:
                 frozen.append(parameter)
     # Parameters and gradients of adapters are views of Megatron's buffers, padding included.

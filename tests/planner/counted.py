@@ -25,7 +25,14 @@ from megalora.config import LoRAConfig, ObjectiveConfig, RunConfig
 from megalora.config.recompute import recompute_from
 from megalora.planner.dropout_backward import experts_have_dropout
 from megalora.planner.layouts import ParallelLayout
-from megalora.planner.memory import CONTEXT, ROOM, TEACHER, MemoryPlan, memory_of_model
+from megalora.planner.memory import (
+    BASE_VALUES,
+    CONTEXT,
+    ROOM,
+    TEACHER,
+    MemoryPlan,
+    memory_of_model,
+)
 from megalora.planner.microbatch import Microbatch
 from megalora.planner.models import shape_in
 from megalora.planner.teacher import teacher_of
@@ -51,6 +58,9 @@ _WIDE = {"arch": "qwen3", "hidden_size": 640, "num_hidden_layers": 2}
 MODELS: dict[str, dict[str, Any]] = {
     "moe": _SIZES | _EXPERTS,
     "vocab": _SIZES | _EXPERTS | {"vocab_size": 8192, "num_hidden_layers": 2},
+    "tied": _SIZES | _EXPERTS
+    | {"vocab_size": 8192, "num_hidden_layers": 2, "tie_word_embeddings": True},
+    "tied layers": _SIZES | _EXPERTS | {"vocab_size": 1280, "tie_word_embeddings": True},
     "many": _SIZES | _EXPERTS | {"num_experts": 40},
     "seven": _SIZES | _EXPERTS | {"num_hidden_layers": 7},
     "dense": _SIZES | {"arch": "qwen3", "intermediate_size": 420},
@@ -63,8 +73,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "wide experts": _SIZES | _EXPERTS
     | {"hidden_size": 640, "moe_intermediate_size": 300, "num_hidden_layers": 2},
 }  # fmt: skip
-"""In proportions like those of Qwen3-30B. ``vocab``: the loss is the peak; ``many``: more experts
-than are given room. Those behind ``shared`` teach others."""
+"""In proportions like those of Qwen3-30B. ``vocab``: the loss is the peak; ``tied layers``: a
+layer's backward is; ``many``: more experts than are given room. Those behind ``shared`` teach
+others."""
 CATEGORIES = (
     "weights",
     "adapters",
@@ -98,6 +109,10 @@ class Case:
     objective: ObjectiveConfig = SFT
     teacher: str = ""
     """One of ``MODELS`` that it learns from, or ``base``."""
+    saved: tuple[str, ...] = ()
+    """What is trained whole."""
+    tokens: tuple[int, ...] = ()
+    """Rows of the embedding that are trained."""
 
     @property
     def name(self) -> str:
@@ -110,6 +125,8 @@ class Case:
         name += " dora" if self.dora else ""
         name += "" if self.objective.name == "sft" else f" {self.objective.name}"
         name += f" taught by {self.teacher}" * bool(self.teacher)
+        name += f" saved {' '.join(self.saved)}" if self.saved else ""
+        name += " rows" if self.tokens else ""
         return f"{name} share outer" if self.share_outer else name
 
     def config(self, folder: Path, chats: Path) -> RunConfig:
@@ -123,7 +140,7 @@ class Case:
             objective = replace(DISTILL, teacher=teacher)
         # Read and not trained on; it must be what the objective learns.
         data = chats
-        if self.objective.num_scores:
+        if self.objective.num_scores or self.objective.pairs:
             data = pairs_of(chats) if self.objective.pairs else labelled_of(chats)
         sizes = {
             "micro_batch_size": self.micro,
@@ -133,7 +150,8 @@ class Case:
             base, data, folder / "run", self.parallel, self.recompute,
             lora=LoRAConfig(
                 rank=RANK, dropout=self.dropout, share_outer=self.share_outer, init=self.init,
-                use_dora=self.dora,
+                use_dora=self.dora, modules_to_save=list(self.saved),
+                trainable_token_indices=list(self.tokens),
             ),
             dtype=self.dtype, objective=objective,
             router_aux_loss_coef=0.01 * self.balanced, **sizes
@@ -171,6 +189,7 @@ def compare(case: Case, folder: Path, chats: Path) -> list[dict[str, Any]]:
         sequences=case.objective.sequences,
         references=config.objective.num_references,
         teacher=teacher_of(config.objective),
+        asks_base=config.objective.asks_base,
     )
     top_k = 0
     if model.shape.moe_layers:
@@ -190,13 +209,15 @@ def compare(case: Case, folder: Path, chats: Path) -> list[dict[str, Any]]:
         fullest = ranks[-1]
         assert ranks[0]["peak"] > 0.99 * fullest["peak"], ranks
         said = categories(memory_of_model(model, layout, work, stage))
-        if case.dtype == "bfloat16":
+        if case.dtype == "bfloat16" or any("norm" in name for name in case.saved):
             assert config.parallel.pp == 1 and case.recompute in ("off", "selective"), (
                 "what norms keep is counted for one microbatch alone"
             )
             batch = Microbatch.of(model, layout, work)
             (chunk,) = chunks_of(model.shape, config.parallel, 0)
-            wide = widened_norms(model, layout, batch, chunk)
+            wide = norm_outputs(model, layout, batch, chunk)
+            if case.dtype == "bfloat16":
+                wide += widened_norms(model, layout, batch, chunk)
             for name in ("activations", "pass", "peak"):
                 said[name] += wide
         rows.append({"stage": stage, "found": fullest, "said": said})
@@ -211,9 +232,10 @@ def categories(plan: MemoryPlan) -> dict[str, int]:
     passes = max(passes, plan.sum_of("teacher"))
     second = sum(part.num_bytes for part in plan.parts if part.name == TEACHER)
     step = plan.sum_of("step")
+    base_values = sum(part.num_bytes for part in plan.parts if part.name == BASE_VALUES)
     return {
         "weights": plan["weights"] + second,
-        "adapters": plan["adapters"] + plan["buffer padding"],
+        "adapters": plan["adapters"] + plan["buffer padding"] + base_values,
         "gradients": plan["gradients"],
         "optimizer": plan["optimizer"], "activations": plan["activations"] + plan["loss"],
         "pass": passes, "step": step, "peak": plan.peak_bytes - plan[CONTEXT] - plan[ROOM],
@@ -249,6 +271,58 @@ def routing_of_calls(
     return -sum(routing_of_call(model, layout, batch, n) for n in chunk.layers[num_full:])
 
 
+def norm_outputs(
+    model: PlannedModel, layout: ParallelLayout, batch: Microbatch, chunk: Chunk
+) -> int:
+    """Bytes by which the CPU keeps other things for trained weights of norms than a GPU: each
+    norm's result before it is multiplied, in float32; of a norm whose input needs no gradient that
+    alone, without the input and its rms. A norm over all heads is one node on both."""
+    s = model.shape
+    width, kv = attention_widths(s, layout.parallel)
+    e = batch.element_bytes
+    # What backward reads of the input, where nothing else keeps it: k is a part of qkv's output, of
+    # which q is a copy where there are several groups.
+    copy = width * e * (kv > s.head_dim)
+    hidden = (batch.own_tokens, s.hidden, s.hidden * e + 4)
+    kept = {
+        "input_layernorm": hidden,
+        "pre_mlp_layernorm": hidden,
+        "self_attention.q_layernorm": (batch.tokens, width, copy + width // s.head_dim * 4),
+        "self_attention.k_layernorm": (batch.tokens, kv, kv // s.head_dim * 4),
+        "decoder.final_layernorm": hidden,
+    }
+    num_full, _ = chunk.levels(layout.recompute)
+    layers: list[int | None] = list(chunk.layers[num_full:])
+    if chunk.has_head:
+        layers.append(None)
+    total = 0
+    for layer in layers:
+        for weight in model.whole.get(layer, []):
+            if weight.path not in kept or (s.full_width_norms and "self_attention" in weight.path):
+                continue
+            tokens, features, of_input = kept[weight.path]
+            total += tokens * features * 4
+            if not _input_is_live(model, chunk, layer, weight.path):
+                total -= tokens * of_input
+    return total
+
+
+def _input_is_live(model: PlannedModel, chunk: Chunk, layer: int | None, path: str) -> bool:
+    """Whether the input of a norm needs a gradient."""
+    first = model.first_adapted
+    if not chunk.has_embedding or first < (model.shape.num_layers if layer is None else layer):
+        return True
+    if layer is None:
+        return False
+    before = model.trains(layer, "input_layernorm")
+    adapted = model.modules_of(layer)
+    if path == "pre_mlp_layernorm":
+        return before or model.trains_qk_norms(layer) or any("attention" in m for m in adapted)
+    if path == "input_layernorm":
+        return False
+    return before or "self_attention.linear_qkv" in adapted
+
+
 def widened_norms(
     model: PlannedModel, layout: ParallelLayout, batch: Microbatch, chunk: Chunk
 ) -> int:
@@ -260,9 +334,10 @@ def widened_norms(
     """
     s = model.shape
     q, kv = attention_widths(model.shape, layout.parallel)
-    # Two in each layer and one before the head. The first one's input is the frozen embedding's
-    # output, of which nothing is kept.
-    num_norms = 2 * len(chunk.layers) - chunk.has_embedding + chunk.has_head
+    # Two in each layer and one before the head. Where the first one's input is the frozen
+    # embedding's output, nothing of it is kept.
+    is_frozen = chunk.has_embedding and not model.trains_embedding
+    num_norms = 2 * len(chunk.layers) - is_frozen + chunk.has_head
     # Hidden states [T, H] that are kept with 4 bytes where the plan has 2.
     hidden_states = num_norms * batch.own_tokens * s.hidden * 2
     if not s.qk_norm:

@@ -18,12 +18,12 @@ from megalora.config import LEVELS, LoRAConfig, RunConfig
 from megalora.hf.json_file import read_hf_config
 from megalora.model.dispatcher import AllToAllDispatcher
 from megalora.model.fields import model_shape
-from megalora.planner.activations import angles_bytes, chunk_bytes
+from megalora.planner.activations import angles_bytes, chunk_bytes, embedding_bytes
 from megalora.planner.head_bytes import head_bytes
 from megalora.planner.layouts import ParallelLayout
 from megalora.planner.microbatch import Microbatch
 from megalora.planner.schedule import in_flight
-from megalora.planner.weights import PlannedModel, chunks_of
+from megalora.planner.weights import Chunk, PlannedModel, chunks_of
 from megalora.planner.workload import Workload
 from megalora.tiny import make_tiny
 from tests.distributed.ranks import run_ranks
@@ -31,7 +31,7 @@ from tests.lora.held import norms_of
 from tests.parity.built import built
 from tests.parity.everything import LORA, config_of
 from tests.planner.count_step import SEQUENCE, Saved, kept_beside, make_batches, num_bytes
-from tests.planner.counted import routing_of_calls, widened_norms
+from tests.planner.counted import norm_outputs, routing_of_calls, widened_norms
 
 # Adapters on everything; in the upper layers alone, above a part that needs no backward; on one
 # projection of the first layer, which backward reaches through all others; on experts alone.
@@ -42,6 +42,23 @@ DORA = replace(DEFAULT, use_dora=True)
 ATTENTION_DORA = LoRAConfig(rank=4, target_modules=["q_proj", "o_proj"], use_dora=True)
 BIASES = LoRAConfig(rank=4, target_modules=["q_proj", "v_proj"], lora_bias=True)
 BEGUN = replace(DEFAULT, init="olora")
+
+# All that can be trained whole, under adapters and in the first layer that is trained alone; of a
+# head that no adapter is below; rows of tokens.
+NORMS = ["norm", "input_layernorm", "post_attention_layernorm", "q_norm", "k_norm"]
+WHOLE = replace(DEFAULT, modules_to_save=["embed_tokens", "lm_head", "gate", *NORMS])
+ABOVE = LoRAConfig(rank=4, target_modules=["o_proj"], layers="2-")
+HEAD = LoRAConfig(
+    rank=4, target_modules=["o_proj"], layers="3", modules_to_save=["lm_head", "norm"]
+)
+ROWS = replace(DEFAULT, trainable_token_indices=[3, 77, 250])
+
+
+def of_layer_1(*names: str) -> LoRAConfig:
+    """Weights of layer 1 beside adapters of the layers above it."""
+    return replace(ABOVE, modules_to_save=[rf"model\.layers\.1\..*{name}" for name in names])
+
+
 EXPERTS = LoRAConfig(rank=4, target_modules=["gate_proj"], layers="1")
 
 
@@ -229,6 +246,59 @@ def test_bytes_kept_with_dropout(
     compare(configs, world, extra=routing_of_calls)
 
 
+@pytest.mark.parametrize(
+    ("tied", "world", "sizes", "lora"),
+    [
+        (False, 1, {}, WHOLE),
+        pytest.param(False, 2, {"tp": 2, "ep": 2}, WHOLE, marks=pytest.mark.slow),
+        pytest.param(
+            True,
+            2,
+            {"pp": 2},
+            replace(WHOLE, modules_to_save=["embed_tokens", *NORMS]),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(True, 1, {}, ROWS, marks=pytest.mark.slow),
+        pytest.param(True, 2, {"tp": 2}, ROWS, marks=pytest.mark.slow),
+        pytest.param(False, 1, {}, HEAD, marks=pytest.mark.slow),
+        pytest.param(
+            False,
+            1,
+            {},
+            LoRAConfig(target_modules=["lm_head"], modules_to_save=["norm"]),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(False, 1, {}, of_layer_1("input_layernorm"), marks=pytest.mark.slow),
+        pytest.param(False, 1, {}, of_layer_1("post_attention_layernorm"), marks=pytest.mark.slow),
+        pytest.param(False, 1, {}, of_layer_1("q_norm", "k_norm"), marks=pytest.mark.slow),
+        pytest.param(False, 1, {}, of_layer_1("gate"), marks=pytest.mark.slow),
+    ],
+)
+def test_bytes_kept_of_what_is_trained_whole(tied, world, sizes, lora, chats, tmp_path) -> None:
+    base = make_tiny(tmp_path / "base", tie_word_embeddings=tied)
+    configs = []
+    for recompute in (*LEVELS, "full1+selective"):
+        folder = tmp_path / recompute
+        configs.append(config_of(base, chats, folder, sizes, lora, recompute, micro_batch_size=2))
+    compare(configs, world, extra=beside_the_plan)
+
+
+def beside_the_plan(
+    model: PlannedModel, layout: ParallelLayout, batch: Microbatch, chunk: Chunk
+) -> int:
+    """What such a count has beside the plan's activations: norms on the CPU; ids that a whole
+    embedding keeps, which the plan counts as rows of the step; and rows of a tied head once over
+    TP, of which the plan takes one rank to have all."""
+    total = norm_outputs(model, layout, batch, chunk)
+    tp = layout.parallel.tp
+    if model.trains_embedding and chunk.has_embedding and tp == 1 and not model.shape.tokens:
+        total += batch.tokens * 8
+    if chunk.has_head and model.shape.tied_embeddings:
+        rows = len(model.shape.tokens) * model.shape.hidden * batch.element_bytes
+        total -= rows * (tp - 1) // tp
+    return total
+
+
 def compare(configs: list[RunConfig], world: int, *, extra: Any = None) -> None:
     """Bytes over all ranks, counted and planned, of configs that differ in recompute alone.
 
@@ -271,6 +341,7 @@ def planned(config: RunConfig, of_ranks: list[Found], extra: Any) -> int:
         for chunk in chunks_of(model.shape, layout.parallel, rank // ranks_per_stage):
             said += chunk_bytes(model, layout, work, chunk)
             said += angles_bytes(model, layout, work, chunk)
+            said += embedding_bytes(model, layout, work, chunk)
             if chunk.has_head:
                 said += head_bytes(model, layout, work)
             if extra is not None:

@@ -78,6 +78,41 @@ def test_a_score_head_is_three_products(tp: int) -> None:
     assert grown == 4 * 4096 * 7 * 4 * (tp > 1)
 
 
+@pytest.mark.parametrize("tp", [1, 2])
+def test_what_is_trained_of_the_base_is_multiplied(tp: int) -> None:
+    """A router's gradient is one product more of a rank's own tokens; lm_head's is one, and its
+    logits are computed again, of all tokens and a part of the vocabulary."""
+    saved = model(replace(ATTENTION, modules_to_save=["lm_head", "gate"]))
+    work = Workload(sequence_length=4096, global_batch_size=4)
+    layout = ParallelLayout(parallel=ParallelConfig(tp=tp), num_ranks=tp)
+    head = 2 * 4 * 4096 * 2 * 151_936 // tp * 2048 / 1e12
+    routers = 48 * 4 * 4096 // tp * 2 * 128 * 2048 / 1e12
+    found = step_time(saved, layout, work, ARITHMETIC)
+    without = step_time(model(ATTENTION), layout, work, ARITHMETIC)
+    assert found["head"] - without["head"] == pytest.approx(head, rel=1e-9)
+    assert found["dispatch"] - without["dispatch"] == pytest.approx(routers, rel=1e-6)
+
+
+def test_an_embedding_takes_memory_traffic_and_two_stages() -> None:
+    """Of each of 4 microbatches: the gradient of the output twice, zeros and the gradient in
+    bfloat16, the sum in float32. Both stages of a pipeline add up theirs of a tied one."""
+    shape = replace(load_shape(MODELS / "qwen3_30b_a3b.yaml"), tied_embeddings=True)
+    rows = 151_936 * 2048
+    work = Workload(sequence_length=4096, global_batch_size=4)
+    memory = replace(FREE, memory=Constant(1.0))
+    embedding = replace(ATTENTION, modules_to_save=["embed_tokens"])
+    untied = replace(shape, tied_embeddings=False)
+    layout = ParallelLayout(parallel=ParallelConfig(), num_ranks=1)
+    found = step_time(PlannedModel.of(untied, embedding), layout, work, memory)
+    without = step_time(PlannedModel.of(untied, ATTENTION), layout, work, memory)
+    of_step = 4 * (2 * 4096 * 2048 * 2 + rows * (2 + 2 + 4 + 4))
+    assert found["other"] - without["other"] == pytest.approx(of_step, rel=1e-9)
+    layout = ParallelLayout(parallel=ParallelConfig(pp=2), num_ranks=2)
+    summed = replace(FREE, network=Count("all_reduce"))
+    found = step_time(PlannedModel.of(shape, embedding), layout, work, summed)
+    assert found["reduction"] == 4 * rows
+
+
 def test_a_pair_is_two_sequences() -> None:
     """As many documents in a row, and attention within each of them alone."""
     layout = ParallelLayout(parallel=ParallelConfig(), num_ranks=1)

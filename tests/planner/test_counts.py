@@ -14,10 +14,10 @@ from megalora.config import LoRAConfig, ParallelConfig
 from megalora.lora.select import resolve
 from megalora.lora.spec import Adapted
 from megalora.model.shape import ModelShape
+from megalora.planner.adapter_count import adapter_parameters
 from megalora.planner.models import active_parameters, load_shape, read_architecture
 from megalora.planner.weights import (
     PlannedModel,
-    adapter_parameters,
     base_parameters,
     chunks_of,
     layer_parameters,

@@ -10,6 +10,8 @@ from megalora import host
 from megalora.config import LoRAConfig, ModelConfig, ParallelConfig
 from megalora.hf.json_file import read_hf_config
 from megalora.lora.select import resolve
+from megalora.lora.trained_weight import trained_weights
+from megalora.lora.whole import with_trained
 from megalora.model.families import FAMILIES, layer_projections
 from megalora.model.fields import model_shape
 from megalora.planner.dryrun import RankCount, dry_run
@@ -80,7 +82,7 @@ def assert_agrees(
 
     Ranks are numbered with the pipeline stage outermost.
     """
-    shape = replace(model_shape(hf), num_scores=num_scores)
+    shape = with_trained(lora, replace(model_shape(hf), num_scores=num_scores))
     layout = ParallelLayout(parallel=parallel, num_ranks=world)
     stage = rank // (world // parallel.pp)
     # Any length and batch will do: weights do not depend on them.
@@ -103,9 +105,24 @@ def assert_agrees(
     for layer in shape.moe_layers:
         num_routers += is_here(layer)
     # A correction bias and Megatron's count of tokens, 4 bytes each for every expert.
-    assert found.buffer_bytes == num_routers * 8 * shape.num_experts * shape.correction_bias
-    # A score head is one tensor more, of the last piece.
-    held = int(num_scores > 0 and num_pieces - 1 in pieces)
+    buffers = num_routers * 8 * shape.num_experts * shape.correction_bias
+    # Ids of trained rows, 8 bytes each; beside a tied head those of this rank's part of the
+    # vocabulary, and their columns.
+    width = shape.vocab // parallel.tp
+    here = [token for token in shape.tokens if token // width == rank % parallel.tp]
+    buffers += 8 * len(shape.tokens) * (0 in pieces)
+    buffers += 16 * len(here) * shape.tied_embeddings * (num_pieces - 1 in pieces)
+    assert found.buffer_bytes == buffers
+    held = 0
+    for weight in trained_weights(shape):
+        if weight.layer is not None:
+            held += is_here(weight.layer)
+        # The embedding is in the first piece, all else outside of layers in the last one; a tied
+        # embedding is in both.
+        elif weight.module == "model.embed_tokens":
+            held += 0 in pieces or (weight.tied and num_pieces - 1 in pieces)
+        else:
+            held += num_pieces - 1 in pieces
     for adapted in resolve(lora, shape):
         # The head, which belongs to no layer, is in the last piece.
         here = num_pieces - 1 in pieces if adapted.layer is None else is_here(adapted.layer)
@@ -199,6 +216,28 @@ def test_a_score_head(sizes: dict, tied: bool, tiny_dense: Path) -> None:
         with host.fake_world(rank, 2):
             found = dry_run(hf, ALL, parallel, ModelConfig(path="planned"), num_scores=3)
         assert_agrees(found, hf, ALL, parallel, 2, rank, num_scores=3)
+
+
+EVERY_NORM = ["norm", "input_layernorm", "post_attention_layernorm", "q_norm", "k_norm"]
+SAVED = LoRAConfig(
+    target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head", "gate", *EVERY_NORM]
+)
+ROWS = LoRAConfig(target_modules=["q_proj"], trainable_token_indices=[250, 3])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [SAVED, ROWS], ids=["weights", "rows"])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("sizes", [{}, {"tp": 2}, {"pp": 2}, {"pp": 2, "ep": 2, "tp": 2}])
+def test_what_is_trained_of_the_base(lora: LoRAConfig, tied: bool, sizes: dict, tiny: Path) -> None:
+    """On each rank what it has of it, and of a tied embedding a copy on the last stage."""
+    hf = read_hf_config(tiny) | {"tie_word_embeddings": tied}
+    parallel = ParallelConfig(**sizes)
+    world = parallel.tp * parallel.pp
+    for rank in range(world):
+        with host.fake_world(rank, world):
+            found = dry_run(hf, lora, parallel, ModelConfig(path="planned"))
+        assert_agrees(found, hf, lora, parallel, world, rank)
 
 
 def test_biased_attention(tiny: Path) -> None:

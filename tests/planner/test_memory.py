@@ -9,6 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch import nn
 
 from megalora.config import (
     LoRAConfig,
@@ -18,17 +22,14 @@ from megalora.config import (
 from megalora.hf.json_file import read_hf_config
 from megalora.model.fields import model_shape
 from megalora.planner import activations
+from megalora.planner.adapter_count import AdapterCount, adapter_parameters, shared_elements
 from megalora.planner.layouts import ParallelLayout, enumerate_layouts
 from megalora.planner.memory import MemoryPlan, fullest_stage, memory_of, memory_of_model
 from megalora.planner.microbatch import Microbatch, ranks_per_token
 from megalora.planner.mlp_activations import PlannedMLP, experts_bytes
 from megalora.planner.models import load_shape
-from megalora.planner.weights import (
-    PlannedModel,
-    adapter_parameters,
-    chunks_of,
-    shared_elements,
-)
+from megalora.planner.state_bytes import buffers, owned_elements
+from megalora.planner.weights import PlannedModel, chunks_of
 from megalora.planner.workload import Workload
 from megalora.train.optim import clip_and_step
 from tests.distributed.ranks import run_ranks
@@ -220,6 +221,53 @@ def test_a_score_head_is_summed_over_tp() -> None:
         p = ParallelConfig(tp=tp)
         without, _ = shared_elements(plain, p, chunk)
         assert shared_elements(scored, p, chunk)[0] - without == 3 * 2048 * (tp > 1)
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_tied_embedding_has_a_bucket_as_megatron_makes_it(first: bool) -> None:
+    """On the first stage it is the first parameter, on the last one the last."""
+    sizes = [100, 70]
+    sizes.insert(0 if first else 2, 1000)
+    parameters = [nn.Parameter(torch.empty(size, device="meta")) for size in sizes]
+    marked: Any = parameters[0 if first else 2]
+    marked.shared_embedding = True
+    made = DistributedOptimizer._compute_per_buffer_param_layout(
+        parameters, None, 3, DistributedDataParallelConfig()
+    )
+    layout = ParallelLayout(parallel=ParallelConfig(pp=2), num_ranks=6)
+    count = AdapterCount(dense=170, dense_padded=256, tied=1000)
+    assert buffers(count, layout) == (made.bucket_indices[-1][1], 0)
+    # Each rank updates its third of each bucket.
+    assert owned_elements(count, layout) == (128 + 384, 0)
+
+
+def test_layers_with_the_same_adapters_may_train_other_weights() -> None:
+    """Of 48 layers with q's adapters the norm of one."""
+    lora = LoRAConfig(target_modules=["q_proj"])
+    shape = load_shape(MODELS / "qwen3_30b_a3b.yaml")
+    (chunk,) = chunks_of(shape, ParallelConfig(), 0)
+    saved = replace(lora, modules_to_save=[r"model\.layers\.3\.input_layernorm"])
+    found = []
+    for each in (lora, saved):
+        count = adapter_parameters(PlannedModel.of(shape, each), ParallelConfig(), chunk)
+        found.append(count.dense)
+    assert found[1] - found[0] == 2048
+
+
+def test_only_what_ranks_hold_whole_is_summed_over_tp() -> None:
+    """A router and norms are, and trained rows; an embedding is cut."""
+    lora = LoRAConfig(target_modules=["q_proj"])
+    shape = load_shape(MODELS / "qwen3_30b_a3b.yaml")
+    plain = PlannedModel.of(shape, lora)
+    (chunk,) = chunks_of(shape, ParallelConfig(), 0)
+    p = ParallelConfig(tp=2)
+    without, _ = shared_elements(plain, p, chunk)
+    saved = replace(lora, modules_to_save=["embed_tokens", "lm_head", "gate", "norm"])
+    found, _ = shared_elements(PlannedModel.of(shape, saved), p, chunk)
+    assert found - without == 48 * 128 * 2048 + 2048
+    rows = replace(lora, trainable_token_indices=[5, 9])
+    found, _ = shared_elements(PlannedModel.of(shape, rows), p, chunk)
+    assert found - without == 2 * 2048
 
 
 def test_factors_that_ranks_share_are_summed_in_tables() -> None:

@@ -12,6 +12,8 @@ from tests.planner.counted import CATEGORIES, Case, compare
 
 LABELS = ObjectiveConfig(name="classify", labels=["none", "one", "two"])
 REWARD = ObjectiveConfig(name="reward")
+DPO = ObjectiveConfig(name="dpo", reference="base")
+NORMS = ("norm", "input_layernorm", "post_attention_layernorm", "q_norm", "k_norm")
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +98,32 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.param(Case(2, {"tp": 2}, micro=2, teacher="base"), marks=pytest.mark.slow),
         pytest.param(
             Case(2, {"pp": 2}, model="dense", recompute="full", teacher="seven"),
+            marks=pytest.mark.slow,
+        ),
+        # Weights of the base: the head's gradient is the peak; a tied one's waits for the
+        # embedding's, or is on both stages; parts of both; rows.
+        pytest.param(Case(1, {}, model="vocab", saved=("lm_head", "gate")), marks=pytest.mark.slow),
+        pytest.param(Case(1, {}, model="vocab", saved=("embed_tokens",)), marks=pytest.mark.slow),
+        pytest.param(Case(1, {}, model="tied", saved=("embed_tokens",)), marks=pytest.mark.slow),
+        pytest.param(
+            Case(1, {}, model="tied layers", saved=("embed_tokens",)), marks=pytest.mark.slow
+        ),
+        pytest.param(
+            Case(1, {}, model="tied", dtype="bfloat16", saved=("lm_head", "norm")),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            Case(2, {"tp": 2, "ep": 2}, model="vocab", saved=("embed_tokens", "lm_head", *NORMS)),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            Case(2, {"pp": 2}, model="tied", saved=("embed_tokens",)), marks=pytest.mark.slow
+        ),
+        pytest.param(Case(1, {}, model="tied", tokens=(3, 77, 250)), marks=pytest.mark.slow),
+        pytest.param(Case(2, {"pp": 2}, model="tied", tokens=(3, 77)), marks=pytest.mark.slow),
+        # Copies of the base's values, for its passes.
+        pytest.param(
+            Case(2, {"tp": 2}, model="vocab", saved=("lm_head", "gate"), objective=DPO),
             marks=pytest.mark.slow,
         ),
     ],

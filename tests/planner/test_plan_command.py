@@ -129,7 +129,7 @@ def test_rejected_layouts_are_listed_where_nothing_fits(
 
 
 def test_a_dry_run_agrees(capsys: pytest.CaptureFixture[str]) -> None:
-    layout = ["parallel.pp=2", "parallel.ep=4", "parallel.tp=2"]
+    layout = ["parallel.pp=2", "parallel.ep=4", "parallel.tp=2", "train.recompute=off"]
     with pytest.raises(SystemExit) as ended:
         main(["plan", str(CONFIG), "--gpus", "16", "--dry-run", "13", *layout])
     said = capsys.readouterr().out
@@ -153,12 +153,55 @@ def test_a_score_head_is_planned_and_built(capsys: pytest.CaptureFixture[str]) -
     assert said.count("the same") == 3 and "DIFFERENT" not in said
 
 
+@pytest.mark.slow
+def test_what_is_trained_whole_is_planned_and_built(capsys: pytest.CaptureFixture[str]) -> None:
+    saved = ["lora.modules_to_save=[lm_head,gate,norm]", "lora.trainable_token_indices=[7,151000]"]
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", str(CONFIG), "--gpus", "4", "--dry-run", "3", "parallel.ep=4", *saved])
+    said = capsys.readouterr().out
+    assert ended.value.code == 0, said
+    assert said.count("the same") == 3 and "DIFFERENT" not in said
+    # Gradient, master and two moments of lm_head are more than the rest of a stage's: the same
+    # layout takes more memory on its fullest rank.
+    sizes = []
+    for options in ([], saved):
+        text = run(capsys, CONFIG, "--gpus", 4, "parallel.ep=4", "train.recompute=full", *options)
+        (yours,) = re.findall(r"^yours.*?(\d+\.\d) +\d+ %", text, re.MULTILINE)
+        sizes.append(float(yours))
+    assert sizes[1] - sizes[0] > 2, sizes
+
+
+def test_a_dry_run_agrees_on_rows_of_a_tied_head(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Token ids are buffers: all beside the embedding; beside the head of the second of two ranks
+    two of three and their columns, 8 bytes each."""
+    base = make_tiny(tmp_path / "tied", arch="qwen3", tie_word_embeddings=True, vocab_size=512)
+    rows = [
+        f"model.path={base}",
+        "train.recompute=off",
+        "parallel.tp=2",
+        "lora.trainable_token_indices=[3,300,500]",
+    ]
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", str(CONFIG), "--gpus", "2", "--dry-run", "1", *rows])
+    said = capsys.readouterr().out
+    assert ended.value.code == 0, said
+    assert re.search(r"buffers +built +56 bytes +planned +56 +the same", said), said
+
+
 def test_a_dry_run_agrees_where_routers_have_buffers(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """GLM's correction biases are buffers, not parameters, and must be counted on both sides."""
     base = make_tiny(tmp_path / "glm", arch="glm4_moe")
-    layout = [f"model.path={base}", "train.global_batch_size=8", "parallel.ep=2", "parallel.pp=2"]
+    layout = [
+        f"model.path={base}",
+        "train.global_batch_size=8",
+        "parallel.ep=2",
+        "parallel.pp=2",
+        "train.recompute=off",
+    ]
     with pytest.raises(SystemExit) as ended:
         main(["plan", str(CONFIG), "--gpus", "4", "--dry-run", "2", *layout])
     said = capsys.readouterr().out

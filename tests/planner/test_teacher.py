@@ -2,6 +2,7 @@
 holds of a chunk, and which layouts it cannot be cut by."""
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,14 @@ from megalora.planner.dryrun import second_model_bytes
 from megalora.planner.layouts import ParallelLayout, check, enumerate_layouts
 from megalora.planner.memory import TEACHER, memory_of_model
 from megalora.planner.models import load_shape
+from megalora.planner.question import PlanOptions, Question
 from megalora.planner.teacher import PlannedTeacher, teacher_of
 from megalora.planner.teacher_bytes import TENSORS_OF_CHUNK, TENSORS_OF_FILE
 from megalora.planner.weights import PlannedModel
 from megalora.planner.workload import Workload
 from megalora.tiny import make_tiny
 from tests.distributed.ranks import run_ranks
+from tests.parity.runs import make_config
 from tests.planner.priced import ARITHMETIC, ATTENTION, FREE, MODELS, Count, model
 
 BASE = ObjectiveConfig(name="distill", teacher="base", sft_weight=0.1)
@@ -198,3 +201,24 @@ def test_a_teacher_is_found_by_name_and_by_folder(tmp_path: Path) -> None:
     assert is_logits_folder(str(tmp_path)) and json.loads((tmp_path / "logits.json").read_text())
     of_file = teacher_of(replace(BASE, teacher=str(tmp_path)))
     assert of_file is not None and of_file.top == 9 and of_file.shape is None
+
+
+@pytest.mark.parametrize(
+    ("lora", "refused"),
+    [
+        ({"modules_to_save": ["lm_head"]}, True),
+        ({"modules_to_save": ["embed_tokens"]}, False),
+        ({"trainable_token_indices": [3]}, False),
+    ],
+)
+def test_a_teacher_beside_a_trained_head_is_refused(
+    lora: dict[str, Any], refused: bool, tmp_path: Path, chats: Path
+) -> None:
+    """The tensors of both were counted apart."""
+    base = make_tiny(tmp_path / "base", num_hidden_layers=2)
+    adapters = LoRAConfig(rank=4, **lora)
+    config = make_config(base, chats, tmp_path / "run", {}, lora=adapters, objective=BASE)
+    options = PlanOptions(gpus=(1,), gpu="h100")
+    expected = pytest.raises(ValueError, match="not planned beside a head that is trained itself")
+    with expected if refused else nullcontext():
+        Question.of(config, options)
