@@ -5,11 +5,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from megalora.config import RunConfig
+from megalora.config import ParallelConfig, RunConfig
 from megalora.config.checks import require
 from megalora.config.file import load_config
 from megalora.lora.whole import with_trained
 from megalora.model.fields import model_shape
+from megalora.model.shape import ModelShape
 from megalora.planner.layouts import ParallelLayout, check
 from megalora.planner.memory import TEACHER, memory_of
 from megalora.planner.models import find_architecture
@@ -42,11 +43,7 @@ def dry_run_command(
     # Pipeline stages are consecutive blocks of ranks.
     stage = rank // (gpus // p.pp)
     planned = memory_of(shape, config.lora, layout, work, stage)
-    buffer_bytes = 0
-    for chunk in chunks_of(shape, p, stage):
-        buffer_bytes += router_buffer_bytes(shape, chunk)
-        # Ranks of a tensor-parallel group are neighbours.
-        buffer_bytes += token_buffer_bytes(shape, p, chunk, rank % p.tp)
+    buffer_bytes = _buffer_bytes(shape, p, stage, rank)
     # Late: a mistake above is answered without the ten seconds that importing Megatron takes.
     from megalora import host
     from megalora.planner.dryrun import dry_run
@@ -71,6 +68,16 @@ def dry_run_command(
         say(f"{name:<13} built {found:>16,} bytes   planned {expected:>16,}   {verdict}")
         agrees = agrees and found == expected
     return agrees
+
+
+def _buffer_bytes(shape: ModelShape, p: ParallelConfig, stage: int, rank: int) -> int:
+    """Planned bytes of what is no parameter: routers' counters, and indexes of trained rows."""
+    total = 0
+    for chunk in chunks_of(shape, p, stage):
+        total += router_buffer_bytes(shape, chunk)
+        # Ranks of a tensor-parallel group are neighbours.
+        total += token_buffer_bytes(shape, p, chunk, rank % p.tp)
+    return total
 
 
 def _teacher_bytes(config: RunConfig, layout: ParallelLayout, work: Workload, rank: int) -> int:
