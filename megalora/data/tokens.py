@@ -98,7 +98,10 @@ class TokenStore:
         """[num_samples] tokens in the longest sequence of each sample."""
         self.floats = names_of_floats(self.header.columns)
         """Names of the numbers that each token has."""
-        self.sizes: np.ndarray = self.lengths * (1 + len(self.floats))
+        # Most data has no numbers, and the lengths of a million samples once are enough.
+        self.sizes: np.ndarray = self.lengths
+        if self.floats:
+            self.sizes = self.lengths * (1 + len(self.floats))
         """[num_samples] tokens in each sample, and their numbers."""
         # The first token of each sample is where the one before it ends.
         self.starts: np.ndarray = np.cumsum(self.sizes) - self.sizes
