@@ -147,14 +147,6 @@ WHOLE_PLAN_BUGS: tuple[Bug, ...] = (
     ),
     bug(
         0,
-        "a tied head's gradient that does not wait",
-        PASS_BYTES,
-        "            workspace += waiting\n",
-        "",
-        PEAK,
-    ),
-    bug(
-        0,
         "an embedding's gradient that takes no room",
         HEAD_BYTES,
         "rows = batch.tokens + max(s.vocab // layout.parallel.tp, batch.tokens)",
