@@ -72,7 +72,7 @@ def test_a_config_of_pairs_is_planned_with_its_reference() -> None:
     simpo = load_config(
         ROOT / "configs/sft/template.yaml", ["data.train=x.jsonl", "objective.name=simpo"]
     )
-    assert Workload.of(simpo) == replace(work, references=0)
+    assert Workload.of(simpo) == replace(work, references=0, asks_base=False)
     model = PlannedModel.of(SHAPE, config.lora)
     layout = ParallelLayout(parallel=ParallelConfig(ep=8), num_ranks=8)
     found = step_time(model, layout, work, GPUS["h100"])
