@@ -138,12 +138,12 @@ def _trained_part(name: str, config: dict[str, Any]) -> str:
     if (module := parse_tokens(name)) is not None:
         return f"rows of {within_layer(module)}"
     module = parse_weight(name)
-    entries = config.get("modules_to_save")
-    # Inspected is whatever a folder says; what is no list of names, reading refuses.
-    if module is None or not isinstance(entries, list):
-        entries = []
     if module is None:
         return ""
+    entries = config.get("modules_to_save")
+    # Inspected is whatever a folder says; what is no list of names, reading refuses.
+    if not isinstance(entries, list):
+        entries = []
     # By PEFT's rule, from the end of the name; a tied head is there beside the embedding.
     is_tied_head = module == "lm_head" and bool(config.get("ensure_weight_tying"))
     is_saved = is_tied_head or any(module.endswith(str(entry)) for entry in entries)

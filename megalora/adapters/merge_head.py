@@ -28,13 +28,19 @@ class Shard:
     """Name -> values of tensors that the base does not have."""
 
 
-def add_lm_head(folder: Path, shards: dict[str, Shard]) -> None:
-    """Where a tied base has no lm_head, let it be the embedding's bytes once more, at the end of
-    the embedding's file."""
+def stored_at(shards: dict[str, Shard]) -> dict[str, tuple[str, Stored]]:
+    """Published name of every tensor -> the file that it is in, and its entry there."""
     at: dict[str, tuple[str, Stored]] = {}
     for name, shard in shards.items():
         for tensor in shard.tensors:
             at[published_name(tensor.name)] = (name, tensor)
+    return at
+
+
+def add_lm_head(folder: Path, shards: dict[str, Shard]) -> None:
+    """Where a tied base has no lm_head, let it be the embedding's bytes once more, at the end of
+    the embedding's file."""
+    at = stored_at(shards)
     if EMBEDDING not in at:
         what = (
             "its head alone; save the model anew with both" if LM_HEAD in at else "neither weight"

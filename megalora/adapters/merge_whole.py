@@ -6,14 +6,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megalora.adapters.merge_head import Shard
+from megalora.adapters.merge_head import Shard, stored_at
+from megalora.adapters.merge_score import DTYPES
 from megalora.adapters.read.linears import Adapter
 from megalora.hf.safetensors import Stored
-from megalora.hf.tensor_names import LM_HEAD, published_name
+from megalora.hf.tensor_names import LM_HEAD
 from megalora.lora.trained_weight import TrainedWeight, trained_weights
 from megalora.model.shape import ModelShape
-
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def replace_whole(
@@ -25,10 +24,7 @@ def replace_whole(
     Raises:
         ValueError: the base lacks such a weight, or has it in another size or quantised.
     """
-    at: dict[str, tuple[str, Stored]] = {}
-    for name, shard in shards.items():
-        for tensor in shard.tensors:
-            at[published_name(tensor.name)] = (name, tensor)
+    at = stored_at(shards)
     weights = trained_weights(adapter.shape_of(shape))
     replaced: list[str] = []
     for weight in weights:

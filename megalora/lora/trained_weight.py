@@ -111,7 +111,7 @@ def trained_weights(shape: ModelShape) -> list[TrainedWeight]:
         weights = [weight for weight in savable(shape) if weight.module in shape.saved]
     if shape.tokens:
         rows = (len(shape.tokens), shape.hidden)
-        tied = _is_tied(shape)
+        tied = shape.has_tied_head
         weights.append(
             TrainedWeight(EMBED_TOKENS, rows, path="embedding", tied=tied, tokens=shape.tokens)
         )
@@ -126,7 +126,7 @@ def savable(shape: ModelShape) -> Iterator[TrainedWeight]:
     vocabulary = (shape.vocab, shape.hidden)
     yield TrainedWeight(
         EMBED_TOKENS, vocabulary, path="embedding.word_embeddings",
-        split=True, tied=_is_tied(shape),
+        split=True, tied=shape.has_tied_head,
     )  # fmt: skip
     for layer in range(shape.num_layers):
         at = LAYER.format(layer=layer)
@@ -159,8 +159,3 @@ def _qk_norm(shape: ModelShape, layer: int, name: str, path: str) -> TrainedWeig
         return TrainedWeight(module, (shape.head_dim,), layer, path)
     heads = shape.num_heads if name.endswith("q_norm") else shape.num_kv_heads
     return TrainedWeight(module, (heads * shape.head_dim,), layer, path, split=True)
-
-
-def _is_tied(shape: ModelShape) -> bool:
-    # A classifier has no lm_head to share the embedding with.
-    return shape.tied_embeddings and not shape.num_scores

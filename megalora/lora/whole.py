@@ -58,7 +58,11 @@ def trouble_beside(adapted: Sequence[Adapted], shape: ModelShape) -> str:
         if names & set(shape.saved):
             both.append(a.hf_module(0))
         # A head that is adapted and tied to a trained embedding would be two weights in one.
-        if a.layer is None and _is_tied(shape) and (shape.tokens or EMBED_TOKENS in shape.saved):
+        if (
+            a.layer is None
+            and shape.has_tied_head
+            and (shape.tokens or EMBED_TOKENS in shape.saved)
+        ):
             return (
                 "the base ties lm_head to the embedding, which is trained (modules_to_save,"
                 " trainable_token_indices), so that lm_head cannot have an adapter of its own"
@@ -80,11 +84,6 @@ def trouble_beside(adapted: Sequence[Adapted], shape: ModelShape) -> str:
             " trained rows (trainable_token_indices): have DoRA on all of them or on none"
         )
     return ""
-
-
-def _is_tied(shape: ModelShape) -> bool:
-    # A classifier has no lm_head to share the embedding with.
-    return shape.tied_embeddings and not shape.num_scores
 
 
 def saved_entries(shape: ModelShape) -> list[str]:
@@ -110,7 +109,7 @@ def _saved(entries: Sequence[str], shape: ModelShape) -> tuple[str, ...]:
     weights = list(savable(shape))
     known = [weight.module for weight in weights]
     # One weight under two names, of which the embedding's stands for both.
-    tied = _is_tied(shape)
+    tied = shape.has_tied_head
     meant: set[str] = set()
     for entry in entries:
         pattern = end_pattern("lora.modules_to_save", entry)

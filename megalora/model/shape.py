@@ -58,6 +58,11 @@ class ModelShape:
         """Features of a head that the rotary embedding turns."""
         return self.head_dim if self.rotary_dim is None else self.rotary_dim
 
+    @property
+    def has_tied_head(self) -> bool:
+        """Whether lm_head is the embedding's weight; a score head in its place shares nothing."""
+        return self.tied_embeddings and not self.num_scores
+
     def is_moe(self, layer: int) -> bool:
         """Whether the layer has experts in place of a dense MLP."""
         return layer in self.moe_layers

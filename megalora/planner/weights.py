@@ -215,7 +215,7 @@ def token_buffer_bytes(shape: ModelShape, p: ParallelConfig, chunk: Chunk, tp_ra
     total = 0
     if chunk.has_embedding:
         total += len(shape.tokens)
-    if chunk.has_head and shape.tied_embeddings and not shape.num_scores:
+    if chunk.has_head and shape.has_tied_head:
         width = shape.vocab // p.tp
         total += 2 * sum(token // width == tp_rank for token in shape.tokens)
     return 8 * total

@@ -74,13 +74,14 @@ def _meant(
 ) -> list[TrainedWeight]:
     """Weights that the entries mean by PEFT's rule, in the order of the model."""
     known = list(savable(shape))
-    tied = shape.tied_embeddings and not shape.num_scores
+    tied = shape.has_tied_head
     # Linears by the names that transformers' model has, which PEFT compares; of experts there are
     # none, but one parameter for all of a layer.
     others: list[str] = []
+    modules = {weight.module for weight in known}
     for projection, layer in projection_places(shape):
         name = projection.loaded.format(layer=layer, expert=0)
-        if not projection.is_expert and all(name != weight.module for weight in known):
+        if not projection.is_expert and name not in modules:
             others.append(name)
     meant: set[str] = set()
     # As PEFT: from the end of the name, wherever that begins.
