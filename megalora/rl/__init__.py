@@ -1,0 +1,1 @@
+"""Learning from rewards: sample completions, judge them, train on them, and sample again."""
