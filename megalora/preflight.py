@@ -23,17 +23,22 @@ from megalora.paths import check_folder_to_write
 from megalora.train.trackers import check_installed
 
 
-def check_run(path: str | Path, overrides: Sequence[str], num_ranks: int) -> RunConfig:
+def check_run(
+    path: str | Path, overrides: Sequence[str], num_ranks: int, *, samples: bool = False
+) -> RunConfig:
     """Read a run's config and check it against its files and the number of ranks.
 
     What is on the hub is left to the ranks, which download it, once the hub has answered for it.
 
+    Args:
+        samples: as in ``check_command``.
     Raises:
         ValueError: the first thing that the ranks would refuse.
     """
     config = load_config(path, overrides)
     config.check_world(num_ranks)
     config.check_training()
+    check_command(config, samples=samples)
     check_paths(config)
     check_installed(config.log)
     base = Path(config.model.path)
@@ -48,6 +53,24 @@ def check_run(path: str | Path, overrides: Sequence[str], num_ranks: int) -> Run
     # Last, for the hub may take long to answer.
     check_hub_data(named_data(config))
     return config
+
+
+def check_command(config: RunConfig, *, samples: bool) -> None:
+    """Raise ``ValueError`` unless a config is one for the command that got it.
+
+    Args:
+        samples: whether the command samples completions, as ``megalora rl`` does.
+    """
+    if config.rl.is_on and not samples:
+        raise ValueError(
+            "this config has rl.rewards, with which a run samples its completions: start it with"
+            " megalora rl"
+        )
+    if samples and not config.rl.is_on:
+        raise ValueError(
+            "megalora rl needs rl.rewards, which say how completions are judged; a file of judged"
+            " completions is trained on by megalora train"
+        )
 
 
 def check_paths(config: RunConfig) -> None:

@@ -1,7 +1,7 @@
 """What a config accepts and makes of it, and the exact words in which it refuses the rest."""
 
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,12 @@ from megalora.config import (
     ObjectiveConfig,
     ParallelConfig,
     RecomputeLayers,
+    RLConfig,
     RunConfig,
     TrainConfig,
 )
 from megalora.config.file import load_config, save_config
+from megalora.config.policy import PolicyConfig
 from tests.minimal_config import MINIMAL, minimal, refusal
 
 __all__ = ["minimal"]  # a fixture
@@ -167,14 +169,22 @@ def test_round_trip(tmp_path: Path) -> None:
         checkpoint=CheckpointConfig(dir="runs/true", every=4, keep=2, resume="007"),
         log=LogConfig(every=8, tensorboard=False, progress=False),
     )  # fmt: skip
+    sampling = replace(
+        config,
+        objective=ObjectiveConfig(name="grpo", policy=PolicyConfig(proximal="recompute")),
+        train=TrainConfig(steps=8), parallel=ParallelConfig(tp=2), lora=LoRAConfig(rank=3),
+        rl=RLConfig(rewards={"no": 1, "file.py:f": 0.5}, max_new_tokens=9, steps_per_rollout=2),
+    )  # fmt: skip
     path = tmp_path / "config.yaml"
-    save_config(config, path)
-    assert load_config(path) == config
+    for one in (config, sampling):
+        save_config(one, path)
+        assert load_config(path) == one
     # A section of defaults would come back even if it were not written.
     path.write_text(MINIMAL)
     defaults = load_config(path)
     for section in fields(RunConfig):
-        assert getattr(config, section.name) != getattr(defaults, section.name)
+        written = sampling if section.name == "rl" else config
+        assert getattr(written, section.name) != getattr(defaults, section.name)
 
 
 @pytest.mark.parametrize(

@@ -18,15 +18,15 @@ from megalora.cli.logits import add_logits_command
 from megalora.cli.options import add_options_command
 from megalora.cli.plan import add_plan_command
 from megalora.cli.report import add_report_command
+from megalora.cli.rl import add_rank_arguments, add_rl_command, start_ranks
 from megalora.cli.serve import add_serve_commands
-from megalora.launching import ranks_here, torchrun
 from megalora.model.families import FAMILIES
 from megalora.paths import user_path
 from megalora.user_error import guarded
 
 PIPE_CLOSED = 141
 """Exit code of a process that SIGPIPE ended, as shells have it."""
-WITH_OVERRIDES = ("init", "train", "data", "plan", "bench", "eval", "logits")
+WITH_OVERRIDES = ("init", "train", "rl", "data", "plan", "bench", "eval", "logits")
 """Commands that take ``section.key=value``."""
 
 
@@ -74,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_tiny(commands)
     add_init_command(commands)
     _add_train(commands)
+    add_rl_command(commands)
     # Each of them imports what it calls only when it is called, so that --help takes no time.
     add_data_command(commands)
     add_options_command(commands)
@@ -115,13 +116,7 @@ def _add_train(commands: Any) -> None:
         " see docs/launch.md.",
     )
     add_config_arguments(train)
-    train.add_argument("--nproc", type=int, default=1, help="number of ranks to start, one per GPU")
-    train.add_argument(
-        "--max-restarts",
-        type=int,
-        default=0,
-        help="number of times that ranks start again and resume after one has failed",
-    )
+    add_rank_arguments(train)
     train.set_defaults(action=_train)
 
 
@@ -154,17 +149,7 @@ def _tiny(options: Any, _: list[str]) -> None:
 
 
 def _train(options: Any, rest: list[str]) -> None:
-    from megalora.preflight import check_run
-
-    overrides = [*options.overrides, *rest]
-    # Here, so that a mistake is shown before ranks start and once, not by each of them.
-    check_run(options.config, overrides, options.nproc)
-    # Seconds to save after SIGTERM; torchrun's own default kills after 30.
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
-    if options.max_restarts < 0:
-        raise ValueError(f"--max-restarts must not be negative, got {options.max_restarts}")
-    ranks = [*ranks_here(options.nproc), "--max-restarts", str(options.max_restarts)]
-    torchrun([*ranks, "-m", "megalora.train", str(options.config), *overrides])
+    start_ranks(options, rest, "megalora.train")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from megalora.config.model import ModelConfig
 from megalora.config.objective import ObjectiveConfig
 from megalora.config.parallel import ParallelConfig
 from megalora.config.recompute import LEVELS, Level, Recompute, RecomputeLayers
+from megalora.config.rl import RLConfig
 from megalora.config.run import RunConfig
 from megalora.config.train import TrainConfig, check_warmup
 
@@ -28,6 +29,7 @@ __all__ = [
     "ModelConfig",
     "ObjectiveConfig",
     "ParallelConfig",
+    "RLConfig",
     "Recompute",
     "RecomputeLayers",
     "RunConfig",

@@ -239,7 +239,7 @@ class ObjectiveConfig:
         if (policy := self.learned_policy) is not None:
             # Both uses share a pass where they read the same model.
             models = [self.reference] if policy.kl_coef else []
-            models += ["start"] if policy.proximal == "start" else []
+            models += [policy.proximal] if policy.proximal in ("start", "recompute") else []
             return len(set(models))
         return {"dpo": 1, "kto": 3}.get(self.name, 0)
 

@@ -52,12 +52,13 @@ class PolicyConfig:
     others."""
     reduction_length: int | None = None
     """Of ``constant``: tokens that a sum is divided by, the longest completion."""
-    proximal: Literal["engine", "data", "start", "current"] = "engine"
+    proximal: Literal["engine", "data", "start", "current", "recompute"] = "engine"
     """Whose log-probabilities ratios compare with: ``engine``, those that the sampler gave
     (``logprobs`` of the data); ``data``, those in ``proximal_logprobs``; ``start``, the adapter
     that the run began with, computed here by a pass of its own; ``current``, the model as it is,
-    so that ratios are 1 and only their gradient counts. All but ``engine`` leave what lies
-    between engine and trainer to ``mismatch`` (decoupled PPO)."""
+    so that ratios are 1 and only their gradient counts; ``recompute``, with ``megalora rl``, the
+    adapter as it was when the completions were taken to be trained on, computed here likewise. All
+    but ``engine`` leave what lies between engine and trainer to ``mismatch`` (decoupled PPO)."""
     mismatch: Literal["off", "token", "sequence", "geometric"] = "off"
     """Weights for what lies between the engine and ``proximal``: ratios of single tokens, products
     over sequences, or their geometric mean. A token without a log-probability of the engine has

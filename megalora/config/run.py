@@ -10,6 +10,8 @@ from megalora.config.lora import LoRAConfig
 from megalora.config.model import ModelConfig
 from megalora.config.objective import ObjectiveConfig
 from megalora.config.parallel import ParallelConfig, check_generation
+from megalora.config.rl import RLConfig
+from megalora.config.rl_checks import check_rl
 from megalora.config.train import TrainConfig
 
 
@@ -23,6 +25,7 @@ class RunConfig:
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    rl: RLConfig = field(default_factory=RLConfig)
 
     def __post_init__(self) -> None:
         # Here and not in a section: it takes two of them to see it.
@@ -66,6 +69,14 @@ class RunConfig:
         for option in ("modules_to_save", "trainable_token_indices"):
             if getattr(self.lora, option):
                 self._check_whole(option)
+        if self.rl.is_on:
+            check_rl(self)
+        policy = self.objective.learned_policy
+        require(
+            self.rl.is_on or policy is None or policy.proximal != "recompute",
+            "objective.policy.proximal=recompute needs completions that the run samples itself"
+            " (rl.rewards); for those of a file use start or data",
+        )
 
     def _check_whole(self, option: str) -> None:
         """What cannot be had with weights of the base that are trained themselves."""

@@ -206,6 +206,9 @@ def _main_messages(
         return messages_of(held("messages"), "messages", names["messages"]), 0
     prompt = messages_of(held("prompt"), "prompt", names["prompt"])
     prompt = _with_input(prompt, held("input"), names)
+    # Prompts whose completions are sampled need none.
+    if "completion" not in names:
+        return prompt, len(prompt)
     completion = messages_of(held("completion"), "completion", names["completion"])
     _refuse_repeated_prompt(prompt, completion, names)
     return [*prompt, *completion], len(prompt)

@@ -22,7 +22,7 @@ from math import lcm
 
 import numpy as np
 
-from megalora.data.splits import permutation
+from megalora.data.permutation import permutation
 
 
 def mixture_indices(

@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from megalora.data.splits import permutation
+from megalora.data.permutation import permutation
 
 
 # A step needs one or two epochs; sorting 1 M samples takes 0.1 s.

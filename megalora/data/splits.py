@@ -12,6 +12,7 @@ from megalora.config.policy import PolicyConfig
 from megalora.data.advantages import with_advantages
 from megalora.data.build_tokens import Recipe
 from megalora.data.chat import Encoded
+from megalora.data.permutation import permutation
 from megalora.data.samples import (
     concatenate,
     floats_of,
@@ -54,6 +55,8 @@ class Split:
     """What a score head is to learn of a sample; None for a language model."""
     policy: PolicyConfig | None = None
     """How rollouts are learned; None where samples are none."""
+    is_prompts: bool = False
+    """Whether samples are prompts, whose completions the run samples itself."""
     credit_notes: tuple[str, ...] = ()
     """What became of rollouts, for the user."""
     parts: tuple["Split", ...] = ()
@@ -94,11 +97,15 @@ class Split:
         called = "pairs" if self.pairs else "samples"
         if self.policy is not None:
             called = "rollouts"
+        if self.is_prompts:
+            called = "prompts"
         line = f"{self.source}: {len(self.samples):,} {called}, "
         if self.scoring is not None:
             # Without the places behind the texts, each of which is in the loss.
             places = self.num_target_tokens
             line += f"{_short(self.num_tokens - places)} tokens ({_short(places)} scores)"
+        elif self.is_prompts:
+            line += f"{_short(self.num_tokens)} tokens"
         else:
             num_targets = _short(self.num_target_tokens)
             line += f"{_short(self.num_tokens)} tokens ({num_targets} in the loss)"
@@ -109,7 +116,9 @@ class Split:
     def left_out(self) -> list[str]:
         """What was left out and why, and what the user should know of the rest."""
         reasons = [*self.fit.notes(), *self.credit_notes]
-        reasons += _template_notes(self.samples)
+        # A prompt ends before anything could be left out of the loss.
+        if not self.is_prompts:
+            reasons += _template_notes(self.samples)
         if self.unused_columns:
             reasons.append(f"columns not used: {', '.join(self.unused_columns)}")
         return reasons
@@ -208,6 +217,7 @@ def combined(parts: Sequence[Split]) -> Split:
         labels=parts[0].labels,
         scoring=parts[0].scoring,
         policy=parts[0].policy,
+        is_prompts=parts[0].is_prompts,
         parts=tuple(parts),
     )
 
@@ -309,7 +319,7 @@ def split_off_eval(split: Split, eval: float, seed: int) -> tuple[Split, Split]:
     name = f"{split.source} (held out)"
     held = Split(
         name, split.max_length, eval_samples, pairs=split.pairs, labels=split.labels,
-        scoring=split.scoring, policy=split.policy,
+        scoring=split.scoring, policy=split.policy, is_prompts=split.is_prompts,
     )  # fmt: skip
     return _without(split, held_out), held
 
@@ -334,12 +344,3 @@ def _without(split: Split, held_out: np.ndarray) -> Split:
                 " file"
             )
     return combined(parts)
-
-
-def permutation(num_samples: int, seed: int, *stream: int) -> np.ndarray:
-    """[num_samples] int64: a random order; each seed and stream of numbers has its own."""
-    if seed < 0:
-        raise ValueError(f"data.seed must not be negative, got {seed}")
-    # By sorting raw bits, because numpy freezes its bit generators across versions, but not
-    # ``Generator.permutation``.
-    return np.argsort(np.random.PCG64([seed, *stream]).random_raw(num_samples), kind="stable")

@@ -104,7 +104,8 @@ def _judge_one(
     batches = Batches(plan.config, model.groups, split, split)
     objective = objective_of(plan.config)
     stepper = Stepper(model.chunks, model.groups, objective)
-    stepper.start = start
+    if start is not None:
+        stepper.kept["start"] = start
     stepper.teacher = teacher
     values, count = stepper.evaluate_all(batches.of_eval(), batches.mismatched_of_eval())
     loss = values.pop(objective.evaluated[0])

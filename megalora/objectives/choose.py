@@ -1,5 +1,7 @@
 """Make the objective that a config names."""
 
+from dataclasses import replace
+
 from megalora.config import ObjectiveConfig, RunConfig, TrainConfig
 from megalora.model.divergence import Divergence
 from megalora.objectives.distill import Distill
@@ -28,6 +30,9 @@ def objective_of(config: RunConfig) -> Objective:
     if options.name == "distill":
         return distill_of(options)
     if (policy := options.learned_policy) is not None:
+        # On rollouts of a single step that adapter is the current one, which needs no pass.
+        if policy.proximal == "recompute" and config.rl.steps_per_rollout == 1:
+            policy = replace(policy, proximal="current")
         return Policy(policy, options.reference)
     if options.name == "reward":
         return Reward(options.centre or 0.0)

@@ -65,9 +65,9 @@ class Sequences:
         return value if self.cp.rank() == 0 else torch.zeros_like(value)
 
 
-WhichModel = Literal["base", "start", "current"]
-"""The base with the adapters switched off, the adapter that the run began with, or the model as it
-is."""
+WhichModel = Literal["base", "start", "recompute", "current"]
+"""The base with the adapters switched off, the adapter that the run began with, the one at the
+first step on the same rollouts, or the model as it is."""
 
 
 @dataclass(frozen=True)

@@ -51,8 +51,8 @@ class Policy:
     def references(self) -> tuple[Reference, ...]:
         """As the protocol says; one pass where both uses read the same model."""
         models: dict[WhichModel, None] = {}
-        if self.options.proximal == "start":
-            models["start"] = None
+        if self.options.proximal in ("start", "recompute"):
+            models[self.options.proximal] = None
         if self.options.kl_coef:
             models[self.reference] = None
         return tuple(Reference(model, model, by_token=True) for model in models)
@@ -111,7 +111,7 @@ class Policy:
             engine = engine.to(dtype)
         proximal = {
             "engine": engine, "data": columns.get(PROXIMAL), "start": columns.get("start"),
-            "current": logprob.detach(),
+            "recompute": columns.get("recompute"), "current": logprob.detach(),
         }[self.options.proximal]  # fmt: skip
         assert proximal is not None, "whoever reads the data has looked for its columns"
         # A token that the engine gave no log-probability has a ratio of 1.

@@ -1,42 +1,20 @@
 """``torchrun --nproc-per-node N -m megalora.train CONFIG.yaml [section.key=value ...]``"""
 
 import sys
-from pathlib import Path
+from typing import Any
 
-from megalora.environment import set_defaults
+from megalora.train.on_ranks import on_ranks
 from megalora.user_error import guarded
 
 
 def main(arguments: list[str]) -> None:
-    from megalora.config.file import load_config
-    from megalora.preflight import check_paths, check_weights
+    on_ranks(arguments, "megalora.train", _begin)
 
-    if not arguments or arguments[0] in ("-h", "--help"):
-        raise ValueError(
-            "usage: torchrun --nproc-per-node N -m megalora.train CONFIG.yaml [section.key=value"
-            " ...]"
-        )
-    config = load_config(arguments[0], arguments[1:])
-    # Here too: on several nodes nothing else looks before the ranks start.
-    config.check_training()
-    check_paths(config)
-    base = Path(config.model.path)
-    # A name on the hub: the ranks download it.
-    if base.is_dir():
-        check_weights(base)
-    set_defaults(Path(config.checkpoint.dir))  # before torch is imported
-    from megalora import host
 
-    config.check_world(host.world_size())
-    host.install()
+def _begin() -> Any:
     from megalora.train.loop import train
-    from megalora.train.lost_peer import explained
 
-    run = Path(config.checkpoint.dir)
-    # Twice: a peer may be lost while ranks meet, too; and where it is lost later, the group must
-    # not be left in order.
-    with explained(run), host.process_group(config.train.timeout_minutes) as job, explained(run):
-        train(config, job)
+    return train
 
 
 if __name__ == "__main__":

@@ -139,6 +139,10 @@ class Run:
         return norm
 
 
+MakeBatches = Callable[[RunConfig, Groups, Split, Split | None], Batches]
+"""(config, groups, training samples, evaluation samples) -> their rows on this rank."""
+
+
 def _means(names: Sequence[str], numbers: Sequence[float]) -> dict[str, float]:
     """Name -> mean, of a sum and a count each; the first one in any case."""
     means: dict[str, float] = {}
@@ -158,6 +162,7 @@ def assemble(
     make_base: MakeBase | None = None,
     prepare: Callable[[AdaptedModel], None] | None = None,
     resumed: bool = False,
+    make_batches: MakeBatches = Batches,
 ) -> Iterator[Run]:
     """The run of ``config`` on the ranks of the initialised world, for one block; collective.
 
@@ -167,6 +172,7 @@ def assemble(
         prepare: called with the model before the optimizer copies the adapters: to fill them or to
             change what the model does.
         resumed: as in ``build_adapted``.
+        make_batches: makes the rows of the samples.
 
     Raises:
         ValueError: for anything in the config, the data or the base that the user can mend.
@@ -187,7 +193,7 @@ def assemble(
             config.train, dtype, model.chunks, groups, check, objective
         )
         stepper.teacher = build_teacher(config, objective)
-        batches = Batches(config, groups, inputs.train, inputs.eval)
+        batches = make_batches(config, groups, inputs.train, inputs.eval)
         yield Run(config, groups, model, optimizer, stepper, batches)
 
 

@@ -1,7 +1,9 @@
 """Make the rows of tokens that one data-parallel rank trains and evaluates on."""
 
 import math
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -18,8 +20,23 @@ from megalora.data.pack import Rows, measure_fill, rows_by_count, rows_by_tokens
 from megalora.data.samples import values_of
 from megalora.data.splits import Split
 from megalora.data.top_logits import LogitsOfSamples, TopLogits, find_samples
+from megalora.first_rank import on_first_rank
+from megalora.lora.adapted_model import AdaptedModel
 from megalora.parallel import Groups
 from megalora.train.duration import num_steps
+from megalora.train.step import Stepper
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What an evaluation has found, the same on every rank."""
+
+    loss: float
+    """The lower, the better."""
+    over: str
+    """What it is a mean over, with its number."""
+    others: dict[str, float]
+    """What is reported beside it."""
 
 
 class Batches:
@@ -86,6 +103,44 @@ class Batches:
         numbers = np.arange(len(self.eval.samples))
         rows = self._rows(self.eval, numbers)
         return self._flat(self.eval, numbers, rows[self.dp_rank])
+
+    @contextmanager
+    def at_work(
+        self, model: AdaptedModel, stepper: Stepper, step: int, say: Callable[[str], None]
+    ) -> Iterator[None]:
+        """A block in which steps are trained.
+
+        Args:
+            model, stepper: what these rows are for.
+            step: finished steps.
+            say: called with lines for the user.
+        """
+        yield
+
+    def prepare(self, step: int) -> dict[str, float]:
+        """Get the rows of a step ready, which follows; collective. Returns what the log says of
+        it."""
+        # Rows of a file are ready.
+        return {}
+
+    def may_stop(self, step: int) -> bool:
+        """Whether a run can end after so many finished steps and go on from there."""
+        return True
+
+    def check(self, step: int, reported: Mapping[str, float]) -> None:
+        """Raise ``ValueError`` where what a step has reported says that its rows are wrong."""
+
+    def evaluate(self, stepper: Stepper, step: int) -> Evaluated | None:
+        """Evaluate the model as it is after so many finished steps; None without evaluation data.
+        Collective."""
+        if not self.eval:
+            return None
+        found, count = stepper.evaluate_all(self.of_eval(), self.mismatched_of_eval())
+        # Sums of two ranks may differ in their last bits, and all must decide alike.
+        values = on_first_rank(lambda: found, "the evaluation failed")
+        objective = stepper.objective
+        loss = values.pop(objective.evaluated[0])
+        return Evaluated(loss, f"{count:,} {objective.unit}", values)
 
     def numbers_of_eval(self) -> list[list[int]]:
         """Of each row of ``of_eval``, the numbers of its samples, in their order."""

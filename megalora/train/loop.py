@@ -14,7 +14,7 @@ from megalora.config import RunConfig
 from megalora.config.file import flat_options, save_config
 from megalora.data.probe_text import probe_tokens
 from megalora.data.questions import Question
-from megalora.data.splits import load_data
+from megalora.data.splits import Split, load_data
 from megalora.data.tokenizer import load_tokenizer
 from megalora.data.vocabulary import check_vocabulary
 from megalora.first_rank import on_first_rank
@@ -27,8 +27,9 @@ from megalora.train import duration
 from megalora.train.about import shown_samples, write_about
 from megalora.train.announce import closing, opening, reference_notes
 from megalora.train.answers import Answers, questions_of
-from megalora.train.assemble import Inputs, Run, assemble
+from megalora.train.assemble import Inputs, MakeBatches, Run, assemble
 from megalora.train.average import average_of
+from megalora.train.batches import Batches
 from megalora.train.checkpoint.identity import Identity, Samples, identify
 from megalora.train.checkpoint.load import load_checkpoint
 from megalora.train.checkpoint.same_run import check_same_run, check_same_samples
@@ -68,10 +69,29 @@ class Start:
     """What ``log.samples`` asks."""
 
 
-def train(config: RunConfig, job: str | None = None) -> Path | None:
+@dataclass(frozen=True)
+class Feed:
+    """Where a run's samples come from."""
+
+    read: Callable[[RunConfig, Any], tuple[Split, Split | None]]
+    """(config, tokenizer) -> what is trained and what is evaluated on."""
+    batches: MakeBatches
+    """Makes the rows of both."""
+
+
+def read_files(config: RunConfig, tokenizer: Any) -> tuple[Split, Split | None]:
+    """The samples of ``data``."""
+    return load_data(config.data, tokenizer, objective=config.objective)
+
+
+FILES = Feed(read_files, Batches)
+
+
+def train(config: RunConfig, job: str | None = None, feed: Feed = FILES) -> Path | None:
     """Fine-tune as ``config`` says, on the ranks of the initialised world.
 
     Args:
+        feed: where samples come from.
         job: name of torchrun's call: when it starts the ranks again, they go on from the last
             checkpoint.
     Returns:
@@ -96,7 +116,7 @@ def train(config: RunConfig, job: str | None = None) -> Path | None:
             notes += check_same_run(found.state, config, identity, adapted, shape)
         notes += reference_notes(config.objective, found.state)
         tokenizer = load_tokenizer(folder)
-        splits = load_data(config.data, tokenizer, objective=config.objective)
+        splits = feed.read(config, tokenizer)
         for split in splits:
             check_vocabulary(split, shape.vocab)
         samples = Samples.of(splits[0].samples)
@@ -109,7 +129,8 @@ def train(config: RunConfig, job: str | None = None) -> Path | None:
         questions = questions_of(config, *splits, tokenizer)
         probe = Probe(probe_tokens(tokenizer), config.model.dtype, config.parallel, num_scores)
         inputs = Inputs(shape, adapted, tokenizer, *splits)
-        with assemble(config, inputs, resumed=found.state is not None) as run:
+        resumed = found.state is not None
+        with assemble(config, inputs, resumed=resumed, make_batches=feed.batches) as run:
             shown = shown_samples(splits[0].samples, tokenizer)
             start = Start(identity, samples, found.state, notes, shown, tokenizer, questions)
             return _fit(run, probe, start)
@@ -131,7 +152,7 @@ def _fit(run: Run, probe: Probe, at: Start) -> Path | None:
         # What the process before has saved or evaluated is not done twice.
         now = Progress(step, step, at.state.folder, step, at.state.evaluations)
     if config.objective.holds_start:
-        run.stepper.start = start_of(at.state, run.model)
+        run.stepper.kept["start"] = start_of(at.state, run.model)
     notes += restore_best(config, now.best)
     check_agreement("number of finished steps", now.step)
     shape = run.model.shape
@@ -149,6 +170,7 @@ def _fit(run: Run, probe: Probe, at: Start) -> Path | None:
         tracing(config.train.profile, folder, metrics.say, now.step) as trace,
         serving(config, run.model, metrics.say, now.saved) as serve,
         terminated() as stop,
+        run.batches.at_work(run.model, run.stepper, now.step, metrics.say),
     ):
         for note in notes:
             metrics.say(note)
@@ -177,7 +199,7 @@ def _train_to_the_end(
     num_steps = run.batches.num_steps
     while True:
         # Collective: every rank leaves the loop at the same step.
-        stopped = stop()
+        stopped = stop() and run.batches.may_stop(now.step)
         # Before the first step and after the last one too; a stopped run has no time for it.
         due = now.step in (0, num_steps) or is_due(now.step, config.train.eval_every)
         is_best = False
@@ -258,14 +280,9 @@ def _evaluate(run: Run, now: Progress, metrics: Metrics, answers: Answers) -> bo
     """Evaluate the model as it is; returns whether its loss is a new lowest one of the run, the
     same on every rank."""
     loss = None
-    if run.batches.eval:
-        mismatched = run.batches.mismatched_of_eval()
-        found, count = run.stepper.evaluate_all(run.batches.of_eval(), mismatched)
-        # Sums of two ranks may differ in their last bits, and all must decide alike.
-        values = on_first_rank(lambda: found, "the evaluation failed")
-        objective = run.stepper.objective
-        loss = values.pop(objective.evaluated[0])
-        metrics.evaluation(now.step, loss, f"{count:,} {objective.unit}", values)
+    if found := run.batches.evaluate(run.stepper, now.step):
+        loss = found.loss
+        metrics.evaluation(now.step, loss, found.over, found.others)
     if shown := answers.now():
         metrics.answers(now.step, shown)
     before = now.best.loss
@@ -278,10 +295,12 @@ def _train_step(
 ) -> dict[str, float]:
     """One optimizer step; returns what ``Metrics.train_step`` reports of it. A value that is not
     finite stops the run before anything is saved."""
+    prepared = run.batches.prepare(step)
     loss, grad_norm = run.step(step, lr, count_experts=count_experts)
     check_finite(step + 1, "loss", loss, saved)
     check_finite(step + 1, "gradient norm", grad_norm, saved)
-    return {"loss": loss, **run.others, "lr": lr, "grad_norm": grad_norm}
+    run.batches.check(step, run.others)
+    return {"loss": loss, **run.others, **prepared, "lr": lr, "grad_norm": grad_norm}
 
 
 def _check_first_loss(run: Run, step: int, adapter: Path | None) -> str:

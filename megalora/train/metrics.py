@@ -126,6 +126,9 @@ class Metrics:
             f"loss {loss:.4f}  lr {lr:.2e}  |grad| {grad_norm:.3f}  {speed:,.0f} tokens/s"
             f"  {memory:.2f} GiB"
         )
+        # What a run that learns from rewards is about; its loss says little.
+        if "reward" in others:
+            shown = f"reward {others['reward']:.4f}  {shown}"
         self.progress.update(self.task, completed=step, shown=shown)
         left = self._seconds_left(step, now, seconds)
         if self.active and self.is_logged(step):

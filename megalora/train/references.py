@@ -13,7 +13,7 @@ from megalora import host
 from megalora.data.batch import Batch
 from megalora.lora.switched_off import adapters_off, adapters_with
 from megalora.model.expert_load import ExpertLoad
-from megalora.objectives.objective import Reference
+from megalora.objectives.objective import Reference, WhichModel
 
 
 @dataclass(frozen=True)
@@ -75,16 +75,15 @@ def set_apart(chunks: list[nn.Module], load: ExpertLoad) -> Iterator[None]:
 
 
 def model_of(
-    reference: Reference, chunks: Iterable[nn.Module], start: Start | None
+    reference: Reference, chunks: Iterable[nn.Module], kept: Mapping[WhichModel, Start]
 ) -> AbstractContextManager[None]:
     """In its block the chunks are the reference's model.
 
     Args:
-        start: the adapter that the run began with; needed where the reference is that.
+        kept: the adapters that references may be, but for the base and the current one.
     """
     if reference.model == "current":
         return nullcontext()
     if reference.model == "base":
         return adapters_off(chunks)
-    assert start is not None, "whoever makes the stepper gives it the start"
-    return adapters_with(start)
+    return adapters_with(kept[reference.model])

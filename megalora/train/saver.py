@@ -75,7 +75,7 @@ class Saver:
         run = self.run
         # The probe runs before the files are written, because they hold what it says.
         probed = self.probe.run(run.stepper)
-        beside = Beside(run.stepper.start, self.cycles.count, self.average)
+        beside = Beside(run.stepper.kept.get("start"), self.cycles.count, self.average)
         now.saved = save_checkpoint(
             now.step, now.evaluations, self.samples, self.identity, run.config, run.model,
             run.optimizer, probed, beside,

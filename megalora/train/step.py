@@ -18,7 +18,7 @@ from megalora.model.documents import unzigzag
 from megalora.model.expert_load import ExpertLoad
 from megalora.model.head import Outputs
 from megalora.model.vocab_logits import Reader, logprob
-from megalora.objectives.objective import Objective, Reference, Sequences
+from megalora.objectives.objective import Objective, Reference, Sequences, WhichModel
 from megalora.parallel import Groups
 from megalora.train.inputs import Asked, DeviceBatch, Part, to_device
 from megalora.train.references import Found, Start, model_of, set_apart
@@ -49,8 +49,8 @@ class Stepper:
             self.parameters.extend(p for p in chunk.parameters() if p.requires_grad)
         self.b_has_moved = False
         """Whether a step has moved B off zero, from when on A has a gradient."""
-        self.start: Start | None = None
-        """The adapter that the run began with, where the objective compares with it."""
+        self.kept: dict[WhichModel, Start] = {}
+        """The earlier adapters that the objective compares with, where it does."""
         self.teacher: Teacher | None = None
         """Whose distributions are learned, where the objective learns any."""
         # Megatron's schedules take what they call from the model's config.
@@ -216,7 +216,7 @@ class Stepper:
         if self.objective.references:
             with set_apart(self.chunks, self.load):
                 for reference in self.objective.references:
-                    with model_of(reference, self.chunks, self.start):
+                    with model_of(reference, self.chunks, self.kept):
                         found.add(reference, read(reference), mismatched, self.groups.dp)
         return found
 

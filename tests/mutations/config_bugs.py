@@ -166,7 +166,7 @@ CONFIG_BUGS: tuple[Bug, ...] = (
     bug(
         0,
         "early: a rank looks for weights once it has torch",
-        "megalora/train/__main__.py",
+        "megalora/train/on_ranks.py",
         "        check_weights(base)\n",
         "        pass\n",
         f"{EARLY_TEST} test_every_mistake_is_one_line_before_torch",

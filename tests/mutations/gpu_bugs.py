@@ -286,7 +286,7 @@ GPU_BUGS: tuple[Bug, ...] = (
     bug(
         0,
         "the allocator told after torch was imported",
-        "megalora/train/__main__.py",
+        "megalora/train/on_ranks.py",
         "    set_defaults(Path(config.checkpoint.dir))  # before torch is imported\n    from"
         " megalora import host\n",
         "    from megalora import host\n\n    set_defaults(Path(config.checkpoint.dir))\n",

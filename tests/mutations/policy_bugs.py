@@ -235,7 +235,7 @@ POLICY_BUGS: tuple[Bug, ...] = (
         0,
         "the start taken for the base",
         "megalora/objectives/policy.py",
-        'models["start"] = None',
+        "models[self.options.proximal] = None",
         'models["base"] = None',
         f"{OF_LOSS} passes_and",
     ),

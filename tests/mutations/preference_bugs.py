@@ -143,7 +143,7 @@ PREFERENCE_BUGS: tuple[Bug, ...] = (
         0,
         "a reference with the adapters on",
         STEP,
-        "with model_of(reference, self.chunks, self.start):",
+        "with model_of(reference, self.chunks, self.kept):",
         "if True:",
         GRID,
     ),

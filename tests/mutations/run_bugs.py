@@ -483,7 +483,7 @@ RUN_BUGS: tuple[Bug, ...] = (
     bug(
         0,
         "every rank decides by its own loss",
-        "megalora/train/loop.py",
+        "megalora/train/batches.py",
         'values = on_first_rank(lambda: found, "the evaluation failed")',
         "values = dict(found)",
         f"{FOLLOWING} first_one_s_loss",

@@ -13,6 +13,7 @@ from megalora.config import (
     ModelConfig,
     ObjectiveConfig,
     ParallelConfig,
+    RLConfig,
     RunConfig,
     TrainConfig,
 )
@@ -32,6 +33,7 @@ def make_config(
     data_seed: int = 0,
     data: Mapping[str, Any] | None = None,
     objective: ObjectiveConfig | None = None,
+    rl: RLConfig | None = None,
     **train: Any,
 ) -> RunConfig:
     """Five steps at a constant rate unless ``train`` says otherwise; no logs but
@@ -60,6 +62,7 @@ def make_config(
             | dict(data or {})
         ),
         objective=objective or ObjectiveConfig(),
+        rl=rl or RLConfig(),
         train=TrainConfig(**{**options, "recompute": recompute_from(recompute), **train}),
         checkpoint=CheckpointConfig(dir=str(out)),
         log=LogConfig(tensorboard=False, progress=False),

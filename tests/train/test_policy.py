@@ -35,7 +35,7 @@ def steps(config: RunConfig, weights: Path) -> tuple[float, float, dict[str, flo
     """(loss, gradient norm, others) of the second step, which is off the policy of the first; a
     rank function."""
     with built(config, weights) as run:
-        run.stepper.start = {p: p.detach().clone() for p in run.model.parameters}
+        run.stepper.kept["start"] = {p: p.detach().clone() for p in run.model.parameters}
         run.step(0, 3e-3)
         return *run.step(1, 0.0), run.others
 

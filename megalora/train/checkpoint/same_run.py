@@ -29,6 +29,7 @@ ADDED = {
     "lora.modules_to_save": [], "lora.trainable_token_indices": [],
     "train.relora": None, "train.ema_decay": 0.0,
     "objective.num_labels": None, "objective.labels": None,
+    "rl.group_size": 8, "rl.steps_per_rollout": 1,
 }  # fmt: skip
 """Such options that checkpoints of earlier versions lack, and what they did then."""
 BY_CONTENT = ("model.path", "data.train", "data.eval")

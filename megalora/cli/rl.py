@@ -1,0 +1,59 @@
+"""The command ``megalora rl``."""
+
+import os
+from typing import Any
+
+from megalora.cli.command_parser import add_command, add_config_arguments
+from megalora.launching import ranks_here, torchrun
+
+
+def add_rl_command(commands: Any) -> None:
+    rl = add_command(
+        commands,
+        "rl",
+        help="learn from rewards: sample completions, judge them, train on them, again and again",
+        example="megalora rl run.yaml --nproc 8 train.lr=2e-5",
+        more="The config needs objective.name=grpo and rl.rewards; see docs/rl.md. Each checkpoint"
+        " in checkpoint.dir is an adapter that PEFT loads, rollouts/ beside them is what was"
+        " sampled.",
+    )
+    add_config_arguments(rl)
+    add_rank_arguments(rl)
+    rl.set_defaults(action=_rl)
+
+
+def add_rank_arguments(parser: Any) -> None:
+    """How many ranks to start here, and how often again."""
+    parser.add_argument(
+        "--nproc", type=int, default=1, help="number of ranks to start, one per GPU"
+    )
+    parser.add_argument(
+        "--max-restarts",
+        type=int,
+        default=0,
+        help="number of times that ranks start again and resume after one has failed",
+    )
+
+
+def start_ranks(options: Any, rest: list[str], module: str) -> None:
+    """Check a run's config and start its ranks under torchrun.
+
+    Args:
+        rest: ``section.key=value`` that stood behind other arguments.
+        module: what each rank runs.
+    """
+    from megalora.preflight import check_run
+
+    overrides = [*options.overrides, *rest]
+    # Here, so that a mistake is shown before ranks start and once, not by each of them.
+    check_run(options.config, overrides, options.nproc, samples=module == "megalora.rl")
+    # Seconds to save after SIGTERM; torchrun's own default kills after 30.
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
+    if options.max_restarts < 0:
+        raise ValueError(f"--max-restarts must not be negative, got {options.max_restarts}")
+    ranks = [*ranks_here(options.nproc), "--max-restarts", str(options.max_restarts)]
+    torchrun([*ranks, "-m", module, str(options.config), *overrides])
+
+
+def _rl(options: Any, rest: list[str]) -> None:
+    start_ranks(options, rest, "megalora.rl")

@@ -1,0 +1,92 @@
+"""The ``rl`` section: sampling completions and judging them, for megalora rl."""
+
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from megalora.config.checks import require
+
+_ABOVE_ZERO = (
+    "reward_workers", "reward_timeout", "group_size", "steps_per_rollout", "max_new_tokens",
+    "concurrency",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class RLConfig:
+    rewards: str | dict[str, float] | None = None
+    """What judges a completion, or several with their weights: ``last-number``, ``exact``,
+    ``regex:PATTERN``, ``math-verify``, or your own ``module:function`` or ``file.py:function`` of
+    (prompt, completion, row). With it ``data.train`` holds prompts, and ``megalora rl`` samples
+    their completions. null where the data holds rollouts."""
+    environment: str | None = None
+    """An episode of several turns, such as one with tools: ``module:function`` or
+    ``file.py:function``, an async function of (client, row). null is one completion of a prompt."""
+    reward_workers: int = 4
+    """Processes in which rewards run that are no async functions."""
+    reward_timeout: float = 30.0
+    """Seconds that a reward may take."""
+    reward_failure: Literal["stop", "leave_out"] = "stop"
+    """What becomes of a completion whose reward fails or takes too long: it ends the run, or it is
+    left out and counted."""
+    group_size: int = 8
+    """Completions of a prompt, which are compared with each other."""
+    steps_per_rollout: int = 1
+    """Optimizer steps on what is sampled at once: ``train.global_batch_size`` completions for each.
+    From the second one on, they were sampled by an earlier adapter."""
+    max_new_tokens: int = 256
+    """Tokens of a completion, at most; of each turn in an environment. Prompts that leave no room
+    for so many in ``data.max_length`` are left out and counted."""
+    concurrency: int = 64
+    """Completions that are sampled at the same time: on each data-parallel rank, or by each of
+    ``rl.servers``."""
+    eval_temperature: float = 0.0
+    """Temperature of evaluations, of one completion for each prompt of ``data.eval``. 0 takes the
+    most probable token. Training samples at a temperature of 1."""
+    largest_gap: float | None = None
+    """Largest mean difference between log-probabilities of the engine and of this model for the
+    same adapter; above it the run stops. null is 1e-5 in float32, and no limit in other dtypes,
+    where rounding alone gives 1e-2."""
+
+    def __post_init__(self) -> None:
+        for name in _ABOVE_ZERO:
+            value = getattr(self, name)
+            # As "above", so that NaN is refused, too.
+            require(value > 0, f"rl.{name} must be above 0, got {value}")
+        require(
+            0 <= self.eval_temperature < float("inf"),
+            f"rl.eval_temperature must be 0 or above, got {self.eval_temperature}",
+        )
+        require(
+            self.largest_gap is None or self.largest_gap > 0,
+            f"rl.largest_gap must be above 0, got {self.largest_gap}",
+        )
+        require(
+            self.group_size > 1,
+            f"rl.group_size={self.group_size}: a completion is compared with others of its prompt;"
+            " it must be at least 2",
+        )
+        if isinstance(self.rewards, dict):
+            require(bool(self.rewards), "rl.rewards is an empty mapping; name a reward")
+        if not self.is_on:
+            self._check_unread()
+
+    def _check_unread(self) -> None:
+        for option in fields(self):
+            value = getattr(self, option.name)
+            require(
+                value == option.default,
+                f"rl.{option.name}={value} does nothing without rl.rewards or rl.environment, which"
+                " say how completions are judged",
+            )
+
+    @property
+    def is_on(self) -> bool:
+        """Whether the run samples completions itself."""
+        return self.rewards is not None or self.environment is not None
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Each reward with its weight."""
+        if isinstance(self.rewards, str):
+            return {self.rewards: 1.0}
+        return dict(self.rewards or {})

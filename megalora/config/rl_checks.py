@@ -1,0 +1,106 @@
+"""What the ``rl`` section asks of the other sections."""
+
+from typing import Protocol
+
+from megalora.config.checkpoint import CheckpointConfig
+from megalora.config.checks import require
+from megalora.config.data import DataConfig
+from megalora.config.lora import LoRAConfig
+from megalora.config.objective import ObjectiveConfig
+from megalora.config.parallel import ParallelConfig, check_generation
+from megalora.config.rl import RLConfig
+from megalora.config.train import TrainConfig
+
+
+class Sections(Protocol):
+    """The sections that are looked at: those of ``RunConfig``, which imports this module."""
+
+    @property
+    def rl(self) -> RLConfig: ...
+    @property
+    def data(self) -> DataConfig: ...
+    @property
+    def train(self) -> TrainConfig: ...
+    @property
+    def objective(self) -> ObjectiveConfig: ...
+    @property
+    def parallel(self) -> ParallelConfig: ...
+    @property
+    def lora(self) -> LoRAConfig: ...
+    @property
+    def checkpoint(self) -> CheckpointConfig: ...
+
+
+def check_rl(config: Sections) -> None:
+    """Raise ``ValueError`` where other sections do not fit a run that samples its completions."""
+    rl = config.rl
+    require(
+        config.objective.name == "grpo",
+        f"rl.rewards needs objective.name=grpo, got {config.objective.name}: rewards are what it"
+        " learns from",
+    )
+    require(
+        rl.max_new_tokens < config.data.max_length,
+        f"rl.max_new_tokens={rl.max_new_tokens} leaves no room for a prompt in"
+        f" data.max_length={config.data.max_length}, which holds prompt and completion",
+    )
+    # Stages and parts of rows have no cache to generate from.
+    check_generation(config.parallel.pp, config.parallel.cp, "sampling by the run's own model")
+    _check_steps(config)
+    _check_policy(config)
+    unread = {
+        "train.relora": config.train.relora is not None,
+        "train.check_base=loss": config.train.check_base == "loss",
+        "lora.dropout": config.lora.dropout > 0,
+    }
+    reasons = {
+        "train.relora": "nothing was compared with both",
+        "train.check_base=loss": "there is no batch before the first completions are sampled; use"
+        " train.check_base=layers",
+        "lora.dropout": "completions are sampled without dropout, so that ratios would compare two"
+        " different models",
+    }
+    for option, is_set in unread.items():
+        require(not is_set, f"{option} does not go with rl.rewards: {reasons[option]}")
+
+
+def _check_steps(config: Sections) -> None:
+    rl = config.rl
+    train = config.train
+    require(
+        train.steps is not None and train.epochs is None,
+        "rl.rewards needs train.steps, and no train.epochs: a run samples as many completions as"
+        " its steps take",
+    )
+    require(
+        train.global_batch_size % rl.group_size == 0,
+        f"train.global_batch_size={train.global_batch_size} counts completions and must be a"
+        f" multiple of rl.group_size={rl.group_size}, the completions of a prompt",
+    )
+    every = rl.steps_per_rollout
+    # Between the steps on one rollout there is nothing to go on from: the rollouts would be lost.
+    for name, value in (
+        ("train.steps", train.steps or 0),
+        ("train.eval_every", train.eval_every),
+        ("checkpoint.every", config.checkpoint.every),
+    ):
+        require(
+            value % every == 0,
+            f"{name}={value} must be a multiple of rl.steps_per_rollout={every}: a run evaluates,"
+            " saves and stops where it would sample anew",
+        )
+
+
+def _check_policy(config: Sections) -> None:
+    policy = config.objective.learned_policy
+    assert policy is not None, "the objective is grpo"
+    meant = {
+        "data": "there is no file of rollouts with proximal_logprobs",
+        "start": "it is the adapter that the whole run began with",
+    }
+    require(
+        policy.proximal not in meant,
+        f"objective.policy.proximal={policy.proximal} does not go with rl.rewards:"
+        f" {meant.get(policy.proximal)}; use engine, or recompute for the adapter that a rollout"
+        " was sampled with",
+    )

@@ -1,0 +1,32 @@
+"""What samples completions, whether it is the run's own model or a server."""
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import Any, Protocol
+
+from megalora.rl.episode import Sampled
+
+
+class Engine(Protocol):
+    """Samples for episodes that are played on the first rank."""
+
+    def publish(self, version: int) -> None:
+        """From now on, sample from the adapter as it is; collective over the world."""
+        ...
+
+    async def sample(self, tokens: Sequence[int], stream: int, temperature: float) -> Sampled:
+        """What stands behind these tokens; on the first rank's event loop.
+
+        Args:
+            stream: number of the stream of draws, where the engine has such: the same for the same
+                request of the same run.
+        """
+        ...
+
+    def work_until(self, done: "Future[Any] | None") -> None:
+        """Let episodes be played until ``done`` is; collective over the world.
+
+        Args:
+            done: of the first rank; None on the others.
+        """
+        ...

@@ -1,0 +1,48 @@
+"""What each rank does before it trains: read the config, install the device, join the others."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megalora.environment import set_defaults
+
+
+def on_ranks(
+    arguments: list[str], module: str, begin: Callable[[], Callable[[Any, str | None], Any]]
+) -> None:
+    """Train as ``CONFIG.yaml [section.key=value ...]`` says.
+
+    Args:
+        module: what torchrun has started, for the message.
+        begin: imports what trains and returns it, a function of config and job; called when the
+            device is installed.
+    """
+    from megalora.config.file import load_config
+    from megalora.preflight import check_command, check_paths, check_weights
+
+    if not arguments or arguments[0] in ("-h", "--help"):
+        raise ValueError(
+            f"usage: torchrun --nproc-per-node N -m {module} CONFIG.yaml [section.key=value ...]"
+        )
+    config = load_config(arguments[0], arguments[1:])
+    # Here too: on several nodes nothing else looks before the ranks start.
+    config.check_training()
+    check_command(config, samples=module == "megalora.rl")
+    check_paths(config)
+    base = Path(config.model.path)
+    # A name on the hub: the ranks download it.
+    if base.is_dir():
+        check_weights(base)
+    set_defaults(Path(config.checkpoint.dir))  # before torch is imported
+    from megalora import host
+
+    config.check_world(host.world_size())
+    host.install()
+    train = begin()
+    from megalora.train.lost_peer import explained
+
+    run = Path(config.checkpoint.dir)
+    # Twice: a peer may be lost while ranks meet, too; and where it is lost later, the group must
+    # not be left in order.
+    with explained(run), host.process_group(config.train.timeout_minutes) as job, explained(run):
+        train(config, job)

@@ -1,0 +1,129 @@
+"""Which prompts are begun when, and which completions a round trains on."""
+
+import asyncio
+import random
+from collections import Counter
+from itertools import count
+from typing import Any
+
+import pytest
+
+from megalora.rl.collect import MOST_DRAWS, Collector, Plan
+from megalora.rl.episode import Episode, Prompt
+
+
+def prompt(number: int) -> Prompt:
+    return Prompt(number, {}, [1], "", "")
+
+
+def episode(asked: Prompt, place: int, version: int = 0, reward: float = 0.0) -> Episode:
+    return Episode(asked, place, [7], [-1.0], [1], [version], False, "", reward, {})
+
+
+class Played:
+    """Episodes that take a while, of the version that is current when they begin."""
+
+    def __init__(self, groups: int, staleness: int) -> None:
+        self.version = 0
+        self.begun: set[int] = set()
+        self.limit = groups * (staleness + 1)
+        self.too_many = False
+        self.seconds = random.Random(0)
+
+    async def __call__(self, asked: Prompt, place: int) -> Episode:
+        self.begun.add(asked.number)
+        self.too_many |= len(self.begun) > self.limit
+        version = self.version
+        # One in seven is ten times slower.
+        await asyncio.sleep(self.seconds.random() * (0.02 if asked.number % 7 else 0.2))
+        return episode(asked, place, version)
+
+
+@pytest.mark.parametrize("staleness", [0, 1, 2])
+def test_no_completion_is_older_than_allowed(staleness: int) -> None:
+    played = Played(3, staleness)
+    prompts = (prompt(number) for number in count())
+    trained: list[int] = []
+    oldest = 0
+    with Collector(played, prompts, Plan(3, 2, staleness), lambda group: True) as collector:
+        for round in range(8):
+            played.version = round
+            played.limit = 3 * (round + staleness + 1)
+            taken = collector.begin_round(round).result(10)
+            assert len(taken.groups) == 3 and not taken.left_out
+            for group in taken.groups:
+                assert [one.sample for one in group] == [0, 1]
+                assert len({one.prompt.number for one in group}) == 1
+                trained.append(group[0].prompt.number)
+                oldest = max(oldest, round - min(one.versions[0] for one in group))
+    assert not played.too_many and oldest <= staleness
+    # It is used where it is allowed, and slow ones are neither lost nor asked twice.
+    assert oldest > 0 or staleness == 0
+    assert len(set(trained)) == len(trained)
+    if staleness == 0:
+        assert trained == list(range(24))
+
+
+def test_another_prompt_takes_the_place_of_one_that_teaches_nothing() -> None:
+    async def play(asked: Prompt, place: int) -> Episode:
+        await asyncio.sleep(0.001 * (asked.number % 3))
+        return episode(asked, place, reward=asked.number * place)
+
+    def differ(group: list[Episode]) -> bool:
+        return group[0].prompt.number % 4 != 0
+
+    prompts = (prompt(number) for number in count())
+    with Collector(play, prompts, Plan(3, 2), differ) as collector:
+        first = collector.begin_round(0).result(10)
+        second = collector.begin_round(1).result(10)
+    # The first so many prompts of which enough are kept, whatever order they end in.
+    assert [group[0].prompt.number for group in first.groups] == [1, 2, 3]
+    assert [group[0].prompt.number for group in first.left_out] == [0]
+    assert [group[0].prompt.number for group in second.groups] == [5, 6, 7]
+    assert sorted(second.prompts) == [4, 5, 6, 7]
+
+
+def test_rewards_that_teach_nothing_end_the_run() -> None:
+    async def play(asked: Prompt, place: int) -> Episode:
+        return episode(asked, place)
+
+    prompts = (prompt(number) for number in count())
+    with (
+        Collector(play, prompts, Plan(2, 2), lambda group: False) as collector,
+        pytest.raises(
+            ValueError, match=f"{2 * MOST_DRAWS + 1} prompts in a row have completions of"
+        ),
+    ):
+        collector.begin_round(0).result(10)
+
+
+def test_the_first_failure_ends_the_round() -> None:
+    async def play(asked: Prompt, place: int) -> Episode:
+        if asked.number == 1:
+            raise ValueError("the reward of row 1 is no number")
+        await asyncio.sleep(10)
+        return episode(asked, place)
+
+    prompts = (prompt(number) for number in count())
+    with (
+        Collector(play, prompts, Plan(3, 2), lambda group: True) as collector,
+        pytest.raises(ValueError, match="the reward of row 1 is no number"),
+    ):
+        # Without waiting for the others.
+        collector.begin_round(0).result(5)
+
+
+def test_a_resumed_run_begins_no_more_than_one_that_went_on() -> None:
+    begun: Counter[int] = Counter()
+
+    async def play(asked: Prompt, place: int) -> Episode:
+        begun[asked.number] += 1
+        return episode(asked, place)
+
+    # Prompts 9 and 11 were done with before; 8 and 10 had been begun and were lost.
+    prompts = (prompt(number) for number in count() if number not in {*range(8), 9, 11})
+    with Collector(play, prompts, Plan(5, 1, staleness=1), lambda group: True, 2) as collector:
+        taken = collector.begin_round(2).result(10)
+        found: Any = collector.play_all([prompt(99)], play).result(10)
+    assert [group[0].prompt.number for group in taken.groups] == [8, 10, 12, 13, 14]
+    assert sum(begun.values()) == 10 + 1 and found[0].prompt.number == 99

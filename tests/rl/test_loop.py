@@ -1,0 +1,110 @@
+"""A run that samples what it learns from."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from megalora.adapters.files import WEIGHTS
+from megalora.rl.rollouts import FOLDER, ROUNDS
+from tests.distributed.ranks import run_ranks
+from tests.jsonl import read_jsonl
+from tests.parity.runs import records
+from tests.rl.played import LOW, rl_config, train_by_ids, write_prompts
+
+
+def rollouts(run: Path, step: int) -> list[dict[str, Any]]:
+    return read_jsonl(run / FOLDER / f"step_{step:06}.jsonl")
+
+
+def test_each_step_learns_from_what_the_adapter_before_it_has_sampled(
+    tiny: Path, tmp_path: Path
+) -> None:
+    prompts = write_prompts(tmp_path / "prompts.jsonl")
+    config = rl_config(tiny, prompts, tmp_path / "run", eval_every=2)
+    run_ranks(train_by_ids, 1, config)
+    asked: list[int] = []
+    for step in range(4):
+        rows = rollouts(tmp_path / "run", step)
+        assert len(rows) == 8 and {row["version"] for row in rows} == {step}
+        groups = [row["group"] for row in rows]
+        assert groups == [2 * step] * 4 + [2 * step + 1] * 4
+        for row in rows:
+            low = [token < LOW for token in row["completion_ids"]]
+            assert row["reward"] == sum(low) / len(low) and len(low) == len(row["logprobs"])
+        asked.append(groups[0])
+    assert records(tmp_path / "run", "reward")[0] == pytest.approx(
+        sum(row["reward"] for row in rollouts(tmp_path / "run", 0)) / 8
+    )
+    # The engine is the model: what lies between them is rounding.
+    assert max(records(tmp_path / "run", "engine_gap_max")) < 1e-5
+    assert records(tmp_path / "run", "ratio") == pytest.approx([1] * 4, abs=1e-5)
+    # Of three prompts that were held out, before, within and after.
+    rewards = records(tmp_path / "run", "eval_reward")
+    assert len(rewards) == 3
+    assert records(tmp_path / "run", "eval_loss") == [-reward for reward in rewards]
+
+
+@pytest.mark.slow
+def test_layouts_sample_and_learn_alike(tiny: Path, tmp_path: Path) -> None:
+    prompts = write_prompts(tmp_path / "prompts.jsonl")
+    layouts: list[tuple[int, dict[str, Any]]] = [
+        (1, {"micro_batch_size": 4}),
+        (2, {"parallel": {"ep": 2}, "micro_batch_size": 1}),
+        (4, {"parallel": {"tp": 2, "ep": 2}, "micro_batch_size": 1, "micro_batch_tokens": 255}),
+    ]
+    found = []
+    for world, options in layouts:
+        out = tmp_path / f"{world}"
+        config = rl_config(tiny, prompts, out, steps=2, eval=1, data={"eval": None}, **options)
+        run_ranks(train_by_ids, world, config)
+        ids = [row["completion_ids"] for step in (0, 1) for row in rollouts(out, step)]
+        found.append((ids, [records(out, key) for key in ("loss", "grad_norm", "entropy")]))
+    for ids, values in found[1:]:
+        assert ids == found[0][0]
+        for mine, first in zip(values, found[0][1], strict=True):
+            assert mine == pytest.approx(first, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("drops", [False, True])
+def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(
+    drops: bool, tiny: Path, tmp_path: Path
+) -> None:
+    """With groups left out, where it goes on does not follow from the step alone."""
+    prompts = write_prompts(tmp_path / "prompts.jsonl")
+    options: dict[str, Any] = {
+        "policy": {"drop_even_groups": drops, "proximal": "recompute"},
+        "rl": {"steps_per_rollout": 2, "max_new_tokens": 2 if drops else 4},
+    }
+    through = rl_config(tiny, prompts, tmp_path / "through", steps=8, **options)
+    run_ranks(train_by_ids, 1, through)
+    half = rl_config(tiny, prompts, tmp_path / "half", steps=4, **options)
+    run_ranks(train_by_ids, 1, half)
+    # A later process that was killed before its checkpoint leaves rollouts behind.
+    rounds = tmp_path / "half" / FOLDER / ROUNDS
+    with rounds.open("a") as file:
+        file.write('{"round": 2, "step": 4, "prompts": [900, 901]}\n{"round": 3, "st')
+    on = rl_config(tiny, prompts, tmp_path / "half", steps=8, **options)
+    on = replace(on, checkpoint=replace(on.checkpoint, resume=True))
+    run_ranks(train_by_ids, 1, on)
+    for step in range(0, 8, 2):
+        expected = rollouts(tmp_path / "through", step)
+        assert rollouts(tmp_path / "half", step) == expected
+        # A rollout has the completions of two steps.
+        assert sum(row["trained"] for row in expected) == 16
+    assert any(len(rollouts(tmp_path / "half", s)) > 16 for s in range(0, 8, 2)) == drops
+    done = [row["prompts"] for row in read_jsonl(rounds)]
+    assert done == [row["prompts"] for row in read_jsonl(tmp_path / "through" / FOLDER / ROUNDS)]
+    # The second step on a rollout is off the policy, and compares with the first step's adapter.
+    ratios = records(tmp_path / "half", "ratio")
+    assert ratios[::2] == pytest.approx([1] * 4, abs=1e-5)
+    assert all(abs(ratio - 1) > 1e-4 for ratio in ratios[1::2])
+    ours = load_file(tmp_path / "half" / "step_000008" / WEIGHTS)
+    for name, tensor in load_file(tmp_path / "through" / "step_000008" / WEIGHTS).items():
+        assert ours[name].equal(tensor), name
+    other = replace(on, rl=replace(on.rl, group_size=8))
+    with pytest.raises(Exception, match="was trained with rl.group_size=4, this run has 8"):
+        run_ranks(train_by_ids, 1, other)
