@@ -45,8 +45,8 @@ _EVALUATION = 1 << 62
 
 PlayWith = Callable[[Prompt, int, Ask], Awaitable[Episode]]
 """Plays one completion of a prompt, which asks for what is sampled."""
-MakePlay = Callable[[], AbstractAsyncContextManager[PlayWith]]
-"""Opens what judges and plays."""
+MakePlay = Callable[[RunConfig], AbstractAsyncContextManager[PlayWith]]
+"""Opens what judges and plays, on the event loop."""
 
 
 class SampledBatches(Batches):
@@ -111,7 +111,7 @@ class SampledBatches(Batches):
         kept = partial(is_kept, policy=self.policy)
         with Collector(self._train_on, prompts, plan, kept, round) as collector:
             self.collector = collector
-            opened = self.make_play()
+            opened = self.make_play(self.config)
             self.play = collector.run(opened.__aenter__()).result()
             try:
                 yield
@@ -133,8 +133,6 @@ class SampledBatches(Batches):
         samples, self.by_step = samples_of(taken.groups, self.policy, every)
         self.first_step = step
         self.train = split_of(samples, self.prompts.train, self.policy)
-        # Kept by the number of the step, which says nothing of what was sampled for it.
-        self._rows_of_step.cache_clear()
         versions = {version for group in taken.groups for one in group for version in one.versions}
         self.is_fresh = versions == {step}
         if self.policy.proximal == "recompute":

@@ -32,6 +32,7 @@ from tests.mutations.preference_bugs import PREFERENCE_BUGS
 from tests.mutations.recipe_bugs import RECIPE_BUGS
 from tests.mutations.relora_bugs import RELORA_BUGS
 from tests.mutations.report_bugs import REPORT_BUGS
+from tests.mutations.rl_bugs import RL_BUGS
 from tests.mutations.row_bugs import ROW_BUGS
 from tests.mutations.run_bugs import RUN_BUGS
 from tests.mutations.score_bugs import SCORE_BUGS
@@ -82,6 +83,7 @@ EVERY_BUG = (
     + DISTILL_BUGS
     + BALANCE_BUGS
     + RELORA_BUGS
+    + RL_BUGS
     + AVERAGE_BUGS
     + DORA_BUGS
     + BEGUN_BUGS

@@ -27,7 +27,7 @@ def write_prompts(path: Path, num: int = 10) -> Path:
 
 
 @asynccontextmanager
-async def by_ids() -> AsyncIterator[PlayWith]:
+async def by_ids(config: RunConfig) -> AsyncIterator[PlayWith]:
     """Rewards the share of low token ids."""
 
     async def play(prompt: Prompt, place: int, ask: Ask) -> Episode:

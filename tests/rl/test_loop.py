@@ -1,6 +1,7 @@
 """A run that samples what it learns from."""
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,11 @@ import pytest
 from safetensors.torch import load_file
 
 from megalora.adapters.files import WEIGHTS
+from megalora.config import RunConfig
+from megalora.data.batch import Batch
+from megalora.rl.batches import SampledBatches
+from megalora.rl.embedded import Embedded
+from megalora.rl.episode import Sampled
 from megalora.rl.rollouts import FOLDER, ROUNDS
 from tests.distributed.ranks import run_ranks
 from tests.jsonl import read_jsonl
@@ -41,10 +47,66 @@ def test_each_step_learns_from_what_the_adapter_before_it_has_sampled(
     # The engine is the model: what lies between them is rounding.
     assert max(records(tmp_path / "run", "engine_gap_max")) < 1e-5
     assert records(tmp_path / "run", "ratio") == pytest.approx([1] * 4, abs=1e-5)
+    # No two completions are drawn alike, and each is an answer to its own prompt.
+    first = rollouts(tmp_path / "run", 0)
+    assert len({tuple(row["completion_ids"]) for row in first}) == 8
+    assert len({tuple(row["prompt_ids"]) for row in first}) == 2
     # Of three prompts that were held out, before, within and after.
     rewards = records(tmp_path / "run", "eval_reward")
     assert len(rewards) == 3
     assert records(tmp_path / "run", "eval_loss") == [-reward for reward in rewards]
+
+
+def stale(config: RunConfig) -> None:
+    """An engine whose log-probabilities are of something else; a rank function."""
+    sample = Embedded.sample
+
+    async def other(self: Embedded, tokens: Any, stream: int, temperature: float) -> Sampled:
+        sampled = await sample(self, tokens, stream, temperature)
+        return replace(sampled, logprobs=[logprob - 1e-4 for logprob in sampled.logprobs])
+
+    Embedded.sample = other  # type: ignore[method-assign]
+    train_by_ids(config)
+
+
+@pytest.mark.slow
+def test_an_engine_with_another_adapter_stops_the_run(tiny: Path, tmp_path: Path) -> None:
+    prompts = write_prompts(tmp_path / "prompts.jsonl")
+    config = rl_config(tiny, prompts, tmp_path / "run", steps=1)
+    with pytest.raises(Exception, match=r"step 1: the engine and this model differ by 1.0e-04 on"):
+        run_ranks(stale, 1, config)
+    # A limit of the user's own counts instead.
+    config = replace(config, rl=replace(config.rl, largest_gap=2e-4))
+    run_ranks(stale, 1, config)
+    assert records(tmp_path / "run", "engine_gap") == pytest.approx([1e-4], rel=0.02)
+
+
+def rows_of_both_steps(config: RunConfig) -> list[set[tuple[int, ...]]]:
+    """Of the two steps of a rollout, the tokens of its sequences; a rank function."""
+    found: list[set[tuple[int, ...]]] = []
+    of_step = SampledBatches.of_step
+
+    def kept(self: SampledBatches, step: int) -> list[Batch]:
+        rows = of_step(self, step)
+        sequences: set[tuple[int, ...]] = set()
+        for row in rows:
+            for start, end in pairwise(row.ends[: row.num_sequences + 1]):
+                sequences.add((*row.tokens[start:end].tolist(), int(row.labels[end - 1])))
+        found.append(sequences)
+        return rows
+
+    SampledBatches.of_step = kept  # type: ignore[method-assign]
+    train_by_ids(config)
+    return found
+
+
+def test_the_second_step_has_completions_of_its_own(tiny: Path, tmp_path: Path) -> None:
+    prompts = write_prompts(tmp_path / "prompts.jsonl")
+    config = rl_config(tiny, prompts, tmp_path / "run", steps=2, rl={"steps_per_rollout": 2})
+    (steps,) = run_ranks(rows_of_both_steps, 1, config)
+    rows = rollouts(tmp_path / "run", 0)
+    every = [(*row["prompt_ids"], *row["completion_ids"]) for row in rows]
+    assert steps == [set(every[:8]), set(every[8:])] and len(set(every)) == 16
 
 
 @pytest.mark.slow
