@@ -66,6 +66,7 @@ WITHOUT_TORCH = (
     "megalora/__init__.py", "megalora/__main__.py", "megalora/cli/", "megalora/config/",
     "megalora/environment.py", "megalora/adapters/__init__.py", "megalora/adapters/files.py",
     "megalora/adapters/read/__init__.py", "megalora/adapters/read/options.py",
+    "megalora/adapters/read/weights.py",
     "megalora/data/__init__.py", "megalora/data/messages.py", "megalora/data/sources.py",
     "megalora/data/pack.py", "megalora/data/logits_header.py",
     "megalora/lora/__init__.py", "megalora/lora/spec.py", "megalora/lora/trained_weight.py",

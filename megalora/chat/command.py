@@ -76,13 +76,14 @@ def _local(target: str, options: ChatOptions) -> Engine:
     return LocalEngine(base, adapter, options.dtype)
 
 
-def find_models(target: str, base: str | None) -> tuple[Path, Path | None]:
+def find_models(target: str, base: str | None, *, score: bool = False) -> tuple[Path, Path | None]:
     """(base folder, adapter folder or None) of what a user names.
 
     Args:
         target: an adapter folder, a run folder, whose latest checkpoint is taken and named, or a
             model's folder or hub name.
         base: what ``--base`` names, None for what the adapter names.
+        score: whether an adapter may have a score head in place of lm_head.
     Raises:
         ValueError: it is none of these, or a part of it is missing.
     """
@@ -98,7 +99,7 @@ def find_models(target: str, base: str | None) -> tuple[Path, Path | None]:
         _check_model(model, target)
         return model, None
     # Variants of LoRA that nothing here computes, such as DoRA, before anything is loaded.
-    refuse_variants(adapter / CONFIG, read_config(adapter))
+    refuse_variants(adapter / CONFIG, read_config(adapter), score=score)
     if base is None:
         base = named_base(adapter)
     model = local_folder(base, "--base")

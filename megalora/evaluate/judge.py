@@ -1,6 +1,7 @@
 """Evaluate an adapter and its base on the ranks of a world: one model, with its adapters and then
 with them switched off."""
 
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,7 @@ from megalora.data.questions import Question
 from megalora.data.splits import Split, load_data
 from megalora.data.tokenizer import load_tokenizer
 from megalora.evaluate.request import Plan
-from megalora.evaluate.verdict import Judged, Verdict, judge_answers, questions_of
+from megalora.evaluate.verdict import Judged, Verdict, judge_answers, kind_of, questions_of
 from megalora.generate.generate import generate
 from megalora.generate.options import stop_tokens
 from megalora.lora.adapted_model import AdaptedModel, load_adapter
@@ -52,16 +53,32 @@ def judge(plan: Plan) -> Verdict:
         judged: dict[str, Judged] = {}
         if plan.adapter is not None:
             judged["adapter"] = _judge_one(plan, model, split, questions, tokenizer, start, teacher)
-        # The base in the memory that is there; not zeros everywhere, which magnitudes of DoRA would
-        # make of its linears, too.
-        with adapters_off(model.chunks):
-            judged["base"] = _judge_one(plan, model, split, questions, tokenizer, start, teacher)
+        # A base has no score head of its own: there is nothing to hold the adapter's against.
+        if not config.objective.num_scores:
+            # The base in the memory that is there; not zeros everywhere, which magnitudes of DoRA
+            # would make of its linears, too.
+            with adapters_off(model.chunks):
+                judged["base"] = _judge_one(
+                    plan, model, split, questions, tokenizer, start, teacher
+                )
         # Nothing may refer to the groups when they end.
         del model, start, teacher
-    return Verdict(
-        split.summary(), questions, judged, is_of_pairs=config.objective.pairs,
-        is_of_labels=config.objective.labelled, is_of_teacher=config.objective.teacher is not None,
-    )  # fmt: skip
+    kind = kind_of(config.objective)
+    notes = _commonest(split, config.objective.num_scores) if kind == "labels" else []
+    return Verdict(split.summary(), questions, judged, kind=kind, notes=notes)
+
+
+def _commonest(split: Split, num_labels: int) -> list[str]:
+    """What a classifier that always gives the commonest label would reach; nothing for values,
+    which have no accuracy."""
+    if num_labels == 1 or not split.samples:
+        return []
+    counts = Counter(int(sample.value) for sample in split.samples)
+    label, count = counts.most_common(1)[0]
+    names = split.scoring.names if split.scoring is not None else ()
+    called = names[label] if names else str(label)
+    share = count / len(split.samples)
+    return [f"the commonest label, {called}, is that of {share:.1%} of these samples"]
 
 
 def _build(plan: Plan, groups: Groups) -> AdaptedModel:
@@ -72,7 +89,7 @@ def _build(plan: Plan, groups: Groups) -> AdaptedModel:
     # From the file, not from the config: an adapter made elsewhere has its own ranks and scales.
     adapter = None
     if plan.adapter is not None:
-        adapter = read_adapter(plan.adapter, shape, base=plan.base)
+        adapter = read_adapter(plan.adapter, shape, base=plan.base, score=True)
         # A checkpoint has its run's start as it was trained, without what engines want beside it.
         if config.objective.holds_start:
             adapter = trained_form(adapter, shape).adapter

@@ -1,17 +1,58 @@
 """Show an evaluation's result: lines, a table of examples, and a JSON record. No torch."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megalora.evaluate.request import Plan
 
 if TYPE_CHECKING:
-    from megalora.evaluate.verdict import Judged, Verdict
+    from megalora.evaluate.verdict import Judged, Kind, Verdict
 
 EXAMPLES = 10
 _WIDTHS = (28, 18, 24, 24)
 """Columns of the table of examples: question, expected answer, answers."""
+
+
+@dataclass(frozen=True)
+class _Column:
+    """A number beside the loss."""
+
+    key: str
+    """Its name in ``Judged.others``."""
+    title: str
+    form: str = ".4f"
+    """As ``format`` takes it."""
+    width: int = 12
+
+
+@dataclass(frozen=True)
+class _Table:
+    columns: tuple[_Column, ...]
+    count: str
+    """What the last column counts."""
+
+
+_ACCURACY = _Column("accuracy", "accuracy", ".1%")
+_TABLES: dict[str, _Table] = {
+    "tokens": _Table((_Column("perplexity", "perplexity", ".4g"),), "target tokens"),
+    "pairs": _Table((_ACCURACY, _Column("margin", "margin")), "pairs"),
+    "rated": _Table(
+        (
+            _Column("kl", "kl"),
+            _Column("good_reward", "good reward", width=13),
+            _Column("bad_reward", "bad reward", width=13),
+        ),
+        "samples",
+    ),
+    "taught": _Table(
+        (_Column("divergence", "divergence"), _Column("cross_entropy", "cross entropy", width=15)),
+        "target tokens",
+    ),
+    "labels": _Table((_ACCURACY,), "samples"),
+}
+"""By what the loss is of (``verdict.Kind``)."""
 
 
 def text_of(plan: Plan, verdict: "Verdict") -> str:
@@ -23,20 +64,16 @@ def text_of(plan: Plan, verdict: "Verdict") -> str:
     # "base" sorts behind "adapter".
     names = sorted(verdict.judged, reverse=True)
     if not verdict.asked:
+        table = _TABLES[verdict.kind]
         head = f"{'':<8}{'loss':>10}"
-        if verdict.is_of_pairs:
-            head += f"{'accuracy':>12}{'margin':>12}{'pairs':>15}"
-        elif verdict.is_of_labels:
-            head += f"{'kl':>12}{'good reward':>13}{'bad reward':>13}{'samples':>15}"
-        elif verdict.is_of_teacher:
-            head += f"{'divergence':>12}{'cross entropy':>15}{'target tokens':>15}"
-        else:
-            head += f"{'perplexity':>12}{'target tokens':>15}"
-        lines.append(head)
+        for column in table.columns:
+            head += f"{column.title:>{column.width}}"
+        lines.append(f"{head}{table.count:>15}")
     for name in names:
         lines.append(_line(name, verdict.judged[name], verdict))
     if verdict.asked:
         lines.append("no loss: a server gives answers alone; without --url it is computed here")
+    lines += verdict.notes
     if cut := _cut(plan, verdict, names):
         lines.append(cut)
     if verdict.questions:
@@ -58,20 +95,18 @@ def _asked(plan: Plan, verdict: "Verdict") -> str:
 def _line(name: str, one: "Judged", verdict: "Verdict") -> str:
     """A row of the table: the loss where there is one, and answers where there are any."""
     line = f"{name:<8}"
-    if one.loss is not None and verdict.is_of_pairs:
-        accuracy, margin = one.others["accuracy"], one.others["margin"]
-        line += f"{one.loss:>10.4f}{accuracy:>12.1%}{margin:>12.4f}{one.count:>15,}"
-    elif one.loss is not None and verdict.is_of_labels:
-        line += f"{one.loss:>10.4f}{one.others['kl']:>12.4f}"
-        for reward in ("good_reward", "bad_reward"):
-            # There may be no such answer.
-            line += f"{one.others[reward]:>13.4f}" if reward in one.others else f"{'none':>13}"
+    if one.loss is not None:
+        line += f"{one.loss:>10.4f}"
+        found = one.others
+        if verdict.kind == "tokens":
+            found = {"perplexity": one.perplexity}
+        for column in _TABLES[verdict.kind].columns:
+            # There may be no such thing: no bad answer, or no accuracy of values.
+            cell = "none"
+            if column.key in found:
+                cell = format(found[column.key], column.form)
+            line += f"{cell:>{column.width}}"
         line += f"{one.count:>15,}"
-    elif one.loss is not None and verdict.is_of_teacher:
-        divergence, cross_entropy = one.others["divergence"], one.others["cross_entropy"]
-        line += f"{one.loss:>10.4f}{divergence:>12.4f}{cross_entropy:>15.4f}{one.count:>15,}"
-    elif one.loss is not None:
-        line += f"{one.loss:>10.4f}{one.perplexity:>12.4g}{one.count:>15,}"
     if one.right:
         line += f"   {sum(one.right):,} of {len(one.right):,} right ({one.accuracy:.1%})"
     return line
@@ -135,18 +170,9 @@ def record_of(plan: Plan, verdict: "Verdict") -> dict[str, Any]:
     }
     for name, one in verdict.judged.items():
         found[name] = {}
-        if one.loss is not None and verdict.is_of_pairs:
-            found[name] |= {"loss": one.loss, "pairs": one.count, "preference": one.others}
-        elif one.loss is not None and verdict.is_of_labels:
-            found[name] |= {"loss": one.loss, "samples": one.count, "preference": one.others}
-        elif one.loss is not None and verdict.is_of_teacher:
-            found[name] |= {"loss": one.loss, "target_tokens": one.count, **one.others}
-        elif one.loss is not None:
-            found[name] |= {
-                "loss": one.loss,
-                "perplexity": one.perplexity,
-                "target_tokens": one.count,
-            }
+        if one.loss is not None:
+            counted = _TABLES[verdict.kind].count.replace(" ", "_")
+            found[name] |= {"loss": one.loss, counted: one.count, **_others(one, verdict.kind)}
         if one.right:
             found[name] |= {
                 "right": sum(one.right),
@@ -161,6 +187,15 @@ def record_of(plan: Plan, verdict: "Verdict") -> dict[str, Any]:
         rows.append(row)
     found["answers"] = rows
     return found
+
+
+def _others(one: "Judged", kind: "Kind") -> dict[str, Any]:
+    """What a record says beside the loss."""
+    if kind == "tokens":
+        return {"perplexity": one.perplexity}
+    if kind in ("pairs", "rated"):
+        return {"preference": one.others}
+    return dict(one.others)
 
 
 def write_record(plan: Plan, verdict: "Verdict", path: Path) -> None:

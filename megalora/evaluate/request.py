@@ -9,16 +9,19 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from megalora.adapters.files import AVERAGED, START
+from megalora.adapters.files import AVERAGED, START, read_config
 from megalora.adapters.latest import CHECKPOINT_NAME
+from megalora.adapters.read.options import has_score
+from megalora.adapters.read.weights import AdapterWeights
 from megalora.chat.command import find_models
-from megalora.config import ParallelConfig, RunConfig
+from megalora.config import ObjectiveConfig, ParallelConfig, RunConfig
 from megalora.config.checks import require
 from megalora.config.file import load_config
 from megalora.config.parallel import check_generation
 from megalora.data.sources import locate
 from megalora.evaluate.rules import rule_of
 from megalora.generate.options import Sampling
+from megalora.hf.tensor_names import SCORE, parse_weight
 from megalora.model.account import open_folder
 from megalora.paths import check_file_to_write
 from megalora.preflight import check_teacher
@@ -118,15 +121,11 @@ def check_options(request: Request) -> None:
 def plan_of(request: Request) -> Plan:
     """Find and check all that needs no torch; raises ``ValueError`` for the first mistake."""
     check_options(request)
-    base, adapter = find_models(request.target, request.base)
+    base, adapter = find_models(request.target, request.base, score=True)
     file = config_file(request, adapter)
     config = config_of(request, base, file)
     config.parallel.data_parallel_sizes(request.nproc)
-    require(
-        not config.objective.num_scores,
-        f"{request.target}: objective.name={config.objective.name} is judged by a score head, which"
-        " eval does not read; the run's own evaluations are in its metrics.jsonl",
-    )
+    _check_head(request, adapter, config.objective)
     require(
         config.objective.learned_policy is None,
         f"{request.target}: objective.name=grpo learns from rollouts, and eval has conversations"
@@ -144,6 +143,42 @@ def plan_of(request: Request) -> Plan:
     if request.generate:
         check_generation(config.parallel.pp, config.parallel.cp)
     return Plan(request, base, adapter, config, file)
+
+
+def _check_head(request: Request, adapter: Path | None, objective: ObjectiveConfig) -> None:
+    """Raise ``ValueError`` unless the adapter has the score head that the objective is judged by,
+    or none where that reads a language model."""
+    num_scores = _num_scores(adapter) if adapter is not None else 0
+    require(
+        not num_scores or objective.num_scores > 0,
+        f"{request.target}: a classifier or reward model, of which objective.name={objective.name}"
+        f" reads nothing. Say how its {num_scores} scores are judged: objective.name=classify"
+        f" objective.num_labels={num_scores}, with rows of text and label"
+        + (", or objective.name=reward, with pairs" if num_scores == 1 else ""),
+    )
+    require(
+        num_scores == objective.num_scores,
+        f"{request.target}: objective.name={objective.name} is judged by a score head of"
+        f" {objective.num_scores}, and"
+        + (f" this one has {num_scores} scores" if num_scores else " there is none in it"),
+    )
+    require(
+        not (request.generate and num_scores),
+        f"{request.target}: --generate: a score head stands in place of lm_head, so that no text"
+        " can be written; leave --generate out",
+    )
+
+
+def _num_scores(adapter: Path) -> int:
+    """Scores of an adapter's head; 0 for a language model."""
+    if not has_score(read_config(adapter)):
+        return 0
+    # Shapes stand in the file's header: nothing is read yet.
+    for name, info in AdapterWeights(adapter).info.items():
+        if parse_weight(name) == SCORE:
+            return info.shape[0]
+    # ``read_adapter`` refuses it, with what was lost.
+    return 0
 
 
 def config_file(request: Request, adapter: Path | None) -> Path | None:

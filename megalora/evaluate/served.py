@@ -22,7 +22,7 @@ from megalora.data.splits import Split, load_data
 from megalora.data.tokenizer import load_tokenizer
 from megalora.evaluate.report import text_of, write_record
 from megalora.evaluate.request import Plan, Request, check_options, config_file, config_of
-from megalora.evaluate.verdict import Judged, Verdict, judge_answers, questions_of
+from megalora.evaluate.verdict import Judged, Verdict, judge_answers, kind_of, questions_of
 from megalora.generate.options import Sampling, stop_tokens
 from megalora.hf.folder import local_folder
 from megalora.serve.adapter_files import content_hash
@@ -96,7 +96,7 @@ def judge_served(client: Client, plan: Plan, ids: dict[str, str]) -> Verdict:
         answers, right = judge_answers(plan, split, questions, tokens, tokenizer)
         num_cut = sum(completion.finish_reason == "length" for completion in completions)
         judged[who] = Judged(None, 0, answers, right, num_cut)
-    return Verdict(split.summary(), questions, judged, ids, is_of_pairs=objective.pairs)
+    return Verdict(split.summary(), questions, judged, ids, kind_of(objective))
 
 
 def _find(client: Client, url: str, request: Request, say: Callable[[str], None]) -> _Found:

@@ -3,12 +3,28 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
+from megalora.config import ObjectiveConfig
 from megalora.data.questions import Question, read_questions
 from megalora.data.splits import Split
 from megalora.evaluate.request import Plan
 from megalora.evaluate.rules import rule_of
+
+Kind = Literal["tokens", "pairs", "rated", "taught", "labels"]
+"""What a loss is of: target tokens, pairs of answers, answers rated good or bad, a distance from a
+teacher, or labels of sequences."""
+
+
+def kind_of(objective: ObjectiveConfig) -> Kind:
+    """What the loss of an evaluation is of. A reward model is judged by pairs."""
+    if objective.pairs:
+        return "pairs"
+    if objective.labelled:
+        return "rated"
+    if objective.num_scores:
+        return "labels"
+    return "tokens" if objective.teacher is None else "taught"
 
 
 @dataclass(frozen=True)
@@ -47,15 +63,13 @@ class Verdict:
     """One line about the samples."""
     questions: list[Question]
     judged: dict[str, Judged]
-    """By who was judged: ``base``, and ``adapter`` where there is one."""
+    """By who was judged: ``base``, and ``adapter`` where there is one. A base has no score head, so
+    that of a classifier or a reward model the adapter alone is judged."""
     asked: dict[str, str] = field(default_factory=dict)
     """Where a server answered: its ids of the two."""
-    is_of_pairs: bool = False
-    """Whether the loss is one of pairs of answers."""
-    is_of_labels: bool = False
-    """Whether it is one of labelled answers."""
-    is_of_teacher: bool = False
-    """Whether it is a distance from a teacher."""
+    kind: Kind = "tokens"
+    notes: list[str] = field(default_factory=list)
+    """Lines that help to read the numbers."""
 
 
 def questions_of(plan: Plan, split: Split, tokenizer: Any) -> list[Question]:

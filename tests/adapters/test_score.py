@@ -43,9 +43,9 @@ def classifier(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def write(folder: Path, base: Path) -> None:
+def write(folder: Path, base: Path, lora: LoRAConfig = LORA) -> None:
     shape = replace(model_shape(read_hf_config(base)), num_scores=3)
-    adapted, factors = random_factors(LORA, base, num_scores=3)
+    adapted, factors = random_factors(lora, base, num_scores=3)
     write_adapter(folder, adapted, shape, factors, str(base))
 
 
@@ -159,7 +159,7 @@ def test_an_export_has_the_head_and_its_card_says_how_to_load_it(
         "base.config.pad_token_id = tokenizer.pad_token_id",
     ):  # fmt: skip
         assert part in card, part
-    assert "vLLM\n" not in card
+    assert f"vllm serve {tiny} --runner pooling --convert classify --hf-overrides" in card
     # The code in it runs, but for the name of the folder.
     code = (
         card.split("```python\n")[1].split("```")[0].replace('"out"', repr(str(tmp_path / "out")))
@@ -172,10 +172,20 @@ def test_an_export_has_the_head_and_its_card_says_how_to_load_it(
     assert torch.equal(logits_of(names["model"].eval(), pad), expected)
 
 
-@pytest.mark.parametrize("engine", ["vllm", "sglang"])
-def test_no_server_is_given_a_head(engine: Any, classifier: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="without the score head .* megalora merge"):
-        export(classifier, tmp_path / "out", engine=engine)
+def test_no_server_without_heads_is_given_one(classifier: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="without the score head .* megalora merge ADAPTER --base"):
+        export(classifier, tmp_path / "out", engine="sglang")
+
+
+def test_what_vllm_does_not_honour_beside_a_head(tiny: Path, tmp_path: Path) -> None:
+    """tests/serve/test_classify.py serves one without a router."""
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    write(folder, tiny, replace(LORA, target_modules=["q_proj", "gate"]))
+    with pytest.raises(ValueError, match="vLLM 0.32 does not honour the adapter of gate"):
+        export(folder, tmp_path / "out", engine="vllm")
+    export(folder, tmp_path / "out", engine="vllm", drop=["gate"])
+    assert "vllm serve" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_an_adapter_of_peft_is_imported_with_its_head(tiny: Path, tmp_path: Path) -> None:

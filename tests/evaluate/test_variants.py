@@ -1,5 +1,4 @@
-"""``megalora eval`` of adapters that are not ``B A`` alone, and of a moving average; what it
-refuses."""
+"""``megalora eval`` of adapters that are not ``B A`` alone, and of a moving average."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -52,13 +51,3 @@ def test_an_average_is_judged_by_the_config_of_its_run(
     before, after = records(tmp_path / "run", "eval_loss")
     # Between the two ends of the run.
     assert after < verdict.judged["adapter"].loss < before
-
-
-def test_a_score_head_is_refused(tiny: Path, chats: Path, tmp_path: Path) -> None:
-    written = tmp_path / "classify.yaml"
-    written.write_text(
-        f"model: {{path: {tiny}}}\ndata: {{train: {chats}}}\ntrain: {{steps: 1}}\n"
-        "objective: {name: classify, num_labels: 2}\n"
-    )
-    with pytest.raises(ValueError, match="objective.name=classify is judged by a score head"):
-        plan_of(Request(target=str(tiny), config=str(written), data=str(chats)))

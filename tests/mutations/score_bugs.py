@@ -9,6 +9,7 @@ OF_LOSS = "tests/objectives/test_scored.py trl"
 OF_DATA = "tests/data/test_scored.py"
 OF_HEAD = "tests/train/test_score_head.py"
 OF_FILES = "tests/adapters/test_score.py"
+OF_EVALUATIONS = "tests/evaluate/test_scores.py"
 GRID = "tests/parity/test_grid.py classify"
 
 SCORE_BUGS: tuple[Bug, ...] = (
@@ -213,11 +214,44 @@ SCORE_BUGS: tuple[Bug, ...] = (
         "score.flip(0).to(DTYPES[neighbour.dtype])",
         f"{OF_FILES} merged_folder",
     ),
+    # evaluations
+    bug(
+        0,
+        "a base judged by the adapter's score head",
+        "megalora/evaluate/judge.py",
+        "        if not config.objective.num_scores:\n",
+        "        if True:\n",
+        f"{OF_EVALUATIONS} alone",
+    ),
+    bug(
+        0,
+        "the rarest label said to be the commonest",
+        "megalora/evaluate/judge.py",
+        "counts.most_common(1)[0]",
+        "counts.most_common()[-1]",
+        f"{OF_EVALUATIONS} alone",
+    ),
+    bug(
+        0,
+        "a head of other labels judged",
+        "megalora/evaluate/request.py",
+        "        num_scores == objective.num_scores,\n",
+        "        True,\n",
+        f"{OF_EVALUATIONS} refusals",
+    ),
+    bug(
+        0,
+        "a score head that is judged as a language model",
+        "megalora/evaluate/request.py",
+        "        not num_scores or objective.num_scores > 0,\n",
+        "        True,\n",
+        f"{OF_EVALUATIONS} refusals",
+    ),
     bug(
         0,
         "a server that is given a head",
         "megalora/adapters/write/engines.py",
-        'if shape.num_scores and name != "peft":',
+        'if shape.num_scores and name == "sglang":',
         "if False:",
         f"{OF_FILES} no_server",
     ),

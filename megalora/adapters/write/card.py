@@ -241,7 +241,7 @@ def _loading(facts: Facts) -> str:
     rank = max(a.rank for a in facts.adapted)
     sections = []
     if facts.num_scores:
-        return _loading_scores(facts) if facts.loads_in_peft else ""
+        return _loading_scores(facts)
     if facts.layout in ("per_expert", "stacked") and facts.loads_in_peft:
         sections.append(
             "## transformers and PEFT\n\n```python\nfrom peft import PeftModel\nfrom transformers"
@@ -303,6 +303,30 @@ def _peft_model(facts: Facts) -> str:
 def _loading_scores(facts: Facts) -> str:
     """How to load a classifier or reward model: neither its number of labels nor the padding token
     is in the adapter's files."""
+    sections = []
+    if facts.loads_in_peft:
+        sections.append(_scores_in_peft(facts))
+    rank = max(a.rank for a in facts.adapted)
+    if facts.layout == "per_expert" and rank <= VLLM_RANKS[-1] and not _not_served(facts):
+        sections.append(_scores_in_vllm(facts, rank))
+    return "\n\n".join(sections)
+
+
+def _scores_in_vllm(facts: Facts, rank: int) -> str:
+    """vLLM has the base as a classifier whose head is this adapter's."""
+    labels = f"'{{\"num_labels\": {facts.num_scores}}}'"
+    return (
+        f"## vLLM\n\n```bash\nvllm serve {facts.base} --runner pooling --convert classify"
+        f" --hf-overrides {labels} \\\n    --enable-lora --max-lora-rank {vllm_max_rank(rank)}"
+        f" --lora-modules {facts.folder_name}=./{facts.folder_name}\n"
+        "curl http://127.0.0.1:8000/classify -H 'Content-Type: application/json' \\\n"
+        f'    -d \'{{"model": "{facts.folder_name}", "input": "A text", "use_activation": false}}\''
+        "\n```\n\nWithout `use_activation` it gives probabilities in place of scores. It reads them"
+        " from the last token, so leave out padding tokens at a text's end."
+    )
+
+
+def _scores_in_peft(facts: Facts) -> str:
     names = _label_names(facts)
     # As Python code, which names may have to be escaped for.
     more = ""

@@ -80,11 +80,12 @@ def check_engine(name: EngineName, layout: str, adapted: list[Adapted], shape: M
     """Raise ``ValueError`` where the engine would not load the adapter or would leave part of it
     out; ``adapted`` is without what the user dropped."""
     engine = ENGINES[name]
-    if shape.num_scores and name != "peft":
+    # vLLM takes the head beside A and B, on a base that is started as a classifier (the card).
+    if shape.num_scores and name == "sglang":
         raise ValueError(
             f"{engine.title} serves this adapter's base as a language model, without the score head"
             " that was trained in place of lm_head. Merge it into a classifier's folder: megalora"
-            " merge"
+            " merge ADAPTER --base BASE --out FOLDER; vLLM loads it as it is: export --for vllm"
         )
     if (shape.saved or shape.tokens) and name != "peft":
         what = "modules_to_save" if shape.saved else "trainable_token_indices"
