@@ -19,7 +19,8 @@ from megalora.adapters.cycles import read_cycles, state_folder, summed
 from megalora.adapters.files import CONFIG, OPTIMIZER, STATE_JSON, WEIGHTS
 from megalora.adapters.read.adapter import Adapter
 from megalora.adapters.training_state import read_factors, read_state
-from megalora.adapters.write.form import export_form, factors_of, peft_tensors
+from megalora.adapters.write.form import export_form, peft_tensors
+from megalora.adapters.write.stacks import factors_of
 from megalora.lora.init import initial_a
 from megalora.lora.section import differing, settings
 from megalora.lora.spec import (

@@ -22,7 +22,7 @@ def _add_serve(commands: Any) -> None:
         example="megalora serve chats=runs/chats",
         more="Arguments after -- go to vLLM.",
     )
-    serve.add_argument("adapters", nargs="+", metavar="ADAPTER", help=_ADAPTER)
+    serve.add_argument("adapters", nargs="*", metavar="ADAPTER", help=_ADAPTER)
     serve.add_argument(
         "--base",
         help="the base model's folder or hub name; default: the one that the adapters name",
@@ -32,6 +32,26 @@ def _add_serve(commands: Any) -> None:
         "--port", type=int, default=8000, help="port to listen on; 0 chooses a free one"
     )
     _add_proof(serve, "serve")
+    serve.add_argument(
+        "--trainer",
+        metavar="URL",
+        help="take adapters from the memory of the training at this address, http://HOST:PORT, or"
+        " http://HOST for any port there; needs no ADAPTER, but --base",
+    )
+    serve.add_argument(
+        "--trained-rank",
+        type=int,
+        default=64,
+        metavar="N",
+        help="with --trainer, the largest rank that it trains",
+    )
+    serve.add_argument(
+        "--versions",
+        type=int,
+        default=4,
+        metavar="N",
+        help="with --trainer, the number of its versions that can answer at once",
+    )
     # ``main`` has taken out what stands behind --, as ``options.extra``.
     serve.set_defaults(action=_serve)
 
@@ -90,5 +110,8 @@ def _serve(options: Any, _: list[str]) -> None:
         atol=options.atol,
         unproven=options.unproven,
         extra=options.extra,
+        trainer=options.trainer,
+        trained_rank=options.trained_rank,
+        versions=options.versions,
     )
     sys.exit(code)

@@ -24,6 +24,10 @@ class RuntimeUpdatesOff(ServeError):
     """The server was started without adapters, or without the permission to change them."""
 
 
+class TrainerRefused(ServeError):
+    """The server does not take adapters from this training's memory."""
+
+
 class RequestRefused(ServeError):
     """The server refuses a request because of its contents, such as a prompt that is too long."""
 
@@ -63,9 +67,12 @@ _TURN_ON = (
     " serve does"
 )
 _SEEN_BY_SERVER = "the server must see the folder under this very path"
+_NEEDS_PLUGIN = "its vLLM needs megalora's plug-in (docs/install.md) to take adapters by network"
 _REFUSALS: tuple[tuple[str, type[ServeError], str], ...] = (
     ("has already been loaded", AdapterNameTaken, "swap it, or unload it first"),
     ("conflicts with a served base model", AdapterNameTaken, "choose another name"),
+    ("No adapter found for http://", TrainerRefused, _NEEDS_PLUGIN),
+    ("No adapter found for group://", TrainerRefused, _NEEDS_PLUGIN),
     ("No adapter found for", AdapterNotFound, _SEEN_BY_SERVER),
     ("cannot be found", AdapterNotFound, ""),
     ("does not exist", AdapterNotFound, ""),
@@ -75,6 +82,8 @@ _REFUSALS: tuple[tuple[str, type[ServeError], str], ...] = (
         "start the server with a larger --max-lora-rank",
     ),
     ("LoRA is not enabled", RuntimeUpdatesOff, _TURN_ON),
+    ("takes adapters from", TrainerRefused, "start it with megalora serve --trainer URL"),
+    ("refuses this server's token", TrainerRefused, ""),
     (
         "nothing on this server uses",
         AdapterTargetsUnserved,

@@ -118,21 +118,24 @@ def prove(
         ServeError: the server does not answer.
     """
     probe = read_probe(folder)
-    tokens = None
-    trained = None
-    dtypes = {served_dtype}
     if probe:
-        tokens = probe["tokens"]
-        trained = probe["logprobs"]
-        dtypes.add(probe["dtype"])
-    elif fallback:
-        tokens = fallback()
+        return prove_probe(client, name, probe, served_dtype=served_dtype, atol=atol)
+    tokens = fallback() if fallback else None
     if not tokens:
         raise ValueError(f"{folder} has no {PROBE}, and no other text was given to compare")
-    answer = client.probe(name, tokens)
+    return prove_probe(client, name, {"tokens": tokens}, served_dtype=served_dtype, atol=atol)
+
+
+def prove_probe(
+    client: Client, name: str, probe: dict[str, Any], *, served_dtype: str = "float32",
+    atol: float = 1e-4,
+) -> Proof:  # fmt: skip
+    """As ``prove``, with the contents of ``probe.json``; its ``tokens`` suffice."""
+    answer = client.probe(name, probe["tokens"])
     # float16 rounds less than bfloat16, but is held to the same limits.
+    dtypes = {served_dtype, probe.get("dtype", served_dtype)}
     coarser = "float32" if dtypes == {"float32"} else "bfloat16"
-    return Proof(answer.model, answer.base, answer.adapter, trained, coarser, atol)
+    return Proof(answer.model, answer.base, answer.adapter, probe.get("logprobs"), coarser, atol)
 
 
 def tokens_for(base: str) -> list[int]:

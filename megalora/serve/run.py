@@ -5,6 +5,7 @@ import json
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from megalora.adapters.latest import taken_note
 from megalora.adapters.named_base import shared_base
@@ -12,11 +13,14 @@ from megalora.hf.folder import local_folder
 from megalora.hf.json_file import read_hf_config, read_json_object, stored_dtype
 from megalora.serve.adapter_names import named_adapters, named_folder
 from megalora.serve.proof import Proof, prove, tokens_for
-from megalora.serve.server import Server
+from megalora.serve.server import DEFAULT_TARGETS, Server
 from megalora.serve.vllm import Client
 
 UNPROVEN = 1
 """Exit code where an adapter does not act, or not as it was trained."""
+NOTHING_TO_SERVE = (
+    "megalora serve needs an ADAPTER; without one, --base and the --trainer that publishes adapters"
+)
 QUESTION = "What is 6 times 7?"
 """Question of the request that a user can try."""
 
@@ -24,7 +28,8 @@ QUESTION = "What is 6 times 7?"
 def serve(
     adapters: Sequence[str], base: str | None, say: Callable[[str], None],
     *, host: str = "127.0.0.1", port: int = 8000, atol: float = 1e-4, unproven: bool = False,
-    extra: Sequence[str] = (),
+    extra: Sequence[str] = (), trainer: str | None = None, trained_rank: int = 64,
+    versions: int = 4,
 ) -> int:  # fmt: skip
     """Serve ``adapters`` (folders, or NAME=FOLDER) until vLLM ends or SIGTERM or Ctrl-C comes;
     returns an exit code.
@@ -36,10 +41,15 @@ def serve(
             (``proof.py`` on bfloat16).
         unproven: serve even where the proof fails.
         extra: further arguments for vLLM.
+        trainer: address of a training that publishes adapters here, of up to ``trained_rank``;
+            ``versions`` of them can answer at once.
     Raises:
         ValueError: vLLM would refuse or ignore an adapter, is not installed, or does not start.
     """
     named = named_adapters(adapters)
+    options = _for_training(trainer, trained_rank, versions, len(named)) if trainer else {}
+    if not named and not (options and base):
+        raise ValueError(NOTHING_TO_SERVE)
     for adapter in adapters:
         name, given = named_folder(adapter)
         if note := taken_note(given, named[name]):
@@ -50,9 +60,8 @@ def serve(
         say(f"base: {base}, from adapter_config.json")
     folder = local_folder(base, "--base", weights=False)
     # vLLM's own choice would be bfloat16, in which less can be proved.
-    hf = read_hf_config(folder)
-    dtype = stored_dtype(hf)
-    server = Server(base, named, host=host, port=port, dtype=dtype, extra=extra, say=say)
+    dtype = stored_dtype(read_hf_config(folder))
+    server = Server(base, named, host=host, port=port, dtype=dtype, extra=extra, say=say, **options)
     say(f"starting vLLM for {base} ({server.dtype}); its log is {server.log}")
     with server, server.client() as client:
         proofs = _prove_all(server, client, atol, folder, say)
@@ -65,6 +74,20 @@ def serve(
             return UNPROVEN
         say(_ready(server, client, has_chat_template(folder, extra)))
         return server.wait()
+
+
+def _for_training(trainer: str, rank: int, versions: int, others: int) -> dict[str, Any]:
+    """Options of a server whose adapters come from a training: what they are is not known yet."""
+    if versions < 2:
+        raise ValueError(
+            f"--versions {versions}: a new version is loaded beside the one before; at least 2"
+        )
+    return {
+        "trainer": trainer,
+        "max_rank": rank,
+        "max_loras": versions + others,
+        "target_modules": DEFAULT_TARGETS,
+    }
 
 
 def has_chat_template(base: Path, extra: Sequence[str]) -> bool:
@@ -139,6 +162,8 @@ def _ready(server: Server, client: Client, chat: bool) -> str:
     seconds = server.phases.seconds if server.phases else 0.0
     key = bool(server.environment().get("VLLM_API_KEY"))
     swap = f"megalora swap {server.url} NAME=FOLDER loads another version"
+    if server.trainer:
+        swap = f"it takes adapters from the training at {server.trainer}; {swap}"
     return (
         f"ready at {server.url}. Started in {seconds:.0f} s. Models: {', '.join(shown)}\n"
         f"  {request_to_try(server.url, model, chat=chat, key=key)}\n"

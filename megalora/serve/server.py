@@ -29,6 +29,7 @@ from megalora.paths import expand
 from megalora.serve.adapter_names import named_adapters, versioned
 from megalora.serve.check import Limits, Needs, check_adapter
 from megalora.serve.errors import AdapterRankTooLarge, ServerError
+from megalora.serve.live.address import TRAINER, check_address
 from megalora.serve.phases import Phases
 from megalora.serve.store import Store
 from megalora.serve.vllm import Client
@@ -97,11 +98,17 @@ class Server:
     one, which is removed with the server."""
     timeout_s: float = 900.0
     """Seconds that vLLM may take to be ready."""
+    trainer: str | None = None
+    """Address of the training whose adapters the server takes from its memory, ``http://HOST:PORT``,
+    or without a port for any of that host; None for $MEGALORA_TRAINER, or none. Both need the same
+    $MEGALORA_TRAINER_TOKEN."""
     say: Callable[[str], None] | None = None
     """Called with a line when a phase of the start begins; None for a start without a word."""
 
     def __post_init__(self) -> None:
         self._python = vllm_python(self.python)
+        if self.trainer:
+            check_address(self.trainer, "--trainer")
         if any(argument.startswith("--api-key") for argument in self.extra):
             raise ValueError(
                 "--api-key: everyone who lists processes could read the key, and megalora would not"
@@ -173,6 +180,8 @@ class Server:
         env["VLLM_NO_USAGE_STATS"] = "1"
         # GiB. Only the CPU build reads it, which would take half the memory.
         env.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        if self.trainer:
+            env[TRAINER] = self.trainer
         if self._folder:
             # All files are there; a question to the hub would only take time.
             env["HF_HUB_OFFLINE"] = "1"

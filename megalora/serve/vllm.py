@@ -68,7 +68,7 @@ class Client:
         store: Path | None = None,
         api_key: str | None = None,
     ) -> None:
-        self._api = Api(url, timeout=timeout, api_key=api_key or os.environ.get("VLLM_API_KEY"))
+        self.api = Api(url, timeout=timeout, api_key=api_key or os.environ.get("VLLM_API_KEY"))
         self._limits = limits or Limits()
         self._store = Store(store) if store else None
         # Requests under way, by the id that they ask.
@@ -85,20 +85,20 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        self._api.close()
+        self.api.close()
 
     def health(self) -> bool:
         """Whether the server answers and its engine lives; raises nothing."""
-        return self._api.health()
+        return self.api.health()
 
     def list(self) -> Listing:
         """Base models, then adapters in the order they were loaded."""
-        return self._api.models()
+        return self.api.models()
 
     def names(self) -> dict[str, str]:
         """Plain names of adapters that anyone's requests may give, and the id that each means now;
         none where the server lacks our plug-in, and knows whole ids only."""
-        return self._api.names()
+        return self.api.names()
 
     def resolve(self, name: str) -> str:
         """The id that NAME means now: the newest version of an adapter; base names and whole ids
@@ -206,7 +206,7 @@ class Client:
         and how much."""
         base = _base(self.list())
         if base is None:
-            raise ServerError(f"{self._api.url} lists no base model")
+            raise ServerError(f"{self.api.url} lists no base model")
         model, adapter = self._prompt_logprobs(name, tokens)
         return Probe(model, adapter, self.prompt_logprobs(base.id, tokens))
 
@@ -230,7 +230,7 @@ class Client:
             served = self._resolve(name)
             try:
                 with self._in_flight(served.id):
-                    answer = self._api.completion(served.id, fields)
+                    answer = self.api.completion(served.id, fields)
             except AdapterNotFound:
                 # Unloaded since it was resolved. A whole id is then refused by ``_resolve``.
                 time.sleep(0.01 * attempt)
@@ -252,7 +252,7 @@ class Client:
             if name in (served.name, served.id):
                 return served
         ids = [served.id for served in models]
-        raise AdapterNotFound(f"{self._api.url} serves no {name!r}; it serves {', '.join(ids)}")
+        raise AdapterNotFound(f"{self.api.url} serves no {name!r}; it serves {', '.join(ids)}")
 
     def _versions(self, name: str) -> "list[str]":
         return _versions_among(self.list(), name)
@@ -281,7 +281,7 @@ class Client:
             self._store.sweep(self._ids())
             place = self._store.keep(model, place).resolve()
         try:
-            self._api.load_adapter(model, str(place))
+            self.api.load_adapter(model, str(place))
         except AdapterNameTaken:
             # Another client may be loading the same contents.
             if model not in self._ids():
@@ -302,7 +302,7 @@ class Client:
             self._landed.wait_for(lambda: not self._flights[model], timeout=drain_s)
         # Another client may have been faster.
         with suppress(AdapterNotFound):
-            self._api.unload_adapter(model)
+            self.api.unload_adapter(model)
         if self._store:
             self._store.release(model)
 

@@ -23,6 +23,7 @@ from tests.mutations.install_bugs import INSTALL_BUGS
 from tests.mutations.kernel_bugs import KERNEL_BUGS
 from tests.mutations.kto_bugs import KTO_BUGS
 from tests.mutations.layer_bugs import LAYER_BUGS
+from tests.mutations.live_bugs import LIVE_BUGS
 from tests.mutations.logit_bugs import LOGIT_BUGS
 from tests.mutations.long_bugs import LONG_BUGS
 from tests.mutations.plan_bugs import PLAN_BUGS
@@ -74,6 +75,7 @@ EVERY_BUG = (
     + REPORT_BUGS
     + CONFIG_BUGS
     + SERVE_BUGS
+    + LIVE_BUGS
     + SCORE_BUGS
     + STAGE_BUGS
     + RECIPE_BUGS

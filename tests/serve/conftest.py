@@ -12,6 +12,15 @@ from tests.environment import OUTSIDE
 from tests.serve.adapters import make_adapter
 from tests.serve.fake_vllm import FakeVLLM, fake_vllm
 
+TOKEN = "a secret of these tests"
+VLLM_ENVIRONMENT = {
+    # tests/environment.py hides GPUs from us, not from vLLM.
+    "CUDA_VISIBLE_DEVICES": OUTSIDE.get("CUDA_VISIBLE_DEVICES"),
+    # The plug-in of this checkout, wherever the one that is installed lies.
+    "PYTHONPATH": str(Path(__file__).parents[2] / "megalora/serve/vllm_cpu"),
+    "MEGALORA_TRAINER_TOKEN": TOKEN,
+}
+
 
 @pytest.fixture(scope="session")
 def server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
@@ -22,9 +31,10 @@ def server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
     .venv-vllm it raises: these tests run only when asked for, and then must not pass unseen.
     """
     log = tmp_path_factory.mktemp("vllm") / "vllm.log"
-    # tests/environment.py hides GPUs from us, not from vLLM.
-    devices = {"CUDA_VISIBLE_DEVICES": OUTSIDE.get("CUDA_VISIBLE_DEVICES")}
-    with Server(tiny, max_rank=64, max_loras=4, max_cpu_loras=16, log=log, env=devices) as server:
+    with Server(
+        tiny, max_rank=64, max_loras=4, max_cpu_loras=16, log=log, env=VLLM_ENVIRONMENT,
+        trainer="http://127.0.0.1",
+    ) as server:  # fmt: skip
         yield server
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 from megalora.serve.vllm import Client
+from megalora.serve.vllm_cpu.vllm_cpu_moe_lora.arrival import Arrivals, Refused, is_live
 from tests.serve.vllm_handlers import (
     ModelMissing,
     Models,
@@ -63,6 +64,8 @@ class FakeVLLM(ThreadingHTTPServer):
         """("load" or "unload", name) of every call, refused ones too."""
         self.asked: list[dict[str, Any]] = []
         """Bodies of all requests for completions, refused ones too."""
+        self.arrivals: Arrivals | None = None
+        """Where it puts adapters of a training; None for a server that takes none."""
         self.finish_reason = "length"
         """Why every answer ends."""
 
@@ -142,6 +145,8 @@ class _Handler(BaseHTTPRequestHandler):
                 self._error(
                     500, f"Call to add_lora method failed: {message}", "InternalServerError"
                 )
+            elif self.server.arrivals is not None and is_live(path):
+                self._take(name, path)
             elif not Path(path).is_dir():
                 self._error(
                     404, f"Loading lora {name} failed: No adapter found for {path}", "NotFoundError"
@@ -150,6 +155,19 @@ class _Handler(BaseHTTPRequestHandler):
                 self.server.adapters[name] = (path, answer_of(Path(path)))
                 self._send(200, f"Success: LoRA adapter '{name}' added successfully.")
 
+    def _take(self, name: str, path: str) -> None:
+        """Load an adapter of a training, with the plug-in's own code."""
+        assert self.server.arrivals is not None
+        try:
+            path, header = self.server.arrivals.take(name, path)
+        except Refused as error:
+            self._error(error.status, str(error), "AdapterRefused")
+            return
+        hashed = list(bytes.fromhex(header["hash"])[:8])
+        self.server.adapters[name] = (path, hashed)
+        taken = {key: header[key] for key in ("label", "hash", "count", "bytes")}
+        self._send_text(json.dumps(taken | {"arrive_s": 0.5, "load_s": 0.25}))
+
     def _unload(self, body: dict[str, Any]) -> None:
         name = body["lora_name"]
         with self.server.lock:
@@ -157,6 +175,8 @@ class _Handler(BaseHTTPRequestHandler):
             if self.server.adapters.pop(name, None) is None:
                 self._error(404, f"The lora adapter '{name}' cannot be found.", "NotFoundError")
             else:
+                if self.server.arrivals is not None:
+                    self.server.arrivals.release(name)
                 self._send(200, f"Success: LoRA adapter '{name}' removed successfully.")
 
     def _complete(self, body: dict[str, Any]) -> None:
@@ -209,6 +229,13 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(
             status, {"error": {"message": message, "type": kind, "param": None, "code": status}}
         )
+
+    def _send_text(self, text: str) -> None:
+        content = text.encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
 
     def _send(self, status: int, body: Any) -> None:
         content = b"" if body is None else json.dumps(body).encode()

@@ -132,7 +132,7 @@ def test_a_request_whose_version_went_is_asked_again(
 ) -> None:
     """Another process swaps between this client's resolving and asking."""
     client.load("math", adapters[0])
-    ask = client._api.completion
+    ask = client.api.completion
     swapped = []
 
     def swapped_just_before(model: str, fields: dict) -> dict:
@@ -141,7 +141,7 @@ def test_a_request_whose_version_went_is_asked_again(
                 swapped.append(other.swap("math", adapters[1]))
         return ask(model, fields)
 
-    client._api.completion = swapped_just_before  # type: ignore[method-assign]
+    client.api.completion = swapped_just_before  # type: ignore[method-assign]
     answer = client.complete("math", PROMPT)
     assert (answer.model, answer.tokens) == (swapped[0], answer_of(adapters[1]))
 
@@ -199,7 +199,7 @@ def test_another_client_s_newer_version_stays(
 ) -> None:
     """It comes between this client's loading its own and unloading what is older."""
     client.load("math", adapters[0])
-    load = client._api.load_adapter
+    load = client.api.load_adapter
     newest = versioned("math", adapters[2])
 
     def load_and_be_overtaken(model: str, path: str) -> None:
@@ -208,7 +208,7 @@ def test_another_client_s_newer_version_stays(
             getattr(other, how)("math", adapters[2])
 
     # Ours must not unload what came after it.
-    monkeypatch.setattr(client._api, "load_adapter", load_and_be_overtaken)
+    monkeypatch.setattr(client.api, "load_adapter", load_and_be_overtaken)
     mine = client.swap("math", adapters[1])
     # A swap by the other client unloads ours, which is older; a load leaves it.
     if how == "load":
@@ -253,7 +253,7 @@ def test_logprobs_of_a_prompt_where_lm_head_is_wrapped(
     # 128 different tokens for a request.
     tokens = [*range(100), 7, 7, *range(80)]
     asked = []
-    ask = client._api.completion
+    ask = client.api.completion
 
     def listen(model: str, fields: dict) -> dict:
         asked.append(fields)
@@ -266,7 +266,7 @@ def test_logprobs_of_a_prompt_where_lm_head_is_wrapped(
                 top[token] -= length
         return answer
 
-    client._api.completion = listen  # type: ignore[method-assign]
+    client.api.completion = listen  # type: ignore[method-assign]
     probe = client.probe("math", tokens)
     assert probe.model == model
     # Token t after i others: -t of the server, -i of its length here, 0.25 less with the adapter.

@@ -87,14 +87,14 @@ def test_a_folder_that_changes_while_it_is_loaded(
     client: Client, vllm: FakeVLLM, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = make_adapter(tmp_path / "a", tiny, 0, target_modules=["q_proj"])
-    load = client._api.load_adapter
+    load = client.api.load_adapter
 
     def load_and_change(model: str, path: str) -> None:
         load(model, path)
         # Other tensors: which of the two did vLLM read?
         edit_tensors(folder, cast(torch.float16))
 
-    monkeypatch.setattr(client._api, "load_adapter", load_and_change)
+    monkeypatch.setattr(client.api, "load_adapter", load_and_change)
     with pytest.raises(AdapterInvalid, match="changed while it was being loaded"):
         client.load("math", folder)
     assert not names(vllm)

@@ -110,7 +110,7 @@ def test_nothing_is_lost_while_the_server_is_down(tiny: Path, tmp_path: Path) ->
     assert "step_000001 waits (" in line and "training goes on" in line
     with fake_vllm(str(tiny)) as vllm:
         # The server is back; in the test it has another port.
-        run.pusher.client._api._http.base_url = vllm.url
+        run.pusher.client.api._http.base_url = vllm.url
         wait_until(lambda: len(run.said) == 3)
         run.pusher.close()
         assert labels(vllm) == ["run@step_000001", "run@step_000002"]

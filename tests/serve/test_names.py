@@ -95,7 +95,7 @@ def test_names_are_listed_and_are_no_versions(
     client.load("math", adapters[0])
     second = client.load("math", adapters[1])
     # Loaded by something else, without a version.
-    client._api.load_adapter("prose", str(adapters[2]))
+    client.api.load_adapter("prose", str(adapters[2]))
     cards = httpx.get(f"{vllm.url}/v1/models", trust_env=False).json()["data"]
     ids = [card["id"] for card in cards]
     assert ids == [BASE, "math", versioned("math", adapters[0]), second, "prose"]

@@ -16,6 +16,7 @@ from megalora.serve import phases as module
 from megalora.serve.adapter_names import versioned
 from megalora.serve.phases import PHASES, Phases
 from megalora.serve.run import has_chat_template, request_to_try, serve
+from megalora.serve.server import DEFAULT_TARGETS, Server
 from tests.adapters.folders import edit_config
 from tests.serve.adapters import make_adapter
 from tests.waiting import Clock
@@ -153,3 +154,31 @@ def test_phases_of_a_log_that_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     ]
     phases.begin("proving math")
     assert said[-1] == "   89 s  proving math"
+
+
+def test_a_server_for_a_training_needs_no_adapter(
+    program: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Server] = []
+
+    def start(server: Server) -> Server:
+        made.append(server)
+        raise Ready
+
+    monkeypatch.setattr(Server, "start", start)
+    with pytest.raises(Ready):
+        serve([], str(tiny), print, port=0, trainer="http://10.0.0.5", trained_rank=20, versions=3)
+    (server,) = made
+    assert server.environment()["MEGALORA_TRAINER"] == "http://10.0.0.5"
+    assert (server.limits.max_rank, server.max_loras, server.max_cpu_loras) == (32, 3, 6)
+    assert server.limits.target_modules == DEFAULT_TARGETS
+
+    for adapters, options, said in (
+        ([], {}, "needs an ADAPTER; without one, --base and the --trainer"),
+        ([], {"base": None, "trainer": "http://h"}, "needs an ADAPTER"),
+        ([], {"trainer": "10.0.0.5:3000"}, "--trainer=10.0.0.5:3000 is not the address"),
+        ([], {"trainer": "http://h:1/adapters"}, "write it as http://HOST:PORT"),
+        ([], {"trainer": "http://h", "versions": 1}, "--versions 1: a new version is loaded"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            serve(adapters, say=print, port=0, **{"base": str(tiny)} | options)  # type: ignore

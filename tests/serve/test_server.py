@@ -156,7 +156,7 @@ def test_new_contents_in_an_old_folder(
         return answer.tokens[0], answer.logprobs[0]
 
     shutil.copytree(old, folder)
-    client._api.load_adapter("plain", str(folder))
+    client.api.load_adapter("plain", str(folder))
     # A client without a store, so that the path stays the same here too.
     with Client(server.url) as careful:
         careful.swap("careful", folder)
@@ -165,8 +165,8 @@ def test_new_contents_in_an_old_folder(
         # As training does that writes every checkpoint to the same place.
         for name in (CONFIG, WEIGHTS):
             shutil.copyfile(new / name, folder / name)
-        client._api.unload_adapter("plain")
-        client._api.load_adapter("plain", str(folder))
+        client.api.unload_adapter("plain")
+        client.api.load_adapter("plain", str(folder))
         careful.swap("careful", folder)
     token, number = first_logprob("careful")
     right = logprobs(stock_model(tiny, new), [*prompt, token])[-1]
@@ -189,7 +189,7 @@ def test_an_adapter_outlives_its_folder(
     # One more than fit in the server's memory: the one used longest ago is dropped.
     assert server.max_cpu_loras is not None
     for i in range(server.max_cpu_loras + 1):
-        client._api.load_adapter(f"filler-{i}", str(filler))
+        client.api.load_adapter(f"filler-{i}", str(filler))
     assert client.prompt_logprobs("math", prompt) == pytest.approx(expected, abs=ATOL)
 
 

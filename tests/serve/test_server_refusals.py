@@ -117,17 +117,17 @@ def test_what_vllm_refuses_has_a_type(
         folder = make_adapter(tmp_path / case, tiny, 0, **lora)
         spoil(folder)
         with pytest.raises(error, match=message) as caught:
-            client._api.load_adapter("bad", str(folder))
+            client.api.load_adapter("bad", str(folder))
         assert type(caught.value) is error, case
         # The client's own check refuses it without asking vLLM.
         with pytest.raises((AdapterInvalid, AdapterNotFound)):
             client.load("bad", folder)
     with pytest.raises(AdapterNotFound, match="No adapter found for /nowhere; the server must see"):
-        client._api.load_adapter("bad", "/nowhere")
+        client.api.load_adapter("bad", "/nowhere")
     with pytest.raises(AdapterNameTaken, match="conflicts with a served base model"):
-        client._api.load_adapter(str(tiny), str(tmp_path))
+        client.api.load_adapter(str(tiny), str(tmp_path))
     with pytest.raises(AdapterNotFound, match="cannot be found"):
-        client._api.unload_adapter("bad")
+        client.api.unload_adapter("bad")
     assert [served.id for served in client.list()] == [str(tiny)]
     assert client.health()
     assert_close(client.prompt_logprobs(str(server.base), tokens_of(0, 9)), expected)
@@ -146,6 +146,6 @@ def test_what_vllm_takes_without_a_word(client: Client, tiny: Path, tmp_path: Pa
     for case, spoil in TAKEN.items():
         folder = make_adapter(tmp_path / case, tiny, 0, target_modules=ATTENTION)
         spoil(folder)
-        client._api.load_adapter(case, str(folder))
+        client.api.load_adapter(case, str(folder))
         with pytest.raises(AdapterInvalid):
             client.load("careful", folder)

@@ -30,8 +30,9 @@ from torch import Tensor
 
 from megalora.adapters.as_plain import as_plain, plain_form
 from megalora.adapters.files import CONFIG, LORA, PART_DORA, WEIGHTS
-from megalora.adapters.read.stacked import DOWN, GATE_UP, Factors, pack, stacked_factors
+from megalora.adapters.read.stacked import DOWN, GATE_UP, pack, stacked_factors
 from megalora.adapters.write.engines import FileFormat
+from megalora.adapters.write.stacks import factors_of, share_outer
 from megalora.adapters.write.whole import whole_options, whole_tensors
 from megalora.hf.tensor_names import experts_block, within_layer
 from megalora.lora.section import most_common, without_noise
@@ -271,50 +272,23 @@ def _stacked(
     return tensors, entries
 
 
-def share_outer(written: list[Adapted], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors with experts' stacked and what they share kept once; raises ``ValueError`` where
-    they do not share it."""
-    tensors = dict(tensors)
-    for a in written:
-        if not a.projection.is_expert:
-            continue
-        # The outer side of an expert, H wide: A of gate and up, B of down.
-        shared = "B" if a.projection.kind == "expert_row" else "A"
-        where = a.hf_module(0).replace(".experts.0.", ".experts.")
-        for factor, stack in zip(("A", "B"), factors_of(a, tensors), strict=True):
-            if factor == shared:
-                # Equal to the bit: an average would be another adapter.
-                if not (stack == stack[:1]).all():
-                    raise ValueError(
-                        f"--layout shared_outer: the experts of layer {a.layer} have different"
-                        f" {factor}s in {a.name}; this layout is for adapters whose experts share"
-                        " them. Export with --layout per_expert"
-                    )
-                stack = stack[:1]
-            tensors[tensor_name(where, factor)] = stack.contiguous()
-        # The stacks stand for the experts' own matrices.
-        for module in a.hf_modules():
-            for factor in ("A", "B"):
-                del tensors[tensor_name(module, factor)]
-    return tensors
-
-
-def factors_of(adapted: Adapted, tensors: dict[str, Tensor]) -> Factors:
-    """A ``[E, r, in]`` and B ``[E, out, r]`` of all experts, or of the one linear, E = 1."""
-    a = []
-    b = []
-    for expert in range(max(1, adapted.num_experts)):
-        a.append(tensors[adapted.tensor_name("A", expert)])
-        b.append(tensors[adapted.tensor_name("B", expert)])
-    return torch.stack(a), torch.stack(b)
-
-
 def write_adapter(
     folder: Path, adapted: list[Adapted], shape: ModelShape, trained: dict[str, Tensor], base: str,
     layout: FileFormat = "per_expert", **metadata: str,
 ) -> list[str]:  # fmt: skip
     """Write the two files that PEFT loads, from whole trained tensors by HF name; return what was
     added as zeros (``padded``). ``metadata`` is written into the file with the weights."""
+    tensors, config, zeros = adapter_contents(adapted, shape, trained, base, layout)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt", **metadata})
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    return zeros
+
+
+def adapter_contents(
+    adapted: list[Adapted], shape: ModelShape, trained: dict[str, Tensor], base: str,
+    layout: FileFormat = "per_expert",
+) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]:  # fmt: skip
+    """What ``write_adapter`` writes: the tensors, the config, and what was added as zeros."""
     adapted, trained = as_plain(adapted, trained)
     # Stacked, experts have entries and tensors of their own; all else is written as always.
     linears = [a for a in adapted if not (layout == "stacked" and a.projection.is_expert)]
@@ -329,7 +303,6 @@ def write_adapter(
         tensors = tensors | of_experts
         entries = entries + more
     tensors |= whole_tensors(shape, trained)
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt", **metadata})
     # PEFT has DoRA on all that a folder adapts, zeros included, or on nothing.
     peft_type = PART_DORA if in_parts(written) else LORA
     has_dora = has_magnitudes(written)
@@ -337,8 +310,7 @@ def write_adapter(
     config |= whole_options(shape)
     if has_biases(written):
         config["lora_bias"] = True
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-    return padded(pairs)
+    return tensors, config, padded(pairs)
 
 
 def _number(alpha: float) -> float | int:

@@ -8,6 +8,9 @@ vLLM calls ``register`` in each of its processes before the model is built.
     gate.py         every platform: a router adapter loads, and without this has no effect
     coverage.py     every platform: refuses an adapter of which some part would not be applied
     names.py        HTTP server: an adapter's plain name means its newest version
+    arrival.py      HTTP server: takes adapters from a running training, by http or by broadcast
+                    (broadcast.py), as messages (wire.py)
+    live.py         every worker: loads such a message
 
 It replaces names inside vLLM, so it refuses any version but the one it was read against. Runs on
 Python 3.10 and later.
@@ -37,7 +40,7 @@ def register() -> None:
     from vllm.platforms import current_platform
 
     check_version(vllm.__version__)
-    from vllm_cpu_moe_lora import coverage, gate
+    from vllm_cpu_moe_lora import coverage, gate, live
 
     if current_platform.is_cpu():
         from vllm_cpu_moe_lora import base_tokens, kernel
@@ -46,11 +49,13 @@ def register() -> None:
         kernel.install()
     gate.install()
     coverage.install()
+    live.install()
     # Engine and workers would take seconds to import the handlers, and answer no requests.
     if _HTTP_SERVER in sys.modules:
-        from vllm_cpu_moe_lora import names
+        from vllm_cpu_moe_lora import arrival, names
 
         names.install()
+        arrival.install()
     _registered = True
 
 
