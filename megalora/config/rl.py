@@ -42,6 +42,10 @@ class RLConfig:
     eval_temperature: float = 0.0
     """Temperature of evaluations, of one completion for each prompt of ``data.eval``. 0 takes the
     most probable token. Training samples at a temperature of 1."""
+    replay_routes: Literal["auto", "on", "off"] = "auto"
+    """Whether tokens go to the experts that they went to while they were sampled (R3, arXiv
+    2510.11370), so that rounding does not make training another function than the engine.
+    ``auto``: where the model has experts and the engine says which it chose."""
     largest_gap: float | None = None
     """Largest mean difference between log-probabilities of the engine and of this model for the
     same adapter; above it the run stops. null is 1e-5 in float32, and no limit in other dtypes,
@@ -83,6 +87,18 @@ class RLConfig:
     def is_on(self) -> bool:
         """Whether the run samples completions itself."""
         return self.rewards is not None or self.environment is not None
+
+    def replays(self, has_experts: bool) -> bool:
+        """Whether routing is replayed.
+
+        Raises:
+            ValueError: it was asked for, and the model has no experts.
+        """
+        require(
+            has_experts or self.replay_routes != "on",
+            "rl.replay_routes=on: this model has no layers with experts; leave it out",
+        )
+        return has_experts and self.replay_routes != "off"
 
     @property
     def weights(self) -> dict[str, float]:

@@ -40,6 +40,9 @@ class Batch:
     says."""
     columns: Mapping[str, np.ndarray] = field(default_factory=dict)
     """Name -> [N] float32, a number for each of the target tokens, likewise."""
+    routes: np.ndarray | None = None
+    """[T, L, K] int16: experts that each MoE layer has to choose for each token, -1 where it
+    chooses by itself; None where it always does."""
 
     @property
     def num_sequences(self) -> int:
@@ -89,6 +92,7 @@ def flat_row(
     filler: np.ndarray,
     multiple_of: int = 1,
     columns: Sequence[str] = (),
+    route_shape: tuple[int, int] | None = None,
 ) -> Batch:
     """Shift sequences and put them one after another: n tokens give n - 1 predictions. The two of
     a pair stand side by side, the chosen one first.
@@ -98,6 +102,8 @@ def flat_row(
         filler: input tokens of filler, repeated as often as needed.
         multiple_of: T is rounded up to it with filler outside of the loss.
         columns: names of the numbers that each sample has for its tokens.
+        route_shape: (L, K) where samples say which experts their tokens go to; filler, and samples
+            that do not say, choose by themselves.
     """
     sequences: list[tuple[np.ndarray, np.ndarray]] = []
     values: list[float] = []
@@ -129,4 +135,14 @@ def flat_row(
     for name, parts in by_column.items():
         # An empty one first: a row of filler has no sample.
         joined[name] = np.concatenate([np.zeros(0, np.float32), *parts])
-    return Batch(tokens, labels, loss_mask, tuple(ends), num_filler, tuple(values), columns=joined)
+    routes = None
+    if route_shape is not None:
+        routes = np.full((length, *route_shape), -1, np.int16)
+        # A sample with routes is one sequence.
+        for sample, start, end in zip(samples, ends, ends[1:], strict=False):
+            if sample.routes is not None:
+                routes[start:end] = sample.routes
+    return Batch(
+        tokens, labels, loss_mask, tuple(ends), num_filler, tuple(values), columns=joined,
+        routes=routes,
+    )  # fmt: skip

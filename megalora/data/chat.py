@@ -71,6 +71,9 @@ class Encoded:
     floats: Mapping[str, np.ndarray] = field(default_factory=dict)
     """Name -> [n] float32, a number for each token, such as a log-probability; NaN where there is
     none."""
+    routes: np.ndarray | None = None
+    """[n - 1, L, K] int16: the experts that each MoE layer of the engine chose for each token but
+    the last; None where nobody knows."""
 
     @property
     def num_target_tokens(self) -> int:

@@ -55,6 +55,8 @@ class Split:
     """What a score head is to learn of a sample; None for a language model."""
     policy: PolicyConfig | None = None
     """How rollouts are learned; None where samples are none."""
+    route_shape: tuple[int, int] | None = None
+    """(MoE layers, experts per token) where samples say which experts their tokens go to."""
     is_prompts: bool = False
     """Whether samples are prompts, whose completions the run samples itself."""
     credit_notes: tuple[str, ...] = ()

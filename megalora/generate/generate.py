@@ -6,6 +6,7 @@ ranks run the same number of passes: one whose sequences have ended goes on with
 """
 
 from collections.abc import Collection, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -19,9 +20,10 @@ from megalora.generate.cache import cached
 from megalora.generate.choose import choose
 from megalora.generate.options import Sampling
 from megalora.generate.row import Row, lay_out
-from megalora.generate.sequences import Active, Answer, Prompt, Sequences
+from megalora.generate.sequences import Active, Answer, Prompt, Sequences, keep_routes
 from megalora.lora.adapted_model import AdaptedModel
 from megalora.model.head import Wanted, project
+from megalora.model.replay import recorded
 from megalora.model.vocab_logits import VocabLogits
 
 MAX_SEQUENCES = 32
@@ -40,6 +42,7 @@ def generate(
     numbers: Sequence[int] | None = None,
     max_sequences: int = MAX_SEQUENCES,
     pass_tokens: int = PASS_TOKENS,
+    routes: bool = False,
 ) -> list[Answer]:
     """The model's answer to each prompt, on every rank; collective over the world.
 
@@ -52,6 +55,7 @@ def generate(
         max_sequences: sequences that a data-parallel rank generates at the same time; the cache is
             that large (``cache_bytes``).
         pass_tokens: tokens that a pass reads, at most, unless one prompt alone has more.
+        routes: keep the experts that tokens go to.
 
     Raises:
         ValueError: the layout has pipeline or context parallelism, or a prompt is empty or holds a
@@ -73,11 +77,14 @@ def generate(
     sequences = Sequences(mine, options, stop, num_slots, pass_tokens)
     multiple = groups.tp.size()
     chunk = model.chunks[0]
-    with cached(chunk, num_slots * length + multiple):
+    recording = recorded(chunk) if routes else nullcontext()
+    with cached(chunk, num_slots * length + multiple), recording as recorder:
         while _any(sequences.busy, groups.dp):
             active = sequences.of_next_pass()
             row = lay_out(active, num_slots=num_slots, length=length, multiple_of=multiple)
             logits = _logits(chunk, row)
+            if recorder is not None:
+                keep_routes(active, recorder.take(groups.tp).numpy())
             if active:
                 sequences.take(active, *_next(logits, active, options, groups.tp))
     return _in_order(sequences.answers, groups.dp)

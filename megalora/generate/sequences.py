@@ -5,6 +5,8 @@ from collections import deque
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from megalora.generate.choose import Draws
 from megalora.generate.options import Sampling
 
@@ -19,6 +21,9 @@ class Answer:
     """Of each token, under the model: without temperature, ``top_k`` and ``top_p``."""
     ended: bool
     """Whether a stop token ended it; otherwise it was cut at ``max_new_tokens``."""
+    routes: np.ndarray | None = None
+    """[tokens of prompt and answer but the last, L, K] int16: the experts that each of the model's
+    L layers with experts chose; None where nobody asked."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,8 @@ class Active:
     num_cached: int = 0
     """Leading tokens whose keys and values are in the cache."""
     logprobs: list[float] = field(default_factory=list)
+    routes: list[np.ndarray] = field(default_factory=list)
+    """Of each pass so far, where they are kept."""
 
     @property
     def new_tokens(self) -> list[int]:
@@ -120,6 +127,22 @@ class Sequences:
             ended = token in self.stop
             if ended or len(sequence.logprobs) == self.options.max_new_tokens:
                 answer = sequence.tokens[sequence.num_prompt :]
-                self.answers[sequence.place] = Answer(answer, sequence.logprobs, ended)
+                routes = np.concatenate(sequence.routes) if sequence.routes else None
+                self.answers[sequence.place] = Answer(answer, sequence.logprobs, ended, routes)
                 self.active.remove(sequence)
                 self.free.append(sequence.slot)
+
+
+def keep_routes(sequences: Sequence[Active], routes: np.ndarray) -> None:
+    """Give each sequence the routes of the tokens that a pass has read of it; before ``take``.
+
+    Args:
+        sequences: those of the pass, in the order of its row.
+        routes: [T, L, K] int16, of all tokens of the row.
+    """
+    start = 0
+    for sequence in sequences:
+        end = start + len(sequence.new_tokens)
+        # A copy: a view would keep the whole pass alive.
+        sequence.routes.append(routes[start:end].copy())
+        start = end

@@ -73,6 +73,9 @@ class Documents:
     """``query_ends`` and ``key_ends`` of each chunk, int32 on the device."""
     sequences: RowSequences | None = None
     """Given where routing is balanced by sequences."""
+    routes: Tensor | None = None
+    """[T / (c t), layers of this rank, K] int64 on the device: experts that the tokens have to go
+    to, -1 where they choose by themselves; given where routing is replayed."""
     qkv_format: str = "sbhd"
     cp_group: Any = None
     tokens_per_sample: Any = None

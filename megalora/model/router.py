@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
@@ -34,6 +35,12 @@ class FrozenRouter(TopKRouter):
 
     balance: Any = None
     """The ``Balance`` of a training step; None for none."""
+    replay: Any = None
+    """The ``Replay`` that may have a choice for this router's tokens; None for none."""
+    place: int = 0
+    """Its place among the routers of this rank, for the replay."""
+    recorder: Any = None
+    """The ``Recorder`` that keeps what is chosen; None for none."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -52,9 +59,35 @@ class FrozenRouter(TopKRouter):
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Weights and choice of every token, both ``[T, E]``; see ``TopKRouter.routing``."""
         weights, chosen = self._choose(logits, padding_mask)
+        if self.replay is not None:
+            given = self.replay.choice_for(self)
+            if given is not None:
+                weights, chosen = self._weigh(logits.flatten(0, -2), given, chosen)
+        if self.recorder is not None:
+            self.recorder.add(chosen, self.topk)
         if self.balance is not None and self.training:
             weights = self.balance.in_graph_of(weights, logits.flatten(0, -2), chosen, self)
         return weights, chosen
+
+    def _weigh(self, logits_TE: Tensor, given_TK: Tensor, own_TE: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights and choice, as ``routing`` returns them, of the experts that are given.
+
+        Args:
+            given_TK: int64; -1 for a token that chooses by itself.
+            own_TE: bool, what each token would choose.
+        """
+        own_TK = own_TE.to(torch.int8).topk(self.topk, dim=-1).indices
+        chosen_TK = torch.where(given_TK < 0, own_TK, given_TK)
+        if self.score_function == "sigmoid":
+            scale = self.config.moe_router_topk_scaling_factor or 1.0
+            return weights_by_sigmoid(logits_TE, chosen_TK, scale)
+        return topk_routing_with_score_function(
+            logits_TE,
+            self.topk,
+            use_pre_softmax=self.config.moe_router_pre_softmax,
+            scaling_factor=self.config.moe_router_topk_scaling_factor,
+            precomputed_indices=chosen_TK,
+        )
 
     def _choose(self, logits: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         if self.score_function != "sigmoid":
@@ -97,6 +130,16 @@ def route_by_sigmoid(
         if num_groups > 1:
             corrected_TE = _within_best_groups(corrected_TE, num_groups, group_topk)
         chosen_TK = corrected_TE.topk(top_k, dim=-1).indices
+    return weights_by_sigmoid(logits_TE, chosen_TK, scale)
+
+
+def weights_by_sigmoid(logits_TE: Tensor, chosen_TK: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """The same of experts that are chosen already.
+
+    Args:
+        chosen_TK: int64, different experts of each token.
+    """
+    scores_TE = torch.sigmoid(logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32)))
     weights_TK = scores_TE.gather(1, chosen_TK)
     # All chosen scores may underflow to zero; 1e-20 as in transformers.
     weights_TK = scale * weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)

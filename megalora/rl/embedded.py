@@ -49,18 +49,25 @@ class Embedded:
     """Generates what the episodes of the first rank ask for."""
 
     def __init__(
-        self, model: AdaptedModel, options: Sampling, stop: Collection[int], max_sequences: int
+        self,
+        model: AdaptedModel,
+        options: Sampling,
+        stop: Collection[int],
+        max_sequences: int,
+        *,
+        routes: bool = False,
     ) -> None:
         """
         Args:
             options: its seed is the run's; each request has a stream of draws of its own.
             stop: tokens that end an answer.
-            max_sequences: see ``generate``.
+            max_sequences, routes: see ``generate``.
         """
         self.model = model
         self.options = options
         self.stop = frozenset(stop)
         self.max_sequences = max_sequences
+        self.routes = routes
         self.version = 0
         self._requests: queue.SimpleQueue[_Request] = queue.SimpleQueue()
 
@@ -88,11 +95,14 @@ class Embedded:
             options = replace(self.options, temperature=temperature)
             answers = generate(
                 self.model, prompts, options, stop=self.stop, numbers=streams,
-                max_sequences=self.max_sequences,
+                max_sequences=self.max_sequences, routes=self.routes,
             )  # fmt: skip
             for request, answer in zip(waiting, answers, strict=False):
                 versions = [self.version] * len(answer.tokens)
-                request.resolve(Sampled(answer.tokens, answer.logprobs, answer.ended, versions))
+                sampled = Sampled(
+                    answer.tokens, answer.logprobs, answer.ended, versions, answer.routes
+                )
+                request.resolve(sampled)
 
     def _gather(self, done: "Future[Any]") -> list[_Request]:
         """The next requests, or none when ``done`` is."""
@@ -138,4 +148,5 @@ def embedded_in(model: AdaptedModel, config: RunConfig) -> Embedded:
         temperature=1.0, seed=config.train.seed, max_new_tokens=config.rl.max_new_tokens
     )
     stop = stop_tokens(local_folder(config.model.path))
-    return Embedded(model, options, stop, config.rl.concurrency)
+    routes = config.rl.replays(bool(model.shape.moe_layers))
+    return Embedded(model, options, stop, config.rl.concurrency, routes=routes)

@@ -69,7 +69,10 @@ def split_of(samples: list[Encoded], like: Split, policy: PolicyConfig) -> Split
     Args:
         like: the prompts that they answer.
     """
-    return Split(like.source, like.max_length, samples, policy=policy)
+    shapes = {one.routes.shape[1:] for one in samples if one.routes is not None}
+    assert len(shapes) <= 1, "one model has sampled them all"
+    shape = shapes.pop() if shapes else None
+    return Split(like.source, like.max_length, samples, policy=policy, route_shape=shape)
 
 
 def _encoded(episode: Episode, advantage: float, reward: float) -> Encoded:
@@ -83,6 +86,7 @@ def _encoded(episode: Episode, advantage: float, reward: float) -> Encoded:
         value=advantage,
         rollout=Rollout(reward, episode.prompt.number, min(episode.versions), episode.truncated),
         floats={"logprobs": np.array(logprobs, np.float32)},
+        routes=episode.routes,
     )
 
 

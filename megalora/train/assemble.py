@@ -29,6 +29,7 @@ from megalora.model.attention import activate
 from megalora.model.balance import Balance
 from megalora.model.build import MakeBase, build_model
 from megalora.model.recompute import apply_recompute
+from megalora.model.replay import Replay
 from megalora.model.shape import ModelShape
 from megalora.objectives.choose import objective_of, sft_of
 from megalora.objectives.objective import Objective
@@ -193,6 +194,8 @@ def assemble(
             config.train, dtype, model.chunks, groups, check, objective
         )
         stepper.teacher = build_teacher(config, objective)
+        if config.rl.is_on and config.rl.replays(bool(model.shape.moe_layers)):
+            stepper.replay = Replay(stepper.chunks, sorted(model.shape.moe_layers))
         batches = make_batches(config, groups, inputs.train, inputs.eval)
         yield Run(config, groups, model, optimizer, stepper, batches)
 

@@ -237,7 +237,11 @@ class Batches:
             if values is not None:
                 samples = [replace(s, value=values[at]) for s, at in zip(samples, row, strict=True)]
             batch = flat_row(
-                samples, filler=self.filler, multiple_of=multiple, columns=split.floats
+                samples,
+                filler=self.filler,
+                multiple_of=multiple,
+                columns=split.floats,
+                route_shape=split.route_shape,
             )
             if (logits := self.logits.get(id(split))) is not None:
                 parts: list[TopLogits] = []

@@ -69,6 +69,9 @@ class Asked:
     """Tokens that a teacher's file gives at each target token; 0 where there is none."""
     routed: bool = False
     """Which sequence each token belongs to that this rank routes to experts."""
+    replayed: tuple[int, ...] = ()
+    """Of which layers of a row's ``routes`` the experts are wanted, where it has such: those of
+    this rank."""
 
 
 TARGETS = Asked()
@@ -135,7 +138,8 @@ def to_device(batches: list[Batch], part: Part, asked: Asked = TARGETS) -> list[
     parts = iter(flat.split(sizes))
     found: list[DeviceBatch] = []
     for number, (batch, of_batch) in enumerate(zip(batches, chunks, strict=True)):
-        device_batch = _unpack(of_batch, parts, part, asked, part.filler(batch), number)
+        top_k = 0 if batch.routes is None else batch.routes.shape[2]
+        device_batch = _unpack(of_batch, parts, part, asked, part.filler(batch), number, top_k)
         if part.last and asked.sequences:
             columns: dict[str, Tensor] = {}
             for name in batch.columns:
@@ -177,6 +181,9 @@ def _host_pieces(batch: Batch, chunks: tuple[Chunk, ...], part: Part, asked: Ask
         pieces.append(_of_tp_rank(own(_without_filler(batch)), part))
         lengths = np.diff(batch.ends[: batch.num_sequences + 1])
         pieces.append(torch.tensor([*lengths.tolist(), 0]))
+    if asked.replayed and batch.routes is not None:
+        of_layers = torch.from_numpy(batch.routes)[:, list(asked.replayed)]
+        pieces.append(_of_tp_rank(own(of_layers), part).flatten())
     for chunk in chunks:
         pieces.append(torch.tensor(chunk.query_ends))
         pieces.append(torch.tensor(chunk.key_ends))
@@ -219,8 +226,10 @@ def _unpack(
     asked: Asked,
     filler: int,
     number: int,
+    top_k: int,
 ) -> DeviceBatch:
-    """The next row of those that ``to_device`` sent, on the device."""
+    """The next row of those that ``to_device`` sent, on the device; ``top_k`` is that of its
+    ``routes``, 0 without any."""
     positions = next(parts).long()
     tokens = labels = places = sequences = targets = values = taught = None
     if part.first:
@@ -241,8 +250,11 @@ def _unpack(
     of_row = None
     if asked.routed:
         of_row = RowSequences(next(parts).long(), next(parts).long())
+    routes = None
+    if asked.replayed and top_k:
+        routes = next(parts).long().view(-1, len(asked.replayed), top_k)
     bounds = tuple((next(parts), next(parts)) for _ in chunks)
-    documents = Documents(chunks, positions, bounds, of_row)
+    documents = Documents(chunks, positions, bounds, of_row, routes)
     return DeviceBatch(
         documents, tokens, labels, places, filler, number, sequences, targets, values, taught
     )

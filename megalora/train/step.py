@@ -17,6 +17,7 @@ from megalora.model.balance import Balance
 from megalora.model.documents import unzigzag
 from megalora.model.expert_load import ExpertLoad
 from megalora.model.head import Outputs
+from megalora.model.replay import Replay, replaying
 from megalora.model.vocab_logits import Reader, logprob
 from megalora.objectives.objective import Objective, Reference, Sequences, WhichModel
 from megalora.parallel import Groups
@@ -51,6 +52,8 @@ class Stepper:
         """Whether a step has moved B off zero, from when on A has a gradient."""
         self.kept: dict[WhichModel, Start] = {}
         """The earlier adapters that the objective compares with, where it does."""
+        self.replay: Replay | None = None
+        """What has tokens go to the experts that their rows name, where rows do."""
         self.teacher: Teacher | None = None
         """Whose distributions are learned, where the objective learns any."""
         # Megatron's schedules take what they call from the model's config.
@@ -177,7 +180,11 @@ class Stepper:
         if balance is not None:
             balance.begin(sum(batch.num_sequences for batch in batches))
         taught = 0 if self.teacher is None else self.teacher.top
-        asked = Asked(sequences=objective.by_sequence, taught=taught, routed=balance is not None)
+        replayed = () if self.replay is None else self.replay.places
+        asked = Asked(
+            sequences=objective.by_sequence, taught=taught, routed=balance is not None,
+            replayed=replayed,
+        )  # fmt: skip
         # Once for all passes over these microbatches.
         inputs = to_device(batches, Part.of(self.groups), asked)
         references = self.find_references(batches, inputs, list(mismatched))
@@ -216,7 +223,10 @@ class Stepper:
         if self.objective.references:
             with set_apart(self.chunks, self.load):
                 for reference in self.objective.references:
-                    with model_of(reference, self.chunks, self.kept):
+                    # Routes are those of the adapter that sampled; another model has its own.
+                    has_routes = reference.model == "recompute"
+                    model = model_of(reference, self.chunks, self.kept)
+                    with model, replaying(self.replay, has_routes):
                         found.add(reference, read(reference), mismatched, self.groups.dp)
         return found
 
