@@ -3,7 +3,7 @@ everything else."""
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import combinations, product
 from pathlib import Path
@@ -99,6 +99,10 @@ SHORT = 2
 """The same in the tests. One step would not use Adam's moments."""
 EVAL = 5
 """Held-out samples."""
+
+
+type Value = tuple[str, Any]
+"""A factor and its value in a case."""
 
 
 @dataclass(frozen=True)
@@ -200,9 +204,46 @@ class Case:
             name += ", balanced"
         return name + (", whole logits" if self.head == "whole" else "")
 
-    def pairs(self) -> frozenset[Any]:
-        """Every pair of (factor, value) in this case."""
-        return frozenset(combinations(asdict(self).items(), 2))
+    @property
+    def values(self) -> tuple[Value, ...]:
+        """Every factor with its value."""
+        # ``asdict`` copies and takes ten times as long, for each of 200,000 cases.
+        return tuple(vars(self).items())
+
+    def pairs(self) -> int:
+        """Every pair of two factors' values in this case, as bits of one number."""
+        layout = self.values[:7]
+        of_samples = self.values[11:]
+        # What varies least is taken together: its pairs are looked up at once.
+        blocks = [layout, of_samples]
+        for value in self.values[7:11]:
+            blocks.append((value,))
+        bits = pairs_within(layout) | pairs_within(of_samples)
+        for one, other in combinations(blocks, 2):
+            bits |= pairs_between(one, other)
+        return bits
+
+
+PLACES: dict[tuple[Value, Value], int] = {}
+"""Which bit stands for a pair, in the order in which pairs are met."""
+
+
+@cache
+def pairs_between(one: tuple[Value, ...], other: tuple[Value, ...]) -> int:
+    """Bits of the pairs that have one value of each block."""
+    bits = 0
+    for pair in product(one, other):
+        bits |= 1 << PLACES.setdefault(pair, len(PLACES))
+    return bits
+
+
+@cache
+def pairs_within(block: tuple[Value, ...]) -> int:
+    """Bits of the pairs of two values of one block."""
+    bits = 0
+    for pair in combinations(block, 2):
+        bits |= 1 << PLACES.setdefault(pair, len(PLACES))
+    return bits
 
 
 def with_teacher(objective: ObjectiveConfig, base: Path) -> ObjectiveConfig:
@@ -242,9 +283,19 @@ def accepted(case: Case) -> bool:
         )  # fmt: skip
         config.check_world(case.world)
         shape.check_layout(config.parallel)
-        # A score head stands in place of lm_head, which then cannot be adapted.
-        scores = config.objective.num_scores
-        resolve(lora, with_trained(lora, replace(shape, num_scores=scores)))
+    except ValueError:
+        return False
+    return can_be_adapted(case.model, case.adapter, config.objective.num_scores)
+
+
+@cache
+def can_be_adapted(model: str, name: str, num_scores: int) -> bool:
+    """Whether the model has all that this adapter adapts. A score head of ``num_scores`` stands in
+    place of lm_head, which then cannot be adapted."""
+    shape = replace(shape_of(model), num_scores=num_scores)
+    lora = adapter(name, shape_of(model))
+    try:
+        resolve(lora, with_trained(lora, shape))
     except ValueError:
         return False
     return True
@@ -285,24 +336,34 @@ def full_grid() -> tuple[Case, ...]:
     take minutes.
     """
     chosen = chosen_without_samples()
-    missing = set[Any]()
+    pairs: dict[Case, dict[Case, int]] = {}
+    missing = 0
     for case in chosen:
-        for variant in of_samples(case):
-            missing |= variant.pairs()
+        pairs[case] = {variant: variant.pairs() for variant in of_samples(case)}
+        for bits in pairs[case].values():
+            missing |= bits
     found = []
     asked = set[Any]()
 
+    def num_new(case: Case) -> int:
+        """New pairs of the case's variant that has most of them."""
+        return max((bits & missing).bit_count() for bits in pairs[case].values())
+
     def take(case: Case) -> None:
+        nonlocal missing
+        variants_of = pairs[case]
         # Most new pairs; then a question that the oracle was asked already, which saves time.
-        best = max(of_samples(case), key=lambda v: (len(v.pairs() & missing), v.question in asked))
+        best = max(
+            variants_of, key=lambda v: ((variants_of[v] & missing).bit_count(), v.question in asked)
+        )
         found.append(best)
         asked.add(best.question)
-        missing.difference_update(best.pairs())
+        missing &= ~variants_of[best]
 
     for case in chosen:
         take(case)
     while missing:
-        take(max(chosen, key=lambda case: max(len(v.pairs() & missing) for v in of_samples(case))))
+        take(max(chosen, key=num_new))
     return tuple(found)
 
 
@@ -333,41 +394,45 @@ def of_samples(case: Case) -> list[Case]:
 def chosen_without_samples() -> tuple[Case, ...]:
     """The grid's cases before ``full_grid`` decides how samples are cut, which head there is and
     how stages are divided."""
-    of_layout = {layout: variants(layout) for layout in layouts()}
-    pairs = {}
+    cases: list[Case] = []
+    of_layout = []
+    for layout in layouts():
+        begin = len(cases)
+        cases += variants(layout)
+        of_layout.append(range(begin, len(cases)))
+    # By place in the list: hashing a case takes longer than all that is done with it.
+    pairs = [case.pairs() for case in cases]
     # A case's number of new pairs only falls: what it was bounds what it is, and most need no look.
-    bound = {}
-    for cases in of_layout.values():
-        for case in cases:
-            pairs[case] = case.pairs()
-            bound[case] = len(pairs[case])
-    missing = set[Any]().union(*pairs.values())
+    bound = [bits.bit_count() for bits in pairs]
+    missing = 0
+    for bits in pairs:
+        missing |= bits
     used = Counter[Any]()
     chosen = []
 
-    order: dict[Case, int] = {}
-    for place, case in enumerate(pairs):
-        order[case] = place
-
-    def take(candidates: Iterable[Case]) -> None:
-        best: tuple[Any, ...] = ()
+    def take(candidates: Iterable[int]) -> None:
+        nonlocal missing
+        best = (-1, 0, 0, 0)
         # Largest bound first: once a bound is below the best number, no later case can beat it.
-        for case in sorted(candidates, key=lambda case: -bound[case]):
-            if best and bound[case] < best[0]:
+        for place in sorted(candidates, key=bound.__getitem__, reverse=True):
+            if bound[place] < best[0]:
                 break
-            bound[case] = len(pairs[case] & missing)
-            uses = sum(used[value] for value in asdict(case).items())
+            bound[place] = (pairs[place] & missing).bit_count()
+            if bound[place] < best[0]:
+                continue
+            case = cases[place]
+            uses = sum(used[value] for value in case.values)
             # Most new pairs; then the fewest ranks, which cost time; then the rarest values. The
             # place in the list breaks ties, so that every machine chooses the same grid.
-            best = max(best, (bound[case], -case.world, -uses, -order[case], case))
-        case = best[-1]
+            best = max(best, (bound[place], -case.world, -uses, -place))
+        case = cases[-best[-1]]
         chosen.append(case)
-        missing.difference_update(pairs[case])
-        used.update(asdict(case).items())
+        missing &= ~pairs[-best[-1]]
+        used.update(case.values)
 
     # Every layout once, then whatever brings in the pairs that are left.
-    for cases in of_layout.values():
-        take(cases)
+    for places in of_layout:
+        take(places)
     while missing:
-        take(pairs)
+        take(range(len(cases)))
     return tuple(chosen)

@@ -1,6 +1,6 @@
 """No layout that the config accepts is left out of the grid, and no pair of values."""
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import combinations, product
 
 import pytest
@@ -70,7 +70,7 @@ def test_no_accepted_layout_is_left_out() -> None:
 def test_every_possible_pair_of_values_is_tested() -> None:
     # Not ``Case.pairs``, by which the grid was chosen.
     def pairs(case: Case) -> set:
-        return set(combinations(asdict(case).items(), 2))
+        return set(combinations(vars(case).items(), 2))
 
     num_layers = {model: shape_of(model).num_layers for model in MODELS}
     possible = set()
