@@ -88,6 +88,10 @@ def learned(section: Section) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    os.environ.get("MEGALORA_WHOLE_FIRST_HOUR") == "1",
+    reason="test_the_whole_first_hour runs these sections too, and .ci/run runs it after this",
+)
 def test_the_first_hour_up_to_serving(tmp_path: Path) -> None:
     sections, files = sections_of(PAGE.read_text())
     without = [section for number, section in by_number(sections).items() if number <= 6]
