@@ -93,6 +93,9 @@ WITHOUT_TORCH = (
     "megalora/train/trackers.py", "megalora/train/duration.py", "megalora/planner/",
     "megalora/train/logits_command.py",
     "megalora/atomic_folder.py", "megalora/tiny_folder.py",
+    "megalora/rl/__init__.py", "megalora/rl/user_function.py", "megalora/rl/rewards/",
+    "megalora/rl/episode.py", "megalora/rl/new_text.py", "megalora/rl/conversation.py",
+    "megalora/rl/environment.py", "megalora/data/conversation.py", "megalora/data/template.py",
 )  # fmt: skip
 """What checks a config answers in a fraction of a second: importing Megatron takes ten."""
 TAKE_SECONDS = {"torch", "transformers", "megatron", "peft", "datasets"}

@@ -10,15 +10,22 @@ Rule = Callable[[str, str], bool]
 """(answer, expected) -> whether the answer is right; ``ValueError`` where ``expected`` cannot be
 judged by it."""
 
-# A sign behind a digit, as in 10-3, is an operator.
-_NUMBER = re.compile(r"(?:(?<![\d)])[-+])?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
+# A sign behind a digit, as in 10-3, is an operator; a currency may stand between it and the number.
+# Commas belong to a number where they part thousands, so that 1,2 is two numbers.
+_NUMBER = re.compile(
+    r"((?<![\d)])[-+])?(?:\\?[$€£])?((?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
+)
+# As LaTeX parts thousands (1{,}000, 1\,000, 1,\!000), and the minus sign of Unicode.
+_SPELLINGS = ((r"{,}", ","), (r"\!", ""), (r"\,", ""), ("\u2212", "-"))
+_BOXED = "\\boxed{"
 NAMES = "last-number, exact, regex:PATTERN, MODULE:FUNCTION"
 
 
 def rule_of(text: str) -> Rule:
-    """The rule that ``--rule`` names.
+    r"""The rule that ``--rule`` names.
 
-    last-number       the last number of both texts is the same (1,000 = 1000.0), as for GSM8K
+    last-number       the last number of both texts is the same (1,000 = 1000.0), as for GSM8K;
+                      where there is a \boxed{}, the number in the last one
     exact             the texts are the same, but for space around them
     regex:PATTERN     its last match is the same in both: its first group, or all of it without one
     MODULE:FUNCTION   what the function says of (answer, expected)
@@ -51,9 +58,31 @@ def _by[T](read: Callable[[str], T | None], what: str) -> Rule:
 
 
 def _last_number(text: str) -> Decimal | None:
-    found = _NUMBER.findall(text)
+    for spelling, plain in _SPELLINGS:
+        text = text.replace(spelling, plain)
+    boxed = _last_boxed(text)
+    found = _NUMBER.findall(text if boxed is None else boxed)
+    # The last number of \frac{1}{2} is no answer.
+    if not found or (boxed is not None and len(found) > 1):
+        return None
+    sign, digits = found[-1]
     # Decimals compare by value: 12.50 is 12.5.
-    return Decimal(found[-1].replace(",", "")) if found else None
+    return Decimal(sign + digits.replace(",", ""))
+
+
+def _last_boxed(text: str) -> str | None:
+    r"""What stands in the last ``\boxed{}``, with braces of its own; None without one."""
+    start = text.rfind(_BOXED)
+    if start < 0:
+        return None
+    start += len(_BOXED)
+    depth = 1
+    for place in range(start, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[place], 0)
+        if depth == 0:
+            return text[start:place]
+    # It was cut: nothing says that the number is whole.
+    return ""
 
 
 def _last_match(pattern: str) -> Callable[[str], str | None]:

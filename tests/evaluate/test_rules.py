@@ -19,6 +19,17 @@ from megalora.evaluate.rules import rule_of
         ("last-number", "10-3", "3", True),
         ("last-number", "2 - -3", "-3", True),
         ("last-number", ".5", "0.5", True),
+        ("last-number", "-$1,319", "-1319", True),
+        ("last-number", "\u22127 degrees", "-7", True),
+        # Commas that part no thousands part numbers.
+        ("last-number", "x = 1,2", "2", True),
+        ("last-number", "1,2345", "12345", False),
+        # A box holds the answer, whatever follows it.
+        ("last-number", r"\boxed{42}. I am 100% sure.", "42", True),
+        ("last-number", r"\boxed{1}, no: $\boxed{\text{about } 1{,}234}$", "1234", True),
+        ("last-number", r"\boxed{10\,000}", "#### 10,000", True),
+        ("last-number", r"\boxed{\frac{1}{2}}", "2", False),
+        ("last-number", r"42 is \boxed{4", "4", False),
         ("exact", "  yes\n", "yes", True),
         ("exact", "Yes", "yes", False),
         ("regex:[A-D]", "A? No: B", "B", True),

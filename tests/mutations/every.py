@@ -34,6 +34,7 @@ from tests.mutations.recipe_bugs import RECIPE_BUGS
 from tests.mutations.relora_bugs import RELORA_BUGS
 from tests.mutations.report_bugs import REPORT_BUGS
 from tests.mutations.rl_bugs import RL_BUGS
+from tests.mutations.rl_reward_bugs import RL_REWARD_BUGS
 from tests.mutations.row_bugs import ROW_BUGS
 from tests.mutations.run_bugs import RUN_BUGS
 from tests.mutations.score_bugs import SCORE_BUGS
@@ -92,4 +93,5 @@ EVERY_BUG = (
     + EXPERT_DORA_BUGS
     + SHARED_BUGS
     + WHOLE_BUGS
+    + RL_REWARD_BUGS
 )

@@ -106,10 +106,10 @@ GENERATE_BUGS: tuple[Bug, ...] = (
         f"{OF_JUDGING} training_s_own"),
     bug(0, "the run's own layout", REQUEST, "overrides = [*one_rank, *request.overrides]",
         "overrides = request.overrides", f"{OF_REQUESTS} layout_of_its_own"),
-    bug(0, "the first number of an answer", RULES, "found[-1].replace", "found[0].replace",
+    bug(0, "the first number of an answer", RULES, "digits = found[-1]", "digits = found[0]",
         f"{OF_RULES} test_rules"),
-    bug(0, "a number compared as text", RULES, 'Decimal(found[-1].replace(",", ""))',
-        "found[-1]", f"{OF_RULES} test_rules"),
+    bug(0, "a number compared as text", RULES, 'Decimal(sign + digits.replace(",", ""))',
+        "sign + digits", f"{OF_RULES} test_rules"),
     bug(0, "the base's marks beside the adapter's answers", REPORT, "one.right[number] else",
         "verdict.judged['base'].right[number] else", f"{OF_JUDGING} ten_examples"),
     # eval by a server
