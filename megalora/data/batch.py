@@ -102,8 +102,7 @@ def flat_row(
         filler: input tokens of filler, repeated as often as needed.
         multiple_of: T is rounded up to it with filler outside of the loss.
         columns: names of the numbers that each sample has for its tokens.
-        route_shape: (L, K) where samples say which experts their tokens go to; filler, and samples
-            that do not say, choose by themselves.
+        route_shape: (L, K) where samples say which experts their tokens go to.
     """
     sequences: list[tuple[np.ndarray, np.ndarray]] = []
     values: list[float] = []
@@ -129,20 +128,33 @@ def flat_row(
         loss_mask[start:end] = torch.from_numpy(mask[1:])
     num_filler = length - ends[-1]
     tokens[ends[-1] :] = torch.from_numpy(np.resize(filler, num_filler))
+    routes = _routes(samples, ends, length, route_shape)
     while ends[-1] < length:
         ends.append(min(ends[-1] + FILLER, length))
+    return Batch(
+        tokens, labels, loss_mask, tuple(ends), num_filler, tuple(values),
+        columns=_joined(by_column), routes=routes,
+    )  # fmt: skip
+
+
+def _joined(by_column: Mapping[str, Sequence[np.ndarray]]) -> dict[str, np.ndarray]:
+    """Each column's parts one behind the other."""
     joined: dict[str, np.ndarray] = {}
     for name, parts in by_column.items():
         # An empty one first: a row of filler has no sample.
         joined[name] = np.concatenate([np.zeros(0, np.float32), *parts])
-    routes = None
-    if route_shape is not None:
-        routes = np.full((length, *route_shape), -1, np.int16)
-        # A sample with routes is one sequence.
-        for sample, start, end in zip(samples, ends, ends[1:], strict=False):
-            if sample.routes is not None:
-                routes[start:end] = sample.routes
-    return Batch(
-        tokens, labels, loss_mask, tuple(ends), num_filler, tuple(values), columns=joined,
-        routes=routes,
-    )  # fmt: skip
+    return joined
+
+
+def _routes(
+    samples: Sequence[Encoded], ends: Sequence[int], length: int, shape: tuple[int, int] | None
+) -> np.ndarray | None:
+    """[length, L, K] int16: the experts of each token; -1 in filler, and where nobody knows."""
+    if shape is None:
+        return None
+    routes = np.full((length, *shape), -1, np.int16)
+    # A sample with routes is one sequence.
+    for sample, start, end in zip(samples, ends, ends[1:], strict=False):
+        if sample.routes is not None:
+            routes[start:end] = sample.routes
+    return routes

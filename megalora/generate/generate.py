@@ -64,14 +64,9 @@ def generate(
     groups = model.groups
     check_generation(groups.pp.size(), groups.cp.size())
     _check_prompts(prompts, model.shape.vocab)
-    if numbers is None:
-        numbers = range(len(prompts))
-    every = zip(range(len(prompts)), numbers, prompts, strict=True)
-    mine = [Prompt(*prompt) for prompt in every][groups.dp.rank() :: groups.dp.size()]
-    # A rank without any prompt has a cache of filler alone.
-    longest = max((len(prompt.tokens) for prompt in mine), default=0)
+    mine = _share(prompts, numbers, groups.dp)
     # The last token is never read.
-    length = longest + options.max_new_tokens - 1
+    length = _longest(mine) + options.max_new_tokens - 1
     # Slots that no prompt would ever use would only take memory.
     num_slots = min(max_sequences, len(mine))
     sequences = Sequences(mine, options, stop, num_slots, pass_tokens)
@@ -88,6 +83,23 @@ def generate(
             if active:
                 sequences.take(active, *_next(logits, active, options, groups.tp))
     return _in_order(sequences.answers, groups.dp)
+
+
+def _share(
+    prompts: Sequence[Sequence[int]], numbers: Sequence[int] | None, dp: dist.ProcessGroup
+) -> list[Prompt]:
+    """The prompts that this data-parallel rank answers."""
+    if numbers is None:
+        numbers = range(len(prompts))
+    every = zip(range(len(prompts)), numbers, prompts, strict=True)
+    # Dealt out like cards: neighbours are often of about one length.
+    return [Prompt(*prompt) for prompt in every][dp.rank() :: dp.size()]
+
+
+def _longest(prompts: Sequence[Prompt]) -> int:
+    """Tokens of the longest of these prompts."""
+    # A rank without any prompt has a cache of filler alone.
+    return max((len(prompt.tokens) for prompt in prompts), default=0)
 
 
 def _check_prompts(prompts: Sequence[Sequence[int]], vocab: int) -> None:
