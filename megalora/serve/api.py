@@ -17,6 +17,11 @@ logging.getLogger("httpx").setLevel(logging.WARNING)
 _LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
+def is_local(url: str) -> bool:
+    """Whether a URL is of this machine, which a proxy cannot reach."""
+    return urlsplit(url).hostname in _LOCAL
+
+
 @dataclass(frozen=True)
 class Served:
     """One model id of the server."""
@@ -52,7 +57,7 @@ class Api:
             # Reading the system's certificates takes a tenth of a second.
             verify=self.url.startswith("https:"),
             # A proxy from the environment cannot reach this machine's loopback.
-            trust_env=urlsplit(self.url).hostname not in _LOCAL,
+            trust_env=not is_local(self.url),
         )
 
     def close(self) -> None:

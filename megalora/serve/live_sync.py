@@ -1,9 +1,10 @@
 """Load every checkpoint into a running server while training goes on.
 
-A thread of the first rank loads checkpoints into vLLM (``serve/vllm.py``), in order. Training does
-not wait for it. When the server is down, it tries again, less and less often, and holds the newest
-few; when the server refuses an adapter, it says so and continues with the next. Checkpoints that
-were not served are still on disk.
+A thread of the first rank loads checkpoints into vLLM, in order: from memory
+(``live/publisher.py``) where the server takes adapters from this training, else from a folder that
+it must see (``serve/vllm.py``). Training does not wait for it. When the server is down, it tries
+again, less and less often, and holds the newest few; when the server refuses an adapter, it says so
+and continues with the next. Checkpoints that were not served are still on disk.
 """
 
 import os
@@ -17,15 +18,22 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch.distributed as dist
+from safetensors.torch import load_file
 
 from megalora.adapters.files import CONFIG, PROBE, WEIGHTS
 from megalora.adapters.write.form import num_tensors
 from megalora.config import RunConfig
 from megalora.hf.folder import local_folder
-from megalora.hf.json_file import read_hf_config, stored_dtype
+from megalora.hf.json_file import read_hf_config, read_json_object, stored_dtype
 from megalora.lora.adapted_model import AdaptedModel
 from megalora.serve.adapter_files import tensor_count
-from megalora.serve.errors import ServerError, ServerUnreachable
+from megalora.serve.errors import (
+    AdapterNotFound,
+    ServerError,
+    ServerUnreachable,
+    TrainerRefused,
+)
+from megalora.serve.live.publisher import Publisher
 from megalora.serve.proof import prove, read_probe
 from megalora.serve.vllm import Client
 
@@ -107,6 +115,10 @@ class Pusher:
         # Copies outlive ``checkpoint.keep``: a server reads adapters again, and dies when one is
         # gone.
         self.client = Client(url, store=run / "served")
+        self.publisher = _publisher(url, self.name)
+        # Why the server takes nothing from memory, once it has said so.
+        self.refused = ""
+        self.published = 0
         self.held = run / "served" / ".waiting"
         # An earlier run that was killed may have left some.
         shutil.rmtree(self.held, ignore_errors=True)
@@ -161,6 +173,8 @@ class Pusher:
                 " again"
             )
         self.client.close()
+        if self.publisher is not None:
+            self.publisher.close()
 
     def _work(self) -> None:
         while not self.closing.is_set():
@@ -201,6 +215,31 @@ class Pusher:
             f" {self.url} did not take it"
         )
 
+    def _load(self, checkpoint: Path) -> str:
+        """Put a checkpoint in place of the one before; returns its id."""
+        if self.publisher is not None:
+            self.client.check(self.name, checkpoint)
+            tensors = load_file(checkpoint / WEIGHTS)
+            config = read_json_object(checkpoint / CONFIG)
+            self.published += 1
+            try:
+                model = self.publisher.publish(
+                    self.published, tensors, config, label=checkpoint.name
+                )
+            except TrainerRefused as error:
+                # For good: the next one would be refused as well.
+                self.refused = f"; from memory: {error}"
+                self.publisher.close()
+                self.publisher = None
+            else:
+                # Those that a run before this one has left.
+                self.client.unload_older(self.name, model)
+                return model
+        try:
+            return self.client.swap(self.name, checkpoint, checkpoint.name)
+        except AdapterNotFound as error:
+            raise AdapterNotFound(f"{error}{self.refused}") from None
+
     def _swap(self, checkpoint: Path) -> str:
         """Serve a checkpoint in place of the one before; returns what to say of it."""
         found = tensor_count(checkpoint)
@@ -211,7 +250,7 @@ class Pusher:
         # Before the swap: a damaged probe must not replace a version that is served.
         has_probe = read_probe(checkpoint) is not None
         # Its id holds the contents' hash.
-        model = self.client.swap(self.name, checkpoint, checkpoint.name)
+        model = self._load(checkpoint)
         now = self.client.resolve(self.name)
         if now != model:
             return (
@@ -224,6 +263,16 @@ class Pusher:
         except ValueError as error:
             return f"{model} is live at {self.url}, and could not be proved: {error}"
         return f"{self.url} has {proof.text()}"
+
+
+def _publisher(url: str, name: str) -> Publisher | None:
+    """What sends checkpoints from memory; None where this training has no address that the server
+    could reach safely."""
+    try:
+        # One version: servers keep the file of the one before for requests under way.
+        return Publisher([url], name, keep=1)
+    except ValueError:
+        return None
 
 
 def _name_of(run: Path) -> str:

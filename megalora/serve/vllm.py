@@ -153,12 +153,21 @@ class Client:
                 self._unload(model, drain_s)
             if model not in versions[-1:]:
                 self._load(model, folder)
+        self.unload_older(name, model, drain_s=drain_s)
+        return model
+
+    def check(self, name: str, folder: Path | str) -> None:
+        """Raise as ``load`` does for what can be known before an adapter is sent."""
+        self._prepare(name, folder, None)
+
+    def unload_older(self, name: str, model: str, *, drain_s: float = 30.0) -> None:
+        """Stop serving the versions of NAME that were loaded before the id ``model``."""
+        with self._changing:
             now = self._versions(name)
             # Not among them: another client has swapped since, and unloads what is old.
             if model in now:
                 for old in now[: now.index(model)]:
                     self._unload(old, drain_s)
-            return model
 
     def unload(self, name: str, *, drain_s: float = 30.0) -> None:
         """Stop serving NAME, all versions, or the one whose whole id is given.

@@ -11,6 +11,8 @@ PUBLISHER = "megalora/serve/live/publisher.py"
 CHECKS = "megalora/serve/live/checks.py"
 SENT = "tests/serve/test_message.py"
 PUBLISHED = "tests/serve/test_publisher.py"
+SERVERS = "megalora/rl/servers.py"
+SAMPLED = "tests/rl/test_servers.py"
 
 # fmt: off
 LIVE_BUGS: tuple[Bug, ...] = (
@@ -69,6 +71,39 @@ LIVE_BUGS: tuple[Bug, ...] = (
         f"{PUBLISHED} only_the_training"),
     bug(0, "adapters given to anybody", "megalora/serve/live/source.py",
         "if not self._token:", "if True:", f"{PUBLISHED} only_the_training"),
+    bug(0, "completions labelled with the version that came meanwhile", SERVERS,
+        "return sampled(answer, ident, version, self._max_new_tokens",
+        "return sampled(answer, ident, self._version, self._max_new_tokens",
+        f"{SAMPLED} keeps_its_version"),
+    bug(0, "a request that is tried again asks the newest version", SERVERS,
+        "        if version is not None:\n", "        if False:\n", f"{SAMPLED} keeps_its_version"),
+    bug(0, "sampled as the base's generation_config.json says", SERVERS,
+        "body = COMPLETION | AS_TRAINED | {", "body = COMPLETION | {",
+        f"{SAMPLED} shared_out"),
+    bug(0, "log-probabilities that are missing are not noticed", SERVERS,
+        "if not tokens or len(tokens) != len(logprobs):", "if not tokens:",
+        f"{SAMPLED} not_whole"),
+    bug(0, "log-probabilities that are not finite are learned from", SERVERS,
+        "if logprob is None or not math.isfinite(logprob):", "if logprob is None:",
+        f"{SAMPLED} not_whole"),
+    bug(0, "an answer of another model is taken", SERVERS,
+        "if model != ident:", "if False:", f"{SAMPLED} not_whole"),
+    bug(0, "a completion that was cut counts as one at the limit", SERVERS,
+        'if not ended and (reason != "length" or len(tokens) != max_new_tokens):', "if False:",
+        f"{SAMPLED} not_whole"),
+    bug(0, "all requests go to the first server", SERVERS,
+        "chosen = min(free, key=lambda server: server.running)", "chosen = free[0]",
+        f"{SAMPLED} gets_half"),
+    bug(0, "more requests at once than may be", SERVERS,
+        "if server.running < self._concurrency]", "if True]", f"{SAMPLED} shared_out"),
+    bug(0, "servers that never answer are waited for all the same", SERVERS,
+        "if silent_s > self._patience_s:", "if silent_s > 10:", f"{SAMPLED} nobody_answers"),
+    bug(0, "a version of requests under way not in use", SERVERS,
+        "        versions = {version for version, count in list(self._in_flight.items()) if count}",
+        "        versions = set()", f"{SAMPLED} keeps_its_version"),
+    bug(0, "checkpoints of a run before left beside this one's", "megalora/serve/live_sync.py",
+        "                self.client.unload_older(self.name, model)\n", "",
+        "tests/serve/test_live_sync.py from_its_memory"),
     bug(0, "files of unloaded versions fill the memory", ARRIVAL,
         "while len(self.unloaded) > RETAINED:", "while False:", f"{PUBLISHED} to_all_servers"),
 )

@@ -15,6 +15,7 @@ from megalora.serve.adapter_names import versioned
 from megalora.serve.live_sync import Pusher
 from megalora.serve.server import Server
 from megalora.serve.vllm import Client
+from megalora.serve.vllm_cpu.vllm_cpu_moe_lora.arrival import Arrivals
 from megalora.train.loop import train
 from tests.distributed.ranks import run_ranks
 from tests.parity.runs import make_config
@@ -62,9 +63,10 @@ def labels(vllm: FakeVLLM) -> list[str]:
     """NAME@step of everything that the server was asked to load, in order."""
     found = []
     for kind, name in vllm.calls:
-        # Ids are NAME@step.HASH.
-        if kind == "load":
-            found.append(name.split(".")[0])
+        # Ids are NAME@step.HASH; from memory first, which this server refuses, then from a folder.
+        label = name.split(".")[0]
+        if kind == "load" and label not in found[-1:]:
+            found.append(label)
     return found
 
 
@@ -95,6 +97,46 @@ def test_a_run_is_served_under_the_name_that_was_chosen(tiny: Path, tmp_path: Pa
             CheckpointConfig(serve_name=wrong)
 
 
+def test_a_server_that_knows_the_training_takes_checkpoints_from_its_memory(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MEGALORA_TRAINER", "http://127.0.0.1")
+    arrived = tmp_path / "arrived"
+    arrived.mkdir()
+    with fake_vllm(str(tiny)) as vllm:
+        vllm.arrivals = Arrivals(arrived)
+        run = Run(tmp_path / "run", tiny, vllm.url)
+        # What a run before has left.
+        with Client(vllm.url) as client:
+            client.load("run", run.save(9))
+        for step in (1, 2):
+            checkpoint = run.save(step)
+            run.pusher.push(checkpoint)
+            shutil.rmtree(checkpoint)
+        run.pusher.close()
+        assert labels(vllm)[1:] == ["run@step_000001", "run@step_000002"]
+        (model,) = vllm.adapters
+        assert model.startswith("run@step_000002.")
+        assert vllm.adapters[model][0].endswith(f"#{arrived / model}")
+        for line in run.said:
+            assert "differs from the training side by up to 0.00e+00" in line
+        # No copy for the server.
+        assert [place.name for place in (tmp_path / "run" / "served").iterdir()] == [".waiting"]
+
+
+def test_a_server_that_sees_no_folder_says_what_it_lacks(tiny: Path, tmp_path: Path) -> None:
+    with fake_vllm(str(tiny)) as vllm:
+        run = Run(tmp_path / "run", tiny, vllm.url)
+        load = run.pusher.client.api.load_adapter
+        # As a server on another machine.
+        run.pusher.client.api.load_adapter = lambda model, _: load(model, "/nowhere")  # type: ignore
+        run.pusher.push(run.save(1))
+        run.pusher.close()
+        (line,) = run.said
+        assert "must see the folder under this very path; from memory: " in line
+        assert "needs megalora's plug-in" in line
+
+
 def test_nothing_is_lost_while_the_server_is_down(tiny: Path, tmp_path: Path) -> None:
     """Neither by waiting nor by checkpoint.keep, which removes folders meanwhile; and pushing
     returns although nobody answers."""
@@ -111,6 +153,8 @@ def test_nothing_is_lost_while_the_server_is_down(tiny: Path, tmp_path: Path) ->
     with fake_vllm(str(tiny)) as vllm:
         # The server is back; in the test it has another port.
         run.pusher.client.api._http.base_url = vllm.url
+        assert run.pusher.publisher is not None
+        run.pusher.publisher.servers[0].client.api._http.base_url = vllm.url
         wait_until(lambda: len(run.said) == 3)
         run.pusher.close()
         assert labels(vllm) == ["run@step_000001", "run@step_000002"]
@@ -206,7 +250,8 @@ def test_whatever_goes_wrong_is_said_and_the_next_is_served(tiny: Path, tmp_path
         run.pusher.push(run.save(2))
         run.pusher.close()
         assert "step_000001 is NOT served: KeyError: 'bug'" in run.said[0]
-        assert labels(vllm) == ["run@step_000002"]
+        (served,) = vllm.adapters
+        assert served.startswith("run@step_000002.")
 
 
 def test_another_server_at_this_address_is_said(tiny: Path, tmp_path: Path) -> None:
@@ -241,4 +286,6 @@ def test_a_training_serves_its_checkpoints(
             assert "NOT" not in line
     assert count == 2
     last = tmp_path / "run" / "step_000002"
-    assert client.resolve("run") == versioned("run", last, "step_000002")
+    # From the training's memory, for which its server was started.
+    assert client.resolve("run").startswith("run@step_000002.")
+    assert client.resolve("run") != versioned("run", last, "step_000002")
