@@ -26,6 +26,7 @@ from megalora.bench.rows import load_rows
 from tests.fixtures import write_chats
 from tests.forked import forked
 from tests.planner.counted import CATEGORIES, MODELS, Case, compare, make_model
+from tests.planner.counted import error as error_of
 
 ALLOWED = 0.05
 """Largest relative error of a category of memory, or of the peak."""
@@ -148,13 +149,8 @@ def verdict_of(stages: list[dict[str, Any]]) -> str:
 
 
 def error(row: dict[str, Any], category: str) -> float:
-    """Relative error of a category: predicted over counted, less 1; 0 where both are nothing."""
-    said = row["said"][category]
-    found = row["found"][category]
-    if found:
-        return said / found - 1
-    # No ratio to nothing: memory that was predicted in vain counts as 100 % too much.
-    return 1.0 if said else 0.0
+    """Relative error of a category: predicted over counted, less 1."""
+    return error_of(row["said"][category], row["found"][category])
 
 
 def worst(row: dict[str, Any]) -> float:

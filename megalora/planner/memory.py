@@ -237,7 +237,7 @@ def _state(
     # Passes of the base switch it on in place of what is trained of it.
     if work.asks_base and put_aside:
         always += (Part(BASE_VALUES, put_aside * e, "measured"),)
-    step = Part("optimizer step", step_bytes(model, layout, chunks, counts), "measured", "step")
+    step = Part("optimizer step", step_bytes(model, p, chunks), "measured", "step")
     model.memo[key] = chunks, always, step
     return chunks, always, step
 

@@ -61,30 +61,19 @@ def owned_elements(count: AdapterCount, layout: ParallelLayout) -> tuple[int, in
     return own_dense, min(count.expert, expert // layout.edp)
 
 
-def step_bytes(
-    model: PlannedModel, layout: ParallelLayout, chunks: list[Chunk], counts: list[AdapterCount]
-) -> int:
+def step_bytes(model: PlannedModel, p: ParallelConfig, chunks: list[Chunk]) -> int:
     """``sum_partial_gradients`` puts factors replicated over TP, then those over ETP, into tables,
-    one row for each shard, and those into one bucket: 8 bytes an element; then Adam (torch's,
-    tensor lists), for dense factors, then for experts', has the square root of its second moments,
-    4 bytes for each of its share."""
+    one row for each shard, and those into one bucket: 8 bytes an element. Adam, fused, needs
+    nothing."""
     # A step sums all chunks of the stage at once.
     over_tp = 0
     over_etp = 0
     for chunk in chunks:
-        dense, expert = shared_elements(model, layout.parallel, chunk)
+        dense, expert = shared_elements(model, p, chunk)
         over_tp += dense
         over_etp += expert
-    own_dense = 0
-    own_expert = 0
-    for count in counts:
-        dense, expert = owned_elements(count, layout)
-        own_dense += dense
-        own_expert += expert
-    # Each of the four is freed before the next begins. A table and its bucket are two copies.
-    tables = 2 * GRADIENT * max(over_tp, over_etp)
-    square_roots = STATE * max(own_dense, own_expert)
-    return max(tables, square_roots)
+    # The first is freed before the second begins. A table and its bucket are two copies.
+    return 2 * GRADIENT * max(over_tp, over_etp)
 
 
 def magnitude_bytes(model: PlannedModel, p: ParallelConfig, chunks: list[Chunk], e: int) -> int:

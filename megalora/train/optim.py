@@ -76,9 +76,33 @@ def build_optimizer(
         # The attribute that ``TrainedWeight.mark`` sets.
         overrides[ParamKey(attr="is_trained_whole")] = whole_rate  # pyright: ignore
     with quiet():
-        return get_megatron_optimizer(
+        optimizer = get_megatron_optimizer(
             settings, chunks, config_overrides=overrides, use_gloo_process_groups=False  # pyright: ignore
         )  # fmt: skip
+    if fuses():
+        fuse(optimizer)
+    return optimizer
+
+
+def fuses() -> bool:
+    """Whether AdamW reads and writes its state once, in kernels over many tensors, and not in seven
+    passes: on a GPU.
+
+    On the CPU torch rounds elements that fill no vector otherwise than the others, and which ones
+    these are would depend on how data parallelism cuts the buffer.
+    """
+    return host.device().type != "cpu"
+
+
+def fuse(optimizer: Any) -> None:
+    """Let torch's AdamW run as ``fuses`` says. Its state means the same; the count of steps lies on
+    the device, too."""
+    for part in _parts(optimizer):
+        # No state is there yet: a count that was begun on the host would stay there.
+        assert not part.optimizer.state
+        for group in part.optimizer.param_groups:
+            group["fused"] = True
+            group["foreach"] = False
 
 
 @torch.no_grad()

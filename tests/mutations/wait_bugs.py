@@ -241,6 +241,54 @@ WAIT_BUGS: tuple[Bug, ...] = (
         "clipped",
         "tests/train/test_optim.py test_a_step",
     ),
+    # one kernel for AdamW
+    bug(
+        0,
+        "AdamW in passes on a GPU",
+        OPTIM,
+        "    if fuses():\n",
+        "    if False:\n",
+        "tests/pretended/test_waits.py one_launch",
+    ),
+    bug(
+        0,
+        "an optimizer of the experts alone in one kernel",
+        OPTIM,
+        "    for part in _parts(optimizer):\n        # No state is there yet",
+        "    for part in _parts(optimizer)[1:]:\n        # No state is there yet",
+        "tests/pretended/test_waits.py one_launch",
+    ),
+    bug(
+        0,
+        "one kernel on the CPU, whose rounding depends on the layout",
+        OPTIM,
+        'return host.device().type != "cpu"',
+        "return True",
+        "tests/train/test_fused.py differs",
+    ),
+    bug(
+        0,
+        "a count of steps that begins anew under one kernel",
+        OPTIM,
+        '"step": torch.tensor(float(step))',
+        '"step": torch.tensor(0.0)',
+        "tests/train/test_fused.py changes",
+    ),
+    bug(
+        0,
+        "square roots planned that one kernel does not keep",
+        "megalora/planner/state_bytes.py",
+        "    return 2 * GRADIENT * max(over_tp, over_etp)\n",
+        "    return 2 * GRADIENT * max(over_tp, over_etp) + adapters_of(chunks, model, p)\n",
+        "tests/planner/test_memory.py tables_alone",
+        (
+            "def step_bytes(",
+            "def adapters_of(chunks, model, p):\n"
+            "    from megalora.planner.adapter_count import adapter_parameters\n"
+            "    return sum(adapter_parameters(model, p, chunk).expert for chunk in chunks)\n\n\n"
+            "def step_bytes(",
+        ),
+    ),
     # LoRA+
     bug(
         0,

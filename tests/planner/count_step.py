@@ -19,7 +19,7 @@ from megalora.bench.live import LiveTensors
 from megalora.config import ObjectiveConfig, RunConfig
 from megalora.data.batch import Batch
 from megalora.train.assemble import Run
-from megalora.train.optim import _parts, clip_and_step
+from megalora.train.optim import _parts, clip_and_step, fuse
 from megalora.train.teacher import SecondModel
 from tests.lora.held import norms_of
 from tests.parity.built import built
@@ -47,10 +47,8 @@ def count_step(config: RunConfig, top_k: int) -> dict[str, int]:
     ):
         if top_k:
             route_evenly(run, top_k)
-        # torch's default on GPUs; on the CPU, AdamW would go from tensor to tensor.
-        for part in _parts(run.optimizer):
-            for group in part.optimizer.param_groups:
-                group["foreach"] = True
+        # As on GPUs; on the CPU, AdamW would go from tensor to tensor.
+        fuse(run.optimizer)
         batches = make_batches(config.train.micro_batch_size, config.objective)
         # The step that makes the moments; the next one is counted.
         run.stepper.train(batches, run.optimizer)

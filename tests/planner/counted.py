@@ -9,7 +9,7 @@ else:
     experts      computed one at a time. For few rows the CPU has a single call, whose result is a
                  temporary, and takes SwiGLU's gradient of several experts at once, in float32:
                  2 % of the peak of these models. GPUs' kernels, which are planned, write in place
-    optimizer    torch's AdamW works on lists of tensors, as it does on GPUs by default
+    optimizer    torch's AdamW is one kernel for all tensors, as ours is on GPUs
     batches      stay on the host: not counted
     norms        are composed of operations on the CPU and keep float32: planned beside the
                  product's formula, see ``widened_norms``
@@ -88,6 +88,10 @@ CATEGORIES = (
 )
 """What bytes are counted and planned as; ``pass`` and ``step`` are what they add to what is always
 there."""
+
+
+SCALARS = 1024
+"""Bytes of single numbers that are not worth planning, at most."""
 
 
 @dataclass(frozen=True)
@@ -222,6 +226,15 @@ def compare(case: Case, folder: Path, chats: Path) -> list[dict[str, Any]]:
                 said[name] += wide
         rows.append({"stage": stage, "found": fullest, "said": said})
     return rows
+
+
+def error(said: int, found: int) -> float:
+    """Relative error of a planned number of bytes; none below a kilobyte, which is that of the norm
+    of each gradient."""
+    if max(said, found) <= SCALARS:
+        return 0.0
+    # No ratio to nothing: memory that was predicted in vain counts as 100 % too much.
+    return said / found - 1 if found else 1.0
 
 
 def categories(plan: MemoryPlan) -> dict[str, int]:

@@ -300,14 +300,14 @@ def test_an_adapter_on_o_keeps_what_selective_recomputation_would_free() -> None
     assert freed == [64 * 32 * 4, 64 * 32 * 4 + 64 * 4096 * 2]
 
 
-def test_the_optimizer_takes_dense_factors_and_experts_in_turn(model: PlannedModel) -> None:
-    """TP 1 over 8 ranks: no tables; the larger of the two shares, which is that of this rank's
-    experts."""
-    p = ParallelConfig(ep=8)
-    count = adapter_parameters(model, p, chunks_of(model.shape, p, 0)[0])
-    assert count.expert > count.dense / 8
-    # Adam's square roots of second moments, 4 bytes each.
-    assert plan_of(model, ep=8)["optimizer step"] == 4 * count.expert
+def test_the_optimizer_s_step_needs_tables_alone(model: PlannedModel) -> None:
+    """What ranks share over TP, in a table and in a bucket; without it nothing, for Adam is
+    fused."""
+    assert plan_of(model, ep=8)["optimizer step"] == 0
+    p = ParallelConfig(tp=2, ep=8)
+    dense, expert = shared_elements(model, p, chunks_of(model.shape, p, 0)[0])
+    assert dense > expert
+    assert plan_of(model, tp=2, ep=8)["optimizer step"] == 8 * dense
 
 
 def test_a_stage_that_is_none(model: PlannedModel) -> None:

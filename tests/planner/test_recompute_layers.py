@@ -21,7 +21,7 @@ from megalora.planner.memory import fullest_stage, memory_of_model
 from megalora.planner.search import FULL, search
 from megalora.planner.weights import PlannedModel, chunks_of
 from megalora.planner.workload import Workload
-from tests.planner.counted import CATEGORIES, Case, compare
+from tests.planner.counted import CATEGORIES, Case, compare, error
 
 WORK = Workload(sequence_length=16384, global_batch_size=8)
 H100 = GPUS["h100"]
@@ -112,7 +112,7 @@ def test_every_category_and_the_peak(case: Case, folder: Path, chats: Path) -> N
         for category in CATEGORIES:
             found = row["found"][category]
             said = row["said"][category]
-            assert abs(said / found - 1) < 0.01, (row["stage"], category, found, said)
+            assert abs(error(said, found)) < 0.01, (row["stage"], category, found, said)
 
 
 def test_bytes_and_seconds_lie_between_those_of_the_levels(model: PlannedModel) -> None:

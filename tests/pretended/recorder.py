@@ -21,8 +21,10 @@ KERNELS_OF_TORCH = {
     torch.ops.aten._grouped_mm.default: "grouped_mm",
     torch.ops.torch_attn._varlen_attn.default: "flash attention",
     torch.ops.torch_attn._varlen_attn_backward.default: "flash attention, backward",
+    torch.ops.aten._fused_adamw_.default: "fused AdamW",
 }
-"""Operations of torch that are counted among the kernels, with their names in the record."""
+"""Operations of torch that are counted among the kernels, with their names in the record; the last
+is a kernel for about 30 tensors each."""
 
 
 def _folder(package: str) -> str:

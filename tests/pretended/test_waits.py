@@ -192,6 +192,14 @@ def test_back_end_is_the_one_for_the_number_of_rows(
     } <= kernels.keys()
 
 
+@pytest.mark.parametrize(("name", "parts"), [("one_gpu", 1), ("tp2_ep2", 2)])
+def test_an_optimizer_step_is_one_launch_for_each_part(
+    name: str, parts: int, seen: dict[str, Any]
+) -> None:
+    """Dense factors and those of experts, where expert parallelism divides them apart."""
+    assert seen[name]["kernels"]["step"]["fused AdamW"] == parts
+
+
 @pytest.mark.parametrize(
     ("name", "forward", "backward"),
     [
