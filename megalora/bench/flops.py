@@ -1,25 +1,29 @@
 """Count the FLOPs that training with LoRA costs per token, without and with recomputation.
 
-    FLOPs per token = 4 P + 6 A + 6 S h d L
+    FLOPs per token = 4 P + 6 A + 2 W + 6 S h d L
 
 P: frozen parameters a token is multiplied with (the embedding is looked up), 2 FLOPs each forward
     and 2 backward for the gradient of the input; their weights get none. A: adapter parameters it
-    meets, 2 more for their own gradient. S h d L: causal attention over S tokens, h heads of width
-    d, L layers: 2 S h d forward (half of the square, two products) and twice that backward; what a
-    flash kernel computes again by itself is not counted.
+    meets, 2 more for their own gradient. W: parameters of the base, among those of P, that are
+    trained themselves and meet a token in a product: lm_head, routers. Trained rows of a tied
+    embedding are a product of their own, and count with A. S h d L: causal attention over S tokens,
+    h heads of width d, L layers: 2 S h d forward (half of the square, two products) and twice that
+    backward; what a flash kernel computes again by itself is not counted.
 """
 
 from dataclasses import dataclass
 
 from megalora.config import Level, ParallelConfig, Recompute
+from megalora.hf.tensor_names import SCORE
 from megalora.lora.spec import Adapted
+from megalora.lora.trained_weight import trained_weights
 from megalora.model.shape import ModelShape
 from megalora.planner.models import active_layer_parameters, active_parameters
 from megalora.planner.weights import chunks_of
 
 FORMULA = (
-    "4 P + 6 A + 6 S h d L FLOPs per token (P frozen, A adapter parameters it meets; S h d L causal"
-    " attention)"
+    "4 P + 6 A + 2 W + 6 S h d L FLOPs per token (P parameters of the base that it meets, W the"
+    " trained ones of these, A adapter parameters; S h d L causal attention)"
 )
 
 
@@ -53,11 +57,17 @@ def flops_per_token(
         frozen -= shape.vocab * shape.hidden
     # A token is multiplied with both factors: A [rank, in], B [out, rank].
     adapters = sum(_met(a, shape) for a in adapted)
-    # A score head is trained: its own gradient, too.
-    adapters += shape.num_scores * shape.hidden
+    whole = 0
+    for weight in trained_weights(shape):
+        # A score head, or rows whose logits are computed apart.
+        if weight.module == SCORE or (weight.tokens and weight.tied):
+            adapters += weight.num_parameters
+        elif weight.is_router or weight.path == "output_layer" or weight.tied:
+            whole += weight.num_parameters
+        # Norms have no product, and an embedding that is not tied is looked up.
     attention = 2 * sequence_length * shape.num_heads * shape.head_dim
     # The gradient of attention's inputs costs twice its forward.
-    model = 4 * frozen + 6 * adapters + 3 * attention * shape.num_layers
+    model = 4 * frozen + 6 * adapters + 2 * whole + 3 * attention * shape.num_layers
     levels = _levels(shape, recompute, parallel or ParallelConfig())
     again = 0
     for layer, level in enumerate(levels):

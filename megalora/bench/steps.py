@@ -29,11 +29,11 @@ from megalora.bench.samples import full_samples
 from megalora.bench.timers import Timeline, attach
 from megalora.config import RunConfig
 from megalora.lora.adapted_model import AdaptedModel
-from megalora.lora.select import resolve
 from megalora.model.build import build_model, build_random
 from megalora.model.fields import model_shape
 from megalora.planner.layouts import ParallelLayout
 from megalora.planner.models import find_architecture
+from megalora.planner.weights import PlannedModel
 from megalora.train.assemble import Inputs, Run, assemble
 from megalora.train.teacher import SecondModel
 from megalora.versions import versions
@@ -48,9 +48,11 @@ def training(config: RunConfig, options: BenchOptions) -> Iterator[Run]:
     weights are read or drawn."""
     hf = find_architecture(config.model.path)
     shape = replace(model_shape(hf), num_scores=config.objective.num_scores)
+    # With what is trained of the base, so that the plan and the measurement are of one model.
+    model = PlannedModel.of(shape, config.lora)
+    shape = model.shape
     shape.check_layout(config.parallel, config.train.recompute)
     shape.check_balance(config.train.router_aux_loss_coef)
-    adapted = resolve(config.lora, shape)
     tokenizer, split = full_samples(config, shape.vocab, natural=options.routing == "natural")
 
     def prepare(model: AdaptedModel) -> None:
@@ -61,7 +63,7 @@ def training(config: RunConfig, options: BenchOptions) -> Iterator[Run]:
         make_base = partial(build_model, folder=Path(config.model.path))
     else:
         make_base = partial(build_random, hf, seed=config.train.seed)
-    inputs = Inputs(shape, adapted, tokenizer, split, None)
+    inputs = Inputs(shape, list(model.adapted), tokenizer, split, None)
     with assemble(config, inputs, make_base=make_base, prepare=prepare) as run:
         teacher = run.stepper.teacher
         # Its weights are always read, and it routes like the model.

@@ -55,7 +55,7 @@ def test_the_table(rows: list[Row]) -> None:
     assert text.index("tp=1 ep=2") < text.index("tp=2 ep=1") < text.index("tp=2 ep=2"), (
         "the fastest first"
     )
-    for said in ("4 P + 6 A + 6 S h d L", "predicted from a guess", "out of memory"):
+    for said in ("4 P + 6 A + 2 W + 6 S h d L", "predicted from a guess", "out of memory"):
         assert said in text
 
 

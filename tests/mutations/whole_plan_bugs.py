@@ -15,8 +15,42 @@ KEPT = "tests/planner/test_activations.py trained_whole"
 PEAK = "tests/planner/test_peak.py saved"
 COST = "tests/planner/test_cost.py"
 MEMORY = "tests/planner/test_memory.py"
+FLOPS = "megalora/bench/flops.py"
+BENCH = "tests/bench/test_trained_whole.py"
 
 WHOLE_PLAN_BUGS: tuple[Bug, ...] = (
+    bug(
+        0,
+        "a benchmark that trains nothing of the base",
+        "megalora/bench/steps.py",
+        "    shape = model.shape\n",
+        "",
+        f"{BENCH} for_real",
+    ),
+    bug(
+        0,
+        "no FLOPs for the gradient of a trained head or router",
+        FLOPS,
+        "            whole += weight.num_parameters\n",
+        "            pass\n",
+        f"{BENCH} torch_counts",
+    ),
+    bug(
+        0,
+        "FLOPs of trained norms",
+        FLOPS,
+        "elif weight.is_router or weight.path",
+        "elif len(weight.size) == 1 or weight.is_router or weight.path",
+        f"{BENCH} torch_counts",
+    ),
+    bug(
+        0,
+        "FLOPs of rows that are looked up",
+        FLOPS,
+        "(weight.tokens and weight.tied)",
+        "weight.tokens",
+        f"{BENCH} by_hand",
+    ),
     bug(
         0,
         "a trained weight planned as frozen, too",
