@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -23,6 +24,7 @@ from megalora.chat.command import find_models
 from megalora.config import LoRAConfig
 from megalora.hf.json_file import read_hf_config
 from megalora.lora.select import resolve
+from megalora.model.families import FAMILIES
 from megalora.model.fields import model_shape
 from megalora.tiny import make_tiny
 from megalora.verify.peft import verify_peft
@@ -253,11 +255,21 @@ def test_folders_that_are_refused(
 def test_families_without_a_classifier_are_refused() -> None:
     from tests.parity.models import shape_of
 
-    shape = replace(shape_of("olmoe"), num_scores=2)
-    with pytest.raises(ValueError, match="transformers has no OlmoeForSequenceClassification"):
-        resolve(LORA, shape)
+    for model in ("olmoe", "glm4_moe"):
+        shape = replace(shape_of(model), num_scores=2)
+        name = FAMILIES[shape.model_type].classifier
+        with pytest.raises(ValueError, match=f"transformers has no {name}, so that nothing could"):
+            resolve(LORA, shape)
     with pytest.raises(ValueError, match="lm_head"):
         resolve(replace(LORA, target_modules=["lm_head"]), replace(shape_of("moe"), num_scores=2))
+
+
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_classifiers_are_those_of_transformers(name: str) -> None:
+    """A family that transformers has got a classifier for since is no longer to be refused."""
+    family = FAMILIES[name]
+    assert hasattr(transformers, family.classifier) == family.has_classifier
+    assert hasattr(transformers, family.causal_lm)
 
 
 def test_inspect_says_what_it_is(classifier: Path) -> None:

@@ -78,6 +78,12 @@ BEGUN_BUGS: tuple[Bug, ...] = (
         "if a.projection.is_expert and lora.dropout:", "if False:", f"{TRAINED} named"),
     bug(0, "lm_head begun as a part of itself", "megalora/lora/factor_checks.py",
         "if a.projection in HEAD:", "if False:", f"{TRAINED} named"),
+    bug(0, "a reference at the start without the frozen pair", "megalora/train/checkpoint/start.py",
+        "    # A fresh run and an imported adapter begin here;",
+        "    for shard in model.frozen:\n"
+        "        start[shard.parameter] = torch.zeros_like(shard.parameter)\n"
+        "    # A fresh run and an imported adapter begin here;",
+        "tests/train/test_begun_reference.py float64"),
     bug(0, "a frozen pair that is not planned", "megalora/planner/state_bytes.py",
         "if not FACTORS[factor].trained:", "if False:",
         "tests/planner/test_dryrun.py lora"),

@@ -214,6 +214,14 @@ SCORE_BUGS: tuple[Bug, ...] = (
         "score.flip(0).to(DTYPES[neighbour.dtype])",
         f"{OF_FILES} merged_folder",
     ),
+    bug(
+        0,
+        "a classifier of a family that transformers has none of",
+        "megalora/model/families/olmoe.py",
+        "    has_classifier=False,\n",
+        "",
+        f"{OF_FILES} classifiers_are",
+    ),
     # evaluations
     bug(
         0,
