@@ -180,6 +180,14 @@ HEAD_PLAN_BUGS: tuple[Bug, ...] = (
     ),
     bug(
         0,
+        "traffic of a GPU's kernels said of a CPU",
+        "megalora/planner/dropout_cost.py",
+        """" of a GPU's kernels" if on_cpu""",
+        """" of a GPU's kernels" if not on_cpu""",
+        "tests/planner/test_dropout_cost.py whose_traffic",
+    ),
+    bug(
+        0,
         "a log that leaves out what dropout costs",
         "megalora/train/announce.py",
         "        lines.append(cost)\n",

@@ -18,7 +18,7 @@ from tests.planner.priced import ARITHMETIC, FREE, MODELS, Constant, seconds
 LORA = LoRAConfig(rank=16, dropout=0.1)
 
 
-def said(tmp_path: Path, ranks: int, **sizes: int) -> str:
+def said(tmp_path: Path, ranks: int, *, on_cpu: bool = False, **sizes: int) -> str:
     """Of Qwen3-30B-A3B with 8 samples of 4,096 tokens, one in a row."""
     config = make_config(
         tmp_path, tmp_path / "chats.jsonl", tmp_path / "run", {}, lora=LORA, dtype="bfloat16",
@@ -28,7 +28,7 @@ def said(tmp_path: Path, ranks: int, **sizes: int) -> str:
         config, data=replace(config.data, max_length=4096), parallel=ParallelConfig(**sizes)
     )
     shape = load_shape(MODELS / "qwen3_30b_a3b.yaml")
-    return dropout_cost(config, shape, resolve(LORA, shape), ranks, on_cpu=False)
+    return dropout_cost(config, shape, resolve(LORA, shape), ranks, on_cpu=on_cpu)
 
 
 def test_ratios_are_the_planner_s(tmp_path: Path) -> None:
@@ -45,6 +45,13 @@ def test_ratios_are_the_planner_s(tmp_path: Path) -> None:
     assert ratios == pytest.approx(expected, abs=0.01)
     # Dropout copies; it hardly computes.
     assert ratios[1] > 1.2 and 1 < ratios[2] < 1.05
+
+
+def test_a_cpu_is_told_whose_traffic_it_is(tmp_path: Path) -> None:
+    """Its own operations read and write more without dropout."""
+    whose = "x the element-wise memory traffic of a GPU's kernels and"
+    assert whose in said(tmp_path, 1, on_cpu=True)
+    assert whose not in said(tmp_path, 1)
 
 
 @pytest.mark.slow
