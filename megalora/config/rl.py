@@ -1,13 +1,13 @@
 """The ``rl`` section: sampling completions and judging them, for megalora rl."""
 
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Literal
 
 from megalora.config.checks import require
 
 _ABOVE_ZERO = (
     "reward_workers", "reward_timeout", "group_size", "steps_per_rollout", "max_new_tokens",
-    "concurrency",
+    "concurrency", "server_patience",
 )  # fmt: skip
 
 
@@ -39,6 +39,20 @@ class RLConfig:
     concurrency: int = 64
     """Completions that are sampled at the same time: on each data-parallel rank, or by each of
     ``rl.servers``."""
+    servers: list[str] = field(default_factory=list)
+    """URLs of vLLM servers to sample from, each started by ``megalora serve --trainer``; they get
+    every version of the adapter. An empty list samples from the model that is trained, which needs
+    no server and waits for itself."""
+    staleness: int = 0
+    """Of ``rl.servers``: rounds of rollouts that may be begun before the one that is trained on, so
+    that servers sample while this trains. 0 samples each round from the newest adapter."""
+    sync: Literal["auto", "http", "group", "folder"] = "auto"
+    """How ``rl.servers`` get a version: ``http``, each fetches it from this training's memory;
+    ``group``, one broadcast to all; ``folder``, from the run folder, which they see under the same
+    path. ``auto`` is http, or folder where a server takes nothing by network."""
+    server_patience: float = 10.0
+    """Minutes that a run waits for ``rl.servers`` of which none answers, and for one that lacks a
+    version."""
     eval_temperature: float = 0.0
     """Temperature of evaluations, of one completion for each prompt of ``data.eval``. 0 takes the
     most probable token. Training samples at a temperature of 1."""
@@ -69,6 +83,28 @@ class RLConfig:
             f"rl.group_size={self.group_size}: a completion is compared with others of its prompt;"
             " it must be at least 2",
         )
+        for url in self.servers:
+            require(
+                url.startswith(("http://", "https://")),
+                f"rl.servers: {url} is not the URL of a server; write it as http://HOST:PORT",
+            )
+        require(
+            len(set(self.servers)) == len(self.servers),
+            f"rl.servers={self.servers} names a server twice",
+        )
+        require(self.staleness >= 0, f"rl.staleness must not be negative, got {self.staleness}")
+        of_servers = {"staleness": self.staleness, "sync": self.sync != "auto"}
+        for option, is_set in of_servers.items():
+            require(
+                not is_set or bool(self.servers),
+                f"rl.{option}={getattr(self, option)} does nothing without rl.servers: the model"
+                " that is trained samples by itself",
+            )
+        require(
+            not self.servers or self.replay_routes != "on",
+            "rl.replay_routes=on: vLLM 0.32 does not report the experts that it chose over the"
+            " interface that is used here; leave it out. The gap to the engine is logged",
+        )
         if isinstance(self.rewards, dict):
             require(bool(self.rewards), "rl.rewards is an empty mapping; name a reward")
         if not self.is_on:
@@ -78,7 +114,7 @@ class RLConfig:
         for option in fields(self):
             value = getattr(self, option.name)
             require(
-                value == option.default,
+                value == (option.default if option.default is not MISSING else []),
                 f"rl.{option.name}={value} does nothing without rl.rewards or rl.environment, which"
                 " say how completions are judged",
             )
@@ -98,7 +134,7 @@ class RLConfig:
             has_experts or self.replay_routes != "on",
             "rl.replay_routes=on: this model has no layers with experts; leave it out",
         )
-        return has_experts and self.replay_routes != "off"
+        return has_experts and self.replay_routes != "off" and not self.servers
 
     @property
     def weights(self) -> dict[str, float]:

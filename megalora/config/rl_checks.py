@@ -44,8 +44,12 @@ def check_rl(config: Sections) -> None:
         f"rl.max_new_tokens={rl.max_new_tokens} leaves no room for a prompt in"
         f" data.max_length={config.data.max_length}, which holds prompt and completion",
     )
-    # Stages and parts of rows have no cache to generate from.
-    check_generation(config.parallel.pp, config.parallel.cp, "sampling by the run's own model")
+    if not rl.servers:
+        # Stages and parts of rows have no cache to generate from; servers need none here.
+        what = "sampling by the run's own model (rl.servers=[])"
+        check_generation(config.parallel.pp, config.parallel.cp, what)
+    else:
+        _check_served(config)
     _check_steps(config)
     _check_policy(config)
     unread = {
@@ -62,6 +66,27 @@ def check_rl(config: Sections) -> None:
     }
     for option, is_set in unread.items():
         require(not is_set, f"{option} does not go with rl.rewards: {reasons[option]}")
+
+
+def _check_served(config: Sections) -> None:
+    """What vLLM cannot be given."""
+    require(
+        config.checkpoint.serve is None,
+        "checkpoint.serve does not go with rl.servers, which get every version anyway: leave it"
+        " out",
+    )
+    not_loaded = {
+        "lora.use_dora": bool(config.lora.use_dora),
+        "lora.lora_bias": config.lora.lora_bias,
+        "lora.modules_to_save": bool(config.lora.modules_to_save),
+        "lora.trainable_token_indices": bool(config.lora.trainable_token_indices),
+    }
+    for option, is_set in not_loaded.items():
+        require(
+            not is_set,
+            f"{option}: vLLM does not load it, so that rl.servers would sample from another"
+            " adapter; sample from the model that is trained (rl.servers=[])",
+        )
 
 
 def _check_steps(config: Sections) -> None:

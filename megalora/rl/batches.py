@@ -4,7 +4,7 @@ few steps, and then makes room for the next."""
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Future
-from contextlib import AbstractAsyncContextManager, contextmanager
+from contextlib import AbstractAsyncContextManager, closing, contextmanager
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -31,6 +31,7 @@ from megalora.rl.rollouts import (
     split_of,
     write_round,
 )
+from megalora.rl.served import Served
 from megalora.train.batches import Batches, Evaluated
 from megalora.train.checkpoint.start import start_of
 from megalora.train.step import Stepper
@@ -96,7 +97,17 @@ class SampledBatches(Batches):
         """As in ``Batches``: with an engine, and on the first rank with what judges."""
         self.model = model
         self.stepper = stepper
-        self.engine = embedded_in(model, self.config)
+        if self.config.rl.servers:
+            self.engine = Served(model, stepper, self.config, say)
+        else:
+            self.engine = embedded_in(model, self.config)
+        # Ends in this order: what plays, then what it asks.
+        with closing(self.engine), self._episodes(step):
+            yield
+
+    @contextmanager
+    def _episodes(self, step: int) -> Iterator[None]:
+        """A block in which the first rank plays episodes, from this number of finished steps on."""
         if dist.get_rank() != 0:
             yield
             return
@@ -107,7 +118,7 @@ class SampledBatches(Batches):
         numbers = (number for number in count() if number not in done)
         prompts = (self.prompts.ask(number, self.config) for number in numbers)
         groups = self.config.train.global_batch_size * rl.steps_per_rollout // rl.group_size
-        plan = Plan(groups, rl.group_size)
+        plan = Plan(groups, rl.group_size, rl.staleness)
         kept = partial(is_kept, policy=self.policy)
         with Collector(self._train_on, prompts, plan, kept, round) as collector:
             self.collector = collector

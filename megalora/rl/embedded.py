@@ -104,6 +104,9 @@ class Embedded:
                 )
                 request.resolve(sampled)
 
+    def close(self) -> None:
+        """As the protocol says: nothing does."""
+
     def _gather(self, done: "Future[Any]") -> list[_Request]:
         """The next requests, or none when ``done`` is."""
         waiting: list[_Request] = []

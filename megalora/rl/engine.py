@@ -30,3 +30,7 @@ class Engine(Protocol):
             done: of the first rank; None on the others.
         """
         ...
+
+    def close(self) -> None:
+        """End what runs beside the training."""
+        ...

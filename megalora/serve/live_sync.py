@@ -107,7 +107,7 @@ class Pusher:
             say: called with lines for the user, from any thread.
             name: NAME; None for the run folder's.
         """
-        self.name = name or _name_of(run)
+        self.name = name or run_name(run)
         self.url = url
         self.num_tensors = num_tensors
         self.say = say
@@ -275,7 +275,7 @@ def _publisher(url: str, name: str) -> Publisher | None:
         return None
 
 
-def _name_of(run: Path) -> str:
+def run_name(run: Path) -> str:
     """The run folder's name, with ``-`` for what may not stand in a model's name."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", run.resolve().name).strip("-._") or "run"
 

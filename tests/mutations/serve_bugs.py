@@ -63,7 +63,7 @@ SERVE_BUGS: tuple[Bug, ...] = (
     bug(0, "a phase that begins again", PHASES,
         "self._next = place + 1", "pass", f"{RUNS} log_that_grows"),
     bug(0, "checkpoints served under the folder's name whatever is asked",
-        "megalora/serve/live_sync.py", "self.name = name or _name_of(run)",
-        "self.name = _name_of(run)", "tests/serve/test_live_sync.py name_that_was_chosen"),
+        "megalora/serve/live_sync.py", "self.name = name or run_name(run)",
+        "self.name = run_name(run)", "tests/serve/test_live_sync.py name_that_was_chosen"),
 )
 # fmt: on

@@ -50,8 +50,14 @@ def test_a_config_that_samples(minimal: Path) -> None:
         ("rl.largest_gap=0", "rl.largest_gap must be above 0"),
         ("rl.max_new_tokens=4096", "leaves no room for a prompt in data.max_length=4096"),
         ("train.epochs=2", "rl.rewards needs train.steps, and no train.epochs"),
-        ("parallel.pp=2", "sampling by the run's own model does not run with parallel.pp=2"),
-        ("parallel.cp=2", "sampling by the run's own model does not run with parallel.cp=2"),
+        (
+            "parallel.pp=2",
+            "sampling by the run's own model (rl.servers=[]) does not run with parallel.pp=2",
+        ),
+        (
+            "parallel.cp=2",
+            "sampling by the run's own model (rl.servers=[]) does not run with parallel.cp=2",
+        ),
         ("lora.dropout=0.1", "lora.dropout does not go with rl.rewards: completions are sampled"),
         ("train.relora={every: 2}", "train.relora does not go with rl.rewards"),
         ("train.check_base=loss", "train.check_base=loss does not go with rl.rewards"),
