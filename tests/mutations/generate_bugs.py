@@ -49,9 +49,9 @@ GENERATE_BUGS: tuple[Bug, ...] = (
         "part.gather(part.logits).transpose(0, 1).flatten(1)", "part.logits",
         f"{TEST} what_one_rank_says"),
     bug(0, "draws numbered by a rank's own prompts", GENERATE,
-        "for prompt in every][groups.dp.rank() :: groups.dp.size()]",
-        "for prompt in every][groups.dp.rank() :: groups.dp.size()]\n"
-        "    mine = [Prompt(p.place, n, p.tokens) for n, p in enumerate(mine)]",
+        "    return [Prompt(*prompt) for prompt in every][dp.rank() :: dp.size()]",
+        "    mine = [Prompt(*prompt) for prompt in every][dp.rank() :: dp.size()]\n"
+        "    return [Prompt(p.place, n, p.tokens) for n, p in enumerate(mine)]",
         f"{TEST} what_one_rank_says"),
     bug(0, "top-p without the token that reaches it", CHOOSE, "before_NV < options.top_p",
         "before_NV + probs_NV < options.top_p", f"{OF_CHOICES} transformers_filters"),

@@ -143,7 +143,7 @@ PREFERENCE_BUGS: tuple[Bug, ...] = (
         0,
         "a reference with the adapters on",
         STEP,
-        "with model_of(reference, self.chunks, self.kept):",
+        "with model, replaying(self.replay, has_routes):",
         "if True:",
         GRID,
     ),

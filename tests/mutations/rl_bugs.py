@@ -9,7 +9,94 @@ OF_COLLECT, OF_LOOP, OF_PROMPTS, OF_ROLLOUTS, OF_CONFIG = (
     f"tests/rl/test_{name}.py" for name in ("collect", "loop", "prompts", "rollouts", "rl_config")
 )
 
+REPLAY, ROUTER, INPUTS = (
+    "megalora/model/replay.py", "megalora/model/router.py", "megalora/train/inputs.py",
+)  # fmt: skip
+OF_REPLAY = "tests/rl/test_replay.py"
+OF_SERVED = "tests/serve/test_rl.py"
+SERVED = "megalora/rl/served.py"
+
 RL_BUGS: tuple[Bug, ...] = (
+    bug(
+        0,
+        "replay: every layer takes the first one's experts",
+        REPLAY,
+        "return self._routes[:, router.place]",
+        "return self._routes[:, 0]",
+        f"{OF_REPLAY} given_experts",
+    ),
+    bug(
+        0,
+        "replay: a stage takes the experts of the first layers",
+        INPUTS,
+        "[:, list(asked.replayed)]",
+        "[:, : len(asked.replayed)]",
+        f"{OF_REPLAY} pp2",
+    ),
+    bug(
+        0,
+        "replay: every rank of tensor parallelism takes the first slice's experts",
+        INPUTS,
+        "pieces.append(_of_tp_rank(own(of_layers), part).flatten())",
+        "pieces.append(own(of_layers).chunk(part.tp_size)[0].flatten())",
+        f"{OF_REPLAY} ep2",
+    ),
+    bug(
+        0,
+        "replay: the chunks of context parallelism in the order of the row",
+        INPUTS,
+        "pieces.append(_of_tp_rank(own(of_layers), part).flatten())",
+        "pieces.append(of_layers.chunk(part.cp_size)[part.cp_rank].flatten())",
+        f"{OF_REPLAY} cp2",
+    ),
+    bug(
+        0,
+        "replay: tokens of which nothing is known go to expert 0",
+        ROUTER,
+        "torch.where(given_TK < 0, own_TK, given_TK)",
+        "given_TK.clamp(min=0)",
+        f"{OF_REPLAY} given_experts",
+    ),
+    bug(
+        0,
+        "replay: weights that the engine's own choice would have",
+        ROUTER,
+        "weights, chosen = self._weigh(logits.flatten(0, -2), given, chosen)",
+        "_, chosen = self._weigh(logits.flatten(0, -2), given, chosen)",
+        f"{OF_REPLAY} given_experts",
+    ),
+    bug(
+        0,
+        "replay: experts of a pass in the order of other sequences",
+        "megalora/generate/sequences.py",
+        "sequence.routes.append(routes[start:end].copy())",
+        "sequence.routes.append(routes[: end - start].copy())",
+        f"{OF_REPLAY} computed_again",
+    ),
+    bug(
+        0,
+        "replay: experts of the token before",
+        "megalora/data/batch.py",
+        "routes[start:end] = sample.routes",
+        "routes[start:end] = np.roll(sample.routes, 1, axis=0)",
+        f"{OF_REPLAY} given_experts",
+    ),
+    bug(
+        0,
+        "served: a version that is not published is asked",
+        SERVED,
+        "if version == self.version:",
+        "if self.version is not None:",
+        f"{OF_SERVED} newest",
+    ),
+    bug(
+        0,
+        "served: rounds begun earlier than allowed",
+        "megalora/rl/batches.py",
+        "Plan(groups, rl.group_size, rl.staleness)",
+        "Plan(groups, rl.group_size, rl.staleness + 1)",
+        f"{OF_SERVED} newest",
+    ),
     bug(
         0,
         "rl: a round more of prompts begun than may be",
