@@ -38,6 +38,8 @@ def add_rank_arguments(parser: Any) -> None:
 def start_ranks(options: Any, rest: list[str], module: str) -> None:
     """Check a run's config and start its ranks under torchrun.
 
+    With ``megalora.rl`` what judges is looked at, too.
+
     Args:
         rest: ``section.key=value`` that stood behind other arguments.
         module: what each rank runs.
@@ -46,7 +48,15 @@ def start_ranks(options: Any, rest: list[str], module: str) -> None:
 
     overrides = [*options.overrides, *rest]
     # Here, so that a mistake is shown before ranks start and once, not by each of them.
-    check_run(options.config, overrides, options.nproc, samples=module == "megalora.rl")
+    samples = module == "megalora.rl"
+    config = check_run(options.config, overrides, options.nproc, samples=samples)
+    if samples:
+        from megalora.rl.environment import load_environment
+        from megalora.rl.rewards.load import check_rewards
+
+        # The user's modules are imported, and nothing in them is called.
+        check_rewards(config.rl.weights)
+        load_environment(config.rl.environment)
     # Seconds to save after SIGTERM; torchrun's own default kills after 30.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
     if options.max_restarts < 0:

@@ -4,14 +4,13 @@ few steps, and then makes room for the next."""
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Future
-from contextlib import AbstractAsyncContextManager, closing, contextmanager
+from contextlib import AbstractAsyncContextManager, ExitStack, closing, contextmanager
 from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch.distributed as dist
 
 from megalora.config import RunConfig
 from megalora.first_rank import on_first_rank
@@ -102,15 +101,14 @@ class SampledBatches(Batches):
         else:
             self.engine = embedded_in(model, self.config)
         # Ends in this order: what plays, then what it asks.
-        with closing(self.engine), self._episodes(step):
+        with closing(self.engine), ExitStack() as ending:
+            # A reward that cannot be loaded ends every rank.
+            on_first_rank(lambda: self._begin(step, ending), "what judges could not be started")
             yield
 
-    @contextmanager
-    def _episodes(self, step: int) -> Iterator[None]:
-        """A block in which the first rank plays episodes, from this number of finished steps on."""
-        if dist.get_rank() != 0:
-            yield
-            return
+    def _begin(self, step: int, ending: ExitStack) -> None:
+        """Have the first rank play episodes, from this number of finished steps on, until
+        ``ending`` closes."""
         rl = self.config.rl
         round = step // rl.steps_per_rollout
         done = prompts_done(self._folder, round)
@@ -120,15 +118,13 @@ class SampledBatches(Batches):
         groups = self.config.train.global_batch_size * rl.steps_per_rollout // rl.group_size
         plan = Plan(groups, rl.group_size, rl.staleness)
         kept = partial(is_kept, policy=self.policy)
-        with Collector(self._train_on, prompts, plan, kept, round) as collector:
-            self.collector = collector
-            opened = self.make_play(self.config)
-            self.play = collector.run(opened.__aenter__()).result()
-            try:
-                yield
-            finally:
-                collector.cancel()
-                collector.run(opened.__aexit__(None, None, None)).result()
+        collector = ending.enter_context(Collector(self._train_on, prompts, plan, kept, round))
+        opened = self.make_play(self.config)
+        self.play = collector.run(opened.__aenter__()).result()
+        ending.callback(lambda: collector.run(opened.__aexit__(None, None, None)).result())
+        # Before what judges ends: nothing is asked of it any more.
+        ending.callback(collector.cancel)
+        self.collector = collector
 
     def prepare(self, step: int) -> dict[str, float]:
         """As in ``Batches``: sample the next round where the step begins one."""
@@ -139,8 +135,10 @@ class SampledBatches(Batches):
         taken: Round = self._wait_for(
             step, lambda collector: collector.begin_round(step // every), "rollouts failed"
         )
-        if dist.get_rank() == 0:
-            write_round(self._folder, step // every, step, taken)
+        on_first_rank(
+            lambda: write_round(self._folder, step // every, step, taken),
+            f"{self._folder}: what was sampled could not be written",
+        )
         samples, self.by_step = samples_of(taken.groups, self.policy, every)
         self.first_step = step
         self.train = split_of(samples, self.prompts.train, self.policy)

@@ -59,8 +59,8 @@ class Served:
         """On the first rank."""
         self.servers: Servers | None = None
         """Likewise."""
-        if dist.get_rank() == 0:
-            self._connect(folder)
+        # An address that cannot be had ends every rank.
+        on_first_rank(lambda: self._connect(folder), "nothing can be published")
 
     def _connect(self, folder: Path) -> None:
         rl = self.config.rl
