@@ -10,7 +10,6 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,7 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM
-from transformers.loss.loss_utils import ForSequenceClassificationLoss
+
+from tests.oracles.routing import corrected_margin, lead, unevenness
 
 PREFIX = "base_model.model."
 EMBEDDING = "model.embed_tokens"
@@ -27,55 +27,6 @@ ROWS = "token_adapter.trainable_tokens_delta"
 SCORE = "base_model.model.score.weight"
 PARTS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 """Mixtral's name of an expert's linear -> what it computes, as other families call it."""
-
-
-def lead(values: Tensor, count: int) -> float:
-    """The smallest distance, over rows, between the last of the ``count`` largest and the next."""
-    if count >= values.shape[-1]:
-        return math.inf
-    largest = values.topk(count + 1, dim=-1).values
-    return (largest[..., -2] - largest[..., -1]).min().item()
-
-
-def corrected_margin(router: Any, logits: Tensor) -> float:
-    """The same for a router that chooses by sigmoids plus a correction: groups first, then experts
-    of the best groups. Sigmoids err a quarter as much as logits, at most."""
-    scores = logits.sigmoid() + router.e_score_correction_bias
-    by_group = scores.unflatten(-1, (router.n_group, -1))
-    rating = by_group.topk(2, dim=-1).values.sum(-1)
-    # A group is rated by the sum of its two best experts, as DeepSeek-V3 does.
-    best = rating.topk(router.topk_group, dim=-1).indices
-    allowed = torch.zeros_like(rating, dtype=torch.bool).scatter(-1, best, True)
-    within = by_group.masked_fill(~allowed[..., None], -torch.inf).flatten(-2)
-    # A choice may turn at either stage: another group, or another expert of the same groups.
-    return min(lead(rating, router.topk_group), lead(within, router.top_k))
-
-
-def chosen(router: Any, logits: Tensor) -> Tensor:
-    """[T, K]: the experts of each token."""
-    if not hasattr(router, "e_score_correction_bias"):
-        return logits.topk(router.top_k, dim=-1).indices
-    scores = logits.sigmoid() + router.e_score_correction_bias
-    by_group = scores.unflatten(-1, (router.n_group, -1))
-    best = by_group.topk(2, dim=-1).values.sum(-1).topk(router.topk_group, dim=-1).indices
-    allowed = torch.zeros(len(scores), router.n_group, dtype=torch.bool).scatter(-1, best, True)
-    return by_group.masked_fill(~allowed[..., None], -torch.inf).flatten(-2).topk(router.top_k)[1]
-
-
-def unevenness(router: Any, logits: Tensor) -> Tensor:
-    """DeepSeek-V3's balance loss of one sequence in one layer (2412.19437, equations 17 to 20),
-    written out expert by expert."""
-    num_tokens, num_experts = logits.shape
-    sigmoids = hasattr(router, "e_score_correction_bias")
-    scores = logits.sigmoid() if sigmoids else logits.exp()
-    shares = scores / scores.sum(-1, keepdim=True)
-    experts = chosen(router, logits.detach())
-    total = logits.new_zeros(())
-    for expert in range(num_experts):
-        times = (experts == expert).sum().item()
-        frequency = num_experts / (router.top_k * num_tokens) * times
-        total = total + frequency * shares[:, expert].mean()
-    return total
 
 
 class Oracle:
@@ -112,9 +63,6 @@ class Oracle:
         """What each layer that has routed since the list was emptied adds to that loss."""
         self.reference: dict[str, Tensor] = {}
         """Weights of the model that preferences compare with, where they differ from the base's."""
-        self.moved: list[float] = []
-        """Of each batch of KTO, how much likelier mismatched sequences are than in the reference.
-        """
         self.margin = math.inf
         """The smallest lead, in router logits, of a chosen expert over the best that was not, of
         all tokens so far."""
@@ -230,97 +178,10 @@ class Oracle:
                 found["lm_head.weight"] = value
         return found
 
-    def sequence_logprobs(self, sample: Any, weights: dict[str, Tensor]) -> list[Tensor]:
-        """Log-probabilities of the target tokens of each of a sample's sequences."""
-        # A pair is two sequences, one behind the other.
-        cut = sample.second or len(sample.input_ids)
-        found = []
-        for part in (slice(cut), slice(cut, None)):
-            ids = torch.tensor(sample.input_ids[part]).long()
-            mask = torch.tensor(sample.loss_mask[part])
-            if not len(ids):
-                continue
-            output = functional_call(self.model, weights, (ids[None, :-1],), tie_weights=False)
-            logprobs = output.logits[0].double().log_softmax(-1)
-            # Position i predicts token i + 1, and counts where that token is a target.
-            own = logprobs.gather(1, ids[1:, None])[:, 0]
-            found.append(own[mask[1:]])
-        return found
-
-    def dpo_loss(self, samples: list, beta: float) -> Tensor:
-        """DPO's loss, a mean over pairs (Rafailov et al. 2023)."""
-        merged = self.merged()
-        total = torch.zeros((), dtype=torch.float64)
-        for sample in samples:
-            chosen, rejected = [part.sum() for part in self.sequence_logprobs(sample, merged)]
-            with torch.no_grad():
-                reference = [part.sum() for part in self.sequence_logprobs(sample, self.reference)]
-            delta = (chosen - reference[0]) - (rejected - reference[1])
-            total = total - F.logsigmoid(beta * delta)
-        return total / len(samples)
-
-    def gain(self, sample: Any, weights: dict[str, Tensor]) -> Tensor:
-        """By how much a sequence is likelier than in the reference; log."""
-        (logprobs,) = self.sequence_logprobs(sample, weights)
-        with torch.no_grad():
-            (reference,) = self.sequence_logprobs(sample, self.reference)
-        return logprobs.sum() - reference.sum()
-
-    def kto_loss(
-        self, samples: list, beta: float, good_weight: float = 1.0, bad_weight: float = 1.0
-    ) -> Tensor:
-        """KTO's loss, a mean over answers that are good or bad (Ethayarajh et al. 2024)."""
-        merged = self.merged()
-        moved = 0.0
-        with torch.no_grad():
-            for place, sample in enumerate(samples):
-                other = samples[(place + 1) % len(samples)]
-                moved += self.gain(mismatched(sample, other), merged).item() / len(samples)
-        self.moved.append(moved)
-        total = torch.zeros((), dtype=torch.float64)
-        for sample in samples:
-            gain = self.gain(sample, merged) - max(moved, 0.0)
-            if sample.value == 1:
-                total = total + good_weight * (1 - torch.sigmoid(beta * gain))
-            else:
-                total = total + bad_weight * (1 - torch.sigmoid(-beta * gain))
-        return total / len(samples)
-
     def compare_with_start(self) -> None:
         """Let preferences compare with the adapter as it is now, and not with the base."""
         for name, weight in self.merged().items():
             self.reference[name] = weight.detach()
-
-    def scores(self, ids: Any, weights: dict[str, Tensor]) -> Tensor:
-        """[C] scores of a sequence of tokens: the score head on the last of them."""
-        row = torch.tensor(ids).long()[None]
-        output = functional_call(
-            self.model, weights, (row,), {"output_hidden_states": True}, tie_weights=False
-        )
-        # The last of them comes behind the final norm.
-        return output.hidden_states[-1][0, -1].double() @ self.factors[SCORE].T
-
-    def classify_loss(self, samples: list) -> Tensor:
-        """Mean cross entropy of the samples' labels, by transformers' own loss."""
-        merged = self.merged()
-        rows = [self.scores(sample.input_ids[:-1], merged) for sample in samples]
-        labels = torch.tensor([int(sample.value) for sample in samples])
-        config = SimpleNamespace(
-            problem_type="single_label_classification", num_labels=len(self.factors[SCORE])
-        )
-        return ForSequenceClassificationLoss(labels, torch.stack(rows), config)
-
-    def reward_loss(self, samples: list, centre: float) -> Tensor:
-        """Bradley-Terry with margins and the centring term, a mean over pairs."""
-        merged = self.merged()
-        total = torch.zeros((), dtype=torch.float64)
-        for sample in samples:
-            # Each sequence ends in the place that is scored, which is no token of it.
-            chosen = self.scores(sample.input_ids[: sample.second - 1], merged)[0]
-            rejected = self.scores(sample.input_ids[sample.second : -1], merged)[0]
-            total = total + torch.log1p((rejected - chosen + sample.value).exp())
-            total = total + centre * (chosen + rejected) ** 2
-        return total / len(samples)
 
     def loss(self, samples: list) -> Tensor:
         """Mean over the target tokens of all samples."""
@@ -337,38 +198,6 @@ class Oracle:
             losses = F.cross_entropy(logits, ids[1:], reduction="none")
             total = total + (losses * mask[1:]).sum()
             count = count + int(mask[1:].sum())
-        return total / count
-
-    def distill_loss(
-        self, samples: list, kind: str, beta: float | None, temperature: float, sft_weight: float
-    ) -> Tensor:
-        """Mean over the target tokens of the distance from the teacher, times T^2, and of the cross
-        entropy (Hinton et al. 2015; Agarwal et al. 2024)."""
-        merged = self.merged()
-        total = torch.zeros((), dtype=torch.float64)
-        count = 0
-        for sample in samples:
-            ids = torch.tensor(sample.input_ids).long()
-            mask = torch.tensor(sample.loss_mask)[1:]
-            row = ids[None, :-1]
-            output = functional_call(self.model, merged, (row,), tie_weights=False)
-            logits = output.logits[0].double()[mask]
-            with torch.no_grad():
-                taught = self.teacher(row).logits[0].double()[mask]
-            q = (logits / temperature).softmax(-1)
-            p = (taught / temperature).softmax(-1)
-            if kind == "forward":
-                distance = F.kl_div(q.log(), p, reduction="sum")
-            elif kind == "reverse":
-                distance = F.kl_div(p.log(), q, reduction="sum")
-            else:
-                assert beta is not None
-                m = (beta * p + (1 - beta) * q).log()
-                distance = beta * F.kl_div(m, p, reduction="sum")
-                distance = distance + (1 - beta) * F.kl_div(m, q, reduction="sum")
-            learned = F.cross_entropy(logits, ids[1:][mask], reduction="sum")
-            total = total + temperature**2 * distance + sft_weight * learned
-            count = count + int(mask.sum())
         return total / count
 
     def train(
@@ -450,20 +279,6 @@ def frozen(base: Path, dtype: torch.dtype) -> Any:
     """A model as transformers computes it, experts one by one."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, experts_implementation="eager")
     return model.eval().requires_grad_(False)
-
-
-def mismatched(sample: Any, other: Any) -> Any:
-    """The prompt of one sample and the answer of another, which begins with what is learned."""
-    prompt = sample.input_ids[: first_learned(sample)].tolist()
-    begin = first_learned(other)
-    answer = other.input_ids[begin:].tolist()
-    learned = [False] * len(prompt) + other.loss_mask[begin:].tolist()
-    return SimpleNamespace(input_ids=prompt + answer, loss_mask=learned, second=0)
-
-
-def first_learned(sample: Any) -> int:
-    """Place of the first token in the loss."""
-    return next(place for place, learned in enumerate(sample.loss_mask) if place and learned)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,10 @@ from megalora.lora.spec import Adapted
 from megalora.model.fields import model_shape
 from megalora.train import assemble, loop
 from tests.distributed.ranks import run_ranks
+from tests.oracles.distillation import distill_loss
 from tests.oracles.policy import policy_loss
+from tests.oracles.preference import dpo_loss, kto_loss
+from tests.oracles.scored import classify_loss, reward_loss
 from tests.oracles.training import Oracle, Trained
 from tests.parity.built import random_factors
 from tests.parity.compare import distance, of_largest
@@ -219,12 +222,13 @@ def loss_by(oracle: Oracle, objective: ObjectiveConfig) -> Callable[[list[Any]],
     if objective.name == "sft":
         return oracle.loss
     if objective.name == "classify":
-        return oracle.classify_loss
+        return partial(classify_loss, oracle)
     if objective.name == "reward":
-        return partial(oracle.reward_loss, centre=objective.centre or 0.0)
+        return partial(reward_loss, oracle, centre=objective.centre or 0.0)
     if objective.name == "distill":
         return partial(
-            oracle.distill_loss,
+            distill_loss,
+            oracle,
             kind=objective.divergence,
             beta=objective.beta,
             temperature=objective.temperature,
@@ -237,8 +241,8 @@ def loss_by(oracle: Oracle, objective: ObjectiveConfig) -> Callable[[list[Any]],
     assert objective.beta is not None
     if objective.name == "kto":
         good, bad = objective.desirable_weight, objective.undesirable_weight
-        return partial(oracle.kto_loss, beta=objective.beta, good_weight=good, bad_weight=bad)
-    return partial(oracle.dpo_loss, beta=objective.beta)
+        return partial(kto_loss, oracle, beta=objective.beta, good_weight=good, bad_weight=bad)
+    return partial(dpo_loss, oracle, beta=objective.beta)
 
 
 def expected_of_clear_routing(
