@@ -67,8 +67,10 @@ def flops_per_token(
         # Norms have no product, and an embedding that is not tied is looked up.
     attention = 2 * sequence_length * shape.num_heads * shape.head_dim
     # The gradient of attention's inputs costs twice its forward.
+    # Frozen: forward and the input's gradient. Trained whole: their own gradient besides.
     model = 4 * frozen + 6 * adapters + 2 * whole + 3 * attention * shape.num_layers
     levels = _levels(shape, recompute, parallel or ParallelConfig())
+    # Recomputation repeats forward's products, and none of backward's.
     again = 0
     for layer, level in enumerate(levels):
         # A forward is 2 FLOPs for each parameter.
@@ -97,6 +99,7 @@ def _levels(shape: ModelShape, recompute: Recompute, p: ParallelConfig) -> list[
 
 def _met(a: Adapted, shape: ModelShape) -> int:
     """Adapter parameters of one token: of routed experts those it is sent to."""
+    # A token meets the adapters of the experts that it is sent to, each with its own.
     copies = shape.top_k if a.num_experts else 1
     return copies * a.rank * (a.in_features + a.out_features)
 

@@ -53,6 +53,7 @@ def training(config: RunConfig, options: BenchOptions) -> Iterator[Run]:
     shape = model.shape
     shape.check_layout(config.parallel, config.train.recompute)
     shape.check_balance(config.train.router_aux_loss_coef)
+    # Random tokens say little of routing: only natural routing reads text.
     tokenizer, split = full_samples(config, shape.vocab, natural=options.routing == "natural")
 
     def prepare(model: AdaptedModel) -> None:
@@ -220,6 +221,7 @@ def _measured(
     config = run.config
     world = len(ranks)
     # A step lasts until the slowest rank is through.
+    # Of each rank a list of steps, whose slowest rank is the step's time.
     seconds_of_rank = [rank["seconds"] for rank in ranks]
     steps = list(map(max, zip(*seconds_of_rank, strict=True)))
     median = statistics.median(steps)

@@ -102,6 +102,7 @@ def find_models(target: str, base: str | None, *, score: bool = False) -> tuple[
     refuse_variants(adapter / CONFIG, read_config(adapter), score=score)
     if base is None:
         base = named_base(adapter)
+    # The base is looked for once its adapter is known to be one that can be read.
     model = local_folder(base, "--base")
     check_base_folder(model)
     return model, adapter

@@ -63,6 +63,7 @@ def judge(plan: Plan) -> Verdict:
                 )
         # Nothing may refer to the groups when they end.
         del model, start, teacher
+    # By what the loss is of the report chooses its columns.
     kind = kind_of(config.objective)
     notes = _commonest(split, config.objective.num_scores) if kind == "labels" else []
     return Verdict(split.summary(), questions, judged, kind=kind, notes=notes)
@@ -73,8 +74,10 @@ def _commonest(split: Split, num_labels: int) -> list[str]:
     which have no accuracy."""
     if num_labels == 1 or not split.samples:
         return []
+    # Numbers of labels travel as floats, which hold them exactly.
     counts = Counter(int(sample.value) for sample in split.samples)
     label, count = counts.most_common(1)[0]
+    # Labels that have only numbers are called by them.
     names = split.scoring.names if split.scoring is not None else ()
     called = names[label] if names else str(label)
     share = count / len(split.samples)
@@ -125,6 +128,7 @@ def _judge_one(
         stepper.kept["start"] = start
     stepper.teacher = teacher
     values, count = stepper.evaluate_all(batches.of_eval(), batches.mismatched_of_eval())
+    # The loss stands in a field of its own, all else in ``others``.
     loss = values.pop(objective.evaluated[0])
     if not questions:
         return Judged(loss, count, others=values)

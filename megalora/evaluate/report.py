@@ -97,6 +97,7 @@ def _line(name: str, one: "Judged", verdict: "Verdict") -> str:
     line = f"{name:<8}"
     if one.loss is not None:
         line += f"{one.loss:>10.4f}"
+        # Perplexity is made of the loss, and no objective reports it.
         found = one.others
         if verdict.kind == "tokens":
             found = {"perplexity": one.perplexity}
@@ -114,6 +115,7 @@ def _line(name: str, one: "Judged", verdict: "Verdict") -> str:
 
 def _cut(plan: Plan, verdict: "Verdict", names: list[str]) -> str:
     """A line about answers that are not whole; empty where all are."""
+    # An answer that was cut may be wrong for that reason alone.
     cut = []
     for name in names:
         one = verdict.judged[name]
@@ -127,6 +129,7 @@ def _cut(plan: Plan, verdict: "Verdict", names: list[str]) -> str:
 
 def _examples(verdict: "Verdict", names: list[str], rule: str) -> list[str]:
     """A table of the first questions; + marks right answers, - wrong ones."""
+    # The first row has the titles; widths are the same for all.
     rows: list[list[str]] = [["question", "expected", *names]]
     for number, question in enumerate(verdict.questions[:EXAMPLES]):
         cells = [question.asked, question.expected]
@@ -171,6 +174,7 @@ def record_of(plan: Plan, verdict: "Verdict") -> dict[str, Any]:
     for name, one in verdict.judged.items():
         found[name] = {}
         if one.loss is not None:
+            # Keys of JSON are written without spaces.
             counted = _TABLES[verdict.kind].count.replace(" ", "_")
             found[name] |= {"loss": one.loss, counted: one.count, **_others(one, verdict.kind)}
         if one.right:
@@ -179,6 +183,7 @@ def record_of(plan: Plan, verdict: "Verdict") -> dict[str, Any]:
                 "accuracy": one.accuracy,
                 "cut": one.num_cut,
             }
+    # All answers, of which the text shows the first ten.
     rows: list[dict[str, Any]] = []
     for number, question in enumerate(verdict.questions):
         row: dict[str, Any] = {"row": question.row, "expected": question.expected}

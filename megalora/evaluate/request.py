@@ -125,6 +125,7 @@ def plan_of(request: Request) -> Plan:
     file = config_file(request, adapter)
     config = config_of(request, base, file)
     config.parallel.data_parallel_sizes(request.nproc)
+    # From the adapter's header: a head of other labels would fail after minutes of loading.
     _check_head(request, adapter, config.objective)
     require(
         config.objective.learned_policy is None,
@@ -187,6 +188,7 @@ def config_file(request: Request, adapter: Path | None) -> Path | None:
         return Path(request.config)
     # A checkpoint lies in its run folder, which has the config with all defaults filled in. Beside
     # any other adapter a file of this name may be anything.
+    # A base lies in no run folder.
     if adapter is None:
         return None
     checkpoint = adapter.absolute()
@@ -216,6 +218,7 @@ def config_of(request: Request, base: Path, file: Path | None) -> RunConfig:
             minimal = Path(folder) / "defaults"
             minimal.write_text(_MINIMAL)
             config = load_config(minimal, overrides)
+    # What the command line names takes the place of training's data and of its evaluation's.
     data = config.data
     if request.data is not None:
         # Raises where there is no such file.

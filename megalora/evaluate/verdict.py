@@ -18,6 +18,7 @@ teacher, or labels of sequences."""
 
 def kind_of(objective: ObjectiveConfig) -> Kind:
     """What the loss of an evaluation is of. A reward model is judged by pairs."""
+    # First of all: a reward model has a score head, and is judged by pairs.
     if objective.pairs:
         return "pairs"
     if objective.labelled:
@@ -100,6 +101,7 @@ def judge_answers(
     Raises:
         ValueError: the rule cannot compare with a row's answer.
     """
+    # A rule of the user's is imported anew on every rank.
     rule = rule_of(plan.request.rule)
     answers: list[str] = []
     right: list[bool] = []

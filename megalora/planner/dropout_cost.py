@@ -53,6 +53,7 @@ def dropout_cost(
     Args:
         on_cpu: whether masks are as wide as activations.
     """
+    # The run's own layout and lengths, on which the ratios depend.
     layout = ParallelLayout.of(config, num_ranks)
     work = Workload(
         sequence_length=config.data.max_length,
@@ -65,6 +66,7 @@ def dropout_cost(
     traffic: list[float] = []
     flops: list[float] = []
     for has_dropout in (True, False):
+        # The same adapters either way, so that only dropout differs.
         model = PlannedModel(shape, tuple(adapted), has_dropout)
         plan = fullest_stage(model, layout, work)
         kept.append(plan["activations"] + plan["loss"])

@@ -38,6 +38,7 @@ def buffers(count: AdapterCount, layout: ParallelLayout) -> tuple[int, int]:
     dense = count.dense_padded
     dense += -dense % multiple
     dense += count.tied + -count.tied % multiple
+    # Experts have a buffer of their own, shared out over their data-parallel ranks.
     expert = count.expert_padded
     expert += -expert % math.lcm(layout.edp, BUFFER_END)
     return dense, expert
@@ -79,6 +80,7 @@ def step_bytes(model: PlannedModel, p: ParallelConfig, chunks: list[Chunk]) -> i
 def magnitude_bytes(model: PlannedModel, p: ParallelConfig, chunks: list[Chunk], e: int) -> int:
     """What DoRA holds beside the adapters' ``e`` bytes a parameter: float32 magnitudes, and two
     float32 numbers for each of them, its row's norm and the square of the base's."""
+    # A magnitude for each row of a weight, cut as B is.
     rows = 0
     for chunk in chunks:
         for layer in chunk.layers:

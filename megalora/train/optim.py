@@ -101,6 +101,7 @@ def fuse(optimizer: Any) -> None:
         # No state is there yet: a count that was begun on the host would stay there.
         assert not part.optimizer.state
         for group in part.optimizer.param_groups:
+            # torch refuses both at once, and would take tensor lists where neither is set.
             group["fused"] = True
             group["foreach"] = False
 
@@ -161,6 +162,7 @@ def _scheduled(config: TrainConfig, step: int, num_steps: int) -> float:
         return config.lr * (step + 1) / config.warmup
     # 0 at the first step after warm-up, 1 after the last step
     done = (step - config.warmup) / max(1, num_steps - config.warmup)
+    # Each is 1 behind the warm-up; all but the constant one end at 0.
     factors = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
     return config.lr * factors[config.schedule]
 
@@ -189,6 +191,7 @@ def optimizer_state(
     Each data-parallel rank owns a slice of every flat buffer; the others' slices are added as
     zeros, which is exact.
     """
+    # Zeros where other ranks own a slice: sums put the whole together.
     state = {p: torch.zeros(p.shape, dtype=torch.float32, device=p.device) for p in parameters}
     for part in _parts(optimizer):
         for parameter in part.model_param_group_index_map:

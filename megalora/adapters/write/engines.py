@@ -95,6 +95,7 @@ def check_engine(name: EngineName, layout: str, adapted: list[Adapted], shape: M
         )
     if layout not in engine.layouts:
         raise ValueError(f"--layout {layout}: {engine.title} reads {' or '.join(engine.layouts)}")
+    # What an engine would load and leave out without a word.
     check_honoured(name, adapted, shape)
     if name != "peft" and has_magnitudes(adapted):
         raise ValueError(
@@ -153,6 +154,7 @@ def check_honoured(name: EngineName, adapted: list[Adapted], shape: ModelShape) 
     engine = ENGINES[name]
     family = FAMILIES[shape.model_type]
     # Some families have linears that an engine holds in a form which takes no adapter.
+    # Nothing is known of families in SGLang beyond its own table.
     of_family = {"peft": family.peft.not_honoured, "vllm": family.vllm.not_honoured}
     not_honoured = engine.not_honoured | dict(of_family.get(name, {}))
     for projection in dict.fromkeys(a.name for a in adapted):
