@@ -140,9 +140,10 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
     options = alternatives(hint)
     for option in options:
         if get_origin(option) is Literal:
-            # YAML reads off without quotes as false.
-            if value is False and "off" in get_args(option):
-                return "off"
+            # YAML reads off without quotes as false, and on as true.
+            words = {False: "off", True: "on"}
+            if isinstance(value, bool) and words[value] in get_args(option):
+                return words[value]
             if value in get_args(option):
                 return value
         elif is_dataclass(option):

@@ -124,6 +124,11 @@ def _check_policy(config: Sections) -> None:
         "start": "it is the adapter that the whole run began with",
     }
     require(
+        not (config.lora.use_dora and policy.proximal == "recompute"),
+        "objective.policy.proximal=recompute does not go with lora.use_dora, whose norms an earlier"
+        " adapter would need as well: use engine",
+    )
+    require(
         policy.proximal not in meant,
         f"objective.policy.proximal={policy.proximal} does not go with rl.rewards:"
         f" {meant.get(policy.proximal)}; use engine, or recompute for the adapter that a rollout"

@@ -16,11 +16,11 @@ def run_recipe(name: str, folder: Path, shorter: Mapping[str, str]) -> str:
         shorter: texts of its files to replace, so that it takes fewer steps.
     """
     (folder / "recipes" / name).mkdir(parents=True)
-    for file in ("run.sh", "train.yaml"):
-        text = (ROOT / "recipes" / name / file).read_text()
+    for file in sorted((ROOT / "recipes" / name).glob("*.*")):
+        text = file.read_text()
         for old, new in shorter.items():
             text = text.replace(old, new)
-        (folder / "recipes" / name / file).write_text(text)
+        (folder / "recipes" / name / file.name).write_text(text)
     environment = {
         **os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": f"{ROOT}:{ROOT}/kernels", "CUDA_VISIBLE_DEVICES": "",

@@ -31,6 +31,8 @@ def rows(num_steps: int = 6, shift: float = 0.0) -> list[dict[str, Any]]:
                 "expert_entropy": 0.8 + 0.02 * step, "starved_experts": 0.25 / step,
                 "ratio": 1 + 0.01 * step, "clipped_share": 0.1 * step, "kept_share": 1 / step,
                 "mismatch_weight": 1 + 0.02 * step, "entropy": 2 - 0.1 * step,
+                "reward": 0.01 * step, "reward_std": 0.5 + step, "completion_tokens": 40 + step,
+                "truncated": 0.25 + step, "groups_alike": 0.125 + step, "staleness_max": 1 + step,
                 "engine_gap": 0.3 + step, "engine_gap_max": 0.9 + step, "engine_k3": 0.03 + step,
                 "accuracy": 0.5 + 0.05 * step, "margin": 0.3 * step - 0.2,
                 "chosen_reward": 0.1 * step, "rejected_reward": 0.2 - 0.2 * step,

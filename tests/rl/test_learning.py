@@ -9,36 +9,37 @@ from megalora.config import LoRAConfig, RunConfig
 from megalora.rl.feed import sampling_feed
 from megalora.rl.play import playing
 from megalora.train.loop import train
+from recipes.grpo import rewards
 from tests.distributed.ranks import run_ranks
 from tests.parity.runs import records
-from tests.rl import digit_reward
 from tests.rl.played import rl_config, write_prompts
 
 
 def train_and_judge(config: RunConfig) -> Path | None:
-    """``megalora rl`` on the ranks of this world; a rank function."""
+    """``megalora rl`` on the ranks of this world; a rank function. The third seed is the recipe's
+    (tests/recipes/test_grpo.py)."""
     return train(config, feed=sampling_feed(playing))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("seed", "world", "parallel"),
-    [(0, 1, {}), (1, 1, {}), (2, 2, {"ep": 2})],
-    ids=["0", "1", "2 ep2"],
+    [(1, 1, {}), (2, 2, {"ep": 2})],
+    ids=["1", "2 ep2"],
 )
 def test_a_random_model_learns_to_say_digits(
     seed: int, world: int, parallel: dict[str, Any], tiny: Path, tmp_path: Path
 ) -> None:
     config = rl_config(
         tiny, write_prompts(tmp_path / "prompts.jsonl"), tmp_path / "run", {"clip_high": 0.28},
-        rl={"rewards": f"{digit_reward.__file__}:digits", "group_size": 8, "concurrency": 128,
+        rl={"rewards": f"{rewards.__file__}:digits", "group_size": 8, "concurrency": 128,
             "reward_workers": 1},
         lora=LoRAConfig(rank=16, alpha=32), parallel=parallel, steps=16, lr=7e-3, seed=seed,
         data_seed=seed, global_batch_size=128, micro_batch_size=64, eval=1, data={"eval": None},
     )  # fmt: skip
     run_ranks(train_and_judge, world, config)
-    rewards = records(tmp_path / "run", "reward")
-    assert rewards[0] < 0.1
-    assert max(rewards[:12]) > 0.8 and max(rewards) > 0.9
+    found = records(tmp_path / "run", "reward")
+    assert found[0] < 0.1
+    assert max(found[:12]) > 0.8 and max(found) > 0.9
     # To the last step nothing lies between the engine and training but rounding.
     assert max(records(tmp_path / "run", "engine_gap")) < 2e-6

@@ -61,6 +61,10 @@ def test_a_config_that_samples(minimal: Path) -> None:
         ("lora.dropout=0.1", "lora.dropout does not go with rl.rewards: completions are sampled"),
         ("train.relora={every: 2}", "train.relora does not go with rl.rewards"),
         ("train.check_base=loss", "train.check_base=loss does not go with rl.rewards"),
+        ("rl.staleness=1", "rl.staleness=1 does nothing without rl.servers"),
+        ("rl.sync=http", "rl.sync=http does nothing without rl.servers"),
+        ("rl.servers=[node:8000]", "rl.servers: node:8000 is not the URL of a server"),
+        ("rl.servers=[http://a, http://a]", "names a server twice"),
         ("objective.policy={proximal: start}", "objective.policy.proximal=start does not go with"),
         ("objective.policy={proximal: data}", "objective.policy.proximal=data does not go with"),
     ],
@@ -83,3 +87,21 @@ def test_options_without_rewards_do_nothing(minimal: Path) -> None:
         load_config(minimal, ["rl.group_size=4"])
     with pytest.raises(ValueError, match="proximal=recompute needs completions that the run"):
         load_config(minimal, ["objective.name=grpo", "objective.policy={proximal: recompute}"])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("lora.use_dora=true", "lora.use_dora: vLLM does not load it"),
+        ("lora.modules_to_save=[norm]", "lora.modules_to_save: vLLM does not load it"),
+        ("checkpoint.serve=http://a", "checkpoint.serve does not go with rl.servers"),
+        ("rl.replay_routes=on", "rl.replay_routes=on: vLLM 0.32 does not report the experts"),
+    ],
+)
+def test_what_servers_cannot_sample_from(override: str, message: str, minimal: Path) -> None:
+    config = loaded(minimal, "rl.servers=[http://a]", "rl.staleness=1", "parallel.pp=2")
+    assert config.rl.staleness == 1
+    with pytest.raises(ValueError, match=message):
+        loaded(minimal, "rl.servers=[http://a]", override)
+    with pytest.raises(ValueError, match="recompute does not go with lora.use_dora"):
+        loaded(minimal, "lora.use_dora=true", "objective.policy={proximal: recompute}")

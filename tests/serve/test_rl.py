@@ -15,9 +15,9 @@ from megalora.serve.live.address import TOKEN as VARIABLE
 from megalora.serve.server import Server
 from megalora.serve.vllm import Client
 from megalora.train.loop import train
+from recipes.grpo import rewards
 from tests.distributed.ranks import run_ranks
 from tests.parity.runs import records
-from tests.rl import digit_reward
 from tests.rl.played import rl_config, write_prompts
 from tests.serve.conftest import TOKEN
 
@@ -50,7 +50,7 @@ def test_a_model_learns_from_what_servers_sample(
     config = rl_config(
         tiny, write_prompts(tmp_path / "prompts.jsonl"), tmp_path / "run",
         {"clip_high": 0.28, "proximal": "current"},
-        rl={"rewards": f"{digit_reward.__file__}:digits", "group_size": 8, "reward_workers": 1,
+        rl={"rewards": f"{rewards.__file__}:digits", "group_size": 8, "reward_workers": 1,
             "servers": [server.url], "staleness": staleness, "concurrency": 128},
         lora=LoRAConfig(rank=16, alpha=32), parallel=parallel, steps=6, lr=7e-3, eval=1,
         global_batch_size=64, micro_batch_size=16, data={"eval": None},
@@ -58,8 +58,8 @@ def test_a_model_learns_from_what_servers_sample(
     named = CheckpointConfig(dir=str(tmp_path / "run"), serve_name=f"digits{staleness}")
     config = replace(config, checkpoint=named)
     run_ranks(train_and_judge, world, config)
-    rewards = records(tmp_path / "run", "reward")
-    assert max(rewards) > 2 * rewards[0]
+    means = records(tmp_path / "run", "reward")
+    assert max(means) > 2 * means[0]
     # The name that requests give means the newest version that was sampled from.
     assert client.resolve(f"digits{staleness}").startswith(f"digits{staleness}@v5.")
     of_steps = [versions(tmp_path / "run", step) for step in range(6)]

@@ -1,0 +1,1 @@
+"""Learn from a reward of one's own, without a server."""
