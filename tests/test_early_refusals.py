@@ -40,6 +40,7 @@ print(json.dumps(said))
 BASE = ["--base", "base"]
 NEW = ["--out", "new.yaml"]
 NOT_AN_ADAPTER = "is not an adapter folder: it has no adapter_config.json"
+RL = ["rl", "run.yaml", "objective.name=grpo", "train.steps=8", "train.global_batch_size=8"]
 # Arguments after ``megalora``, or after ``rank`` those of a rank, and what is said. The working
 # directory is ``folder`` below.
 WRONG: list[tuple[list[str], str]] = [
@@ -56,6 +57,12 @@ WRONG: list[tuple[list[str], str]] = [
     (["train", "run.yaml", "checkpoint.resume=empty"], "checkpoint.resume=empty is not a check"),
     (["train", "run.yaml", "checkpoint.resume=stale"], "stale/latest names step_000009, which"),
     (["train", "run.yaml", "--nproc", "3", "parallel.ep=2"], "3 ranks cannot hold the "),
+    ([*RL, "rl.rewards=last-numbr"], "rl.rewards: 'last-numbr' is not a reward; there are last-nu"),
+    ([*RL, "rl.rewards=none.py:f"], "rl.rewards: none.py:f: there is no file none.py"),
+    ([*RL, "rl.rewards=json:dumps"], "rl.rewards: json:dumps: it is called as dumps(prompt, compl"),
+    ([*RL, "rl.rewards={exact: 0}"], "rl.rewards: the weight of exact is 0.0; nothing to learn f"),
+    ([*RL, "rl.environment=json:loads"], "rl.environment: json:loads: it is called as loads(clie"),
+    ([*RL, "rl.environment=verifiers:gsm8k"], "rl.environment: verifiers:gsm8k: environments of "),
     (["train", "run.yaml", "log.samples=-1"], "log.samples must not be negative, got -1"),
     (["train", "run.yaml", "log.samples=[a, ' ']"], "log.samples holds an empty message"),
     (["train", "run.yaml", "log.samples=yes"], "log.samples must be an integer or a list of texts"),

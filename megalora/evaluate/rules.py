@@ -60,6 +60,7 @@ def _by[T](read: Callable[[str], T | None], what: str) -> Rule:
 def _last_number(text: str) -> Decimal | None:
     for spelling, plain in _SPELLINGS:
         text = text.replace(spelling, plain)
+    # Whatever else is said, the box is the answer.
     boxed = _last_boxed(text)
     found = _NUMBER.findall(text if boxed is None else boxed)
     # The last number of \frac{1}{2} is no answer.
@@ -77,6 +78,7 @@ def _last_boxed(text: str) -> str | None:
         return None
     start += len(_BOXED)
     depth = 1
+    # Braces of LaTeX commands inside, such as \\text{}, are balanced.
     for place in range(start, len(text)):
         depth += {"{": 1, "}": -1}.get(text[place], 0)
         if depth == 0:

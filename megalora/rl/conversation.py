@@ -93,6 +93,7 @@ class Client:
         """
         if messages is not None:
             self.add(messages)
+        # Behind half an answer the template has nothing to write.
         if self.truncated:
             raise Truncated
         self._require_a_turn()
@@ -107,6 +108,7 @@ class Client:
             self.truncated = True
             raise Truncated
         sampled = await self._sample(tokens)
+        # Only now: an engine that failed has read none of it.
         self._waiting = []
         return self._take(given, sampled, room)
 
@@ -149,6 +151,7 @@ class Client:
         self.versions += sampled.versions[:room]
         self._take_routes(sampled.routes, num_read)
         self.truncated = not sampled.ended or len(ids) < len(sampled.tokens)
+        # For the environment and the rewards; training reads the tokens.
         tokenizer: Any = self._new_text.template.tokenizer
         text = tokenizer.decode(ids, skip_special_tokens=True)
         self.messages.append({"role": "assistant", "content": text})

@@ -72,6 +72,7 @@ class Environment:
         Raises:
             ValueError: there is no such environment.
         """
+        # For messages: what could not be judged is named by it.
         self.path = path or "one answer"
         self.rollout = load_environment(path)
         self.rewards = rewards
@@ -99,6 +100,10 @@ class Environment:
         new_text = NewText(self.template, conversation)
         client = Client(prompt, ask, new_text, self.max_length, self.timeout_s)
         own = await self._lead(client, prompt)
+        if not client.completion_ids:
+            # It failed before the first answer, and is left out. Records have tokens all the same.
+            client = Client(prompt, ask, new_text, self.max_length, self.timeout_s)
+            await client.generate()
         # All turns, what tools said included.
         tokenizer: Any = self.template.tokenizer
         text = tokenizer.decode(client.completion_ids, skip_special_tokens=True)
@@ -127,6 +132,7 @@ class Environment:
         # The environment has given none, and there is nothing else to judge.
         if not own and not self.rewards.weights:
             return None
+        # The weights of rl.rewards are for its own alone.
         return sum(own.values()) + (judged.total or 0.0)
 
     async def _lead(self, client: Client, prompt: Prompt) -> dict[str, float] | None:
@@ -140,6 +146,7 @@ class Environment:
                 # From here on; it stands still while the engine answers.
                 client.start_clock(clock)
                 said = await self.rollout(client, prompt.row)
+            # What cannot be taken is a failure of the environment like an exception.
             own, reason = _by_name(said)
         except Truncated:
             # It has not come to a judgement; the rewards may.
@@ -172,6 +179,7 @@ def _by_name(said: Any) -> tuple[dict[str, float], str]:
             number = as_number(value)
         except ValueError as error:
             return {}, f"{name}: {error}" if several is said else str(error)
+        # A single None leaves the judgement to rl.rewards.
         if number is not None:
             named[name] = number
         elif several is said:

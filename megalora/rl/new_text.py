@@ -40,6 +40,7 @@ class NewText:
         text = self._behind_answer(messages)
         end_text = str(tokenizer.convert_ids_to_tokens(end))
         if end_text not in self.template.specials:
+            # Ordinary text that an engine stops at: the template's own end follows it.
             return tokenizer(text, add_special_tokens=False)["input_ids"]
         # The answer's end has been sampled; spaces that the template prints before it have not, and
         # it is too late for them.
@@ -70,6 +71,7 @@ class NewText:
             options=self.like.options,
         )
         text = self.template.render(conversation, generation_prompt=True)
+        # What the template writes before the answer is in the prompt already.
         _, found, behind = text.partition(_STANDS_FOR_ANSWER)
         if not found:
             raise ValueError("the chat template leaves out the assistant's answer")

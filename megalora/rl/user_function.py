@@ -29,6 +29,7 @@ def load_function(option: str, path: str, arguments: Sequence[str]) -> Callable[
         ValueError: one line: there is no such module, file or function, importing it fails, or it
             takes other arguments.
     """
+    # The last colon: a folder's name may have one.
     module_name, colon, name = path.rpartition(":")
     if not (colon and module_name and name):
         raise ValueError(f"{option}: {path!r} is not {FORMS}")
@@ -39,6 +40,7 @@ def load_function(option: str, path: str, arguments: Sequence[str]) -> Callable[
     function = getattr(module, name, None)
     if not callable(function):
         raise ValueError(f"{option}: {path}: {_missing(module, name)}")
+    # Called with fewer or more, it would fail at the first completion, minutes from here.
     wanted = f"{name}({', '.join(arguments)})"
     try:
         inspect.signature(function).bind(*arguments)
@@ -91,6 +93,7 @@ def _missing(module: ModuleType, name: str) -> str:
     """What to say where a module has no such function."""
     if hasattr(module, name):
         return f"{name} is not a function"
+    # Classes and what the module imports from C are left out: they are rarely meant.
     known = [key for key, value in vars(module).items() if inspect.isfunction(value)]
     close = difflib.get_close_matches(name, known, n=1)
     if close:

@@ -156,12 +156,12 @@ def test_given_tokens_are_not_learned() -> None:
     tokenizer = make_tokenizer()
     engine = told(tokenizer, "forty", "two and two")
     episode = play(twice, engine, tokenizer)
-    first, last = (len(ids) for ids in engine.answers)
+    first, last = map(len, engine.answers)
     given = len(episode.completion_ids) - first - last
     assert given > 10
     assert episode.mask == [1] * first + [0] * given + [1] * last
-    known = [value is not None for value in episode.logprobs]
-    assert known == [bool(each) for each in episode.mask]
+    for logprob, learned in zip(episode.logprobs, episode.mask, strict=True):
+        assert (logprob is not None) == bool(learned)
     # A given token has the version of the one before.
     assert episode.versions == [0] * (first + given) + [10] * last
     assert (episode.reward, episode.rewards) == (0.5, {"environment": 0.5})
@@ -311,6 +311,8 @@ def test_an_environment_that_fails(rollout: str, message: str) -> None:
     engine = told(tokenizer, "yes")
     episode = play(lead, engine, tokenizer, failures=failures, timeout_s=limit_s)
     assert (episode.reward, episode.rewards) == (None, {})
+    # Of a completion without a token nothing could be recorded, such as its version.
+    assert episode.completion_ids == engine.answers[0]
     assert failures.counts == {"mine:rollout": 1}
 
 
@@ -385,8 +387,9 @@ def test_the_calculator() -> None:
     said = tokenizer.decode(episode.completion_ids)
     assert said.count("<|im_start|>user\n<result>42</result><|im_end|>") == 1
     assert said.count("<|im_start|>user\n<result>error</result><|im_end|>") == 1
-    learned = [i for i, m in zip(episode.completion_ids, episode.mask, strict=True) if m]
-    assert learned == [token for answer in engine.answers for token in answer]
+    is_learned = np.array(episode.mask, bool)
+    sampled = np.concatenate(engine.answers)
+    np.testing.assert_array_equal(np.array(episode.completion_ids)[is_learned], sampled)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import pytest
 from megalora.rl.rewards.failures import Failures
 from megalora.rl.rewards.judge import Judged, Rewards
 from megalora.rl.rewards.load import as_number, check_rewards, load_reward
+from tests.jsonl import read_jsonl
 from tests.waiting import wait_until
 
 GSM8K = Path(os.environ.get("GSM8K", "no such folder"))
@@ -226,11 +227,12 @@ def test_calls_that_hang_end_their_processes_and_no_other() -> None:
             return await asyncio.gather(*calls)
 
     judged = asyncio.run(run())
-    assert [each.total for each in judged] == [None, 1.0, 1.0, None, 1.0, 1.0]
-    assert [each.failed for each in judged] == [True, False, False, True, False, False]
+    left_out = Judged(None, {}, failed=True)
+    right = Judged(1.0, {"mine:hang": 1.0})
+    assert judged == [left_out, right, right, left_out, right, right]
     assert failures.counts == {"mine:hang": 2}
     line = "left out: rl.rewards: mine:hang: took longer than 5 s; row {'pid': 'pids"
-    assert [each.startswith(line) for each in said] == [True, True]
+    assert len(said) == "\n".join(said).count(line) == 2
     # The function's own child is gone with its process.
     pids = Path("pids0").read_text().split() + Path("pids3").read_text().split()
     assert len(pids) == 4
@@ -333,7 +335,7 @@ def test_last_number(completion: str, reward: float) -> None:
 
 @pytest.mark.skipif(not (GSM8K / "test.jsonl").is_file(), reason="no GSM8K: set GSM8K")
 def test_every_answer_of_gsm8k_is_right_and_the_next_one_s_is_not() -> None:
-    rows = [json.loads(line) for line in (GSM8K / "test.jsonl").read_text().splitlines()]
+    rows = read_jsonl(GSM8K / "test.jsonl")
     reward = load_reward("last-number").judge
     right = sum(reward("", row["answer"], row["answer"], row) for row in rows)
     assert right == len(rows) == 1319

@@ -72,6 +72,7 @@ def _expression(expected: str) -> Any:
     answer = expected.rpartition("####")[2].strip()
     is_marked = "$" in answer or "\\boxed" in answer or "\\(" in answer or "\\[" in answer
     # LaTeX is only looked for between its marks, and an answer often is LaTeX without any.
+    # A list of what it could be, the empty one where it is nothing.
     found = math_verify.parse(answer if is_marked else f"\\boxed{{{answer}}}")
     if not found:
         raise ValueError(f"math-verify finds nothing in the expected answer: {expected[:80]!r}")

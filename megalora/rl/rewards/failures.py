@@ -38,6 +38,7 @@ class Failures:
         line = f"{option}: {path}: {reason}; row {shorten(row)}"
         if self.policy == "stop":
             raise ValueError(f"{line}\n  Set rl.reward_failure=leave_out to go on without it.")
+        # Beside the log, for whoever asks in the end.
         self.counts[path] += 1
         count = self.counts[path]
         if count <= SHOWN:

@@ -95,6 +95,7 @@ class Rewards:
             if isinstance(outcome, Failed):
                 self.failures.met(OPTION, path, str(outcome), row)
                 return Judged(None, {}, failed=True)
+            # A bug of ours, or the task was cancelled.
             if isinstance(outcome, BaseException):
                 raise outcome
             if outcome is None:
@@ -113,6 +114,7 @@ class Rewards:
         if reward.runs == "process":
             return await self._pool.call(path, *arguments)
         try:
+            # An async function only begins here.
             value = reward.judge(*arguments)
             if reward.runs == "loop":
                 value = await self._within_time(value)

@@ -26,6 +26,7 @@ class Reward:
 
     def why(self, error: BaseException) -> str:
         """What it raised, in one line; of the user's function with its place."""
+        # Ours say all there is to say; a place in our code would only mislead.
         if isinstance(error, ValueError) and not self.is_users:
             return str(error)
         return describe(error)
@@ -61,6 +62,7 @@ def check_rewards(weights: Mapping[str, float]) -> None:
     for path, weight in weights.items():
         if isinstance(weight, bool) or not isinstance(weight, int | float):
             raise ValueError(f"{OPTION}: the weight of {path} is {typed(weight)}; give a number")
+        # A reward that counts for nothing would still take its time.
         if not math.isfinite(weight) or weight == 0:
             raise ValueError(f"{OPTION}: the weight of {path} is {weight}; nothing to learn from")
         # Whoever asks has only a config; the reward itself is loaded again where it is called.
@@ -87,6 +89,7 @@ def as_number(value: Any) -> float | None:
     if not isinstance(value, int | float):
         said = f"gave {typed(value)}; a reward is a number, True, False, or None"
         raise ValueError(f"{said} to leave the completion out")
+    # True and False are 1 and 0.
     number = float(value)
     # An advantage made of NaN would make every completion of its group NaN.
     if not math.isfinite(number):

@@ -14,7 +14,8 @@ from megalora.rl.rewards.worker import LENGTH, pack
 
 START_S = 300.0
 """A process imports the modules of the rewards when it starts; math-verify alone takes seconds."""
-STOP_S = 2.0
+STOP_S = 60.0
+"""The kernel ends a process at once, unless the machine has no time for it."""
 
 
 class Failed(Exception):
@@ -27,6 +28,7 @@ class Worker:
     def __init__(self, paths: Sequence[str]) -> None:
         self.paths = list(paths)
         self.process: asyncio.subprocess.Process | None = None
+        self._killed: asyncio.subprocess.Process | None = None
 
     async def start(self) -> None:
         """Start the process and have it load the rewards.
@@ -75,6 +77,7 @@ class Worker:
         answered = False
         try:
             async with asyncio.timeout(timeout_s):
+                # A row may be larger than the pipe: it drains while the process reads.
                 process.stdin.write(pack(message))
                 await process.stdin.drain()
                 header = await process.stdout.readexactly(LENGTH.size)
@@ -83,6 +86,7 @@ class Worker:
         except TimeoutError:
             raise Failed(f"took longer than {timeout_s:g} s") from None
         except (asyncio.IncompleteReadError, ConnectionError):
+            # A negative one is the signal that ended it, such as -9 for want of memory.
             code = await process.wait()
             raise Failed(f"its process ended (exit code {code})") from None
         finally:
@@ -97,14 +101,15 @@ class Worker:
             # Its number is the group's. The group may be gone already.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
+            self._killed = self.process
             self.process = None
 
     async def stop(self) -> None:
         """End the process and wait until it is gone."""
-        process = self.process
         self.kill()
-        if process is not None:
-            await asyncio.wait_for(process.wait(), STOP_S)
+        # Also one that was ended a moment ago: the event loop may close behind this.
+        if self._killed is not None:
+            await asyncio.wait_for(self._killed.wait(), STOP_S)
 
 
 class Pool:
@@ -128,6 +133,7 @@ class Pool:
             Failed: the rewards cannot be loaded there.
         """
         try:
+            # Side by side: importing is what takes them long.
             await asyncio.gather(*(worker.start() for worker in self.workers))
         except BaseException:
             await self.stop()

@@ -40,6 +40,7 @@ def main() -> None:
     # All are loaded: from here on calls have a time-out.
     answers.write(pack(None))
     waiting: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    # Only the reading happens there: calls are made one at a time, on this thread.
     threading.Thread(target=_read, args=(requests, waiting), daemon=True).start()
     while True:
         answers.write(pack(_answer(rewards, *waiting.get())))
@@ -80,6 +81,7 @@ def _answer(
     """(what the reward gives, "") or (None, what went wrong)."""
     reward = rewards[path]
     try:
+        # The only line that may take long, or for ever.
         value = reward.judge(*arguments)
     # sys.exit in a reward must not end the process, which others wait for.
     except (Exception, SystemExit) as error:
