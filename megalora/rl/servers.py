@@ -178,6 +178,7 @@ class Servers:
             free = [server for server in awake if server.running < self._concurrency]
             if free:
                 chosen = min(free, key=lambda server: server.running)
+                # Counted before anything is awaited, or all would choose the same.
                 chosen.running += 1
                 return chosen
             self._check_patience(now)
@@ -191,6 +192,7 @@ class Servers:
                     continue
 
     def _check_patience(self, now: float) -> None:
+        # One that is merely busy has not failed.
         if all(server.failures for server in self._servers):
             silent_s = now - self._answered_at
             if silent_s > self._patience_s:
@@ -218,9 +220,11 @@ class Servers:
             answer = await self._post(server, ident, body)
         except AdapterNotFound:
             # One request brings the versions back, the others wait for it.
+            # In a thread: other requests go on meanwhile.
             async with server.restoring:
                 await asyncio.to_thread(self._versions.restore, server.url)
             answer = await self._post(server, ident, body)
+        # It is well again, and rests for the shortest time after its next failure.
         server.failures = 0
         self._answered_at = time.monotonic()
         where = f"{server.url}: {ident}"
@@ -272,6 +276,7 @@ def sampled(
         # vLLM writes null for what is not finite.
         if logprob is None or not math.isfinite(logprob):
             raise ServerError(f"{where}: token {token} has the log-probability {logprob}")
+    # vLLM's other reasons, such as abort, are no ends of a completion.
     ended = reason == "stop"
     if not ended and (reason != "length" or len(tokens) != max_new_tokens):
         raise ServerError(

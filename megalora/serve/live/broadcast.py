@@ -26,8 +26,10 @@ class Sender:
     def open(self) -> None:
         """Choose the port of an epoch, before servers are told it."""
         if self._group is None:
+            # Servers join the group of an epoch once, and keep it.
             self.epoch += 1
             with socket.socket() as probe:
+                # A port that is free now; the store opens it when the first message is sent.
                 probe.bind(("", 0))
                 self.port = probe.getsockname()[1]
 
@@ -44,6 +46,7 @@ class Sender:
                 self._group = Group(self.host, self.port, self.epoch, SENDER, self.size, TIMEOUT_S)
             self._group.send(message.header, message.buffer)
         except BaseException:
+            # Members of a group that has failed wait for what never comes: it is not used again.
             self._group = None
             raise
 
@@ -56,6 +59,7 @@ def in_background(send: Callable[[], None]) -> Callable[[], str | None]:
         try:
             send()
         except RuntimeError as error:
+            # Of torch's message the rest is its stack of C++ frames.
             failed.append(str(error).splitlines()[0])
 
     thread = threading.Thread(target=work, name="broadcast", daemon=True)

@@ -44,6 +44,7 @@ def acknowledged(said: str, described: dict[str, Any], where: str) -> Timing:
             f"{where}: the server says {said[:200]!r}, and not what it took; has its vLLM this"
             " version of megalora's plug-in?"
         ) from None
+    # Not the hash alone: the label says which version it is.
     if found != expected:
         raise ServerError(f"{where}: the server took {found}, and {expected} was sent")
     return timing
@@ -57,7 +58,9 @@ def agrees(proof: Proof) -> bool:
     """
     assert proof.trained is not None
     if proof.dtype == "float32":
+        # Both sides compute the same sums: they agree to the last digits.
         return proof.error <= proof.atol
+    # Root mean squares, so that a long text is not judged more strictly.
     root = math.sqrt(len(proof.trained))
     error = math.dist(proof.served, proof.trained) / root
     effect = math.dist(proof.trained, proof.base) / root

@@ -70,6 +70,7 @@ def build_message(
         AdapterInvalid: a tensor's rank is not the config's, or a value is not finite.
     """
     parts = {name: Part([tensor]) for name, tensor in tensors.items()}
+    # Experts as stacks; all else stays as it is.
     if form == "packed":
         parts = packed(tensors, config)
     table = []
@@ -80,6 +81,7 @@ def build_message(
         if part.is_stack:
             shape = [len(part.pieces), *shape]
         sent = dtype if dtype is not None and first.is_floating_point() else first.dtype
+        # Each tensor begins where its dtype may begin.
         size = math.prod(shape) * sent.itemsize
         table.append([name, str(sent).removeprefix("torch."), shape, start, size])
         start += size + -size % wire.ALIGNMENT
@@ -90,6 +92,7 @@ def build_message(
         _fill(tensor, parts[name])
         if not torch.isfinite(tensor).all():
             raise AdapterInvalid(f"{name} holds NaN or an infinite number; it is not sent")
+    # After the tensors are in their places: the hash is of the bytes that are sent.
     described |= {"count": len(table), "bytes": start, "hash": wire.digest(described, buffer)}
     header = torch.frombuffer(bytearray(wire.header_bytes(described)), dtype=torch.uint8)
     return Message(header, buffer, described)
@@ -153,9 +156,11 @@ def _stacks(
     for number in (1, 2, 3):
         for factor in "AB":
             names = factors.get((number, factor), {})
+            # vLLM's stack has a place for every expert.
             if sorted(names) != list(range(count)):
                 return None
             pieces = [tensors[names[expert]] for expert in range(count)]
+            # Several ranks in one projection: vLLM says so itself, expert by expert.
             if len({piece.shape for piece in pieces}) > 1:
                 return None
             scale = 1.0

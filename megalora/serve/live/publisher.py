@@ -88,6 +88,7 @@ class Publisher:
         in_use: Callable[[], Container[int]] = tuple,
     ) -> None:
         check_name("name", name)
+        # What is wrong is said before anything listens.
         if transport == "folder" and folder is None:
             raise ValueError("the transport 'folder' needs a folder that the servers see")
         if len(set(servers)) < len(servers) or not servers:
@@ -200,6 +201,7 @@ class Publisher:
         waiting = None
         path_of = None
         if self.transport == "group" and self._all_lack(ident):
+            # Servers are told the port before anybody listens there; joining waits.
             self._sender.open()
             message = self._versions[ident].message
             path_of = lambda server: self._sender.address_of(ident, server.number)  # noqa: E731
@@ -257,6 +259,7 @@ class Publisher:
             for version in missing:
                 self._load(server, version, path_of)
             if server.current is not newest:
+                # Loaded is not in service: what it computes is compared first.
                 if newest.probe is not None:
                     self._prove(server, newest)
                 server.current = newest
@@ -268,6 +271,7 @@ class Publisher:
             self._load_folder(server, version)
             return
         path = path_of(server) if path_of else self.source.address_of(version.id)
+        # The server answers when all its workers have loaded it.
         try:
             said = server.client.api.load_adapter(version.id, path)
         except TrainerRefused:
@@ -311,6 +315,7 @@ class Publisher:
     def _retire(self) -> None:
         """Unload what is old on every server, and only then drop it here: a server may read a
         version again as long as it has its name."""
+        # Asked once: what begins from now on asks the newest.
         in_use = self.in_use()
         for version in list(self._versions.values())[: -self.keep]:
             if version.number in in_use:

@@ -37,6 +37,7 @@ class Server:
         # Held while its versions change.
         self.lock = threading.RLock()
         self.current: Version | None = None
+        # A version that came by a folder has none.
         self.timing: Timing | None = None
         """Of what was loaded last over the network."""
 

@@ -41,6 +41,7 @@ class Source:
         self.host = host
         self.port = self._http.server_address[1]
         self.url = f"http://{host}:{self.port}"
+        # A daemon, which cannot keep the process from ending.
         self._thread = threading.Thread(
             target=self._http.serve_forever, args=[0.1], name="adapters", daemon=True
         )
@@ -78,6 +79,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         source = self.server.source
         if not source.admits(self.headers.get("Authorization")):
+            # Whether the adapter exists is said to servers alone.
             self.send_error(401)
             return
         # The reference keeps a message alive that is dropped while it is being sent.
@@ -88,6 +90,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.send_response(200)
         self.send_header("Content-Length", str(message.num_bytes))
         self.end_headers()
+        # Straight from the tensors' memory, without a copy.
         for part in (message.header, message.buffer):
             self.wfile.write(memoryview(part.numpy()))
 

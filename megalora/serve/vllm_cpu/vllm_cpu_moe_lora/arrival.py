@@ -126,6 +126,7 @@ def _check_status(status: int, url: SplitResult, ident: str) -> None:
 
 def file_of(place: Path, size: int) -> Tensor:
     """A new file of ``size`` bytes as uint8 that writes into it."""
+    # Without contents: memory is taken as bytes arrive.
     with place.open("wb") as file:
         file.truncate(size)
     return torch.from_file(str(place), shared=True, size=size, dtype=torch.uint8)
@@ -164,6 +165,7 @@ class Arrivals:
             # Whoever needs it again, such as a worker on another machine, asks by http.
             netloc = f"{url.hostname}:{query['http']}"
             source = SplitResult("http", netloc, f"/adapters/{ident}", "", "")
+        # Beside the place, so that renaming copies nothing.
         part = place.with_name(f".{ident}.part")
         try:
             if url.scheme == "group":
@@ -172,11 +174,13 @@ class Arrivals:
                 fetch(source, ident, part)
             header, buffer = wire.split(read_file(part))
             wire.check(header, buffer, ident)
+            # Under its own name only when it is whole.
             part.rename(place)
         except wire.Damaged as error:
             raise Refused(str(error), 502) from None
         finally:
             part.unlink(missing_ok=True)
+        # Served again, so that its file must not go.
         if ident in self.unloaded:
             self.unloaded.remove(ident)
         return source._replace(fragment=str(place)).geturl(), header
@@ -262,8 +266,10 @@ def wrap(models, error_response) -> None:
             return error_response(
                 message=str(error), err_type="AdapterRefused", status_code=error.status
             )
+        # From here on decoding waits.
         arrived = time.perf_counter()
         answer = await load(self, request.model_copy(update={"lora_path": path}), base_model_name)
+        # vLLM has refused it, such as for its rank.
         if request.lora_name not in self.lora_requests:
             arrivals[0].release(request.lora_name)
             return answer

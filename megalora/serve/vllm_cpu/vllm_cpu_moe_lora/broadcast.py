@@ -40,6 +40,7 @@ class Group:
             host, port, is_master=rank == SENDER, wait_for_workers=False, timeout=timeout
         )
         self.port = store.port
+        # Keys of an epoch of their own, should the store live longer.
         scoped = dist.PrefixStore(f"megalora/{epoch}", store)
         self._store = store
         self._group: Any = dist.ProcessGroupGloo(scoped, rank, size, timeout)
@@ -64,6 +65,7 @@ class Group:
         self._broadcast_in_chunks(into[header_bytes:])
 
     def _broadcast_in_chunks(self, tensor: Tensor) -> None:
+        # gloo's time-out is of one broadcast, not of the whole message.
         for chunk in tensor.split(CHUNK_BYTES):
             self._broadcast(chunk)
 

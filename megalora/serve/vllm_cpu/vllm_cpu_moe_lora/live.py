@@ -64,6 +64,7 @@ def build(manager, request, header: dict, buffer: Tensor):
     helper = PEFTHelper.from_dict(
         header["config"] | {"vllm_max_position_embeddings": manager.max_position_embeddings}
     )
+    # Ranks beyond the server's and options that it lacks are refused here.
     helper.validate_legal(manager.lora_config)
     mapper = getattr(adapters.model, "hf_to_vllm_mapper", None)
     mapper = mapper.get_rename_mapper() if mapper is not None else None
@@ -81,6 +82,7 @@ def build(manager, request, header: dict, buffer: Tensor):
     for block, factors in stacks.items():
         add_experts(manager, model, helper.r, block, factors, mapper)
     model.is_3d_lora_weight = False
+    # As vLLM does after it has read a folder.
     adapters._validate_moe_lora_format(model)
     return model
 
@@ -112,6 +114,7 @@ def add_experts(manager, model, rank: int, block: str, factors: dict, mapper) ->
             f"the packed form does not fit {name} on this server ({type(module).__name__}); publish"
             " per_expert"
         )
+    # Nothing is copied where the message has the server's dtype.
     dtype = manager.lora_config.lora_dtype
     a = [factors[f"w{number}.lora_A"].to(dtype) for number in (1, 2, 3)]
     b = [factors[f"w{number}.lora_B"].to(dtype) for number in (1, 2, 3)]

@@ -50,6 +50,7 @@ class Damaged(ValueError):
 def header_bytes(header: dict[str, Any]) -> bytes:
     """The length and the JSON of a header, filled up."""
     text = json.dumps(header).encode()
+    # JSON may end with spaces.
     missing = -(_LENGTH.size + len(text)) % HEADER_ALIGNMENT
     text += b" " * missing
     return _LENGTH.pack(len(text)) + text
@@ -90,6 +91,7 @@ def _digest_of_piece(piece: memoryview) -> bytes:
 def check(header: dict[str, Any], buffer: Tensor, ident: str) -> None:
     """Raise ``Damaged`` unless the message is whole and is the one that the id names."""
     check_header(header, ident)
+    # Cheap checks first; hashing reads everything.
     if buffer.numel() != header["bytes"]:
         raise Damaged(f"{ident}: {buffer.numel()} bytes arrived of {header['bytes']}")
     found = digest(header, buffer)
@@ -118,6 +120,7 @@ def decode(header: dict[str, Any], buffer: Tensor) -> dict[str, Tensor]:
     """The tensors by name, as views of the buffer."""
     tensors = {}
     for name, dtype, shape, start, size in header["tensors"]:
+        # A view: a buffer of gigabytes is not copied.
         part = buffer[start : start + size]
         tensors[name] = part.view(getattr(torch, dtype)).view(shape)
     return tensors
