@@ -155,6 +155,18 @@ def _printed(
     return conversation, text, marked, missing
 
 
+def as_printed(
+    conversation: Conversation, template: ChatTemplate, allow_left_out: Collection[str] = ()
+) -> Conversation:
+    """A conversation, of which nothing need be learned, as this template prints it best.
+
+    Raises:
+        ValueError: the template refuses it, or leaves a part of it out that ``allow_left_out`` does
+            not name.
+    """
+    return _printed(conversation, template, allow_left_out)[0]
+
+
 def _with_known_reasoning(conversation: Conversation, template: ChatTemplate) -> Conversation:
     """The conversation with its reasoning under a key that the template reads."""
     used = _used_reasoning_keys(conversation)

@@ -4,7 +4,6 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-from megalora.data.conversation import Conversation
 from megalora.data.template import ChatTemplate
 from megalora.rl.conversation import Client, Truncated
 from megalora.rl.episode import Ask, Episode, Prompt
@@ -85,19 +84,16 @@ class Environment:
         """What to do where the environment fails: the same as where a reward does."""
         return self.rewards.failures
 
-    async def play(
-        self, prompt: Prompt, sample: int, ask: Ask, conversation: Conversation | None = None
-    ) -> Episode:
+    async def play(self, prompt: Prompt, sample: int, ask: Ask) -> Episode:
         """One completion of a prompt, judged.
 
         Args:
             sample: its place in the prompt's group.
             ask: has the engine sample; it bounds the tokens of an answer.
-            conversation: what the prompt was written of, for its tools and template options.
         Raises:
             ValueError: a reward or the environment failed, and failures end the run.
         """
-        new_text = NewText(self.template, conversation)
+        new_text = NewText(self.template, prompt.conversation)
         client = Client(prompt, ask, new_text, self.max_length, self.timeout_s)
         own = await self._lead(client, prompt)
         if not client.completion_ids:

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from megalora.data.conversation import Conversation
+
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
@@ -22,6 +24,8 @@ class Prompt:
     """The text of the last message before the answer."""
     expected: str
     """The text of the row's answer; empty where the row has none."""
+    conversation: Conversation | None = None
+    """What ``tokens`` were written of, whose tools and template options later turns need, too."""
 
 
 @dataclass(frozen=True, eq=False)

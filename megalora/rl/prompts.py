@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from megalora.config import RunConfig
 from megalora.config.data import Source
-from megalora.data.chat import Encoded
+from megalora.data.chat import Encoded, as_printed
 from megalora.data.columns import by_form, to_conversation
 from megalora.data.conversation import prepare
 from megalora.data.mixture import mixture_indices
@@ -175,6 +175,8 @@ def _prompt(
     # Rewards compare with it, and the policy must not see it.
     answer = messages[-1]["content"] if end < len(messages) else ""
     asked = messages[end - 1]["content"]
-    tokens = template.prompt_tokens(conversation.first(end))
+    # Tools, or a system message, that the template does not print would be lost without a word.
+    before = as_printed(conversation.first(end), template, allow_left_out)
+    tokens = template.prompt_tokens(before)
     expected = answer if isinstance(answer, str) else ""
-    return Prompt(0, dict(row), tokens, str(asked), expected)
+    return Prompt(0, dict(row), tokens, str(asked), expected, before)

@@ -259,6 +259,22 @@ RL_BUGS: tuple[Bug, ...] = (
     ),
     bug(
         0,
+        "rl: later turns without the prompt's tools",
+        PROMPTS,
+        "str(asked), expected, before)",
+        "str(asked), expected)",
+        f"{OF_PROMPTS} later_turns",
+    ),
+    bug(
+        0,
+        "rl: what the template does not print of a prompt is lost",
+        PROMPTS,
+        "before = as_printed(conversation.first(end), template, allow_left_out)",
+        "before = conversation.first(end)",
+        f"{OF_PROMPTS} later_turns",
+    ),
+    bug(
+        0,
         "rl: long prompts left without room for an answer",
         PROMPTS,
         "config.data.max_length - config.rl.max_new_tokens",

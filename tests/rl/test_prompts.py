@@ -81,6 +81,20 @@ def test_rows_of_every_form(tiny: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("alone")
+def test_tools_reach_the_prompt_and_later_turns(tiny: Path, tmp_path: Path) -> None:
+    tool = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+    write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "Who?", "tools": [tool]}])
+    config = rl_config(tiny, tmp_path / "rows.jsonl", tmp_path, eval=1, data={"eval": None})
+    # The tiny model's template prints none.
+    with pytest.raises(ValueError, match=r"row 1: .*tools"):
+        read(config)
+    allowed = replace(config, data=replace(config.data, allow_left_out=["tools"]))
+    (prompt,) = read(allowed).rows
+    assert prompt.conversation is not None and prompt.conversation.tools == [tool]
+    assert [message["content"] for message in prompt.conversation.messages] == ["Who?"]
+
+
+@pytest.mark.usefixtures("alone")
 def test_prompts_that_are_too_long_are_counted(tiny: Path, tmp_path: Path) -> None:
     rows = [{"prompt": "a"}, {"prompt": "a " * 300}, {"prompt": "b"}]
     write_jsonl(tmp_path / "rows.jsonl", rows)
