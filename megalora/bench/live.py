@@ -10,13 +10,25 @@ allocator sees that), and storages resized or made without an operation (``Untyp
 """
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, UntypedStorage
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    """Tensors among an operation's arguments or results, which nest in lists, tuples and dicts."""
+    # By hand: torch's pytree, which looks up each type in a table, took most of a counted step.
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors_in(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors_in(item)
 
 
 class LiveTensors(TorchDispatchMode):
@@ -52,13 +64,12 @@ class LiveTensors(TorchDispatchMode):
         # operation, and counts as this one's result below.
         is_new = func is torch.ops.aten.lift_fresh.default
         if not is_new:
-            for tensor in tree_iter((args, kwargs)):
-                if isinstance(tensor, Tensor) and id(tensor.untyped_storage()) not in self._counted:
+            for tensor in _tensors_in((args, kwargs)):
+                if id(tensor.untyped_storage()) not in self._counted:
                     self._note_unknown(tensor.untyped_storage())
         result = func(*args, **kwargs)
-        for tensor in tree_iter(result):
-            if isinstance(tensor, Tensor):
-                self._count(tensor)
+        for tensor in _tensors_in(result):
+            self._count(tensor)
         return result
 
     def _count(self, tensor: Tensor) -> None:
@@ -78,6 +89,7 @@ class LiveTensors(TorchDispatchMode):
         self._counted[key] = (reference, num_bytes)
         # Not 0 for a storage that is known already if resize_ or out= has changed its size.
         self.now_bytes += num_bytes - counted
+        # What an operation frees goes after its result came: the peak has both.
         self.peak_bytes = max(self.peak_bytes, self.now_bytes)
 
     def _takes_memory(self, storage: UntypedStorage) -> bool:

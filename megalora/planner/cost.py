@@ -69,6 +69,7 @@ def step_time(
     forwards: list[float] = []
     for stage, times in first_of_their_like(model, p):
         passes[stage] = costs.microbatch(stage_chunks(model, p, stage))
+        # For the bubble: a microbatch passes every stage, also those that are alike.
         through_all += times * passes[stage].total
         bases.update(passes[stage].bases.values())
         if work.references:
@@ -102,6 +103,8 @@ def step_time(
 def _through(forwards: list[float], num_microbatches: int, vpp: int) -> float:
     """Seconds of a forward pass of as many microbatches through stages that need so many seconds
     for one."""
+    # Every microbatch passes the slowest stage. The others are waited for once, while the pipeline
+    # fills; with several chunks a stage, for one chunk's share of that.
     slowest = max(forwards)
     return num_microbatches * slowest + (sum(forwards) - slowest) / vpp
 
@@ -212,6 +215,7 @@ class StageCosts(HeadCosts):
         if self.p.pp == 1:
             return
         hidden = self.batch.own_tokens * self.shape.hidden * self.e
+        # In the middle a chunk has a neighbour at either end.
         borders = 2 - chunk.has_embedding - chunk.has_head
         self.collective(to, "pipeline transfers", "send", "pp", hidden, times=borders)
 

@@ -149,6 +149,7 @@ def enumerate_layouts(
     # etp.
     why_not_batch: dict[tuple[int, int, int, int, int], str | None] = {}
     for p in candidates(shape, num_ranks, work.sequence_length):
+        # What no microbatch can mend is said once for all of them.
         reason = _why_not_cp(work, p) or _why_not_model(shape, p)
         if reason := reason or _why_not_teacher(shape, work, p):
             found.rejected.append(Rejected(p, None, reason))
@@ -163,6 +164,7 @@ def enumerate_layouts(
             rows = {"micro_batch_size": micro}
             if work.packing is not None:
                 rows = {"micro_batch_tokens": micro * work.sample_tokens}
+            # Every level is legal everywhere. Which of them fit is the search's to find.
             for level in recompute:
                 layout = ParallelLayout(parallel=p, num_ranks=num_ranks, recompute=level, **rows)
                 found.legal.append(layout)

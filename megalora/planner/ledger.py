@@ -82,6 +82,7 @@ class Ledger:
 
     def parts(self) -> tuple[Time, ...]:
         """The parts in the order in which they were first added to."""
+        # A dict keeps the order in which its keys came.
         parts = []
         for name, seconds in self.seconds.items():
             parts.append(Time(name, seconds, self.bases[name]))

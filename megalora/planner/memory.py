@@ -167,9 +167,11 @@ def memory_of_model(
         always += (Part(TEACHER, teacher_bytes.weight_bytes(layout, work, stage), "measured"),)
     # Its states are there until the end of the pass that learns from them.
     of_teacher = rows + teacher_bytes.pass_bytes(layout, work, chunks, states)
+    # What a pass adds: each chunk's bytes for one microbatch, times the microbatches that are held.
     found = of_chunks(model, layout, work, chunks)
     kept = activation_bytes(layout, work, chunks, found)
     transfers = pipeline_bytes(model, layout, work, stage)
+    # The loss and a layer's backward are moments of their own, as ``MOMENTS`` says.
     loss, logits = loss_bytes(model, layout, work, chunks, found)
     workspace, recomputed, moved = backward_bytes(layout, work, chunks, found)
     parts = (
@@ -201,12 +203,14 @@ def _state(
     p = layout.parallel
     e = work.element_bytes
     copied = (work.holds_start, work.averaged, work.asks_base)
+    # Everything that decides about these bytes; a search asks for each key dozens of times.
     key = ("state", p, layout.num_ranks, copied, e, stage, has_room(model, layout, work))
     if key in model.memo:
         return model.memo[key]
     chunks = stage_chunks(model, p, stage)
     counts: list[AdapterCount] = []
     base = 0
+    # The base's own values of what is trained of it, which passes of the base read.
     put_aside = 0
     adapters = 0
     padded = 0
@@ -220,6 +224,7 @@ def _state(
         # Each chunk has buffers of its own, a dense one and one of experts, padded at their ends.
         padded += sum(buffers(count, layout))
         optimizer += optimizer_bytes(count, layout, work)
+    # Frozen factors lie outside of Megatron's buffers, with neither gradients nor moments.
     held = adapters + frozen_elements(model, p, chunks)
     always: tuple[Part, ...] = (
         Part("weights", base * e, "measured"),
@@ -247,6 +252,7 @@ def fullest_stage(model: PlannedModel, layout: ParallelLayout, work: Workload) -
     plans = []
     for stage in _fullest_of_their_like(model, layout):
         plans.append(memory_of_model(model, layout, work, stage))
+    # Of equal peaks the first: the stage that holds the most microbatches.
     return max(plans, key=lambda plan: plan.peak_bytes)
 
 
@@ -260,6 +266,7 @@ def fullest_within(
         plan = memory_of_model(model, layout, work, stage)
         if plan.peak_bytes > limit_bytes:
             return None
+        # The first of equal peaks stays, as ``max`` in ``fullest_stage`` has it.
         if fullest is None or plan.peak_bytes > fullest.peak_bytes:
             fullest = plan
     return fullest

@@ -27,6 +27,7 @@ def between_levels(
         is_worth_it: asked of the lower level, as fast as which no number of layers is.
     """
     for layout, peak_bytes in peaks.items():
+        # Where even full recomputation is too much, nothing between the levels fits either.
         if layout.recompute != "full" or peak_bytes > limit_bytes:
             continue
         for rest in ("off", "selective"):
@@ -56,10 +57,12 @@ def _fewest(
     while enough - too_few > 1:
         layers = (too_few + enough) // 2
         tried = replace(layout, recompute=RecomputeLayers(layers=layers, rest=rest))
+        # None as soon as one stage is too full, where most tries end.
         memory = fullest_within(model, tried, work, limit_bytes)
         if memory is None:
             too_few = layers
         else:
+            # It fits; perhaps fewer layers do.
             enough = layers
             found = (tried, memory)
     return found

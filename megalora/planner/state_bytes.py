@@ -5,6 +5,7 @@ Symbols as in ``activations.py``; P adapter parameters of this rank.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 
 from megalora.config import ParallelConfig
@@ -17,6 +18,7 @@ from megalora.planner.magnitudes import magnitudes_on_rank
 from megalora.planner.weights import (
     Chunk,
     PlannedModel,
+    content_of,
     stacked_rank,
 )
 from megalora.planner.workload import Workload
@@ -35,6 +37,7 @@ def buffers(count: AdapterCount, layout: ParallelLayout) -> tuple[int, int]:
     end at a multiple of lcm(data-parallel size, 128). So is that of a tied embedding's own
     bucket."""
     multiple = math.lcm(layout.dp_cp, BUFFER_END)
+    # -n % m is what n lacks to the next multiple of m.
     dense = count.dense_padded
     dense += -dense % multiple
     dense += count.tied + -count.tied % multiple
@@ -82,27 +85,33 @@ def magnitude_bytes(model: PlannedModel, p: ParallelConfig, chunks: list[Chunk],
     float32 numbers for each of them, its row's norm and the square of the base's."""
     # A magnitude for each row of a weight, cut as B is.
     rows = 0
-    for chunk in chunks:
-        for layer in chunk.layers:
-            for adapted in model.modules_of(layer).values():
-                for a in adapted:
-                    if "M" in a.factors:
-                        rows += magnitudes_on_rank(a, p)
+    for layer, number in _layers_of(model, chunks):
+        for adapted in model.modules_of(layer).values():
+            for a in adapted:
+                if "M" in a.factors:
+                    rows += number * magnitudes_on_rank(a, p)
     return rows * (3 * STATE - e)
 
 
 def frozen_elements(model: PlannedModel, p: ParallelConfig, chunks: list[Chunk]) -> int:
     """Elements of factors that are not trained: those of the base weights."""
     total = 0
-    for chunk in chunks:
-        for layer in chunk.layers:
-            for adapted in model.modules_of(layer).values():
-                group, experts = group_and_experts(adapted[0], p)
-                for a in adapted:
-                    for factor in a.factors:
-                        if not FACTORS[factor].trained:
-                            total += experts * math.prod(a.shard_shape(factor, group))
+    for layer, number in _layers_of(model, chunks):
+        for adapted in model.modules_of(layer).values():
+            # A rank holds its shard of a factor once for each of its experts.
+            group, experts = group_and_experts(adapted[0], p)
+            for a in adapted:
+                for factor in a.factors:
+                    if not FACTORS[factor].trained:
+                        total += number * experts * math.prod(a.shard_shape(factor, group))
     return total
+
+
+def _layers_of(model: PlannedModel, chunks: list[Chunk]) -> Iterator[tuple[int, int]]:
+    """(layer, how many layers it stands for): of layers in a row that are alike, one."""
+    for chunk in chunks:
+        runs, *_ = content_of(model, chunk)
+        yield from runs
 
 
 def has_room(model: PlannedModel, layout: ParallelLayout, work: Workload) -> bool:
@@ -134,20 +143,20 @@ def room_bytes(
         return 0
     experts = s.num_experts // p.ep
     i = s.expert_intermediate // p.etp
+    # gate and up are one matrix of 2 I rows.
     weights = {
         "mlp.experts.gate_up": (experts, 2 * i, s.hidden),
         "mlp.experts.down": (experts, s.hidden, i),
     }
     total = 0
-    for chunk in chunks:
-        for layer in chunk.layers:
-            modules = model.modules_of(layer)
-            for name, sizes in weights.items():
-                rank = stacked_rank(modules.get(name, []))
-                # A weight without an adapter stays plain.
-                if rank:
-                    total += Augmented(rank).num_bytes(sizes, work.element_bytes)
-                    total -= PLAIN.num_bytes(sizes, work.element_bytes)
+    for layer, number in _layers_of(model, chunks):
+        modules = model.modules_of(layer)
+        for name, sizes in weights.items():
+            rank = stacked_rank(modules.get(name, []))
+            # A weight without an adapter stays plain.
+            if rank:
+                total += number * Augmented(rank).num_bytes(sizes, work.element_bytes)
+                total -= number * PLAIN.num_bytes(sizes, work.element_bytes)
     return total
 
 

@@ -1,6 +1,7 @@
 """Say what a step trains on, whatever the layout."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Literal
 
 from megalora.config import RunConfig
@@ -47,6 +48,15 @@ class Workload:
     beside the weights."""
     on_cpu: bool = False
     """Whether ranks compute on the CPU, where a dropout mask is as wide as an activation."""
+
+    @cached_property
+    def _hash(self) -> int:
+        # A search looks up millions of results by the workload, among other keys, and hashing all
+        # fields each time was a tenth of it.
+        return hash(tuple(getattr(self, one.name) for one in fields(self)))
+
+    def __hash__(self) -> int:
+        return self._hash
 
     def __post_init__(self) -> None:
         require(

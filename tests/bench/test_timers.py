@@ -60,8 +60,8 @@ CASES = [
     # A shared expert, whose backward comes last in its layer.
     ("everything", 2, {"tp": 2, "ep": 2}, "selective"),
     # Every stage has one kind of layer only, so that some parts take no time on it.
-    ("everything", 4, {"tp": 2, "pp": 2, "etp": 2}, "full"),
-    ("tiny_dense", 2, {"pp": 2}, "selective"),
+    pytest.param("everything", 4, {"tp": 2, "pp": 2, "etp": 2}, "full", marks=pytest.mark.slow),
+    pytest.param("tiny_dense", 2, {"pp": 2}, "selective", marks=pytest.mark.slow),
 ]
 """(fixture of the base, ranks, parallel sizes, recompute level)."""
 

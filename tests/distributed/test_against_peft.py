@@ -51,6 +51,14 @@ CASES = {
 }
 
 
+FAST = (
+    "in parts: single", "dora: tp2-ep2", "lora bias: tp2-ep2", "lora bias: pp2", "qwen3: tp2-ep2",
+    "qwen3: pp2", "qwen2: tp2-ep2-etp2",
+)  # fmt: skip
+"""Each kind of adapter, and each way of splitting a model; the others are in the long tail."""
+MARKED = [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in CASES]
+
+
 IN_PARTS_IN_RANKS = {
     "tp2-ep2": ("tiny", replace(IN_PARTS, use_rslora=True), 2, {"tp": 2, "ep": 2}),
     "tp2-ep2-etp2": ("everything", IN_PARTS, 4, {"tp": 2, "ep": 2, "etp": 2}),
@@ -90,7 +98,7 @@ def peft_knows_qwen2_moe(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT calls patterns unused that it does use
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", MARKED)
 def test_gradients_of_stock_peft(
     name: str, chats: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:

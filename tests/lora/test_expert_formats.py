@@ -85,7 +85,12 @@ def trained(config: RunConfig, with_room: bool) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("world", "parallel"),
-    [(1, {}), (2, {"pp": 2, "vpp": 2}), (2, {"ep": 2}), (2, {"tp": 2, "etp": 2})],
+    [
+        (1, {}),
+        pytest.param(2, {"pp": 2, "vpp": 2}, marks=pytest.mark.slow),
+        (2, {"ep": 2}),
+        pytest.param(2, {"tp": 2, "etp": 2}, marks=pytest.mark.slow),
+    ],
     ids=["alone", "pp2-vpp2", "ep2", "etp2"],
 )
 def test_weights_lie_in_their_buffers_from_the_start(

@@ -68,7 +68,7 @@ def test_01_initial_values_depend_on_seed_and_name_alone(everything, chats, tmp_
     assert len(set(beginnings)) == len(beginnings), "no two share their values"
 
 
-@pytest.mark.parametrize("micro_batch_size", [1, 2])
+@pytest.mark.parametrize("micro_batch_size", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("world", "parallel"),
     [(4, {"ep": 4}), (4, {"tp": 2, "ep": 2, "etp": 2}), (4, {"tp": 4, "ep": 2}), (2, {"etp": 2})],

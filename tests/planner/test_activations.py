@@ -140,20 +140,20 @@ CASES = [
     # Each way of splitting a layer, which changes what is kept whole and what in parts.
     ("tiny", 2, {"ep": 2}, DEFAULT),
     ("tiny", 2, {"tp": 2, "ep": 2}, DEFAULT),
-    ("tiny", 2, {"tp": 2, "etp": 2}, DEFAULT),
+    pytest.param("tiny", 2, {"tp": 2, "etp": 2}, DEFAULT, marks=pytest.mark.slow),
     # The second stage receives hidden states that need a gradient only if the first has adapters.
     ("tiny", 2, {"pp": 2}, DEFAULT),
-    ("tiny", 2, {"pp": 2}, ONE),
+    pytest.param("tiny", 2, {"pp": 2}, ONE, marks=pytest.mark.slow),
     ("everything", 1, {}, LORA),
-    ("everything", 2, {"tp": 2, "ep": 2}, LORA),
-    ("everything", 2, {"pp": 2}, LORA),
+    pytest.param("everything", 2, {"tp": 2, "ep": 2}, LORA, marks=pytest.mark.slow),
+    pytest.param("everything", 2, {"pp": 2}, LORA, marks=pytest.mark.slow),
     ("tiny_dense", 2, {"tp": 2}, DEFAULT),
     # DoRA keeps what it scales.
     ("tiny_dense", 2, {"tp": 2}, DORA),
     pytest.param("tiny", 2, {"pp": 2}, ATTENTION_DORA, marks=pytest.mark.slow),
     pytest.param("everything", 2, {"tp": 2}, BIASES, marks=pytest.mark.slow),
     # What it began as, beside it.
-    ("tiny", 2, {"tp": 2, "ep": 2}, BEGUN),
+    pytest.param("tiny", 2, {"tp": 2, "ep": 2}, BEGUN, marks=pytest.mark.slow),
     pytest.param("tiny", 1, {}, BEGUN, marks=pytest.mark.slow),
     pytest.param("everything", 2, {"pp": 2}, BEGUN, marks=pytest.mark.slow),
     pytest.param("tiny", 2, {"tp": 2, "ep": 2}, DORA, marks=pytest.mark.slow),
@@ -394,9 +394,9 @@ def is_exceeded(counts: tuple[int, ...], others: Iterable[tuple[int, ...]]) -> b
     ("world", "sizes", "batch"),
     [
         (4, {"pp": 4}, 12),
-        (4, {"pp": 4}, 2),
+        pytest.param(4, {"pp": 4}, 2, marks=pytest.mark.slow),
         (2, {"pp": 2, "vpp": 2}, 8),
-        (2, {"pp": 2, "vpp": 2}, 2),
+        pytest.param(2, {"pp": 2, "vpp": 2}, 2, marks=pytest.mark.slow),
         (4, {"pp": 2, "vpp": 2, "tp": 2}, 6),
     ],
 )

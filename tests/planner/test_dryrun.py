@@ -41,7 +41,7 @@ CASES = [
     ("qwen3_30b_a3b", 1, (0,), {}, ALL),
     ("qwen3_30b_a3b", 8, (0, 5), {"ep": 8}, ALL),
     # Two ranks share a key/value head.
-    ("qwen3_30b_a3b", 8, (7,), {"tp": 8, "ep": 8}, ODD),
+    pytest.param("qwen3_30b_a3b", 8, (7,), {"tp": 8, "ep": 8}, ODD, marks=pytest.mark.slow),
     ("qwen3_30b_a3b", 16, (0, 9), {"tp": 2, "pp": 2, "ep": 4}, ODD),
     ("qwen3_30b_a3b", 16, (3, 15), {"pp": 4, "vpp": 3, "ep": 2, "etp": 2}, SOME),
     ("qwen3_30b_a3b", 64, (17,), {"tp": 4, "pp": 2, "vpp": 2, "ep": 8, "etp": 4}, ODD),
@@ -52,9 +52,11 @@ CASES = [
     pytest.param(
         "qwen3_30b_a3b", 8, (3,), {"tp": 4, "ep": 4, "etp": 2}, SHARED, marks=pytest.mark.slow
     ),
-    ("qwen3_30b_a3b", 96, (40,), {"tp": 16, "pp": 6, "ep": 16}, ALL),
-    ("qwen3_30b_a3b", 128, (127,), {"ep": 128}, ALL),
-    ("qwen3_235b_a22b", 8, (6,), {"ep": 8}, ALL),
+    pytest.param(
+        "qwen3_30b_a3b", 96, (40,), {"tp": 16, "pp": 6, "ep": 16}, ALL, marks=pytest.mark.slow
+    ),
+    pytest.param("qwen3_30b_a3b", 128, (127,), {"ep": 128}, ALL, marks=pytest.mark.slow),
+    pytest.param("qwen3_235b_a22b", 8, (6,), {"ep": 8}, ALL, marks=pytest.mark.slow),
     ("qwen3_235b_a22b", 64, (0, 63), {"tp": 4, "pp": 2, "ep": 32}, ODD),
     # 16 ranks share a key/value head.
     ("qwen3_235b_a22b", 64, (33,), {"tp": 64, "etp": 8, "ep": 8}, ODD),
@@ -64,7 +66,9 @@ CASES = [
     ("qwen3_30b_a3b", 8, (1, 6), {"pp": 2, "vpp": 2, "ep": 4, "stage_layers": (3, 7, 30, 8)}, ODD),
     # A single layer in every chunk and half an expert on every rank; thousands of ranks.
     ("qwen3_235b_a22b", 512, (511,), {"pp": 2, "vpp": 47, "ep": 128, "etp": 2}, ALL),
-    ("qwen3_235b_a22b", 4096, (777,), {"tp": 8, "pp": 2, "ep": 32}, ALL),
+    pytest.param(
+        "qwen3_235b_a22b", 4096, (777,), {"tp": 8, "pp": 2, "ep": 32}, ALL, marks=pytest.mark.slow
+    ),
 ]
 
 

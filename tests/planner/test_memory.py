@@ -57,10 +57,10 @@ CASES = [
     ("tiny", 2, {}, None),
     ("tiny", 2, {"ep": 2}, None),
     ("tiny", 4, {"tp": 2, "ep": 2}, None),
-    ("tiny", 4, {"pp": 2, "vpp": 2}, None),
+    pytest.param("tiny", 4, {"pp": 2, "vpp": 2}, None, marks=pytest.mark.slow),
     ("tiny", 4, {"cp": 2, "ep": 2}, None),
     ("everything", 4, {"tp": 2, "pp": 2}, LORA),
-    ("everything", 4, {"tp": 4, "etp": 2}, LORA),
+    pytest.param("everything", 4, {"tp": 4, "etp": 2}, LORA, marks=pytest.mark.slow),
     ("tiny_dense", 2, {}, None),
 ]
 

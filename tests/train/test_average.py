@@ -52,6 +52,7 @@ def adapter_at(out: Path, step: int) -> dict[str, Tensor]:
     return found
 
 
+@pytest.mark.slow
 def test_the_average_and_its_adapter(tiny: Path, chats: Path, tmp_path: Path) -> None:
     out = run(tiny, chats, tmp_path / "run", 2, {"tp": 2, "ep": 2})
     expected: dict[str, Tensor] = {}

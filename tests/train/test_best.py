@@ -118,6 +118,7 @@ def names_in(run: Path) -> list[str]:
     return sorted(path.name for path in run.glob("step_*"))
 
 
+@pytest.mark.slow
 def test_the_best_is_kept_beside_the_newest_and_the_run_ends_early(
     tiny: Path, chats: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -78,7 +78,7 @@ LAYOUTS = {
     "pp2_vpp2_etp2": (4, {"pp": 2, "vpp": 2, "etp": 2}, "full", {}),
     "cp2_tp2": (4, {"cp": 2, "tp": 2}, "off", {"micro_batch_size": 1}),
 }
-FAST = ("recomputed", "tp2_ep2", "pp2_full")
+FAST = ("recomputed", "tp2_ep2")
 
 
 @pytest.mark.parametrize(
