@@ -13,3 +13,7 @@ def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
 
 def read_jsonl(path: Path) -> list[Any]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def column(rows: Iterable[Any], name: str) -> list[Any]:
+    return [row[name] for row in rows]

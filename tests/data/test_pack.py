@@ -20,6 +20,14 @@ def samples_of(rows: Rows) -> list[int]:
     return sorted(found)
 
 
+def tokens_of(row: list[int], lengths: list[int]) -> int:
+    return sum(lengths[i] for i in row)
+
+
+def cost_of(row: list[int], lengths: list[int]) -> float:
+    return sum(token_cost(lengths[i]) for i in row)
+
+
 @pytest.mark.parametrize("dp", [1, 2, 4])
 @pytest.mark.parametrize("micro", [1, 3])
 def test_rows_by_count_deal_samples_out_in_their_order(dp: int, micro: int) -> None:
@@ -28,7 +36,7 @@ def test_rows_by_count_deal_samples_out_in_their_order(dp: int, micro: int) -> N
     # The rule, sample by sample: k counts samples of a row first, then ranks, then rounds.
     for k in range(24):
         assert rows[(k // micro) % dp][k // (micro * dp)][k % micro] == k
-    assert {len(rank_rows) for rank_rows in rows} == {24 // (micro * dp)}
+    assert set(map(len, rows)) == {24 // (micro * dp)}
 
 
 # A prime number of samples, which fits nowhere; rounds of three rows, as an interleaved pipeline
@@ -42,9 +50,9 @@ def test_rows_by_count_hold_every_sample_once_in_lockstep(
 ) -> None:
     rows = rows_by_count(num_samples, micro, dp, multiple)
     # All ranks take part in as many collectives, so all have as many rounds.
-    (num_rounds,) = {len(rank_rows) for rank_rows in rows}
+    (num_rounds,) = set(map(len, rows))
     assert num_rounds % multiple == 0
-    assert max(len(row) for rank_rows in rows for row in rank_rows) <= micro
+    assert max(map(len, itertools.chain.from_iterable(rows))) <= micro
     assert samples_of(rows) == list(range(num_samples))
     # Without its last ``multiple`` rounds a sample would be missing: none is filler alone.
     assert (num_rounds - multiple) * micro * dp < num_samples
@@ -61,12 +69,12 @@ def test_rows_by_tokens_hold_every_sample_once_and_none_overflows(
 ) -> None:
     capacity = max(lengths) + room
     rows = rows_by_tokens(lengths, capacity, num_ranks, multiple)
-    (num_rounds,) = {len(rank_rows) for rank_rows in rows}
+    (num_rounds,) = set(map(len, rows))
     assert len(rows) == num_ranks
     assert num_rounds % multiple == 0
     assert samples_of(rows) == list(range(len(lengths)))
     for row in itertools.chain.from_iterable(rows):
-        assert sum(lengths[i] for i in row) <= capacity
+        assert tokens_of(row, lengths) <= capacity
         # In the order of the step, so that a row does not depend on how the search went.
         assert row == sorted(row)
     # Never worse than one sample a row.
@@ -84,8 +92,8 @@ def test_rows_of_a_round_are_alike() -> None:
     assert len(rows[0]) == 8
     # Sorted by cost, rows of a round differ by a short sample at most.
     for mine, other in zip(*rows, strict=True):
-        costs = [sum(token_cost(lengths[i]) for i in row) for row in (mine, other)]
-        assert abs(costs[0] - costs[1]) <= token_cost(10) + 1e-9
+        difference = cost_of(mine, lengths) - cost_of(other, lengths)
+        assert abs(difference) <= token_cost(10) + 1e-9
 
 
 def test_the_most_expensive_row_is_near_the_mean() -> None:
@@ -123,15 +131,20 @@ def test_a_pipeline_s_longest_row_is_lowered_with_the_most_expensive() -> None:
 def test_a_search_that_lowers_lengths_costs_no_time(lengths: list[int], num_ranks: int) -> None:
     def time_of(rows: Rows) -> float:
         """Linears on the longest row, and the most attention that a row has."""
-        held = [row for of_rank in rows for row in of_rank]
-        longest = max(sum(lengths[i] for i in row) for row in held)
-        return longest + max(sum(token_cost(lengths[i]) - lengths[i] for i in row) for row in held)
+        longest = 0
+        attention = 0.0
+        for row in itertools.chain.from_iterable(rows):
+            tokens = tokens_of(row, lengths)
+            longest = max(longest, tokens)
+            attention = max(attention, cost_of(row, lengths) - tokens)
+        return longest + attention
 
     alone = rows_by_tokens(lengths, 12_000, num_ranks)
     both = rows_by_tokens(lengths, 12_000, num_ranks, one_length=True)
     assert samples_of(both) == list(range(len(lengths)))
     assert len(both[0]) == len(alone[0])
-    assert max(sum(lengths[i] for i in row) for of_rank in both for row in of_rank) <= 12_000
+    for row in itertools.chain.from_iterable(both):
+        assert tokens_of(row, lengths) <= 12_000
     assert time_of(both) <= time_of(alone) * (1 + 1e-9)
 
 
@@ -178,7 +191,8 @@ def test_rounds_come_in_falling_order_of_cost(lengths: list[int]) -> None:
     rows = rows_by_tokens(lengths, 100, 2)
     costs = []
     for of_round in zip(*rows, strict=True):
-        costs += [sum(token_cost(lengths[i]) for i in row) for row in of_round]
+        for row in of_round:
+            costs.append(cost_of(row, lengths))
     assert costs == sorted(costs, reverse=True)
 
 

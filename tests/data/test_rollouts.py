@@ -36,6 +36,14 @@ def load(tmp_path: Path, rows: list[dict[str, Any]], data: Any = None, **policy:
     return load_data(config, make_tokenizer(), objective=objective)[0]
 
 
+def values_of(split: Split) -> list[float]:
+    return [sample.value for sample in split.samples]
+
+
+def without(row: dict[str, Any], column: str) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if key != column}
+
+
 def test_token_ids_are_taken_as_they_are(tmp_path: Path) -> None:
     rows = [{**ROW, "mask": [1, 0, 1, 1], "version": 3, "truncated": True}, OTHER]
     split = load(tmp_path, rows)
@@ -47,7 +55,7 @@ def test_token_ids_are_taken_as_they_are(tmp_path: Path) -> None:
     assert first.rollout.version == 3 and first.rollout.truncated and not second.rollout.truncated
     # One prompt is one group: the difference of two over their deviation.
     scale = stdev([1.0, 0.0]) + 1e-4
-    assert [s.value for s in split.samples] == pytest.approx([0.5 / scale, -0.5 / scale])
+    assert values_of(split) == pytest.approx([0.5 / scale, -0.5 / scale])
     assert "2 rollouts" in split.summary() and "sampled by versions 0 to 3" in split.summary()
     # A label's numbers stand where it is predicted; a tool's token has none.
     row = flat_row([second, first], filler=np.array([1]), multiple_of=16, columns=split.floats)
@@ -66,7 +74,7 @@ def test_a_conversation_is_tokenised(tmp_path: Path) -> None:
         return {"messages": said, "reward": reward, **beside}
 
     split = load(tmp_path, [row("4", 1), row("5", 0), row("6", 0)], proximal="current")
-    values = [sample.value for sample in split.samples]
+    values = values_of(split)
     assert values[0] > 0 > values[1] == values[2]
     with pytest.raises(ValueError, match="columns logprobs are of tokens, and this row has text"):
         load(tmp_path, [row("4", 1, logprobs=[-1.0])])
@@ -77,12 +85,12 @@ def test_groups_are_by_name_or_by_prompt_wherever_they_stand(tmp_path: Path) -> 
     rewards = [3.0, 0.0, 1.0, 4.0, 5.0, 1.0]
     for i, reward in enumerate(rewards):
         rows.append({**ROW, "prompt_ids": [5 + i % 2], "reward": reward})
-    by_prompt = [s.value for s in load(tmp_path, rows).samples]
+    by_prompt = values_of(load(tmp_path, rows))
     for place, value in enumerate(by_prompt):
         group = rewards[place % 2 :: 2]
         assert value == pytest.approx((rewards[place] - mean(group)) / (stdev(group) + 1e-4))
     named = [{**row, "prompt_ids": [5], "group": [1, "1"][i % 2]} for i, row in enumerate(rows)]
-    assert [s.value for s in load(tmp_path, named).samples] == by_prompt
+    assert values_of(load(tmp_path, named)) == by_prompt
 
 
 REWARDS = torch.tensor([1.0, 0.0, 0.0, 4.0, 2.0, 2.5, -1.0, 3.0, 0.5, 7.0, 7.5, 1.5]).double()
@@ -171,9 +179,9 @@ def test_overlong_completions_lose_reward() -> None:
 
 
 def test_given_advantages_are_used(tmp_path: Path) -> None:
-    of_row = {key: value for key, value in ROW.items() if key != "reward"}
+    of_row = without(ROW, "reward")
     split = load(tmp_path, [{**of_row, "advantage": -0.75}, {**of_row, "advantage": 2}])
-    assert [sample.value for sample in split.samples] == [-0.75, 2]
+    assert values_of(split) == [-0.75, 2]
     split = load(tmp_path, [{**of_row, "advantages": [1, 2, 3.5, -1]}])
     assert split.floats == ("logprobs", "advantages")
     assert split.samples[0].floats["advantages"][3:].tolist() == [1, 2, 3.5, -1]
@@ -222,13 +230,14 @@ def test_what_is_refused_of_a_row(change: Any, message: str, tmp_path: Path) -> 
 
 
 def test_columns_that_are_refused(tmp_path: Path) -> None:
-    without = {key: value for key, value in ROW.items() if key != "logprobs"}
+    unsampled = without(ROW, "logprobs")
     with pytest.raises(ValueError, match="has no column logprobs, which .*proximal=engine"):
-        load(tmp_path, [without, {**without, "reward": 0}])
-    assert len(load(tmp_path, [without, {**without, "reward": 0}], proximal="start").samples) == 2
+        load(tmp_path, [unsampled, {**unsampled, "reward": 0}])
+    split = load(tmp_path, [unsampled, {**unsampled, "reward": 0}], proximal="start")
+    assert len(split.samples) == 2
     with pytest.raises(ValueError, match="has no column proximal_logprobs, which .*=data"):
         load(tmp_path, [ROW, OTHER], proximal="data")
-    unjudged = {key: value for key, value in ROW.items() if key != "reward"}
+    unjudged = without(ROW, "reward")
     with pytest.raises(ValueError, match="found none of them among prompt_ids, completion_ids"):
         load(tmp_path, [unjudged])
     with pytest.raises(ValueError, match="row 2: column mask, version is not in the first row"):

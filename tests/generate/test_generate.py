@@ -34,9 +34,13 @@ ROPES: dict[str, dict[str, Any]] = {
 }
 
 
+def tokens_of(answers: list[Answer]) -> list[list[int]]:
+    return [answer.tokens for answer in answers]
+
+
 def check_against(theirs: list[tuple[list[int], list[float]]], ours: list[Answer]) -> None:
     """The same tokens, and the same log-probabilities as of one pass without a cache."""
-    assert [answer.tokens for answer in ours] == [tokens for tokens, _ in theirs]
+    assert tokens_of(ours) == [tokens for tokens, _ in theirs]
     for answer, (_, logprobs) in zip(ours, theirs, strict=True):
         assert answer.logprobs == pytest.approx(logprobs, abs=ATOL)
 
@@ -91,7 +95,7 @@ def test_a_layout_says_what_one_rank_says(
     assert len({tuple(answer.tokens) for answer in one[1]}) == 5
     for found in every:
         for ours, alone in zip(found, one, strict=True):
-            assert [answer.tokens for answer in ours] == [answer.tokens for answer in alone]
+            assert tokens_of(ours) == tokens_of(alone)
             for answer, other in zip(ours, alone, strict=True):
                 assert answer.logprobs == pytest.approx(other.logprobs, abs=ATOL)
                 assert answer.ended == other.ended
@@ -107,10 +111,10 @@ def test_an_answer_does_not_depend_on_its_batch(tiny: Path, chats: Path, tmp_pat
     ]
     arguments = (tiny, chats, tmp_path / "run", {}, calls)
     every, some, one_by_one, other_seed = run_ranks(our_answers, 1, *arguments)[0]
-    tokens = [answer.tokens for answer in every]
-    assert [answer.tokens for answer in some] == tokens[:1:-1]
-    assert [answer.tokens for answer in one_by_one] == tokens
-    assert [answer.tokens for answer in other_seed] != tokens
+    tokens = tokens_of(every)
+    assert tokens_of(some) == tokens[:1:-1]
+    assert tokens_of(one_by_one) == tokens
+    assert tokens_of(other_seed) != tokens
 
 
 def bytes_and_logits(config: Any, tp: int) -> tuple[int, int, bool]:

@@ -40,6 +40,11 @@ def chosen_experts(
     return chosen
 
 
+def places_of(token: int, experts: list[int], rows: list[tuple[int, int]]) -> list[int]:
+    """Where the token's pairs stand among the rows, in the order of its experts."""
+    return [rows.index((e, token)) for e in experts]
+
+
 # (experts of each token, E, k). Tiles have 4 tokens here: 13 are four chunks of a tile, the last of
 # them ragged, and 57 are five chunks of three tiles.
 ROUTES = {
@@ -64,14 +69,15 @@ def test_route(name, strided, monkeypatch):
         routing_map = routing_map.t().contiguous().t()
         values = values.t().contiguous().t()
     rows = sorted_pairs(chosen)
+    expert_M, token_M = map(list, zip(*rows, strict=True))
     routing, expert_TK, values_M = route_module.route_triton(routing_map, k, values)
-    assert routing.source_M.tolist() == [t for _, t in rows]
-    assert routing.offsets_E.tolist() == last_rows([e for e, _ in rows], num_experts)
+    assert routing.source_M.tolist() == token_M
+    assert routing.offsets_E.tolist() == last_rows(expert_M, num_experts)
     assert expert_TK.tolist() == chosen
     # A token's slots are the places of its rows, in the order of its experts.
     for t, experts in enumerate(chosen):
-        assert routing.slots_TK[t].tolist() == [rows.index((e, t)) for e in experts]
-    assert values_M.tolist() == [values[t, e].item() for e, t in rows]
+        assert routing.slots_TK[t].tolist() == places_of(t, experts, rows)
+    assert values_M.tolist() == values[token_M, expert_M].tolist()
     # Backward: each row's gradient goes to the one entry it came from, zeros to all others.
     dvalues_M = torch.rand(len(rows))
     dvalues_TE = route_module.spread_triton(dvalues_M, routing.slots_TK, expert_TK, num_experts)
@@ -108,12 +114,11 @@ def wanted_places(chosen: list[list[int]], per_rank: int, num_slots: int) -> lis
     """The place of each pair, pairs by expert: its token's row among those that its rank gets, and
     which of the token's experts there it is."""
     found = []
+    ranks = on_ranks(chosen, per_rank)
     for e, t in sorted_pairs(chosen):
         rank = e // per_rank
         # Rows for a rank are the tokens with an expert on it, in order.
-        tokens = [
-            u for u, experts in enumerate(chosen) if any(x // per_rank == rank for x in experts)
-        ]
+        tokens = [u for u, of_token in enumerate(ranks) if rank in of_token]
         there = [x for x in chosen[t] if x // per_rank == rank]
         found.append(tokens.index(t) * num_slots + there.index(e))
     return found
@@ -140,14 +145,15 @@ def test_a_token_is_sent_once_to_each_rank(name, monkeypatch):
     per_rank = num_experts // num_ranks
     ranks = on_ranks(chosen, per_rank)
     rows = sorted_pairs(ranks)
+    rank_M, token_M = map(list, zip(*rows, strict=True))
     pairs, expert_TK, _ = route_module.route_triton(as_map(chosen, num_experts), k)
     most = min(k, num_ranks)
     hits = as_map(ranks, num_ranks)
     of_rows, *_ = route_module.route_triton(hits, most, exactly=False)
-    assert of_rows.offsets_E.tolist() == last_rows([r for r, _ in rows], num_ranks)
-    assert of_rows.source_M[: len(rows)].tolist() == [t for _, t in rows]
+    assert of_rows.offsets_E.tolist() == last_rows(rank_M, num_ranks)
+    assert of_rows.source_M[: len(rows)].tolist() == token_M
     for t, of_token in enumerate(ranks):
-        slots = [rows.index((r, t)) for r in of_token]
+        slots = places_of(t, of_token, rows)
         assert of_rows.slots_TK[t].tolist() == slots + [-1] * (most - len(slots))
     num_slots = min(k, per_rank)
     places_M = destinations_module.places_triton(pairs, expert_TK, of_rows, per_rank, num_slots)
@@ -159,7 +165,7 @@ def test_a_token_is_sent_once_to_each_rank(name, monkeypatch):
     assert torch.equal(sending.places_M, places_M)
     for field in ("offsets_E", "slots_TK"):
         assert torch.equal(getattr(sending.rows(len(rows)), field), getattr(of_rows, field))
-    assert sending.rows(len(rows)).source_M.tolist() == [t for _, t in rows]
+    assert sending.rows(len(rows)).source_M.tolist() == token_M
     per_expert = as_map(chosen, num_experts).sum(0).tolist()
     assert sending.ends().diff().tolist() == per_expert + hits.sum(0).tolist()
 
@@ -186,11 +192,13 @@ def test_regroup(name, strided):
     arrivals = arrivals_of(chosen_RT, num_experts)
     chosen = list(itertools.chain.from_iterable(chosen_RT))
     rows = sorted_pairs(chosen)
-    # Pairs arrive by rank, then by expert: (row, expert), rows numbered over all ranks.
+    expert_M, row_M = map(list, zip(*rows, strict=True))
+    # Pairs arrive by rank, then by expert: (expert, row), rows numbered over all ranks.
     arriving = []
     first = 0
     for of_rank in chosen_RT:
-        arriving += [(first + row, e) for e, row in sorted_pairs(of_rank)]
+        for e, row in sorted_pairs(of_rank):
+            arriving.append((e, first + row))
         first += len(of_rank)
     if strided:
         # Column by column in memory, and of the other dtype that may come.
@@ -204,14 +212,15 @@ def test_regroup(name, strided):
     if strided:
         values = torch.stack((values, values + 9), 1)[:, 0]
     routing, sorted_M, values_M = regroup_module.regroup_triton(arrivals, values)
-    assert routing.source_M.tolist() == [row for _, row in rows]
-    assert routing.offsets_E.tolist() == last_rows([e for e, _ in rows], num_experts)
-    assert sorted_M.tolist() == [rows.index((e, row)) for row, e in arriving]
+    assert routing.source_M.tolist() == row_M
+    assert routing.offsets_E.tolist() == last_rows(expert_M, num_experts)
+    assert sorted_M.tolist() == list(map(rows.index, arriving))
     # A row's slots are the places of its pairs, in the order of its experts.
     for row, experts in enumerate(chosen):
-        slots = [rows.index((e, row)) for e in experts]
+        slots = places_of(row, experts, rows)
         assert routing.slots_TK[row].tolist() == slots + [-1] * (arrivals.num_slots - len(slots))
-    assert values_M.tolist() == [values[arriving.index((row, e))].item() for e, row in rows]
+    arrived_as = list(map(arriving.index, rows))
+    assert values_M.tolist() == values[arrived_as].tolist()
 
 
 @pytest.mark.parametrize("rows", [6, 4])
@@ -249,30 +258,41 @@ def test_values_move_through_a_whole_exchange():
     """Two ranks send to two; each pair's value ends up with its expert, and its gradient in the
     entry that it came from."""
     chosen_RT = [chosen_experts(7, 6, 3), chosen_experts(11, 6, 3, idle=(1,))]
-    maps = [as_map(chosen, 6) for chosen in chosen_RT]
-    tables = [
-        torch.rand(len(chosen), 6, dtype=torch.float64, requires_grad=True) for chosen in chosen_RT
-    ]
+    maps = []
+    tables = []
+    for chosen in chosen_RT:
+        maps.append(as_map(chosen, 6))
+        tables.append(torch.rand(len(chosen), 6, dtype=torch.float64, requires_grad=True))
 
     def exchanged(*tables: torch.Tensor) -> torch.Tensor:
-        sent = [route_to_ranks(m, table, 3, 2) for m, table in zip(maps, tables, strict=True)]
+        counts = []
+        # [sender][receiver]
+        values = []
+        places = []
+        for routing_map, table in zip(maps, tables, strict=True):
+            sending, values_M = route_to_ranks(routing_map, table, 3, 2)
+            counts.append(sending.ends().diff())
+            # A receiver gets the pairs of its three experts.
+            splits = counts[-1][:6].view(2, 3).sum(1).tolist()
+            values.append(values_M.split(splits))
+            places.append(sending.places_M.split(splits))
+        # Of each sender, pairs of six experts and rows of two receivers.
+        counts_RC = torch.stack(counts)
         found = []
         for rank in (0, 1):
-            mine = slice(3 * rank, 3 * rank + 3)
-            counts_RE = torch.stack([s.ends().diff()[:6][mine] for s, _ in sent])
-            rows_R = torch.stack([s.ends().diff()[6 + rank] for s, _ in sent])
-            splits = [s.ends().diff()[:6].view(2, 3).sum(1).tolist() for s, _ in sent]
-            values = [v.split(n)[rank] for (_, v), n in zip(sent, splits, strict=True)]
-            places = [s.places_M.split(n)[rank] for (s, _), n in zip(sent, splits, strict=True)]
-            arrivals = Arrivals(counts_RE, rows_R, torch.cat(places), int(rows_R.sum()), 3)
-            found.append(regroup_values(arrivals, torch.cat(values))[1])
+            counts_RE = counts_RC[:, 3 * rank : 3 * rank + 3].contiguous()
+            rows_R = counts_RC[:, 6 + rank].contiguous()
+            places_M = torch.cat([of_sender[rank] for of_sender in places])
+            values_M = torch.cat([of_sender[rank] for of_sender in values])
+            arrivals = Arrivals(counts_RE, rows_R, places_M, int(rows_R.sum()), 3)
+            found.append(regroup_values(arrivals, values_M)[1])
         return torch.cat(found)
 
     want = []
     for e in range(6):
-        for table, chosen in zip(tables, chosen_RT, strict=True):
-            want += [table[t, e] for t, experts in enumerate(chosen) if e in experts]
-    assert torch.equal(exchanged(*tables), torch.stack(want))
+        for table, routing_map in zip(tables, maps, strict=True):
+            want.append(table[routing_map[:, e], e])
+    assert torch.equal(exchanged(*tables), torch.cat(want))
     assert torch.autograd.gradcheck(exchanged, tuple(tables))
 
 

@@ -64,6 +64,28 @@ def read_page(text: str) -> Element:
     return reader.open[0]
 
 
+def one_that_begins(root: Element, tag: str, start: str) -> Element:
+    """The only element of this tag whose text begins so."""
+    found = []
+    for element in root.all(tag):
+        if element.text.startswith(start):
+            found.append(element)
+    (only,) = found
+    return only
+
+
+def texts(elements: list[Element]) -> list[str]:
+    return [element.text for element in elements]
+
+
+def cells_of(table: Element) -> list[list[str]]:
+    """The text of each cell, row by row."""
+    rows = []
+    for row in table.all("tr"):
+        rows.append(texts(row.children))
+    return rows
+
+
 def curves_of(figure: Element) -> dict[str, list[tuple[float, float]]]:
     """Label -> (step, value) of every curve of a chart, by its axes' ticks."""
     x = _axis(figure, "x", "x")

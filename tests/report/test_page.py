@@ -18,7 +18,14 @@ from megalora.report.heat_map import levels_of
 from megalora.report.page import CHARTS, page, write_report
 from megalora.report.records import read_run
 from tests.command_outcome import outcome
-from tests.report.reading import Element, curves_of, read_page
+from tests.report.reading import (
+    Element,
+    cells_of,
+    curves_of,
+    one_that_begins,
+    read_page,
+    texts,
+)
 from tests.report.run_folders import HOSTILE, counts, factors, make_run, rows
 
 
@@ -28,21 +35,29 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def shown(*folders: Path) -> Element:
-    return read_page(page([read_run(folder) for folder in folders]))
+    return read_page(page(list(map(read_run, folders))))
 
 
 def charts(root: Element) -> dict[str, dict[str, list[tuple[float, float]]]]:
     """Title of each chart -> its curves."""
-    return {figure.all("h3")[0].text: curves_of(figure) for figure in root.all("figure", "chart")}
+    found = {}
+    for figure in root.all("figure", "chart"):
+        title = figure.all("h3")[0].text
+        found[title] = curves_of(figure)
+    return found
 
 
 def values_of(key: str, shift: float = 0.0) -> list[tuple[float, float]]:
-    return [(row["step"], row[key]) for row in rows(shift=shift) if key in row]
+    points = []
+    for row in rows(shift=shift):
+        if key in row:
+            points.append((row["step"], row[key]))
+    return points
 
 
 def test_every_quantity_is_there_with_its_values(run: Path) -> None:
     found = charts(shown(run))
-    assert found.keys() == {title for title, _ in CHARTS}
+    assert found.keys() == dict(CHARTS).keys()
     for title, key in CHARTS:
         curves = found[title]
         wanted = {f"mine: {key}": values_of(key)}
@@ -50,7 +65,8 @@ def test_every_quantity_is_there_with_its_values(run: Path) -> None:
             wanted[f"mine: eval_{key}"] = evaluated
         assert curves.keys() == wanted.keys()
         for label, points in wanted.items():
-            spread = max(v for _, v in points) - min(v for _, v in points)
+            values = np.array(points)[:, 1]
+            spread = values.max() - values.min()
             # Places have two digits: a hundredth of a unit of 170 units or more.
             np.testing.assert_allclose(
                 curves[label], points, atol=2e-3 * max(spread, 1e-3), rtol=2e-3
@@ -70,7 +86,7 @@ def test_runs_lie_over_each_other(run: Path, tmp_path: Path) -> None:
     }  # fmt: skip
     assert [key.text.strip() for key in root.all("p", "key")[0].all("span")] == ["mine", "other"]
     # What differs in their configs stands by itself, and what does not is left out.
-    [differs] = [t for t in root.all("table") if t.text.startswith("differs")]
+    differs = one_that_begins(root, "table", "differs")
     assert "train.lr0.00011.0001" in differs.text and "lora.rank" not in differs.text
 
 
@@ -84,9 +100,9 @@ def test_a_long_series_keeps_its_peaks(run: Path, tmp_path: Path) -> None:
     figure = shown(folder).all("figure", "chart")[0]
     [curve] = curves_of(figure).values()
     assert len(curve) <= 300
-    mean = sum(value for _, value in curve) / len(curve)
+    values = np.array(curve)[:, 1]
     # The mean of all steps: the last stretch may be shorter than the others.
-    assert mean == pytest.approx(1.5 + 98.5 / 2000, rel=0.02)
+    assert values.mean() == pytest.approx(1.5 + 98.5 / 2000, rel=0.02)
     [band] = figure.all("polygon", "band")
     highest = min(float(pair.split(",")[1]) for pair in band.attributes["points"].split())
     assert highest == 10.0  # the top of the picture
@@ -115,23 +131,20 @@ def test_the_map_of_experts_has_their_loads(run: Path) -> None:
     p = np.array([20, 15, 10]) / 45
     entropy = -(p * np.log(p)).sum() / math.log(4)
     [table] = [t for t in root.all("table") if "busiest" in t.text]
-    cells_of = [[cell.text for cell in row.children] for row in table.all("tr")]
-    assert cells_of[1:] == [
+    assert cells_of(table)[1:] == [
         ["1", "1.0000", "0.0%", "0 (1.00 shares)"],
         ["3", f"{entropy:.4f}", "25.0%", "0 (1.78 shares)"],
     ]
 
 
 def test_answers_of_the_first_and_the_last_steps(run: Path) -> None:
-    [section] = [s for s in shown(run).all("section") if s.text.startswith("Answers while")]
+    section = one_that_begins(shown(run), "section", "Answers while")
     assert "3 steps between are in answers.jsonl alone" in section.text
     first, second = section.all("table")
-    rows = [[cell.text for cell in row.children] for row in first.all("tr")]
     steps = (0, 4, 5, 6, 7, 8)
     expected = [[f"step {step}", f"said {step} fine"] for step in steps]
-    assert rows == [*expected, ["in the data", "right fine"]]
-    rows = [[cell.text for cell in row.children] for row in second.all("tr")]
-    assert rows == [[f"step {step}", f"other {step}"] for step in steps]
+    assert cells_of(first) == [*expected, ["in the data", "right fine"]]
+    assert cells_of(second) == [[f"step {step}", f"other {step}"] for step in steps]
     # They are left out with the samples of the data.
     assert "Answers while" not in page([read_run(run)], samples=False)
 
@@ -192,7 +205,10 @@ def test_text_of_a_run_is_never_markup(tmp_path: Path) -> None:
     root = shown(folder)
 
     def tags(element: Element) -> list[str]:
-        return [tag for child in element.children for tag in (child.tag, *tags(child))]
+        found = []
+        for child in element.children:
+            found += [child.tag, *tags(child)]
+        return found
 
     # The same elements as with harmless text, in the same order.
     assert tags(root) == tags(harmless)
@@ -206,7 +222,7 @@ def test_runs_with_hostile_options(tmp_path: Path) -> None:
     """Keys and values that differ between runs stand in a table of their own."""
     one = make_run(tmp_path / "one", hostile=HOSTILE)
     root = shown(one, make_run(tmp_path / "two"))
-    [differs] = [t for t in root.all("table") if t.text.startswith("differs")]
+    differs = one_that_begins(root, "table", "differs")
     assert f"{HOSTILE}.key" in differs.text
     assert not root.all("script") and not root.all("b") and not root.all("img")
 
@@ -265,8 +281,7 @@ def test_a_dense_run_without_evaluations(tmp_path: Path) -> None:
     (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
     root = shown(folder)
     assert charts(root).keys() == {"Loss (nats per target token, or per pair)"}
-    titles = [heading.text for heading in root.all("h2")]
-    assert titles == ["Summary", "Curves", "What is missing"]
+    assert texts(root.all("h2")) == ["Summary", "Curves", "What is missing"]
     # A run that was killed before its first step.
     (folder / "metrics.jsonl").write_text("")
     assert not charts(shown(folder))
@@ -278,7 +293,7 @@ def test_steps_done_twice_and_values_that_are_none(run: Path, tmp_path: Path) ->
         {"step": 2, "loss": 7.0}, {"step": 1, "loss": True}, {"step": 3, "loss": "4"},
     ]  # fmt: skip
     text = (folder / "metrics.jsonl").read_text()
-    lines = [json.dumps(row) for row in more]
+    lines = map(json.dumps, more)
     text += "\n".join([*lines, '{"step": 4, "loss": NaN}', "not JSON", '{"step": 5, "lo'])
     (folder / "metrics.jsonl").write_text(text)
     root = shown(folder)
@@ -334,7 +349,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 @pytest.mark.parametrize("width", [360, 1200])
 def test_a_browser_shows_it(width: int, run: Path, tmp_path: Path) -> None:
     """In a picture of the page as wide as the screen, nothing reaches its right border."""
-    browser = next((path for name in BROWSERS if (path := shutil.which(name))), None)
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
         pytest.skip(f"none of {', '.join(BROWSERS)} is on PATH")
     out = tmp_path / "page.html"

@@ -20,6 +20,11 @@ def episode(asked: Prompt, place: int, version: int = 0, reward: float = 0.0) ->
     return Episode(asked, place, [7], [-1.0], [1], [version], False, "", reward, {})
 
 
+def asked_of(groups: list[list[Episode]]) -> list[int]:
+    """The number of each group's prompt."""
+    return [group[0].prompt.number for group in groups]
+
+
 class Played:
     """Episodes that take a while, of the version that is current when they begin."""
 
@@ -42,7 +47,7 @@ class Played:
 @pytest.mark.parametrize("staleness", [0, 1, 2])
 def test_no_completion_is_older_than_allowed(staleness: int) -> None:
     played = Played(3, staleness)
-    prompts = (prompt(number) for number in count())
+    prompts = map(prompt, count())
     trained: list[int] = []
     oldest = 0
     with Collector(played, prompts, Plan(3, 2, staleness), lambda group: True) as collector:
@@ -72,14 +77,14 @@ def test_another_prompt_takes_the_place_of_one_that_teaches_nothing() -> None:
     def differ(group: list[Episode]) -> bool:
         return group[0].prompt.number % 4 != 0
 
-    prompts = (prompt(number) for number in count())
+    prompts = map(prompt, count())
     with Collector(play, prompts, Plan(3, 2), differ) as collector:
         first = collector.begin_round(0).result(10)
         second = collector.begin_round(1).result(10)
     # The first so many prompts of which enough are kept, whatever order they end in.
-    assert [group[0].prompt.number for group in first.groups] == [1, 2, 3]
-    assert [group[0].prompt.number for group in first.left_out] == [0]
-    assert [group[0].prompt.number for group in second.groups] == [5, 6, 7]
+    assert asked_of(first.groups) == [1, 2, 3]
+    assert asked_of(first.left_out) == [0]
+    assert asked_of(second.groups) == [5, 6, 7]
     assert sorted(second.prompts) == [4, 5, 6, 7]
 
 
@@ -87,7 +92,7 @@ def test_rewards_that_teach_nothing_end_the_run() -> None:
     async def play(asked: Prompt, place: int) -> Episode:
         return episode(asked, place)
 
-    prompts = (prompt(number) for number in count())
+    prompts = map(prompt, count())
     with (
         Collector(play, prompts, Plan(2, 2), lambda group: False) as collector,
         pytest.raises(
@@ -104,7 +109,7 @@ def test_the_first_failure_ends_the_round() -> None:
         await asyncio.sleep(10)
         return episode(asked, place)
 
-    prompts = (prompt(number) for number in count())
+    prompts = map(prompt, count())
     with (
         Collector(play, prompts, Plan(3, 2), lambda group: True) as collector,
         pytest.raises(ValueError, match="the reward of row 1 is no number"),
@@ -125,5 +130,5 @@ def test_a_resumed_run_begins_no_more_than_one_that_went_on() -> None:
     with Collector(play, prompts, Plan(5, 1, staleness=1), lambda group: True, 2) as collector:
         taken = collector.begin_round(2).result(10)
         found: Any = collector.play_all([prompt(99)], play).result(10)
-    assert [group[0].prompt.number for group in taken.groups] == [8, 10, 12, 13, 14]
+    assert asked_of(taken.groups) == [8, 10, 12, 13, 14]
     assert sum(begun.values()) == 10 + 1 and found[0].prompt.number == 99

@@ -16,7 +16,7 @@ from megalora.rl.embedded import Embedded
 from megalora.rl.episode import Sampled
 from megalora.rl.rollouts import FOLDER, ROUNDS
 from tests.distributed.ranks import run_ranks
-from tests.jsonl import read_jsonl
+from tests.jsonl import column, read_jsonl
 from tests.parity.runs import records
 from tests.rl.played import LOW, rl_config, train_by_ids, write_prompts
 
@@ -34,15 +34,15 @@ def test_each_step_learns_from_what_the_adapter_before_it_has_sampled(
     asked: list[int] = []
     for step in range(4):
         rows = rollouts(tmp_path / "run", step)
-        assert len(rows) == 8 and {row["version"] for row in rows} == {step}
-        groups = [row["group"] for row in rows]
+        assert column(rows, "version") == [step] * 8
+        groups = column(rows, "group")
         assert groups == [2 * step] * 4 + [2 * step + 1] * 4
         for row in rows:
             low = [token < LOW for token in row["completion_ids"]]
             assert row["reward"] == sum(low) / len(low) and len(low) == len(row["logprobs"])
         asked.append(groups[0])
     assert records(tmp_path / "run", "reward")[0] == pytest.approx(
-        sum(row["reward"] for row in rollouts(tmp_path / "run", 0)) / 8
+        sum(column(rollouts(tmp_path / "run", 0), "reward")) / 8
     )
     # The engine is the model: what lies between them is rounding.
     assert max(records(tmp_path / "run", "engine_gap_max")) < 1e-5
@@ -122,7 +122,7 @@ def test_layouts_sample_and_learn_alike(tiny: Path, tmp_path: Path) -> None:
         out = tmp_path / f"{world}"
         config = rl_config(tiny, prompts, out, steps=2, eval=1, data={"eval": None}, **options)
         run_ranks(train_by_ids, world, config)
-        ids = [row["completion_ids"] for step in (0, 1) for row in rollouts(out, step)]
+        ids = column(rollouts(out, 0) + rollouts(out, 1), "completion_ids")
         found.append((ids, [records(out, key) for key in ("loss", "grad_norm", "entropy")]))
     for ids, values in found[1:]:
         assert ids == found[0][0]
@@ -156,10 +156,10 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(
         expected = rollouts(tmp_path / "through", step)
         assert rollouts(tmp_path / "half", step) == expected
         # A rollout has the completions of two steps.
-        assert sum(row["trained"] for row in expected) == 16
+        assert sum(column(expected, "trained")) == 16
     assert any(len(rollouts(tmp_path / "half", s)) > 16 for s in range(0, 8, 2)) == drops
-    done = [row["prompts"] for row in read_jsonl(rounds)]
-    assert done == [row["prompts"] for row in read_jsonl(tmp_path / "through" / FOLDER / ROUNDS)]
+    done = column(read_jsonl(rounds), "prompts")
+    assert done == column(read_jsonl(tmp_path / "through" / FOLDER / ROUNDS), "prompts")
     # The second step on a rollout is off the policy, and compares with the first step's adapter.
     ratios = records(tmp_path / "half", "ratio")
     assert ratios[::2] == pytest.approx([1] * 4, abs=1e-5)
