@@ -41,8 +41,10 @@ def _data(options: Any, rest: list[str]) -> None:
         # The config says nothing but where the stores are: model and data may be gone.
         show_stores(cache_folder(config.data.cache), options.remove_unused)
         return
-    from megalora.preflight import check_hub_data, check_inputs, named_data
+    from megalora.preflight import check_command, check_hub_data, check_inputs, named_data
 
+    # Prompts without completions are no samples to show.
+    check_command(config, samples=False)
     check_inputs(config)
     check_hub_data(named_data(config))
     from rich.console import Console

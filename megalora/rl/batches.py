@@ -72,6 +72,8 @@ class SampledBatches(Batches):
         """Of each step of the round, places of its completions."""
         self.first_step = 0
         """Of the round."""
+        self.numbers: dict[str, float] = {}
+        """What the log says of the round."""
         self.is_fresh = False
         """Whether all completions of the round are of the adapter that it began with."""
 
@@ -96,6 +98,7 @@ class SampledBatches(Batches):
         """As in ``Batches``: with an engine, and on the first rank with what judges."""
         self.model = model
         self.stepper = stepper
+        self.say = say
         if self.config.rl.servers:
             self.engine = Served(model, stepper, self.config, say)
         else:
@@ -111,11 +114,18 @@ class SampledBatches(Batches):
         ``ending`` closes."""
         rl = self.config.rl
         round = step // rl.steps_per_rollout
-        done = prompts_done(self._folder, round)
+        done, known = prompts_done(self._folder, round)
         # What an earlier process had begun and not trained on is asked again.
         numbers = (number for number in count() if number not in done)
         prompts = (self.prompts.ask(number, self.config) for number in numbers)
         groups = self.config.train.global_batch_size * rl.steps_per_rollout // rl.group_size
+        if known < round:
+            # Of a checkpoint that was copied away from its run: as many as rounds take at least.
+            done |= set(range(round * groups))
+            self.say(
+                f"rl: {self._folder} has the rollouts of {known} of {round} rounds: prompts go on"
+                f" behind the first {round * groups:,}"
+            )
         plan = Plan(groups, rl.group_size, rl.staleness)
         kept = partial(is_kept, policy=self.policy)
         collector = ending.enter_context(Collector(self._train_on, prompts, plan, kept, round))
@@ -129,8 +139,9 @@ class SampledBatches(Batches):
     def prepare(self, step: int) -> dict[str, float]:
         """As in ``Batches``: sample the next round where the step begins one."""
         every = self.config.rl.steps_per_rollout
+        # What a round has to say is logged with each of its steps: log.every may pick any.
         if step % every:
-            return {}
+            return self.numbers
         began = time.perf_counter()
         taken: Round = self._wait_for(
             step, lambda collector: collector.begin_round(step // every), "rollouts failed"
@@ -147,7 +158,8 @@ class SampledBatches(Batches):
         if self.policy.proximal == "recompute":
             self.stepper.kept["recompute"] = start_of(None, self.model)
         seconds = time.perf_counter() - began
-        return {**numbers_of(taken, step, self.policy), "rollout_seconds": seconds}
+        self.numbers = {**numbers_of(taken, step, self.policy), "rollout_seconds": seconds}
+        return self.numbers
 
     def check(self, step: int, reported: dict[str, float]) -> None:
         """As in ``Batches``: the engine's log-probabilities must be those of the adapter that it
@@ -181,12 +193,16 @@ class SampledBatches(Batches):
         episodes = self._wait_for(step, begin, "the evaluation failed")
         judged = [one.reward for one in episodes if one.reward is not None]
         if not judged:
-            raise ValueError(
-                f"evaluation at step {step}: no reward judged any of {len(episodes):,} completions"
+            # A training is worth more than one of its evaluations.
+            self.say(
+                f"evaluation at step {step}: no reward judged any of {len(episodes):,} completions;"
+                " it counts as none"
             )
+            return None
         reward = float(np.mean(judged))
         others = {
             "reward": reward,
+            "unjudged": 1 - len(judged) / len(episodes),
             "completion_tokens": float(np.mean([sum(one.mask) for one in episodes])),
             "truncated": float(np.mean([one.truncated for one in episodes])),
         }

@@ -136,6 +136,9 @@ class Collector:
         ):
             if state.failure is not None:
                 raise state.failure
+            # Nothing would ever change again.
+            if not state.running:
+                raise RuntimeError("no group is being sampled, and there are too few for a round")
             self._changed.clear()
             await self._changed.wait()
         # The oldest first, then those that were done first; a stable sort keeps that order.
@@ -169,7 +172,13 @@ class Collector:
             size = self._plan.size
             episodes = await asyncio.gather(*(self._play(prompt, place) for place in range(size)))
             self._sort(begun, list(episodes))
-        except Exception as error:
+        except BaseException as error:
+            # A run that ends cancels what is being sampled; anything else must end the round.
+            task = asyncio.current_task()
+            if isinstance(error, asyncio.CancelledError):
+                if task is not None and task.cancelling():
+                    raise
+                error = RuntimeError(f"an episode of prompt {prompt.number} was cancelled")
             # The first failure is the one that says why.
             state.failure = state.failure or error
 
@@ -185,9 +194,8 @@ class Collector:
         if state.in_a_row > MOST_DRAWS * self._plan.groups:
             raise ValueError(
                 f"{state.in_a_row:,} prompts in a row have completions of which nothing can be"
-                " learned (all rewards of a group alike, all cut by the length limit, or none"
-                " judged): rewards are too hard or too easy for this model, or"
-                " objective.policy.drop_even_groups and drop_truncated leave out too much"
+                f" learned ({_why(state.left_out)}): rewards are too hard or too easy for this"
+                " model, or objective.policy.drop_even_groups and drop_truncated leave out too much"
             )
         # Its place in the round is free again.
         state.begun -= 1
@@ -211,3 +219,19 @@ class Round:
 
 def _number(group: list[Episode]) -> int:
     return group[0].prompt.number
+
+
+def _why(groups: list[list[Episode]]) -> str:
+    """What groups that were left out have in common, in words."""
+    unjudged = 0
+    alike = 0
+    cut = 0
+    for group in groups:
+        rewards = {one.reward for one in group}
+        unjudged += rewards == {None}
+        alike += len(rewards - {None}) == 1
+        cut += all(one.truncated for one in group)
+    return (
+        f"of {len(groups):,} groups {alike:,} have rewards that are all alike, {unjudged:,} were"
+        f" not judged at all, and {cut:,} were cut by the length limit"
+    )

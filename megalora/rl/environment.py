@@ -11,7 +11,7 @@ from megalora.rl.new_text import NewText
 from megalora.rl.rewards.failures import Failures
 from megalora.rl.rewards.judge import Judged, Rewards
 from megalora.rl.rewards.load import as_number, is_async
-from megalora.rl.user_function import FORMS, describe, load_function
+from megalora.rl.user_function import FORMS, describe, is_theirs, load_function
 
 OPTION = "rl.environment"
 OWN = "environment"
@@ -148,7 +148,9 @@ class Environment:
             # It has not come to a judgement; the rewards may.
             pass
         # It is the user's program: anything may go wrong in it.
-        except Exception as error:
+        except BaseException as error:
+            if not is_theirs(error):
+                raise
             # A time-out of the environment's own is an error like others.
             is_late = isinstance(error, TimeoutError) and clock.expired()
             limit = f"took longer than {self.timeout_s:g} s between two answers"

@@ -96,7 +96,8 @@ def numbers_of(taken: Round, version: int, policy: PolicyConfig) -> dict[str, fl
     Args:
         version: of the adapter that is trained on it.
     """
-    groups = taken.groups
+    # Also what is left out of training: rewards are of the policy, whatever is learned of them.
+    groups = [*taken.groups, *taken.left_out]
     episodes = [one for group in groups for one in group]
     judged = [one.reward for one in episodes if one.reward is not None]
     lengths = [sum(one.mask) for one in episodes]
@@ -113,7 +114,7 @@ def numbers_of(taken: Round, version: int, policy: PolicyConfig) -> dict[str, fl
         found["reward"] = float(np.mean(judged))
         found["reward_std"] = float(np.std(judged))
     # Of such a group nothing is learned, whether it is left out or not.
-    alike = [len({one.reward for one in group}) == 1 for group in groups]
+    alike = [len({one.reward for one in group} - {None}) < 2 for group in groups]
     found["groups_alike"] = float(np.mean(alike))
     names = sorted({name for one in episodes for name in one.rewards})
     # A single reward is the total.
@@ -150,15 +151,13 @@ def file_name(step: int) -> str:
     return f"step_{step:06}.jsonl"
 
 
-def prompts_done(folder: Path, round: int) -> set[int]:
-    """Numbers of the prompts that rounds before this one are done with. Lines of later rounds, from
-    before the run went back, are taken out."""
+def prompts_done(folder: Path, round: int) -> tuple[set[int], int]:
+    """(numbers of the prompts that rounds before this one are done with, how many rounds say so).
+    Lines of later rounds, from before the run went back, are taken out."""
     path = folder / ROUNDS
-    if not path.is_file():
-        return set()
     kept: list[str] = []
     done: set[int] = set()
-    for line in path.read_text().splitlines():
+    for line in path.read_text().splitlines() if path.is_file() else []:
         try:
             record = json.loads(line)
         except ValueError:
@@ -167,8 +166,12 @@ def prompts_done(folder: Path, round: int) -> set[int]:
         if record["round"] < round:
             kept.append(line)
             done.update(record["prompts"])
-    path.write_text("".join(f"{line}\n" for line in kept))
-    return done
+    if path.is_file():
+        # Written beside and then renamed: a run that is killed here loses nothing.
+        beside = path.with_suffix(".tmp")
+        beside.write_text("".join(map("{}\n".format, kept)))
+        beside.replace(path)
+    return done, len(kept)
 
 
 def _record(episode: Episode, trained: bool) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Find a function of the user's: ``module:function`` or ``file.py:function``. No torch."""
 
+import asyncio
 import difflib
 import hashlib
 import importlib
@@ -99,6 +100,24 @@ def _missing(module: ModuleType, name: str) -> str:
     if close:
         return f"has no function {name}; did you mean {close[0]}?"
     return f"has no function {name}; it has {first_few(known) or 'none'}"
+
+
+def is_theirs(error: BaseException) -> bool:
+    """Whether an error comes from the user's code, and not from the end of the run: an exit, or a
+    task of their own that was cancelled, ends what they do and nothing else."""
+    if isinstance(error, asyncio.CancelledError):
+        task = asyncio.current_task()
+        return task is not None and not task.cancelling()
+    return isinstance(error, Exception | SystemExit)
+
+
+async def without_exit(call: Any) -> Any:
+    """The result of a coroutine. Of ``sys.exit`` in it an ordinary error is made: out of a task it
+    would end the event loop."""
+    try:
+        return await call
+    except SystemExit as error:
+        raise RuntimeError(f"SystemExit: {error}") from error
 
 
 def describe(error: BaseException) -> str:

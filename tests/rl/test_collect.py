@@ -118,6 +118,19 @@ def test_the_first_failure_ends_the_round() -> None:
         collector.begin_round(0).result(5)
 
 
+@pytest.mark.parametrize("error", [asyncio.CancelledError(), SystemError("ended")])
+def test_whatever_an_episode_ends_in_the_round_does_not_wait(error: BaseException) -> None:
+    async def play(asked: Prompt, place: int) -> Episode:
+        raise error
+
+    prompts = (prompt(number) for number in count())
+    with (
+        Collector(play, prompts, Plan(2, 2), lambda group: True) as collector,
+        pytest.raises((RuntimeError, SystemError), match="was cancelled|ended"),
+    ):
+        collector.begin_round(0).result(5)
+
+
 def test_a_resumed_run_begins_no_more_than_one_that_went_on() -> None:
     begun: Counter[int] = Counter()
 

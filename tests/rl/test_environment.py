@@ -1,6 +1,7 @@
 """Conversations that environments lead: which tokens they have, and what is learned of them."""
 
 import asyncio
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -275,6 +276,9 @@ def test_template_options_of_the_prompt_hold_for_all_turns() -> None:
         ("malformed", "ValueError: message 2 has no 'content' (its keys: role)"),
         ("slow", "took longer than 0.2 s between two answers"),
         ("own", "TimeoutError (test_environment.py, line"),
+        # Neither the run's end, nor the end of its event loop.
+        ("exit", "SystemExit"),
+        ("cancelled", "CancelledError"),
     ],
 )
 def test_an_environment_that_fails(rollout: str, message: str) -> None:
@@ -297,6 +301,12 @@ def test_an_environment_that_fails(rollout: str, message: str) -> None:
             await asyncio.sleep(5)
         if rollout == "own":
             raise TimeoutError
+        if rollout == "exit":
+            sys.exit("enough")
+        if rollout == "cancelled":
+            task = asyncio.ensure_future(asyncio.sleep(5))
+            task.cancel()
+            await task
         if rollout == "broken":
             return row["no such column"]
         return {"text": "good", "nan": {"a": float("nan")}, "part": {"a": None}}[rollout]

@@ -167,6 +167,11 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(
     ours = load_file(tmp_path / "half" / "step_000008" / WEIGHTS)
     for name, tensor in load_file(tmp_path / "through" / "step_000008" / WEIGHTS).items():
         assert ours[name].equal(tensor), name
-    other = replace(on, rl=replace(on.rl, group_size=8))
+    # Without the record of its rollouts it goes on behind as many prompts as it must have asked.
+    (tmp_path / "half" / FOLDER).rename(tmp_path / "elsewhere")
+    last = replace(on, train=replace(on.train, steps=10))
+    run_ranks(train_by_ids, 1, last)
+    assert min(row["group"] for row in rollouts(tmp_path / "half", 8)) == 4 * 4
+    other = replace(last, rl=replace(on.rl, group_size=8))
     with pytest.raises(Exception, match="was trained with rl.group_size=4, this run has 8"):
         run_ranks(train_by_ids, 1, other)

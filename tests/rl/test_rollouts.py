@@ -56,9 +56,10 @@ def test_numbers_of_a_round() -> None:
     ]
     found = numbers_of(Round(groups, [[episode(2, 0, 0.0)]]), 6, PolicyConfig())
     assert found == {
-        "completion_tokens": 2, "truncated": 0.25, "unjudged": 0.25, "staleness": 2.5,
-        "staleness_max": 4, "groups_left_out": 1, "groups_alike": 0, "reward": 1,
-        "reward_std": pytest.approx(math.sqrt(2 / 3)), "reward/good": 1, "reward/s": 4,
+        "completion_tokens": 2, "truncated": 0.2, "unjudged": pytest.approx(0.2),
+        "staleness": pytest.approx(2.4), "staleness_max": 4, "groups_left_out": 1,
+        "groups_alike": pytest.approx(2 / 3), "reward": 0.75,
+        "reward_std": pytest.approx(math.sqrt(0.6875)), "reward/good": 0.75, "reward/s": 4,
     }  # fmt: skip
 
 
@@ -81,6 +82,6 @@ def test_a_record_can_be_trained_on_as_a_file(tiny: Path, tmp_path: Path) -> Non
         assert sample.value == pytest.approx(expected.value, abs=1e-6)
         np.testing.assert_array_equal(sample.floats["logprobs"], expected.floats["logprobs"])
     # A run that went back to round 4 forgets what it had begun of it.
-    assert prompts_done(tmp_path, 5) == {1, 2, 7}
-    assert prompts_done(tmp_path, 4) == {1, 2, 7} and prompts_done(tmp_path, 3) == set()
-    assert prompts_done(tmp_path, 9) == set()
+    assert prompts_done(tmp_path, 5) == ({1, 2, 7}, 2)
+    assert prompts_done(tmp_path, 4) == ({1, 2, 7}, 1) and prompts_done(tmp_path, 3) == (set(), 0)
+    assert prompts_done(tmp_path, 9) == (set(), 0) == prompts_done(tmp_path / "none", 1)

@@ -9,6 +9,7 @@ from typing import Any, Self
 from megalora.rl.rewards.failures import Failures
 from megalora.rl.rewards.load import OPTION, Reward, as_number, check_rewards, load_reward
 from megalora.rl.rewards.pool import Failed, Pool
+from megalora.rl.user_function import is_theirs, without_exit
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,9 @@ class Rewards:
                 value = await self._within_time(value)
         except Failed:
             raise
-        except Exception as error:
+        except BaseException as error:
+            if not is_theirs(error):
+                raise
             raise Failed(reward.why(error)) from error
         try:
             return as_number(value)
@@ -129,7 +132,7 @@ class Rewards:
 
     async def _within_time(self, call: Any) -> Any:
         """The result of an async reward."""
-        task = asyncio.ensure_future(call)
+        task = asyncio.ensure_future(without_exit(call))
         try:
             done, _ = await asyncio.wait({task}, timeout=self.timeout_s)
         finally:
