@@ -112,7 +112,7 @@ def test_train_hands_the_number_of_restarts_on(
     asked: list[str], tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started: list[list[str]] = []
-    monkeypatch.setattr(cli, "torchrun", started.append)
+    monkeypatch.setattr("megalora.cli.rl.torchrun", started.append)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.jsonl").touch()
     (tmp_path / "c.yaml").write_text(

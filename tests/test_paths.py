@@ -152,7 +152,7 @@ def test_train_looks_before_it_starts_ranks(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # Through the command itself, as a user meets it.
-    monkeypatch.setattr(cli, "torchrun", lambda *_: pytest.fail("ranks were started"))
+    monkeypatch.setattr("megalora.cli.rl.torchrun", lambda *_: pytest.fail("ranks were started"))
     sections = {
         "model": {"path": "~/base"},
         "data": {"train": "~/none.jsonl"},

@@ -160,7 +160,7 @@ def test_torch_reads_the_allocator_s_variable_that_was_set_before_its_import(tin
     script = f"""
 import sys
 from megalora import environment
-from megalora.train import __main__ as rank
+from megalora.train import __main__ as rank, on_ranks
 real = environment.set_defaults
 def set_and_look(run):
     assert "torch" not in sys.modules
@@ -168,7 +168,7 @@ def set_and_look(run):
     import torch
     print(torch._C._accelerator_getAllocatorSettings())
     sys.exit()
-rank.set_defaults = set_and_look
+on_ranks.set_defaults = set_and_look
 rank.main(["{tmp_path}/config.yaml"])
 """
     clean = dict(os.environ)

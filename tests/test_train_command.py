@@ -157,7 +157,7 @@ def test_a_crash_of_the_ranks_is_torchrun_s_to_report(
 def test_ranks_report_one_mistake_once(tmp_path: Path) -> None:
     """Through a real torchrun, which would end rank 0 as soon as rank 1 has left."""
     arguments = ["--standalone", "--nproc-per-node", "2", "-m", "megalora.train", "no.yaml"]
-    start = f"from megalora.cli.main import torchrun; torchrun({arguments})"
+    start = f"from megalora.launching import torchrun; torchrun({arguments})"
     done = subprocess.run(
         [sys.executable, "-c", start], cwd=tmp_path, capture_output=True, text=True
     )

@@ -130,7 +130,7 @@ def route_by_sigmoid(
         if num_groups > 1:
             corrected_TE = _within_best_groups(corrected_TE, num_groups, group_topk)
         chosen_TK = corrected_TE.topk(top_k, dim=-1).indices
-    return weights_by_sigmoid(logits_TE, chosen_TK, scale)
+    return _normalised(scores_TE, chosen_TK, logits_TE, scale)
 
 
 def weights_by_sigmoid(logits_TE: Tensor, chosen_TK: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -140,6 +140,13 @@ def weights_by_sigmoid(logits_TE: Tensor, chosen_TK: Tensor, scale: float) -> tu
         chosen_TK: int64, different experts of each token.
     """
     scores_TE = torch.sigmoid(logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32)))
+    return _normalised(scores_TE, chosen_TK, logits_TE, scale)
+
+
+def _normalised(
+    scores_TE: Tensor, chosen_TK: Tensor, logits_TE: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Weights and choice of the chosen experts, in the dtype of the logits."""
     weights_TK = scores_TE.gather(1, chosen_TK)
     # All chosen scores may underflow to zero; 1e-20 as in transformers.
     weights_TK = scale * weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 
-from megalora.cli import main as cli
 from megalora.config import RunConfig
 from tests.command_outcome import outcome
 from tests.distributed.ranks import run_ranks
@@ -139,7 +138,7 @@ def test_a_tilde_and_a_warmup(
 ) -> None:
     # Checks come before ranks start; what would be started is noted.
     started: list[list[str]] = []
-    monkeypatch.setattr(cli, "torchrun", started.append)
+    monkeypatch.setattr("megalora.cli.rl.torchrun", started.append)
     code, _, said = outcome(capsys, "train", "~/config.yaml")
     assert code == 2 and not started
     # 10 of 50 steps.
