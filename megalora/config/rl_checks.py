@@ -52,20 +52,18 @@ def check_rl(config: Sections) -> None:
         _check_served(config)
     _check_steps(config)
     _check_policy(config)
-    unread = {
-        "train.relora": config.train.relora is not None,
-        "train.check_base=loss": config.train.check_base == "loss",
-        "lora.dropout": config.lora.dropout > 0,
-    }
-    reasons = {
-        "train.relora": "nothing was compared with both",
-        "train.check_base=loss": "there is no batch before the first completions are sampled; use"
-        " train.check_base=layers",
-        "lora.dropout": "completions are sampled without dropout, so that ratios would compare two"
-        " different models",
-    }
-    for option, is_set in unread.items():
-        require(not is_set, f"{option} does not go with rl.rewards: {reasons[option]}")
+    beside = "does not go with rl.rewards"
+    require(config.train.relora is None, f"train.relora {beside}: nothing was compared with both")
+    require(
+        config.train.check_base != "loss",
+        f"train.check_base=loss {beside}: there is no batch before the first completions are"
+        " sampled; use train.check_base=layers",
+    )
+    require(
+        config.lora.dropout == 0,
+        f"lora.dropout {beside}: completions are sampled without dropout, so that ratios would"
+        " compare two different models",
+    )
 
 
 def _check_served(config: Sections) -> None:

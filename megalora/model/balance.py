@@ -25,11 +25,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
 from megalora import host
 from megalora.model.documents import RowSequences
+from megalora.model.layer_rows import before_each_layer
 from megalora.model.router import FrozenRouter
 from megalora.parallel import Groups
 
@@ -45,12 +45,10 @@ class Balance:
         self._row: RowSequences | None = None
         self._in_forward = False
         self._total = torch.zeros(1, dtype=torch.float64, device=host.device())
-        # On every layer, not on its MLP: Megatron hands the row to the layer alone.
+        before_each_layer(chunks, self._enter)
         num_layers = 0
         for chunk in chunks:
             for module in chunk.modules():
-                if isinstance(module, TransformerLayer):
-                    module.register_forward_pre_hook(self._enter, with_kwargs=True)
                 if isinstance(module, FrozenRouter):
                     module.balance = self
                     num_layers += 1
@@ -59,10 +57,9 @@ class Balance:
         dist.all_reduce(counted, group=groups.pp)
         self._num_layers = int(counted)
 
-    def _enter(self, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        """Know the row that a layer computes, also where backward computes it once more: another
-        microbatch may have gone forward since."""
-        self._row = getattr(kwargs.get("packed_seq_params"), "sequences", None)
+    def _enter(self, row: Any) -> None:
+        """Know the sequences of the row that a layer computes."""
+        self._row = getattr(row, "sequences", None)
 
     def begin(self, num_sequences: int) -> None:
         """Begin a step.

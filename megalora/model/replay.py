@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from megalora.comm import all_gather
+from megalora.model.layer_rows import before_each_layer
 from megalora.model.router import FrozenRouter
 
 
@@ -39,15 +40,11 @@ class Replay:
             router.place = len(found)
             found.append(moe_layers.index(layer))
         self.places = tuple(found)
-        # On every layer, not on its router: Megatron hands the row to the layer alone.
-        for chunk in chunks:
-            for module in chunk.modules():
-                if isinstance(module, TransformerLayer):
-                    module.register_forward_pre_hook(self._enter, with_kwargs=True)
+        before_each_layer(chunks, self._enter)
 
-    def _enter(self, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        """Know the row that a layer computes, also where backward computes it once more."""
-        self._routes = getattr(kwargs.get("packed_seq_params"), "routes", None)
+    def _enter(self, row: Any) -> None:
+        """Know the routes of the row that a layer computes."""
+        self._routes = getattr(row, "routes", None)
 
     def choice_for(self, router: Any) -> Tensor | None:
         """``[T, K]`` int64: the experts that the engine chose, -1 where it says nothing of a token;

@@ -18,7 +18,7 @@ from megalora.lora.adapted_model import AdaptedModel
 from megalora.parallel import Groups
 from megalora.rl.collect import Collector, Plan, Round
 from megalora.rl.embedded import embedded_in
-from megalora.rl.engine import Engine
+from megalora.rl.engine import Engine, result_of
 from megalora.rl.episode import Ask, Episode, Prompt, Sampled
 from megalora.rl.prompts import Prompts
 from megalora.rl.rollouts import (
@@ -76,13 +76,6 @@ class SampledBatches(Batches):
         """What the log says of the round."""
         self.is_fresh = False
         """Whether all completions of the round are of the adapter that it began with."""
-
-    @property
-    def num_steps(self) -> int:
-        """Optimizer steps of the whole run."""
-        steps = self.config.train.steps
-        assert steps is not None, "the config demands it"
-        return steps
 
     def _indices(self, step: int) -> np.ndarray:
         return self.by_step[step - self.first_step]
@@ -158,7 +151,7 @@ class SampledBatches(Batches):
         if self.policy.proximal == "recompute":
             self.stepper.kept["recompute"] = start_of(None, self.model)
         seconds = time.perf_counter() - began
-        self.numbers = {**numbers_of(taken, step, self.policy), "rollout_seconds": seconds}
+        self.numbers = {**numbers_of(taken, step), "rollout_seconds": seconds}
         return self.numbers
 
     def check(self, step: int, reported: dict[str, float]) -> None:
@@ -223,13 +216,7 @@ class SampledBatches(Batches):
         assert engine is not None, "at_work has made it"
         engine.publish(step)
         done = begin(self.collector) if self.collector is not None else None
-        engine.work_until(done)
-
-        def result() -> T:
-            assert done is not None, "the first rank has it"
-            return done.result()
-
-        return on_first_rank(result, failure)
+        return result_of(engine, done, failure)
 
     def _train_on(self, prompt: Prompt, place: int) -> Awaitable[Episode]:
         return self._played(prompt, place, 1.0)

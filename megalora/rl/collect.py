@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megalora.rl.episode import Episode, Prompt
+from megalora.rl.user_function import is_theirs
 
 MOST_DRAWS = 20
 """Times the groups of a round that may be left out one after the other: then nothing is learned
@@ -174,10 +175,9 @@ class Collector:
             self._sort(begun, list(episodes))
         except BaseException as error:
             # A run that ends cancels what is being sampled; anything else must end the round.
-            task = asyncio.current_task()
+            if not is_theirs(error):
+                raise
             if isinstance(error, asyncio.CancelledError):
-                if task is not None and task.cancelling():
-                    raise
                 error = RuntimeError(f"an episode of prompt {prompt.number} was cancelled")
             # The first failure is the one that says why.
             state.failure = state.failure or error

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol
 
+from megalora.first_rank import on_first_rank
 from megalora.rl.episode import Sampled
 
 
@@ -34,3 +35,18 @@ class Engine(Protocol):
     def close(self) -> None:
         """End what runs beside the training."""
         ...
+
+
+def result_of[T](engine: Engine, done: "Future[T] | None", failure: str) -> T:
+    """What the first rank waits for, on every rank, while the engine works; collective.
+
+    Args:
+        done, failure: as in ``Engine.work_until`` and ``on_first_rank``.
+    """
+    engine.work_until(done)
+
+    def result() -> T:
+        assert done is not None, "the first rank has it"
+        return done.result()
+
+    return on_first_rank(result, failure)

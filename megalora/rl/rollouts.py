@@ -13,6 +13,7 @@ from megalora.data.chat import Encoded, Rollout
 from megalora.data.splits import Split
 from megalora.rl.collect import Round
 from megalora.rl.episode import Episode
+from megalora.train.run_logs import keep_records
 
 FOLDER = "rollouts"
 """Folder in the run folder with what was sampled: a file for each round."""
@@ -90,7 +91,7 @@ def _encoded(episode: Episode, advantage: float, reward: float) -> Encoded:
     )
 
 
-def numbers_of(taken: Round, version: int, policy: PolicyConfig) -> dict[str, float]:
+def numbers_of(taken: Round, version: int) -> dict[str, float]:
     """What the log says of a round.
 
     Args:
@@ -134,9 +135,9 @@ def write_round(folder: Path, round: int, step: int, taken: Round) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     lines: list[str] = []
-    for group in [*taken.groups, *taken.left_out]:
-        for episode in group:
-            lines.append(json.dumps(_record(episode, group in taken.groups)))
+    for trained, groups in ((True, taken.groups), (False, taken.left_out)):
+        for group in groups:
+            lines += [json.dumps(_record(episode, trained)) for episode in group]
     # Written beside and then renamed: a run that is killed leaves no half file.
     place = folder / file_name(step)
     beside = place.with_suffix(".tmp")
@@ -154,23 +155,10 @@ def file_name(step: int) -> str:
 def prompts_done(folder: Path, round: int) -> tuple[set[int], int]:
     """(numbers of the prompts that rounds before this one are done with, how many rounds say so).
     Lines of later rounds, from before the run went back, are taken out."""
-    path = folder / ROUNDS
-    kept: list[str] = []
+    kept, _ = keep_records(folder / ROUNDS, lambda record: record["round"] < round)
     done: set[int] = set()
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            # The last line of a run that was killed while it wrote.
-            continue
-        if record["round"] < round:
-            kept.append(line)
-            done.update(record["prompts"])
-    if path.is_file():
-        # Written beside and then renamed: a run that is killed here loses nothing.
-        beside = path.with_suffix(".tmp")
-        beside.write_text("".join(map("{}\n".format, kept)))
-        beside.replace(path)
+    for record in kept:
+        done.update(record["prompts"])
     return done, len(kept)
 
 

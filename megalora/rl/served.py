@@ -23,6 +23,7 @@ from megalora.hf.folder import local_folder
 from megalora.hf.json_file import read_hf_config, stored_dtype
 from megalora.lora.adapted_model import AdaptedModel
 from megalora.lora.gather import gather_tensors
+from megalora.rl.engine import result_of
 from megalora.rl.episode import Sampled
 from megalora.rl.servers import Servers
 from megalora.serve.errors import ServerUnreachable
@@ -99,13 +100,7 @@ class Served:
                 model.adapted, model.shape, trained, self.config.model.path
             )
             done = _in_thread(lambda: self._bring(version, tensors, config, probed))
-        self.work_until(done)
-
-        def result() -> str:
-            assert done is not None, "the first rank has it"
-            return done.result()
-
-        on_first_rank(result, f"version {version} could not be published")
+        result_of(self, done, f"version {version} could not be published")
         self.version = version
         if self.servers is not None:
             self.servers.use(version)

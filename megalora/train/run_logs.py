@@ -182,28 +182,43 @@ def forget_after(path: Path, step: int) -> int:
 
     Returns how many other lines were not records of a step, and so were removed too.
     """
-    if not path.is_file():
-        return 0
-    kept: list[str] = []
-    damaged = 0
     # A run that starts from step 0 keeps nothing of what was there before.
-    lines = path.read_bytes().decode(errors="replace").splitlines() if step else []
+    _, damaged = keep_records(path, lambda record: step > 0 and record["step"] <= step)
+    return damaged if step else 0
+
+
+def keep_records(
+    path: Path, is_kept: Callable[[dict[str, Any]], bool]
+) -> tuple[list[dict[str, Any]], int]:
+    """Remove all lines of a file of records but those of ``is_kept``.
+
+    Returns:
+        The records that are kept, and how many lines were none, but for a last one that a killed
+        run left half written.
+    """
+    if not path.is_file():
+        return [], 0
+    kept: list[dict[str, Any]] = []
+    text: list[str] = []
+    damaged = 0
+    lines = path.read_bytes().decode(errors="replace").splitlines()
     for number, line in enumerate(lines, start=1):
         record = record_of(line)
-        if record is not None and record["step"] <= step:
-            kept.append(line + "\n")
+        if record is not None and is_kept(record):
+            kept.append(record)
+            text.append(line + "\n")
         # A last line that a kill cut short is expected.
         elif record is None and number < len(lines):
             damaged += 1
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(kept))
+    temporary.write_text("".join(text))
     # In one move: a kill meanwhile must not lose them all.
     temporary.replace(path)
-    return damaged
+    return kept, damaged
 
 
 def record_of(line: str) -> dict[str, Any] | None:
-    """A line of ``metrics.jsonl``; None for what is not a record of a step."""
+    """A line of such a file; None for what is not a record of a step."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):

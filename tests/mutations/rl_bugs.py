@@ -148,9 +148,9 @@ RL_BUGS: tuple[Bug, ...] = (
     bug(
         0,
         "rl: a cancelled episode waited for without end",
-        COLLECT,
-        "if task is not None and task.cancelling():",
-        "if True:",
+        "megalora/rl/user_function.py",
+        "return task is not None and not task.cancelling()",
+        "return False",
         f"{OF_COLLECT} does_not_wait",
     ),
     bug(
@@ -237,8 +237,8 @@ RL_BUGS: tuple[Bug, ...] = (
         0,
         "rl: rounds of a run that was killed count as done",
         ROLLOUTS,
-        'if record["round"] < round:',
-        "if True:",
+        'lambda record: record["round"] < round',
+        "lambda record: True",
         f"{OF_ROLLOUTS} a_record",
     ),
     bug(

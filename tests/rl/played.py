@@ -11,6 +11,7 @@ from megalora.config.policy import PolicyConfig
 from megalora.rl.batches import PlayWith
 from megalora.rl.episode import Ask, Episode, Prompt
 from megalora.rl.feed import sampling_feed
+from megalora.rl.play import playing
 from megalora.train.loop import train
 from tests.jsonl import write_jsonl
 from tests.parity.runs import make_config
@@ -62,3 +63,8 @@ def rl_config(
 def train_by_ids(config: RunConfig) -> Path | None:
     """``megalora rl`` with these episodes; a rank function."""
     return train(config, feed=sampling_feed(by_ids))
+
+
+def train_and_judge(config: RunConfig) -> Path | None:
+    """``megalora rl`` as the config says it; a rank function."""
+    return train(config, feed=sampling_feed(playing))

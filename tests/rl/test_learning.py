@@ -5,20 +5,11 @@ from typing import Any
 
 import pytest
 
-from megalora.config import LoRAConfig, RunConfig
-from megalora.rl.feed import sampling_feed
-from megalora.rl.play import playing
-from megalora.train.loop import train
+from megalora.config import LoRAConfig
 from recipes.grpo import rewards
 from tests.distributed.ranks import run_ranks
 from tests.parity.runs import records
-from tests.rl.played import rl_config, write_prompts
-
-
-def train_and_judge(config: RunConfig) -> Path | None:
-    """``megalora rl`` on the ranks of this world; a rank function. The third seed is the recipe's
-    (tests/recipes/test_grpo.py)."""
-    return train(config, feed=sampling_feed(playing))
+from tests.rl.played import rl_config, train_and_judge, write_prompts
 
 
 @pytest.mark.slow
@@ -30,6 +21,7 @@ def train_and_judge(config: RunConfig) -> Path | None:
 def test_a_random_model_learns_to_say_digits(
     seed: int, world: int, parallel: dict[str, Any], tiny: Path, tmp_path: Path
 ) -> None:
+    """The third seed is the recipe's (tests/recipes/test_grpo.py)."""
     config = rl_config(
         tiny, write_prompts(tmp_path / "prompts.jsonl"), tmp_path / "run", {"clip_high": 0.28},
         rl={"rewards": f"{rewards.__file__}:digits", "group_size": 8, "concurrency": 128,

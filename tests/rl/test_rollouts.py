@@ -54,7 +54,7 @@ def test_numbers_of_a_round() -> None:
         [episode(0, 0, 1.0), episode(0, 1, 0.0, truncated=True)],
         [episode(1, 0, None), episode(1, 1, 2.0, versions=[2, 2, 2], rewards={"good": 2, "s": 4})],
     ]
-    found = numbers_of(Round(groups, [[episode(2, 0, 0.0)]]), 6, PolicyConfig())
+    found = numbers_of(Round(groups, [[episode(2, 0, 0.0)]]), 6)
     assert found == {
         "completion_tokens": 2, "truncated": 0.2, "unjudged": pytest.approx(0.2),
         "staleness": pytest.approx(2.4), "staleness_max": 4, "groups_left_out": 1,

@@ -7,26 +7,18 @@ from typing import Any
 
 import pytest
 
-from megalora.config import CheckpointConfig, LoRAConfig, RunConfig
-from megalora.rl.feed import sampling_feed
-from megalora.rl.play import playing
+from megalora.config import CheckpointConfig, LoRAConfig
 from megalora.rl.rollouts import FOLDER
 from megalora.serve.live.address import TOKEN as VARIABLE
 from megalora.serve.server import Server
 from megalora.serve.vllm import Client
-from megalora.train.loop import train
 from recipes.grpo import rewards
 from tests.distributed.ranks import run_ranks
 from tests.parity.runs import records
-from tests.rl.played import rl_config, write_prompts
+from tests.rl.played import rl_config, train_and_judge, write_prompts
 from tests.serve.conftest import TOKEN
 
 pytestmark = pytest.mark.vllm
-
-
-def train_and_judge(config: RunConfig) -> Path | None:
-    """``megalora rl`` on the ranks of this world; a rank function."""
-    return train(config, feed=sampling_feed(playing))
 
 
 def versions(run: Path, step: int) -> set[int]:
