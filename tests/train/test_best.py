@@ -4,6 +4,7 @@ does: with losses that a test decides, against transformers' own callback."""
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from megalora.adapters.latest import latest_adapter
 from megalora.adapters.training_state import read_state
 from megalora.config import CheckpointConfig, RunConfig
 from megalora.objectives.sft import SFT
+from megalora.train.batches import Batches
 from megalora.train.loop import Progress, _evaluate, train
 from megalora.train.step import Stepper
 from tests.distributed.ranks import run_ranks
@@ -209,7 +211,8 @@ def followed(losses: list[list[float]]) -> Evaluations:
     stepper = SimpleNamespace(
         objective=SFT(), evaluate_all=lambda *batches: ({"loss": next(mine)}, 1)
     )
-    batches = SimpleNamespace(eval=True, of_eval=list, mismatched_of_eval=list)
+    batches: Any = SimpleNamespace(eval=True, of_eval=list, mismatched_of_eval=list)
+    batches.evaluate = partial(Batches.evaluate, batches)
     run: Any = SimpleNamespace(batches=batches, stepper=stepper)
     metrics: Any = SimpleNamespace(evaluation=lambda *given: None)
     answers: Any = SimpleNamespace(now=list)
