@@ -30,6 +30,7 @@ from tests.mutations.plan_bugs import PLAN_BUGS
 from tests.mutations.planner_bugs import PLANNER_BUGS
 from tests.mutations.policy_bugs import POLICY_BUGS
 from tests.mutations.preference_bugs import PREFERENCE_BUGS
+from tests.mutations.quantised_bugs import QUANTISED_BUGS
 from tests.mutations.recipe_bugs import RECIPE_BUGS
 from tests.mutations.relora_bugs import RELORA_BUGS
 from tests.mutations.report_bugs import REPORT_BUGS
@@ -55,6 +56,7 @@ EVERY_BUG = (
     + HEAD_PLAN_BUGS
     + WHOLE_PLAN_BUGS
     + BASE_BUGS
+    + QUANTISED_BUGS
     + FAMILY_BUGS
     + LAYER_BUGS
     + DATA_BUGS

@@ -1,0 +1,69 @@
+"""Decode bitsandbytes' nf4.
+
+    W.flat[i] = NF4[code[i]] * absmax[i // B]        i = n K + k
+
+    weight          uint8 [ceil(N K / 2), 1]: codes 2j (high nibble) and 2j + 1 of the flattened
+                    matrix in byte j
+    absmax          float32 [ceil(N K / B)]; doubly quantised uint8, and then
+                    absmax[j] = nested_quant_map[absmax[j]] * nested_absmax[j // C] + offset
+    nested_absmax   float32 [ceil(ceil(N K / B) / C)]
+    quant_state     JSON as bytes: block sizes B and C, shape [N, K], offset
+
+Blocks run over the flattened matrix, so where B does not divide K they go over the ends of rows.
+"""
+
+import json
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megalora.model.quantised.nibbles import high_first
+from megalora.model.quantised.part import Part, Stored, covering, group_of
+
+STATE = "weight.quant_state.bitsandbytes__nf4"
+
+
+def decode(stored: Stored, part: Part, size: tuple[int, int]) -> Tensor:
+    """``part`` of the matrix in float32; ``size`` is [N, K].
+
+    Raises:
+        ValueError: ``quant_state`` is of another matrix, or does not fit the tensors.
+    """
+    n0, n1, k0, k1 = part
+    columns = size[1]
+    state = _state(stored, size)
+    # Whole rows are read: a row of 4-bit codes is shorter than the page that a file is read by.
+    first = n0 * columns
+    end = n1 * columns
+    codes = high_first(stored["weight"][covering(first, end, 2)].flatten())
+    # A row may begin in the middle of a byte.
+    codes = codes[first % 2 :][: end - first].view(n1 - n0, columns)
+    absmax = _absmax(stored, covering(first, end, state["blocksize"]), state)
+    block_of = group_of(first, end, state["blocksize"]).view(n1 - n0, columns)
+    values = stored["weight.quant_map"][...].float()[codes[:, k0:k1].long()]
+    return values * absmax[block_of[:, k0:k1]]
+
+
+def _absmax(stored: Stored, blocks: slice, state: dict[str, Any]) -> Tensor:
+    """Scales of some blocks in float32."""
+    absmax = stored["weight.absmax"][blocks]
+    if absmax.dtype != torch.uint8:
+        return absmax
+    # The second quantisation has blocks of its own, over the scales of the whole matrix.
+    step = state["nested_blocksize"]
+    nested = stored["weight.nested_absmax"][covering(blocks.start, blocks.stop, step)]
+    scale = nested[group_of(blocks.start, blocks.stop, step)]
+    values = stored["weight.nested_quant_map"][...][absmax.long()]
+    return values * scale + state["nested_offset"]
+
+
+def _state(stored: Stored, size: tuple[int, int]) -> dict[str, Any]:
+    """What ``quant_state`` says; raises ``ValueError`` where it does not fit the matrix."""
+    state = json.loads(bytes(stored[STATE][...].tolist()))
+    if state.get("quant_type") != "nf4" or state.get("shape") != list(size):
+        raise ValueError(
+            f"its quant_state is of a {state.get('quant_type')} matrix {state.get('shape')}, not of"
+            f" nf4 {list(size)}"
+        )
+    return state
