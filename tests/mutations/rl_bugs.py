@@ -13,6 +13,7 @@ REPLAY, ROUTER, INPUTS = (
     "megalora/model/replay.py", "megalora/model/router.py", "megalora/train/inputs.py",
 )  # fmt: skip
 OF_REPLAY = "tests/rl/test_replay.py"
+OF_COMPLAINTS = "tests/rl/test_complaints.py"
 OF_SERVED = "tests/serve/test_rl.py"
 SERVED = "megalora/rl/served.py"
 
@@ -320,5 +321,39 @@ RL_BUGS: tuple[Bug, ...] = (
         "value % every == 0,",
         "True,",
         f"{OF_CONFIG} middle",
+    ),
+    bug(
+        0,
+        "rl: every version goes through the disk",
+        "megalora/serve/live/publisher.py",
+        'if self.transport == "folder":\n            self._load_folder',
+        "if self.folders is not None:\n            self._load_folder",
+        f"{OF_COMPLAINTS} test_06",
+    ),
+    bug(
+        0,
+        "rl: sampled before the adapter is proved",
+        "megalora/serve/live/publisher.py",
+        "if not agrees(proof):",
+        "if False:",
+        f"{OF_COMPLAINTS} test_07",
+    ),
+    bug(
+        0,
+        "rl: a resumed run has moments of the checkpoint, and a fresh adapter",
+        "megalora/train/checkpoint/load.py",
+        "        read_tensors(state.folder / OPTIMIZER, model.trained, values[key]",
+        '        if key == "param":\n            values[key].update(model.values())\n'
+        "            continue\n"
+        "        read_tensors(state.folder / OPTIMIZER, model.trained, values[key]",
+        f"{OF_COMPLAINTS} test_09",
+    ),
+    bug(
+        0,
+        "rl: compared with the base, whatever the reference is",
+        "megalora/train/references.py",
+        'if reference.model == "base":',
+        "if True:",
+        f"{OF_COMPLAINTS} test_12",
     ),
 )

@@ -13,6 +13,7 @@ CLIENT, ENVIRONMENT, NEW_TEXT = (
 )
 OF_REWARDS = "tests/rl/test_rewards.py"
 OF_ENVIRONMENTS = "tests/rl/test_environment.py"
+OF_COMPLAINTS = "tests/rl/test_complaints.py"
 
 # fmt: off
 RL_REWARD_BUGS: tuple[Bug, ...] = (
@@ -70,7 +71,7 @@ RL_REWARD_BUGS: tuple[Bug, ...] = (
     bug(0, "an answer's text tokenised again", CLIENT, "ids = sampled.tokens[:room]",
         "tokenizer: Any = self._new_text.template.tokenizer\n"
         "        ids = tokenizer.encode(tokenizer.decode(sampled.tokens[:room]),"
-        " add_special_tokens=False)", f"{OF_ENVIRONMENTS} never_tokenised"),
+        " add_special_tokens=False)", f"{OF_COMPLAINTS} test_11"),
     bug(0, "the end of an answer twice", NEW_TEXT, "text = text[own.end() :]", "pass",
         f"{OF_ENVIRONMENTS} of_the_whole"),
     bug(0, "what closes an answer's turn is left out", NEW_TEXT, "text = text[own.end() :]",
@@ -84,9 +85,9 @@ RL_REWARD_BUGS: tuple[Bug, ...] = (
         f"{OF_ENVIRONMENTS} given_tokens"),
     bug(0, "routes of the last turn for all tokens", CLIENT,
         "if self.routes is None else np.concatenate([self.routes, new])",
-        "if len(new) else new", f"{OF_ENVIRONMENTS} routes_are"),
+        "if len(new) else new", f"{OF_COMPLAINTS} test_10"),
     bug(0, "routes one token late", CLIENT, "routes[num_read - 1 : length]",
-        "routes[num_read:length]", f"{OF_ENVIRONMENTS} routes_are"),
+        "routes[num_read:length]", f"{OF_COMPLAINTS} test_10"),
     bug(0, "a cut answer goes on", CLIENT,
         "        if self.truncated:\n            raise Truncated\n",
         "", f"{OF_ENVIRONMENTS} is_cut"),

@@ -3,7 +3,6 @@
 import asyncio
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,83 +12,16 @@ import pytest
 from megalora.data.conversation import Conversation
 from megalora.data.template import ChatTemplate
 from megalora.rl.conversation import Client, Truncated
-from megalora.rl.environment import Environment, load_environment
-from megalora.rl.episode import Episode, Prompt, Sampled
+from megalora.rl.environment import load_environment
+from megalora.rl.episode import Sampled
 from megalora.rl.new_text import NewText
 from megalora.rl.rewards.failures import Failures
-from megalora.rl.rewards.judge import Rewards
 from recipes.calculator.environment import calculate
 from tests.data.chat_tokenizer import make_tokenizer
 from tests.data.templates import TEMPLATES
+from tests.rl.told import play, told, twice
 
 CALCULATOR = "recipes/calculator/environment.py:rollout"
-
-
-@dataclass
-class Engine:
-    """Answers what it was told to, and keeps what it was asked."""
-
-    answers: list[list[int]]
-    end: int
-    """The stop token: an answer without it at its end was cut."""
-    with_routes: bool = True
-    asked: list[list[int]] = field(default_factory=list)
-
-    async def __call__(self, tokens: Sequence[int]) -> Sampled:
-        # Others may run while an engine works.
-        await asyncio.sleep(0)
-        turn = len(self.asked)
-        self.asked.append(list(tokens))
-        ids = self.answers[turn]
-        logprobs = [-float(turn + 1) - place / 100 for place in range(len(ids))]
-        # [tokens, 1 layer, k 2]: the place of the token, and the turn in which it was read.
-        num_read = len(tokens) + len(ids) - 1
-        routes = np.stack([np.arange(num_read), np.full(num_read, turn)], axis=1)[:, None]
-        return Sampled(
-            ids, logprobs, ids[-1] == self.end, [10 * turn] * len(ids),
-            routes.astype(np.int16) if self.with_routes else None,
-        )  # fmt: skip
-
-
-def told(tokenizer: Any, *texts: str, cut: bool = False) -> Engine:
-    """An engine that answers with these texts."""
-    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    answers = [[*tokenizer.encode(text, add_special_tokens=False), end] for text in texts]
-    if cut:
-        answers[-1].pop()
-    return Engine(answers, end)
-
-
-def play(
-    rollout: Any,
-    engine: Any,
-    tokenizer: Any,
-    *,
-    weights: dict[str, float] | None = None,
-    failures: Failures | None = None,
-    max_length: int = 1000,
-    timeout_s: float = 600,
-    expected: str = "",
-) -> Episode:
-    """One episode of a prompt, led by a function, or by what stands at a path."""
-    messages = [{"role": "user", "content": "What is the sum?"}]
-    template = ChatTemplate(tokenizer)
-    tokens = template.prompt_tokens(Conversation(messages=messages))
-    prompt = Prompt(7, {"question": "sum"}, tokens, "What is the sum?", expected)
-
-    async def run() -> Episode:
-        async with Rewards(weights or {}, failures=failures) as rewards:
-            is_path = rollout is None or isinstance(rollout, str)
-            environment = Environment(
-                rollout if is_path else None, rewards, template,
-                max_length=max_length, timeout_s=timeout_s,
-            )  # fmt: skip
-            if not is_path:
-                environment.rollout = rollout
-                environment.path = "mine:rollout"
-            return await environment.play(prompt, 3, engine)
-
-    return asyncio.run(run())
 
 
 def test_one_answer() -> None:
@@ -104,12 +36,6 @@ def test_one_answer() -> None:
     assert (episode.sample, episode.truncated) == (3, False)
     assert episode.routes is not None
     assert len(episode.routes) == len(episode.prompt.tokens) + len(episode.completion_ids) - 1
-
-
-async def twice(client: Client, row: dict[str, Any]) -> float:
-    await client.generate()
-    await client.generate("Good morning to you")
-    return 0.5
 
 
 # Llama 2's template has no system message and no header, and prints a space before the end.
@@ -133,26 +59,6 @@ def test_tokens_are_those_of_the_whole_conversation(template: str) -> None:
     assert engine.asked[1] == tokenizer.encode(wanted, add_special_tokens=False)
 
 
-def test_what_was_sampled_is_never_tokenised_again() -> None:
-    """TRL 5224 and 5144: single bytes and halves of characters, which become other tokens when
-    their text is tokenised."""
-    tokenizer = make_tokenizer()
-    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    bytes_of = tokenizer.convert_tokens_to_ids
-    # "the" byte by byte, and a byte that begins a character of two and is followed by none.
-    sampled = [[*bytes_of(["t", "h", "e", "Ã"]), end], [*bytes_of(["s", "u", "m"]), end]]
-    for ids in sampled:
-        text = tokenizer.decode(ids, skip_special_tokens=True)
-        assert tokenizer.encode(text, add_special_tokens=False) != ids[:-1], "not worth the test"
-    engine = Engine(sampled, end)
-    episode = play(twice, engine, tokenizer)
-    given = "\n<|im_start|>user\nGood morning to you<|im_end|>\n<|im_start|>assistant\n"
-    between = tokenizer.encode(given, add_special_tokens=False)
-    # To the token: the engine read what it had sampled, and training reads the same.
-    assert engine.asked[1] == [*episode.prompt.tokens, *sampled[0], *between]
-    assert episode.completion_ids == [*sampled[0], *between, *sampled[1]]
-
-
 def test_given_tokens_are_not_learned() -> None:
     tokenizer = make_tokenizer()
     engine = told(tokenizer, "forty", "two and two")
@@ -167,23 +73,6 @@ def test_given_tokens_are_not_learned() -> None:
     assert episode.versions == [0] * (first + given) + [10] * last
     assert (episode.reward, episode.rewards) == (0.5, {"environment": 0.5})
     assert episode.text == "forty\nuser\nGood morning to you\nassistant\ntwo and two"
-
-
-def test_routes_are_of_the_turn_that_sampled_behind_them() -> None:
-    """Each token but the last one once; those of earlier turns as they were then."""
-    tokenizer = make_tokenizer()
-    engine = told(tokenizer, "forty", "two")
-    episode = play(twice, engine, tokenizer)
-    assert episode.routes is not None
-    places, turns = episode.routes[:, 0].T
-    total = len(episode.prompt.tokens) + len(episode.completion_ids)
-    assert places.tolist() == list(range(total - 1))
-    # The last token of the first answer was first read in the second turn.
-    first = len(episode.prompt.tokens) + len(engine.answers[0]) - 1
-    assert turns.tolist() == [0] * first + [1] * (total - 1 - first)
-    engine = told(tokenizer, "forty", "two")
-    engine.with_routes = False
-    assert play(twice, engine, tokenizer).routes is None
 
 
 def test_an_answer_that_is_cut_ends_the_conversation() -> None:

@@ -110,27 +110,6 @@ def test_the_second_step_has_completions_of_its_own(tiny: Path, tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_layouts_sample_and_learn_alike(tiny: Path, tmp_path: Path) -> None:
-    prompts = write_prompts(tmp_path / "prompts.jsonl")
-    layouts: list[tuple[int, dict[str, Any]]] = [
-        (1, {"micro_batch_size": 4}),
-        (2, {"parallel": {"ep": 2}, "micro_batch_size": 1}),
-        (4, {"parallel": {"tp": 2, "ep": 2}, "micro_batch_size": 1, "micro_batch_tokens": 255}),
-    ]
-    found = []
-    for world, options in layouts:
-        out = tmp_path / f"{world}"
-        config = rl_config(tiny, prompts, out, steps=2, eval=1, data={"eval": None}, **options)
-        run_ranks(train_by_ids, world, config)
-        ids = column(rollouts(out, 0) + rollouts(out, 1), "completion_ids")
-        found.append((ids, [records(out, key) for key in ("loss", "grad_norm", "entropy")]))
-    for ids, values in found[1:]:
-        assert ids == found[0][0]
-        for mine, first in zip(values, found[0][1], strict=True):
-            assert mine == pytest.approx(first, rel=1e-4, abs=1e-5)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("drops", [False, True])
 def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(
     drops: bool, tiny: Path, tmp_path: Path

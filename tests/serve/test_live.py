@@ -25,8 +25,7 @@ from megalora.serve.errors import (
     ServerError,
     ServerUnreachable,
 )
-from megalora.serve.live.message import Form
-from megalora.serve.live.publisher import Publisher, Transport
+from megalora.serve.live.publisher import Publisher
 from megalora.serve.server import Server, free_port
 from megalora.serve.vllm import Client
 from tests.parity.built import random_factors
@@ -36,14 +35,6 @@ from tests.waiting import PATIENCE_S
 
 pytestmark = pytest.mark.vllm
 PROMPT = tokens_of(0, 40)
-LORAS: dict[str, dict[str, Any]] = {
-    # alpha / rank is no power of two, so that scaling twice, or in another dtype, shows.
-    "plain": {"rank": 4, "alpha": 6.0},
-    "patterns": {
-        "rank": 4, "alpha": 12.0, "use_rslora": True,
-        "rank_pattern": {"q_proj": 3, "down_proj": 5, "gate": 2}, "alpha_pattern": {"up_proj": 7.0},
-    },
-}  # fmt: skip
 
 
 @dataclass
@@ -53,6 +44,8 @@ class Trained:
     tensors: dict[str, Tensor]
     config: dict[str, Any]
     folder: Path
+    factors: dict[str, Tensor]
+    """By the names of training."""
 
 
 def trained(folder: Path, base: Path, seed: int, **lora: Any) -> Trained:
@@ -62,7 +55,7 @@ def trained(folder: Path, base: Path, seed: int, **lora: Any) -> Trained:
     folder.mkdir(parents=True)
     write_adapter(folder, adapted, shape, factors, str(base))
     tensors, peft, _ = adapter_contents(adapted, shape, factors, str(base))
-    return Trained(tensors, peft, folder)
+    return Trained(tensors, peft, folder, factors)
 
 
 def publisher_of(server: Server, **options: Any) -> Publisher:
@@ -72,31 +65,6 @@ def publisher_of(server: Server, **options: Any) -> Publisher:
 def answer(client: Client, model: str, tokens: int = 24) -> tuple[list[int], list[float]]:
     found = client.complete(model, PROMPT, max_tokens=tokens, ignore_eos=True)
     return found.tokens, found.logprobs
-
-
-@pytest.mark.parametrize("lora", LORAS)
-def test_every_transport_and_form_equals_a_folder(
-    server: Server, client: Client, tiny: Path, tmp_path: Path, lora: str
-) -> None:
-    made = trained(tmp_path / "made", tiny, 7, **LORAS[lora])
-    by_folder = client.load("folder", made.folder)
-    expected = answer(client, by_folder)
-    probe = client.prompt_logprobs(by_folder, PROMPT)
-    assert expected != answer(client, str(server.base))
-    ways: list[tuple[Transport, Form]] = [
-        ("http", "per_expert"), ("http", "packed"), ("group", "per_expert"), ("group", "packed"),
-        ("folder", "per_expert"),
-    ]  # fmt: skip
-    for number, (transport, form) in enumerate(ways):
-        options = {"transport": transport, "form": form, "folder": tmp_path / "shared"}
-        with publisher_of(server, **options) as publisher:
-            ident = publisher.publish(number, made.tensors, made.config)
-            assert ident.startswith(f"rl@v{number}.")
-            # The log-probabilities of a first answer, which nothing has in a cache yet.
-            assert client.prompt_logprobs(ident, PROMPT) == probe, (transport, form)
-            assert answer(client, ident) == expected, (transport, form)
-            assert client.resolve("rl") == ident
-        client.unload("rl")
 
 
 @pytest.fixture(scope="module")
