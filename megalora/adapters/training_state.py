@@ -278,14 +278,21 @@ def _adapted(path: Path, state: Json) -> list[list[Any]]:
 
 def _is_row(row: Any) -> bool:
     """Whether a value is what ``lora.section.settings`` writes for a linear."""
-    if not isinstance(row, list) or len(row) not in (4, 5):
+    if not isinstance(row, list) or len(row) not in (4, 5, 6):
         return False
     module, layer, rank, scale, *more = row
+    names = ["", "A", "B", *FACTORS_BY_NAME]
+    # Ranks of experts, the largest of which is the rank.
+    if len(more) == 2:
+        if not isinstance(more[1], list) or any(type(r) is not int or r < 1 for r in more[1]):
+            return False
+        if max(more[1], default=None) != rank:
+            return False
     # The head is in no layer: None.
     return (
         type(module) is str
         and type(layer) in (int, type(None))
         and type(rank) is int
         and type(scale) in (int, float)
-        and more in ([], ["A"], ["B"], *[[name] for name in FACTORS_BY_NAME])
+        and (not more or more[0] in names)
     )

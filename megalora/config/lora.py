@@ -31,7 +31,8 @@ class LoRAConfig:
     all."""
     rank_pattern: dict[str, int] = field(default_factory=dict)
     """Ranks that differ from ``lora.rank``. Maps a Hugging Face name, or a regular expression on
-    the full module name, to a rank. The first entry that matches wins, as in PEFT."""
+    the full module name, to a rank. The first entry that matches wins, as in PEFT. Experts of a
+    layer may have different ones; all have the scale of the largest."""
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     """Alphas that differ from ``lora.alpha``, in the same form as ``lora.rank_pattern``."""
     expert_rank: int | Literal["top_k", "experts"] | None = None

@@ -18,6 +18,23 @@ def check_bias(adapted: list[Adapted], shape: ModelShape) -> None:
             )
 
 
+def check_expert_ranks(lora: LoRAConfig, adapted: list[Adapted]) -> None:
+    """Raise ``ValueError`` where experts of a layer have ranks of their own although their factors
+    are not each expert's, or begin as full matrices."""
+    for a in adapted:
+        if not a.expert_ranks:
+            continue
+        hits = f"lora.rank_pattern gives experts of layer {a.layer} different ranks of {a.name}"
+        if a.shared:
+            raise ValueError(
+                f"{hits}, and with lora.share_outer they share factors. Leave one of them out"
+            )
+        if lora.init != "lora":
+            raise ValueError(
+                f"{hits}, and lora.init={lora.init} is not there for that. Leave one of them out"
+            )
+
+
 def check_init(lora: LoRAConfig, adapted: list[Adapted]) -> None:
     """Raise ``ValueError`` for linears that cannot be initialised from the base weights."""
     for a in adapted:

@@ -135,6 +135,12 @@ class LoRAFactors(nn.Module):
                 # Every rank draws the whole A and keeps its own part.
                 module = adapted.factor_module("A", expert)
                 whole = initial_a(self.seed, module, adapted.rank, adapted.in_features, cycle)
+                if adapted.expert_ranks:
+                    assert expert is not None, (
+                        "lora/factor_checks.py refuses factors of all experts"
+                    )
+                    # A row that is zero, whose column of B is zero too, has no gradient: both stay.
+                    whole[adapted.expert_ranks[expert] :] = 0
                 part = cut(whole, self.sharding.split_a, self.group_size, self.group_rank)
                 drawn[lead][rows] = part
         self.lora_A.copy_(drawn)

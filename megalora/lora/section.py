@@ -3,7 +3,7 @@
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megalora.config import LoRAConfig
@@ -44,34 +44,58 @@ def lora_section(adapted: list[Adapted], shape: ModelShape) -> dict[str, Any]:
         is_unique = uses_of_name[projection.name] == 1
         in_all_layers = own.keys() == all_layers[projection]
         targets.append(_key(projection, None if in_all_layers else list(own), is_unique))
-        layers_of: dict[tuple[int, float], list[int | None]] = defaultdict(list)
+        layers_of: dict[_Setting, list[int | None]] = defaultdict(list)
         for layer, a in own.items():
-            layers_of[a.rank, _alpha(a)].append(layer)
-        for (own_rank, own_alpha), layers in layers_of.items():
+            layers_of[a.expert_ranks or (a.rank,), _alpha(a)].append(layer)
+        for (ranks, own_alpha), layers in layers_of.items():
             # One setting in all adapted layers needs no layer numbers: the targets have them.
-            key = _key(projection, None if len(layers_of) == 1 else layers, is_unique)
-            if own_rank != rank:
-                rank_pattern[key] = own_rank
+            named = None if len(layers_of) == 1 else layers
+            for own_rank in sorted(set(ranks) - {rank}):
+                experts = _experts_of(own_rank, ranks)
+                rank_pattern[_key(projection, named, is_unique, experts)] = own_rank
             if own_alpha != alpha:
-                alpha_pattern[key] = own_alpha
+                alpha_pattern[_key(projection, named, is_unique)] = own_alpha
     section: dict[str, Any] = {"rank": rank, "alpha": alpha, "target_modules": targets}
     if rank_pattern:
         section["rank_pattern"] = rank_pattern
     if alpha_pattern:
         section["alpha_pattern"] = alpha_pattern
-    if any(a.shared for a in adapted):
-        section["share_outer"] = True
-    if has_magnitudes(adapted):
-        section["use_dora"] = _use_dora(adapted_layers, uses_of_name)
-    if has_biases(adapted):
-        section["lora_bias"] = True
-    if shape.saved:
-        section["modules_to_save"] = saved_entries(shape)
-    if shape.tokens:
-        section["trainable_token_indices"] = list(shape.tokens)
+    section |= _switches(adapted, shape, adapted_layers, uses_of_name)
     resolved = resolve(LoRAConfig(**section), shape)
     assert not differing(settings(resolved), settings(adapted)), section
     return section
+
+
+type _Setting = tuple[tuple[int, ...], float]
+"""Ranks of the experts, or one for all, and alpha."""
+
+
+def _experts_of(rank: int, ranks: tuple[int, ...]) -> list[int] | None:
+    """Numbers of the experts with this rank; None where there is one rank for all."""
+    if len(ranks) == 1:
+        return None
+    return [expert for expert, own in enumerate(ranks) if own == rank]
+
+
+def _switches(
+    adapted: list[Adapted],
+    shape: ModelShape,
+    adapted_layers: Mapping[Projection, Mapping[int | None, Adapted]],
+    uses_of_name: Counter[str],
+) -> dict[str, Any]:
+    """The section's options beside targets, ranks and alphas."""
+    found: dict[str, Any] = {}
+    if any(a.shared for a in adapted):
+        found["share_outer"] = True
+    if has_magnitudes(adapted):
+        found["use_dora"] = _use_dora(adapted_layers, uses_of_name)
+    if has_biases(adapted):
+        found["lora_bias"] = True
+    if shape.saved:
+        found["modules_to_save"] = saved_entries(shape)
+    if shape.tokens:
+        found["trainable_token_indices"] = list(shape.tokens)
+    return found
 
 
 def _use_dora(
@@ -93,13 +117,17 @@ def _use_dora(
 
 def settings(adapted: list[Adapted]) -> list[list[Any]]:
     """``[HF name, layer, rank, scale]`` of each, as JSON can hold it, and behind them "A" or "B"
-    where experts share that factor, the names of all factors where there are more than A and B."""
+    where experts share that factor, the names of all factors where there are more than A and B.
+    Where experts have ranks of their own, a list of them is the sixth entry."""
     rows: list[list[Any]] = []
     for a in adapted:
         row = [a.projection.hf, a.layer, a.rank, a.scale]
         # No fifth entry without either: the rows that earlier versions wrote.
         more = a.shared if a.factors == PLAIN else "".join(a.factors)
-        rows.append([*row, more] if more else row)
+        if a.expert_ranks:
+            rows.append([*row, more or "", list(a.expert_ranks)])
+        else:
+            rows.append([*row, more] if more else row)
     return rows
 
 
@@ -112,7 +140,15 @@ def adapted_of(rows: list[list[Any]], shape: ModelShape) -> list[Adapted]:
     for hf, layer, rank, scale, *more in rows:
         if (layer, hf) not in known:
             raise ValueError(f"this model has no {hf.format(layer=layer, expert='*')}")
-        factors = FACTORS_BY_NAME.get("".join(more), PLAIN)
+        which = more[0] if more else ""
+        # A sixth entry: ranks of the experts, where they differ.
+        expert_ranks = tuple(more[1]) if len(more) == 2 else ()
+        if expert_ranks and len(expert_ranks) != shape.num_experts:
+            raise ValueError(
+                f"this model has {shape.num_experts} experts in a layer, and there are"
+                f" {len(expert_ranks)} ranks of {hf.format(layer=layer, expert='*')}"
+            )
+        factors = FACTORS_BY_NAME.get(which, PLAIN)
         # Alpha as LoRA without rsLoRA has it: scale = alpha / rank.
         adapted.append(
             make_adapted(
@@ -123,7 +159,8 @@ def adapted_of(rows: list[list[Any]], shape: ModelShape) -> list[Adapted]:
                 scale,
                 shape,
                 factors,
-                share_outer=bool(more) and factors == PLAIN,
+                share_outer=bool(which) and factors == PLAIN,
+                expert_ranks=expert_ranks,
             )
         )
     return adapted
@@ -131,7 +168,7 @@ def adapted_of(rows: list[list[Any]], shape: ModelShape) -> list[Adapted]:
 
 def differing(ours: list[list[Any]], theirs: list[list[Any]]) -> list[str]:
     """HF modules that only one of two lists of ``settings`` has, or both with different ranks,
-    scales or factors, or shared by experts in one alone."""
+    scales, factors or ranks of experts, or shared by experts in one alone."""
     our_table = _by_module(ours)
     their_table = _by_module(theirs)
     apart = []
@@ -146,22 +183,32 @@ def differing(ours: list[list[Any]], theirs: list[list[Any]]) -> list[str]:
 
 
 def _by_module(rows: list[list[Any]]) -> dict[tuple[str, int | None], tuple[int, float, list[Any]]]:
-    """(HF name, layer) -> (rank, scale, what experts share or which factors there are)"""
+    """(HF name, layer) -> (rank, scale, entries behind them)"""
     found = {}
     for hf, layer, rank, scale, *more in rows:
         found[hf, layer] = (rank, scale, more)
     return found
 
 
-def _key(projection: Projection, layers: list[int | None] | None, is_unique: bool) -> str:
-    """An entry that means ``projection`` in ``layers`` (None: in all): its name where that is
-    ``is_unique``, else a regular expression on full HF module names."""
-    if layers is None and is_unique:
+def _key(
+    projection: Projection,
+    layers: list[int | None] | None,
+    is_unique: bool,
+    experts: list[int] | None = None,
+) -> str:
+    """An entry that means ``projection`` in ``layers`` (None: in all), of ``experts`` (None: of
+    all): its name where that is ``is_unique``, else a regular expression on full HF module
+    names."""
+    if layers is None and experts is None and is_unique:
         return projection.name
-    number = r"\d+" if layers is None else "(" + "|".join(map(str, layers)) + ")"
     # Braces would be escaped too, so words stand for them meanwhile.
     escaped = re.escape(projection.hf.replace("{layer}", "LAYER").replace("{expert}", "EXPERT"))
-    return escaped.replace("LAYER", number).replace("EXPERT", r"\d+")
+    return escaped.replace("LAYER", _one_of(layers)).replace("EXPERT", _one_of(experts))
+
+
+def _one_of(numbers: Sequence[int | None] | None) -> str:
+    """An expression that matches any of the numbers; None for every number."""
+    return r"\d+" if numbers is None else "(" + "|".join(map(str, numbers)) + ")"
 
 
 def _alpha(a: Adapted) -> float:

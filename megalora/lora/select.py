@@ -8,9 +8,10 @@ from pathlib import Path
 
 from megalora.config import LoRAConfig, ParallelConfig, TrainConfig
 from megalora.hf.tensor_names import within_layer
-from megalora.lora.factor_checks import check_bias, check_init
+from megalora.lora.factor_checks import check_bias, check_expert_ranks, check_init
 from megalora.lora.modules import projection_places
 from megalora.lora.patterns import Pattern, end_pattern
+from megalora.lora.ranks import ranks_and_alpha
 from megalora.lora.spec import (
     PLAIN,
     WITH_BIAS,
@@ -99,27 +100,25 @@ def resolve(lora: LoRAConfig, shape: ModelShape) -> list[Adapted]:
         if everything:
             is_target = projection.name not in ALL_LINEAR_EXCEPT
         is_excluded = exclusions.first(base) is not None
-        rank_key = ranks.first(base)
+        rank_keys = ranks.first_of_each(base)
         alpha_key = alphas.first(base)
         has_magnitude = lora.use_dora is True or doras.first(base) is not None
         # The head is in no layer, so ``layers`` does not speak of it.
         in_layers = layer is None or layer in layers
         if not is_target or is_excluded or not in_layers:
             continue
-        rank = lora.rank
-        alpha = float(lora.alpha)
-        # A pattern is more particular than expert_rank.
-        if rank_key is not None:
-            rank = lora.rank_pattern[rank_key]
-        elif projection.is_expert and lora.expert_rank is not None:
-            rank, alpha = _of_experts(lora, shape)
+        each, alpha = ranks_and_alpha(lora, projection, rank_keys, shape)
+        rank = max(each)
         if alpha_key is not None:
             alpha = float(lora.alpha_pattern[alpha_key])
         own = (rank, alpha, lora_scale(alpha, rank, lora.use_rslora))
-        factors = _factors_of(lora, has_magnitude)
         adapted.append(
-            make_adapted(projection, layer, *own, shape, factors, share_outer=lora.share_outer)
-        )
+            make_adapted(
+                projection, layer, *own, shape, _factors_of(lora, has_magnitude),
+                share_outer=lora.share_outer,
+                expert_ranks=tuple(each) if len(set(each)) > 1 else (),
+            )
+        )  # fmt: skip
     for option in (targets, exclusions, ranks, alphas, doras):
         _check_used(option, shape)
     _check_factors(lora, adapted, shape, doras)
@@ -193,34 +192,13 @@ def _factors_of(lora: LoRAConfig, has_magnitude: bool) -> tuple[FactorName, ...]
 def _check_factors(
     lora: LoRAConfig, adapted: list[Adapted], shape: ModelShape, doras: "_Option"
 ) -> None:
+    check_expert_ranks(lora, adapted)
     if lora.use_dora:
         _check_dora(adapted, doras)
     if lora.init != "lora":
         check_init(lora, adapted)
     if lora.lora_bias:
         check_bias(adapted, shape)
-
-
-def _of_experts(lora: LoRAConfig, shape: ModelShape) -> tuple[int, float]:
-    """Rank and alpha that ``lora.expert_rank`` gives routed experts; raises ``ValueError`` where a
-    division leaves a rest."""
-    if isinstance(lora.expert_rank, int):
-        return lora.expert_rank, float(lora.alpha)
-    parts, what = shape.top_k, "experts that a token is sent to"
-    if lora.expert_rank == "experts":
-        parts, what = shape.num_experts, "experts of a layer"
-    if lora.rank % parts:
-        below = lora.rank // parts * parts
-        choices = f"{below} or {below + parts}" if below else f"{parts}"
-        raise ValueError(
-            f"lora.expert_rank={lora.expert_rank} divides lora.rank={lora.rank} by {parts}, the"
-            f" {what}, which leaves a rest. Set lora.rank={choices}, or lora.expert_rank to a"
-            " number."
-        )
-    rank = lora.rank // parts
-    # The scale that lora.rank has: alpha / rank alone would grow with the number of experts.
-    scale = lora_scale(float(lora.alpha), lora.rank, lora.use_rslora)
-    return rank, scale / lora_scale(1.0, rank, lora.use_rslora)
 
 
 @dataclass(frozen=True)
@@ -236,19 +214,25 @@ class _Entry:
     def means(self, adapted: Adapted) -> bool:
         """Whether the entry means this projection, by PEFT's rule for patterns; a plain name may
         also be what other families call it (gate_proj for Mixtral's w1)."""
+        hits = self.hits(adapted)
+        if any(hits) and not all(hits):
+            first = adapted.hf_module(hits.index(True))
+            raise ValueError(
+                f"{self.option}: {self.text!r} matches {sum(hits)} of the {len(hits)} experts in"
+                f" layer {adapted.layer} ({first}, ...); experts of one layer share one setting,"
+                " so match all or none."
+            )
+        return any(hits)
+
+    def hits(self, adapted: Adapted) -> list[bool]:
+        """Whether the entry means each of the projection's experts; one item for all of them, or a
+        dense linear, where it is a plain name."""
         if adapted.projection.role in self.names:
-            return True
+            return [True]
         # A plain name cannot tell experts apart, so one expert stands for all of them: 128 times
         # fewer matches.
         modules = [adapted.hf_module(0)] if self.names else adapted.hf_modules()
-        hits = [module for module in modules if self.pattern.match(module)]
-        if hits and len(hits) < len(modules):
-            raise ValueError(
-                f"{self.option}: {self.text!r} matches {len(hits)} of the {len(modules)} experts in"
-                f" layer {adapted.layer} ({hits[0]}, ...); experts of one layer share one setting,"
-                " so match all or none."
-            )
-        return bool(hits)
+        return [bool(self.pattern.match(module)) for module in modules]
 
 
 class _Option:
@@ -279,6 +263,24 @@ class _Option:
                 if first is None:
                     first = entry.text
         return first
+
+    def first_of_each(self, adapted: Adapted) -> list[str | None]:
+        """The first entry that means each of the projection's experts, None where none does; one
+        item for all of them where no entry tells them apart, and for a dense linear."""
+        found: list[str | None] = [None]
+        for entry in self.entries:
+            hits = entry.hits(adapted)
+            if not any(hits):
+                continue
+            self.used.add(entry.text)
+            if len(set(hits)) == 1:
+                hits = [True] * len(found)
+            elif len(found) == 1:
+                found = found * len(hits)
+            for at, is_meant in enumerate(hits):
+                if is_meant and found[at] is None:
+                    found[at] = entry.text
+        return found
 
 
 def _check_used(option: _Option, shape: ModelShape) -> None:

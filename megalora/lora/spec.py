@@ -129,6 +129,9 @@ class Adapted:
     """Factors of each of its linears, in the order of ``FACTORS``."""
     shared: FactorName | None = None
     """The factor that all experts of the layer share; None where each has its own."""
+    expert_ranks: tuple[int, ...] = ()
+    """Rank of each expert where they differ, ``rank`` being the largest: rows of A and columns of B
+    behind an expert's rank are zero and stay so. Empty where all have ``rank``."""
 
     @property
     def name(self) -> str:
@@ -205,7 +208,9 @@ class Adapted:
         for factor in self.factors:
             if FACTORS[factor].trained:
                 total += self.num_tensors(factor) * math.prod(self.shape(factor))
-        return total
+        # Zeros behind the ranks of experts, of A and of B, are stored and never change.
+        zeros = sum(self.rank - rank for rank in self.expert_ranks)
+        return total - zeros * (self.in_features + self.out_features)
 
 
 def expected_tensors(
@@ -280,7 +285,7 @@ def lora_scale(alpha: float, rank: int, use_rslora: bool) -> float:
 def make_adapted(
     projection: Projection, layer: int | None, rank: int, alpha: float, scale: float, s: ModelShape,
     factors: tuple[FactorName, ...] = PLAIN,
-    *, share_outer: bool = False,
+    *, share_outer: bool = False, expert_ranks: tuple[int, ...] = (),
 ) -> Adapted:  # fmt: skip
     """``projection`` of one layer of the model ``s``, with these adapter settings.
 
@@ -292,5 +297,5 @@ def make_adapted(
     shared = OUTER.get(projection.kind) if share_outer else None
     return Adapted(
         projection, layer, rank, alpha, scale, out_features, in_features, experts, max_shards,
-        factors, shared,
+        factors, shared, expert_ranks,
     )  # fmt: skip

@@ -266,8 +266,8 @@ NOTHING_LEFT = (
         ),
         (
             MOE_SHAPE,
-            {"rank_pattern": {r".*\.4\.gate_proj": 2}},
-            r"lora.rank_pattern: '.*\\.4\\.gate_proj' matches 1 of the 5 experts in layer 0 "
+            {"alpha_pattern": {r".*\.4\.gate_proj": 2}},
+            r"lora.alpha_pattern: '.*\\.4\\.gate_proj' matches 1 of the 5 experts in layer 0 "
             "(model.layers.0.mlp.experts.4.gate_proj, ...); experts of one layer share one setting,"
             " so match all or "
             "none.",

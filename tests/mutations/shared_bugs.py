@@ -1,4 +1,5 @@
-"""Bugs in factors that all experts of a layer share. The same form as ``bugs.py``."""
+"""Bugs in factors that all experts of a layer share, and in ranks of single experts. The same form
+as ``bugs.py``."""
 
 from tests.mutations.bugs import Bug, bug
 
@@ -8,6 +9,7 @@ SPEC, SHARDS, FACTORS, SELECT = (
 TRAINED = "megalora/adapters/trained.py"
 COUNT = "megalora/planner/adapter_count.py"
 TESTS = "tests/lora/test_share_outer.py"
+RANKS, SECTION = "tests/lora/test_ranks_of_experts.py", "megalora/lora/section.py"
 
 SHARED_BUGS: tuple[Bug, ...] = (
     bug(
@@ -74,4 +76,24 @@ SHARED_BUGS: tuple[Bug, ...] = (
         "value = trained[own.tensor_name(factor, expert)] * (expert < 7 or factor != own.shared)",
         f"{TESTS} resumes_in",
     ),
-)
+    bug(0, "rows of A behind an expert's rank that are not zero", FACTORS,
+        "whole[adapted.expert_ranks[expert] :] = 0", "pass", f"{RANKS} starts_alike"),
+    bug(0, "ranks of experts counted from the rank's first expert", FACTORS,
+        "adapted.expert_ranks[expert] :", "adapted.expert_ranks[expert % len(self.experts)] :",
+        f"{RANKS} starts_alike"),
+    bug(0, "the last entry that means an expert decides its rank", SELECT,
+        "if is_meant and found[at] is None:", "if is_meant:", f"{RANKS} mean_all_experts"),
+    bug(0, "the scale of experts from lora.rank", "megalora/lora/ranks.py",
+        "    if max(each) != rank:\n", "    if False:\n", f"{RANKS} beside_a_rule"),
+    bug(0, "the smallest rank of a layer's experts stored", SELECT,
+        "rank = max(each)\n        if alpha_key", "rank = min(each)\n        if alpha_key",
+        f"{RANKS} first_entry"),
+    bug(0, "zeros of experts counted as parameters", SPEC,
+        "return total - zeros * (self.in_features + self.out_features)", "return total",
+        f"{RANKS} first_entry"),
+    bug(0, "settings without the ranks of experts", SECTION,
+        "if a.expert_ranks:\n", "if False:\n", f"{RANKS} say_the_ranks"),
+    bug(0, "a section without the ranks of experts", SECTION,
+        "layers_of[a.expert_ranks or (a.rank,), _alpha(a)]", "layers_of[(a.rank,), _alpha(a)]",
+        f"{RANKS} say_the_ranks"),
+)  # fmt: skip

@@ -176,6 +176,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({**IMPORT, "adapted": [["q_proj", 0, 4]]},
      r"adapted\[0\] must be \[module, layer, rank, scale\]"),
     ({**IMPORT, "adapted": [["q_proj", True, 4, 2.0]]}, r"adapted\[0\] must be"),
+    ({**IMPORT, "adapted": [["q_proj", 0, 4, 2.0, "Z"]]}, r"adapted\[0\] must be"),
+    # Ranks of experts that do not fit the rank.
+    ({**IMPORT, "adapted": [["up_proj", 0, 4, 2.0, "", [3, 2]]]}, r"adapted\[0\] must be"),
+    ({**IMPORT, "adapted": [["up_proj", 0, 4, 2.0, "", []]]}, r"adapted\[0\] must be"),
     ({**IMPORT, "adapted": [7]}, r"adapted\[0\] must be"),
 ]  # fmt: skip
 
