@@ -356,4 +356,25 @@ RL_BUGS: tuple[Bug, ...] = (
         "if True:",
         f"{OF_COMPLAINTS} test_12",
     ),
+    bug(
+        0,
+        "replay: references take the experts of the adapter that sampled",
+        "megalora/train/step.py",
+        'has_routes = reference.model == "recompute"',
+        "has_routes = True",
+        "tests/parity/test_grid.py routed",
+    ),
+    bug(
+        0,
+        "replay: balanced by what the router would have chosen",
+        ROUTER,
+        "                weights, chosen = self._weigh(logits.flatten(0, -2), given, chosen)\n",
+        "                own = chosen\n"
+        "                weights, chosen = self._weigh(logits.flatten(0, -2), given, chosen)\n"
+        "                if self.balance is not None and self.training:\n"
+        "                    return self.balance.in_graph_of(\n"
+        "                        weights, logits.flatten(0, -2), own, self\n"
+        "                    ), chosen\n",
+        "tests/parity/test_grid.py routed",
+    ),
 )

@@ -32,7 +32,11 @@ def policy_loss(oracle: Oracle, samples: list, policy: Any) -> Tensor:
     total = torch.zeros((), dtype=torch.float64)
     count = 0
     for sample, advantage in zip(samples, advantages, strict=True):
+        # With the experts that the sampler chose, if the sample says so; a reference by itself.
+        if sample.routes is not None:
+            oracle.given = torch.from_numpy(sample.routes).long()
         logprobs, entropies = read(oracle, sample, merged)
+        oracle.given = None
         with torch.no_grad():
             # Of the base, or of the start where the loss compares with that.
             reference, _ = read(oracle, sample, oracle.reference)

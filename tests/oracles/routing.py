@@ -40,14 +40,14 @@ def chosen(router: Any, logits: Tensor) -> Tensor:
     return by_group.masked_fill(~allowed[..., None], -torch.inf).flatten(-2).topk(router.top_k)[1]
 
 
-def unevenness(router: Any, logits: Tensor) -> Tensor:
+def unevenness(router: Any, logits: Tensor, given: Tensor | None = None) -> Tensor:
     """DeepSeek-V3's balance loss of one sequence in one layer (2412.19437, equations 17 to 20),
-    written out expert by expert."""
+    written out expert by expert. ``given``: [T, K], the experts where the router did not choose."""
     num_tokens, num_experts = logits.shape
     sigmoids = hasattr(router, "e_score_correction_bias")
     scores = logits.sigmoid() if sigmoids else logits.exp()
     shares = scores / scores.sum(-1, keepdim=True)
-    experts = chosen(router, logits.detach())
+    experts = chosen(router, logits.detach()) if given is None else given
     total = logits.new_zeros(())
     for expert in range(num_experts):
         times = (experts == expert).sum().item()

@@ -63,20 +63,29 @@ class Oracle:
         """What each layer that has routed since the list was emptied adds to that loss."""
         self.reference: dict[str, Tensor] = {}
         """Weights of the model that preferences compare with, where they differ from the base's."""
+        self.given: Tensor | None = None
+        """[T, L, K] experts that tokens go to, where ``take_given_experts`` is in effect."""
+        self._places: dict[int, int] = {}
+        """Router, by ``id`` -> its place among those of the model."""
         self.margin = math.inf
         """The smallest lead, in router logits, of a chosen expert over the best that was not, of
         all tokens so far."""
         # Routers of all families have these two attributes in transformers; nothing else has both.
-        for module in {*self.model.modules(), *self.teacher.modules()}:
+        for module in dict.fromkeys([*self.model.modules(), *self.teacher.modules()]):
             if hasattr(module, "top_k") and hasattr(module, "weight"):
+                self._places[id(module)] = len(self._places)
                 module.register_forward_hook(self._measure_margin)
 
     def _measure_margin(self, router: Any, _: Any, output: Any) -> None:
         # Most families' routers return a tuple that begins with the logits.
         logits = output[0] if isinstance(output, tuple) else output
+        given = None if self.given is None else self.given[:, self._places[id(router)]]
         # Neither a reference nor an evaluation is balanced.
         if self.balance and torch.is_grad_enabled():
-            self.routed.append(unevenness(router, logits))
+            self.routed.append(unevenness(router, logits, given))
+        # Nothing hangs on the logits.
+        if given is not None:
+            return
         logits = logits.detach()
         if hasattr(router, "e_score_correction_bias"):
             margin = corrected_margin(router, logits)

@@ -30,6 +30,7 @@ from tests.distributed.ranks import run_ranks
 from tests.oracles.distillation import distill_loss
 from tests.oracles.policy import policy_loss
 from tests.oracles.preference import dpo_loss, kto_loss
+from tests.oracles.replayed import take_given_experts
 from tests.oracles.scored import classify_loss, reward_loss
 from tests.oracles.training import Oracle, Trained
 from tests.parity.built import random_factors
@@ -39,6 +40,7 @@ from tests.parity.gradients import reduced_gradients
 from tests.parity.grid import BALANCE, EVAL, OBJECTIVES, Case, with_teacher
 from tests.parity.models import adapter
 from tests.parity.plain_head import with_whole_logits
+from tests.parity.routed import ROUTED, with_routes
 from tests.parity.runs import make_config, records
 
 LR = 1e-4
@@ -105,7 +107,9 @@ def run_config(
     )  # fmt: skip
 
 
-def train_recording_gradients(config: RunConfig, start: Path, head: str = "lean") -> None:
+def train_recording_gradients(
+    config: RunConfig, start: Path, head: str = "lean", feed: loop.Feed = loop.FILES
+) -> None:
     """``train`` from random factors, with each step's reduced gradients kept in
     ``gradients.safetensors``; a rank function. ``head``: one of the grid's ``HEAD``.
 
@@ -148,7 +152,7 @@ def train_recording_gradients(config: RunConfig, start: Path, head: str = "lean"
     assemble.build_optimizer = with_large_eps
     assemble.clip_and_step = recorded_step
     with with_whole_logits() if head == "whole" else nullcontext():
-        loop.train(config)
+        loop.train(config, feed=feed)
     # Rank 0 alone gets whole gradients.
     if kept:
         save_file(kept, Path(config.checkpoint.dir) / "gradients.safetensors")
@@ -189,6 +193,8 @@ def expected(
     # Pairs are not cut, nor are scored sequences.
     if not (objective.pairs or objective.num_scores):
         compare_samples(split.samples, cut_by_hand(whole.samples, case))
+    if case.is_routed:
+        split = with_routes(split, model_shape(read_hf_config(base)))
     train_split, eval_split = split_off_eval(split, EVAL, seed)
     adapted, factors = start_factors(config.lora, base, dtype, objective.num_scores)
     # alpha / r, or alpha / sqrt(r) with rslora: written out here, so that ours is not trusted.
@@ -202,6 +208,8 @@ def expected(
         base, factors, scales, arithmetic, BALANCE[case.balance], teacher and Path(teacher),
         sorted(config.lora.trainable_token_indices),
     )  # fmt: skip
+    if case.is_routed:
+        take_given_experts(oracle)
     # A run evaluates before its first step, with the adapter it starts from.
     loss_of = loss_by(oracle, config.objective)
     with torch.no_grad():
@@ -286,6 +294,7 @@ def run_case(
         case.world,
         *prepare_run(case, steps, base, chats, out, dtype, seed),
         case.head,
+        ROUTED if case.is_routed else loop.FILES,
     )
 
 

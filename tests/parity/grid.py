@@ -73,6 +73,17 @@ OBJECTIVES = {
             advantage_std="batch",
         ),
     ),
+    "grpo routed": ObjectiveConfig(
+        name="grpo",
+        policy=PolicyConfig(
+            loss="gspo",
+            clip_low=0.1,
+            clip_high=0.1,
+            kl_coef=0.5,
+            advantage_mean="none",
+            advantage_std="batch",
+        ),
+    ),
     "grpo of start": ObjectiveConfig(
         name="grpo",
         policy=PolicyConfig(
@@ -87,7 +98,8 @@ OBJECTIVES = {
 """A loss of tokens; one of pairs of sequences that share a row, compared with the base and with the
 adapter that the run began with; one of labelled answers, compared over the global batch; both ways
 to use a score head; the distributions of a second model, whose folder ``with_teacher`` fills in,
-and of the base; rollouts, by ratios of sequences and of tokens."""
+and of the base; rollouts, by ratios of sequences, also with the experts that tokens went to while
+they were sampled, and by ratios of tokens."""
 
 BALANCE = {"off": 0.0, "on": 0.3}
 """Coefficient of the loss that keeps experts evenly used, with which it is not lost in the
@@ -137,6 +149,11 @@ class Case:
             return dict(self.sizes)
         layers = uneven(shape_of(self.model).num_layers, self.pp * self.vpp)
         return {**self.sizes, "stage_layers": layers}
+
+    @property
+    def is_routed(self) -> bool:
+        """Whether tokens go to experts that the data says (``routed.py``)."""
+        return self.objective == "grpo routed"
 
     @property
     def batch(self) -> int:
@@ -381,6 +398,8 @@ def of_samples(case: Case) -> list[Case]:
                 # A score head has no logits of the vocabulary, nor an lm_head to adapt.
                 other = replace(plain, objective=objective)
                 if objective == "sft" or (options.num_scores and head == "whole"):
+                    continue
+                if other.is_routed and not shape_of(case.model).moe_layers:
                     continue
                 if accepted(other):
                     found.append(other)

@@ -167,6 +167,11 @@ QUICK = (
     Case(4, cp=2, pp=2, model="tied", micro=PACKED, objective="grpo of start", balance="on"),
     Case(4, pp=2, vpp=2, etp=2, adapter="rslora", recompute="full", objective="grpo"),
     Case(8, tp=2, pp=2, ep=2, model="shared", micro=PACKED, objective="grpo"),
+    # The same, by the experts that tokens went to while they were sampled.
+    Case(2, tp=2, ep=2, adapter="router", micro=3, objective="grpo routed"),
+    Case(2, cp=2, ep=2, model="idle", micro=PACKED, objective="grpo routed", balance="on"),
+    Case(2, pp=2, ep=1, model="mixed", micro=3, recompute="full", objective="grpo routed"),
+    Case(2, ep=2, model="glm4_moe", micro=3, objective="grpo routed"),
     *QUICK_OF_FAMILIES,
 )
 """For ``make test-all``: the layouts README names, every value of every factor at least once, and

@@ -23,7 +23,7 @@ SIZES = {
 
 OBJECTIVES = (
     "sft", "dpo", "dpo of start", "kto", "classify", "reward", "distill", "distill base", "grpo",
-    "grpo of start",
+    "grpo routed", "grpo of start",
 )  # fmt: skip
 NOT_SCORED = {
     ("head", "whole"), ("adapter", "router"), ("adapter", "some dora"), ("model", "olmoe"),
@@ -102,6 +102,9 @@ def test_every_possible_pair_of_values_is_tested() -> None:
             is_other = objective != "sft" and is_cut
             is_other |= is_scored and (factor, value) in NOT_SCORED
             is_other |= objective.endswith("of start") and (factor, value) in WITH_NORMS
+            # What no router chooses nobody can have chosen for it.
+            is_dense = factor == "model" and not shape_of(value).moe_layers
+            is_other |= objective.endswith("routed") and is_dense
             if factor not in ("objective", "balance") and not is_other:
                 possible.add(((factor, value), of_loss))
     # Balanced or not goes with everything, where there are experts.

@@ -29,7 +29,7 @@ type Reference = Callable[[Case], tuple[Path, Expected]]
 # DoRA; ``-k begun``: a frozen pair beside A and B; ``-k bias``: biases of B; ``-k balanced``: those
 # that keep experts evenly used; ``-k classify``: those with a score head; ``-k saved`` and
 # ``-k tokens``: weights of the base that are trained themselves, and rows of it;
-# ``-k grpo``: those that learn from rollouts.
+# ``-k grpo``: those that learn from rollouts; ``-k routed``: whose experts are given.
 MARKED = [pytest.param(case, marks=[] if case in FAST else pytest.mark.slow) for case in QUICK]
 
 
