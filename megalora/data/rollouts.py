@@ -12,6 +12,7 @@ them:
     proximal_logprobs    the same in the policy that ratios are taken to
     mask                 1 for each completion token that the policy chose, 0 for those of tools
     version              of the adapter that sampled it, 0 and up
+    versions             the same for each completion token, of which the oldest counts
     truncated            true where the length limit ended it
 
 Lists are as long as ``completion_ids``. In a row of a JSONL file a column may be missing or null
@@ -38,8 +39,17 @@ BY_TOKEN = ("logprobs", "proximal_logprobs", "advantages")
 """Columns with a number for each completion token that are kept by token."""
 _CREDIT = ("reward", "advantage", "advantages")
 """Columns of which a row needs one."""
-_BESIDE = (*_CREDIT, "group", "logprobs", "proximal_logprobs", "mask", "version", "truncated")
-_OF_IDS = ("logprobs", "proximal_logprobs", "advantages", "mask")
+_BESIDE = (
+    *_CREDIT,
+    "group",
+    "logprobs",
+    "proximal_logprobs",
+    "mask",
+    "version",
+    "versions",
+    "truncated",
+)
+_OF_IDS = ("logprobs", "proximal_logprobs", "advantages", "mask", "versions")
 """Columns that belong to the token ids of a completion."""
 _HINT = (
     "data.format={prompt_ids: COLUMN, completion_ids: COLUMN, reward: COLUMN} or"
@@ -152,7 +162,7 @@ def rollout_of(
     rollout = Rollout(
         reward=_reward(held.get("reward"), columns.get("reward", "")),
         group=_group(held.get("group"), prompt),
-        version=_version(held.get("version"), columns.get("version", "")),
+        version=_oldest(held, columns),
         truncated=bool(truncated),
     )
     return replace(encoded, value=value, rollout=rollout)
@@ -245,6 +255,24 @@ def _reward(value: Any, column: str) -> float:
     if value is None:
         return math.nan
     return float(value) if isinstance(value, bool) else _number(value, column)
+
+
+def _oldest(held: Mapping[str, Any], columns: Mapping[str, str]) -> int:
+    """The version that a completion counts as: that of its oldest token."""
+    version = _version(held.get("version"), columns.get("version", ""))
+    if held.get("versions") is None:
+        return version
+    column = columns["versions"]
+    values = _list(held["versions"], column, len(held["completion_ids"]))
+    # Each token has one: what a tool gave has that of the token before.
+    require(None not in values, f"column {column!r} must hold a version for each token, got null")
+    oldest = min(_version(one, column) for one in values)
+    require(
+        held.get("version") in (None, oldest),
+        f"column {columns.get('version')!r} says {version}, and the oldest of {column!r} is"
+        f" {oldest}",
+    )
+    return oldest
 
 
 def _version(value: Any, column: str) -> int:

@@ -23,11 +23,14 @@ from megalora.rl.episode import Ask, Episode, Prompt, Sampled
 from megalora.rl.prompts import Prompts
 from megalora.rl.rollouts import (
     FOLDER,
+    REST,
+    is_fresh,
     is_kept,
     numbers_of,
     prompts_done,
     samples_of,
     split_of,
+    write_rest,
     write_round,
 )
 from megalora.rl.served import Served
@@ -122,12 +125,26 @@ class SampledBatches(Batches):
         plan = Plan(groups, rl.group_size, rl.staleness)
         kept = partial(is_kept, policy=self.policy)
         collector = ending.enter_context(Collector(self._train_on, prompts, plan, kept, round))
+        ending.callback(self._keep_rest, collector)
         opened = self.make_play(self.config)
         self.play = collector.run(opened.__aenter__()).result()
         ending.callback(lambda: collector.run(opened.__aexit__(None, None, None)).result())
         # Before what judges ends: nothing is asked of it any more.
         ending.callback(collector.cancel)
         self.collector = collector
+
+    def _keep_rest(self, collector: Collector) -> None:
+        """Write what no round has taken: where rewards end a run, it is what shows why."""
+        rest = collector.rest()
+        if not rest:
+            return
+        try:
+            write_rest(self._folder, rest)
+        except OSError as error:
+            # The run ends anyway, perhaps by an error that says more.
+            self.say(f"rl: {self._folder / REST} could not be written ({error})")
+            return
+        self.say(f"rl: {len(rest):,} groups that no round has taken are in {self._folder / REST}")
 
     def prepare(self, step: int) -> dict[str, float]:
         """As in ``Batches``: sample the next round where the step begins one."""
@@ -146,8 +163,7 @@ class SampledBatches(Batches):
         samples, self.by_step = samples_of(taken.groups, self.policy, every)
         self.first_step = step
         self.train = split_of(samples, self.prompts.train, self.policy)
-        versions = {version for group in taken.groups for one in group for version in one.versions}
-        self.is_fresh = versions == {step}
+        self.is_fresh = is_fresh(taken, step)
         if self.policy.proximal == "recompute":
             self.stepper.kept["recompute"] = start_of(None, self.model)
         seconds = time.perf_counter() - began

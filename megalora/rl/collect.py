@@ -10,7 +10,7 @@ sampled as a whole, after the round before it was trained on.
 
 import asyncio
 import threading
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -84,6 +84,8 @@ class Collector:
         self._state = _State(begun=round * plan.groups, round=round)
         self._loop = asyncio.new_event_loop()
         self._changed = asyncio.Event()
+        # What wait for rounds and evaluations.
+        self._waiting: set[asyncio.Task[Any]] = set()
         # A daemon, which cannot keep the process from ending.
         self._thread = threading.Thread(target=self._loop.run_forever, name="rollouts", daemon=True)
         self._thread.start()
@@ -91,7 +93,7 @@ class Collector:
     def begin_round(self, round: int) -> "Future[Round]":
         """The groups of this round as soon as they are there. What they are sampled from must be
         that of the round by now."""
-        return self.run(self._take(round))
+        return self.run(self._waited_for(self._take(round)))
 
     def run(self, work: Coroutine[Any, Any, Any]) -> "Future[Any]":
         """Run something else on the same event loop."""
@@ -100,22 +102,25 @@ class Collector:
     def play_all(self, prompts: list[Prompt], play: Play) -> "Future[list[Episode]]":
         """One completion of each of these prompts, outside of all rounds, in their order."""
 
-        async def every() -> list[Episode]:
-            return list(await asyncio.gather(*(play(prompt, 0) for prompt in prompts)))
-
-        return self.run(every())
+        return self.run(self._waited_for(_together([play(prompt, 0) for prompt in prompts])))
 
     def cancel(self) -> None:
         """Abandon what is being sampled."""
 
         async def cancel() -> None:
-            running = list(self._state.running)
-            for task in running:
-                task.cancel()
             # Each ends before the loop does, or Python would complain of lost tasks.
-            await asyncio.gather(*running, return_exceptions=True)
+            await _end([*self._state.running, *self._waiting])
 
         self.run(cancel()).result()
+
+    def rest(self) -> list[list[Episode]]:
+        """Groups that are judged and that no round has taken, in the order of their prompts."""
+
+        async def rest() -> list[list[Episode]]:
+            ready = [group for _, group in self._state.ready]
+            return sorted([*ready, *self._state.left_out], key=_number)
+
+        return self.run(rest()).result()
 
     def __enter__(self) -> "Collector":
         return self
@@ -125,6 +130,16 @@ class Collector:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+    async def _waited_for[T](self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of work that ``cancel`` abandons."""
+        task = asyncio.current_task()
+        assert task is not None, "it runs on the event loop"
+        self._waiting.add(task)
+        try:
+            return await work
+        finally:
+            self._waiting.discard(task)
 
     async def _take(self, round: int) -> "Round":
         state = self._state
@@ -170,9 +185,9 @@ class Collector:
     async def _group(self, prompt: Prompt, begun: int) -> None:
         state = self._state
         try:
-            size = self._plan.size
-            episodes = await asyncio.gather(*(self._play(prompt, place) for place in range(size)))
-            self._sort(begun, list(episodes))
+            places = range(self._plan.size)
+            episodes = await _together([self._play(prompt, place) for place in places])
+            self._sort(begun, episodes)
         except BaseException as error:
             # A run that ends cancels what is being sampled; anything else must end the round.
             if not is_theirs(error):
@@ -181,6 +196,10 @@ class Collector:
                 error = RuntimeError(f"an episode of prompt {prompt.number} was cancelled")
             # The first failure is the one that says why.
             state.failure = state.failure or error
+            # No round will be taken any more: nobody needs the other groups.
+            for task in state.running:
+                if task is not asyncio.current_task():
+                    task.cancel()
 
     def _sort(self, begun: int, group: list[Episode]) -> None:
         """Keep a group for a round, or leave it out and begin another."""
@@ -215,6 +234,24 @@ class Round:
     def prompts(self) -> list[int]:
         """Numbers of all prompts that are done with, in no order."""
         return [_number(group) for group in [*self.groups, *self.left_out]]
+
+
+async def _together(playing: Sequence[Awaitable[Episode]]) -> list[Episode]:
+    """Episodes that are played at once. Where one fails the others end, before its error is raised:
+    no request of theirs goes on behind it."""
+    tasks = [asyncio.ensure_future(one) for one in playing]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        # Those that are done stay as they are.
+        await _end(tasks)
+
+
+async def _end(tasks: Sequence[asyncio.Future[Any]]) -> None:
+    """Cancel tasks and wait until they have ended."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _number(group: list[Episode]) -> int:

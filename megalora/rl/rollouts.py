@@ -19,6 +19,8 @@ FOLDER = "rollouts"
 """Folder in the run folder with what was sampled: a file for each round."""
 ROUNDS = "rounds.jsonl"
 """File in it with one line a round: the prompts that are done with."""
+REST = "rest.jsonl"
+"""File in it with completions that no round had taken when the run ended."""
 
 
 def credit_of(episodes: Sequence[Episode], policy: PolicyConfig) -> Credit:
@@ -125,6 +127,16 @@ def numbers_of(taken: Round, version: int) -> dict[str, float]:
     return found
 
 
+def is_fresh(taken: Round, version: int) -> bool:
+    """Whether every token that is trained on was sampled by this version of the adapter."""
+    for group in taken.groups:
+        for episode in group:
+            # A completion that was sent on has several.
+            if set(episode.versions) != {version}:
+                return False
+    return True
+
+
 def write_round(folder: Path, round: int, step: int, taken: Round) -> None:
     """Keep a round: a file of its completions, in the form that ``objective.name: grpo`` reads, and
     a line with its prompts.
@@ -133,18 +145,27 @@ def write_round(folder: Path, round: int, step: int, taken: Round) -> None:
         folder: of the rollouts.
         step: finished optimizer steps.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / file_name(step), taken)
+    with (folder / ROUNDS).open("a") as file:
+        file.write(json.dumps({"round": round, "step": step, "prompts": taken.prompts}) + "\n")
+
+
+def write_rest(folder: Path, groups: list[list[Episode]]) -> None:
+    """Keep what was judged and not trained on when a run ended, whatever has ended it. Its prompts
+    are asked again where the run goes on."""
+    _write(folder / REST, Round([], groups))
+
+
+def _write(place: Path, taken: Round) -> None:
+    place.parent.mkdir(parents=True, exist_ok=True)
     lines: list[str] = []
     for trained, groups in ((True, taken.groups), (False, taken.left_out)):
         for group in groups:
             lines += [json.dumps(_record(episode, trained)) for episode in group]
     # Written beside and then renamed: a run that is killed leaves no half file.
-    place = folder / file_name(step)
     beside = place.with_suffix(".tmp")
     beside.write_text("\n".join(lines) + "\n")
     beside.replace(place)
-    with (folder / ROUNDS).open("a") as file:
-        file.write(json.dumps({"round": round, "step": step, "prompts": taken.prompts}) + "\n")
 
 
 def file_name(step: int) -> str:

@@ -1,42 +1,30 @@
 """Sample from vLLM servers: token ids in, token ids and log-probabilities out, nothing tokenised
 again.
 
-A request asks one version of the adapter, by its id, and keeps it through all tries. It goes to the
-server with the fewest requests. One that does not answer is left alone for a while, and what it was
-asked goes to others; one that has forgotten the version (it was started again) gets it back under
-the same id, and must prove it, before it is asked again.
+A request asks one version of the adapter, by its id, and keeps it until it is answered or breaks
+off: a server dies, is started again, or stays silent. What has come by then stays, with the version
+that sampled it; the rest is asked of the newest version. A request goes to the server with the
+fewest. One that does not answer is left alone for a while; one that has forgotten the version (it
+was started again) gets it back under the same id, and must prove it, before it is asked again.
 """
 
 import asyncio
-import math
 import os
 import time
 from collections import Counter
 from collections.abc import Collection, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import httpx
 
+from megalora.rl.draft import Draft, failed, parts
 from megalora.rl.episode import Sampled
-from megalora.serve.answers import COMPLETION
 from megalora.serve.api import is_local
-from megalora.serve.errors import (
-    AdapterNotFound,
-    ServeError,
-    ServerError,
-    ServerUnreachable,
-    refusal,
-)
+from megalora.serve.errors import AdapterNotFound, ServeError, ServerUnreachable
 
 FIRST_REST_S = 1.0
 LONGEST_REST_S = 30.0
 """Seconds that a server is left alone after a failure; twice as long after each further one."""
-AS_TRAINED = {
-    "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
-}  # fmt: skip
-"""Otherwise vLLM takes the base's generation_config.json, and samples from another distribution
-than the one whose log-probabilities are trained on."""
 
 
 class Versions(Protocol):
@@ -52,7 +40,7 @@ class Versions(Protocol):
 
 
 class _Server:
-    def __init__(self, url: str, answer_s: float, headers: dict[str, str]) -> None:
+    def __init__(self, url: str, silence_s: float, headers: dict[str, str]) -> None:
         self.url = url
         self.running = 0
         self.failures = 0
@@ -61,7 +49,7 @@ class _Server:
         self.restoring = asyncio.Lock()
         self.http = httpx.AsyncClient(
             base_url=url,
-            timeout=httpx.Timeout(answer_s, connect=10.0),
+            timeout=httpx.Timeout(silence_s, connect=10.0),
             limits=httpx.Limits(max_connections=None, keepalive_expiry=2.0),
             headers=headers,
             verify=url.startswith("https:"),
@@ -82,7 +70,7 @@ class Servers:
         stop: Collection[int] = (),
         concurrency: int = 64,
         patience_s: float = 600.0,
-        answer_s: float = 1800.0,
+        silence_s: float = 1800.0,
         api_key: str | None = None,
     ) -> None:
         """
@@ -90,15 +78,16 @@ class Servers:
             stop: tokens that end a completion.
             concurrency: requests that a server gets at the same time.
             patience_s: seconds for which no server may answer before the run ends.
-            answer_s: seconds that one completion may take.
+            silence_s: seconds for which a server may say nothing to a request before it counts as
+                gone.
             api_key: None for $VLLM_API_KEY.
         """
         key = api_key or os.environ.get("VLLM_API_KEY")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._servers = [_Server(url.rstrip("/"), answer_s, headers) for url in urls]
+        self._servers = [_Server(url.rstrip("/"), silence_s, headers) for url in urls]
         self._versions = versions
         self._max_new_tokens = max_new_tokens
-        self._stop = sorted(stop)
+        self._stop = frozenset(stop)
         self._concurrency = concurrency
         self._patience_s = patience_s
         self._version: int | None = None
@@ -134,21 +123,25 @@ class Servers:
             self._answered_at = time.monotonic()
         self._under_way += 1
         try:
-            return await self._sample(tokens, temperature)
+            return await self._sample(Draft(tokens, self._max_new_tokens, self._stop, temperature))
         finally:
             self._under_way -= 1
 
-    async def _sample(self, tokens: Sequence[int], temperature: float) -> Sampled:
-        version: int | None = None
+    async def _sample(self, draft: Draft) -> Sampled:
         while True:
             server = await self._free_server()
-            # Chosen when the request begins, not when it starts to wait for a place.
-            version = self._begun(version)
+            # Chosen when the request begins, not when it starts to wait for a place; and anew for
+            # each further try: what is sampled then should be as fresh as it can be.
+            version = self._version
+            assert version is not None, "publish a version first"
             self._in_flight[version] += 1
             try:
-                return await self._ask(server, version, tokens, temperature)
+                return await self._ask(server, version, draft)
             except (ServerUnreachable, AdapterNotFound) as error:
                 self._rest(server, error)
+                # All but the end of the answer had come; more would not be of this completion.
+                if draft.is_whole:
+                    return draft.finished()
             finally:
                 self._in_flight[version] -= 1
                 server.running -= 1
@@ -158,17 +151,6 @@ class Servers:
     async def close(self) -> None:
         for server in self._servers:
             await server.http.aclose()
-
-    def _begun(self, version: int | None) -> int:
-        """The version that a request asks: its own, as long as there is one."""
-        assert self._version is not None, "publish a version first"
-        if version is not None:
-            try:
-                self._versions.id_of(version)
-                return version
-            except KeyError:
-                pass
-        return self._version
 
     async def _free_server(self) -> _Server:
         """The server with the fewest requests that has room and does not rest."""
@@ -208,80 +190,41 @@ class Servers:
         rest_s = min(FIRST_REST_S * 2 ** (server.failures - 1), LONGEST_REST_S)
         server.rests_until = time.monotonic() + rest_s
 
-    async def _ask(
-        self, server: _Server, version: int, tokens: Sequence[int], temperature: float
-    ) -> Sampled:
+    async def _ask(self, server: _Server, version: int, draft: Draft) -> Sampled:
         ident = self._versions.id_of(version)
-        body = COMPLETION | AS_TRAINED | {
-            "model": ident, "prompt": [*tokens], "max_tokens": self._max_new_tokens,
-            "temperature": temperature, "stop_token_ids": self._stop,
-        }  # fmt: skip
         try:
-            answer = await self._post(server, ident, body)
+            return await self._stream(server, ident, version, draft)
         except AdapterNotFound:
             # One request brings the versions back, the others wait for it.
             # In a thread: other requests go on meanwhile.
             async with server.restoring:
                 await asyncio.to_thread(self._versions.restore, server.url)
-            answer = await self._post(server, ident, body)
-        # It is well again, and rests for the shortest time after its next failure.
-        server.failures = 0
-        self._answered_at = time.monotonic()
-        where = f"{server.url}: {ident}"
-        return sampled(answer, ident, version, self._max_new_tokens, self._stop, where)
+            return await self._stream(server, ident, version, draft)
 
-    async def _post(self, server: _Server, ident: str, body: dict[str, Any]) -> dict[str, Any]:
-        """The answer to one try; raises ``ServerUnreachable`` where another try may be answered."""
+    async def _stream(self, server: _Server, ident: str, version: int, draft: Draft) -> Sampled:
+        """One try; raises ``ServerUnreachable`` where another may be answered, and ``draft`` then
+        has what has come."""
         doing = f"{server.url}: asking {ident}"
+        where = f"{server.url}: {ident}"
+        reason: str | None = None
         try:
-            response = await server.http.post("/v1/completions", json=body)
+            async with server.http.stream(
+                "POST", "/v1/completions", json=draft.body(ident)
+            ) as response:
+                if response.status_code != 200:
+                    text = (await response.aread()).decode(errors="replace")
+                    raise failed(doing, response.status_code, text)
+                # To the end of the stream, so that the connection can be used again.
+                async for part in parts(response.aiter_lines(), doing):
+                    reason = draft.take(part, ident, version, where)
+                    # It is well, and rests for the shortest time after its next failure.
+                    server.failures = 0
+                    self._answered_at = time.monotonic()
         except httpx.HTTPError as error:
-            reason = str(error) or type(error).__name__
-            raise ServerUnreachable(f"{doing}: no answer ({reason})") from error
-        if response.status_code == 200:
-            try:
-                return response.json()
-            except ValueError:
-                raise ServerError(f"{doing}: the answer is no JSON; is it vLLM?") from None
-        refused = refusal(doing, response.status_code, response.text)
-        # Too many requests, or a server that is failing: another one, or later.
-        if response.status_code == 429 or isinstance(refused, ServerError):
-            raise ServerUnreachable(str(refused))
-        raise refused
-
-
-def sampled(
-    answer: dict[str, Any], ident: str, version: int, max_new_tokens: int,
-    stop: Collection[int], where: str,
-) -> Sampled:  # fmt: skip
-    """The completion in vLLM's answer; raises ``ServerError`` where it is not whole, or not that of
-    the model which was asked."""
-    try:
-        (choice,) = answer["choices"]
-        model = answer["model"]
-        tokens = choice["token_ids"]
-        logprobs = choice["logprobs"]["token_logprobs"]
-        reason = choice["finish_reason"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ServerError(
-            f"{where}: the answer has no tokens and log-probabilities"
-            f" ({type(error).__name__}: {error}); is this vLLM 0.32?"
-        ) from None
-    if model != ident:
-        raise ServerError(f"{where} was asked, and {model} has answered")
-    tokens = tokens or []
-    if not tokens or len(tokens) != len(logprobs):
-        raise ServerError(f"{where}: {len(tokens)} tokens with {len(logprobs)} log-probabilities")
-    for token, logprob in zip(tokens, logprobs, strict=True):
-        # vLLM writes null for what is not finite.
-        if logprob is None or not math.isfinite(logprob):
-            raise ServerError(f"{where}: token {token} has the log-probability {logprob}")
-    # vLLM's other reasons, such as abort, are no ends of a completion.
-    ended = reason == "stop"
-    if not ended and (reason != "length" or len(tokens) != max_new_tokens):
-        raise ServerError(
-            f"{where}: ended by {reason!r} after {len(tokens)} of {max_new_tokens} tokens"
-        )
-    if ended and stop and tokens[-1] not in stop:
-        raise ServerError(f"{where}: ended by token {tokens[-1]}, which ends nothing")
-    return Sampled(tokens, logprobs, ended, [version] * len(tokens))
+            said = str(error) or type(error).__name__
+            raise ServerUnreachable(f"{doing}: no answer ({said})") from error
+        # A server that ends, or is told to pause, aborts: no end of a completion either.
+        if reason in (None, "abort"):
+            count = len(draft.tokens)
+            raise ServerUnreachable(f"{doing}: the answer broke off after {count} tokens")
+        return draft.sampled(reason, where)

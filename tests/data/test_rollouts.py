@@ -220,11 +220,18 @@ def test_other_rewards_and_options_are_other_samples(tmp_path: Path) -> None:
         ({"reward": "good"}, "column 'reward' must hold a number, got"),
         ({"reward": float("nan")}, "column 'reward' must hold a number, got"),
         ({"version": -1}, "column 'version' must hold a version, a number from 0 on"),
+        ({"versions": [1, 2]}, "column 'versions' has 2 values for 4 completion tokens"),
+        ({"versions": [1, 1, None, 1]}, "'versions' must hold a version for each token"),
+        ({"versions": [1, 1, -2, 1]}, "'versions' must hold a version, a number from 0 on"),
+        (
+            {"version": 2, "versions": [1, 1, 2, 2]},
+            "column 'version' says 2, and the oldest of 'versions' is 1",
+        ),
         ({"truncated": "yes"}, "column 'truncated' must hold true or false"),
     ],
 )
 def test_what_is_refused_of_a_row(change: Any, message: str, tmp_path: Path) -> None:
-    beside = {"mask": None, "version": 0, "truncated": None}
+    beside = {"mask": None, "version": 0, "versions": None, "truncated": None}
     with pytest.raises(ValueError, match=f"row 2: .*{message}"):
         load(tmp_path, [{**ROW, **beside}, {**ROW, **beside, **change}])
 

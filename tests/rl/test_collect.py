@@ -2,7 +2,9 @@
 
 import asyncio
 import random
+import time
 from collections import Counter
+from concurrent.futures import CancelledError
 from itertools import count
 from typing import Any
 
@@ -102,20 +104,76 @@ def test_rewards_that_teach_nothing_end_the_run() -> None:
         collector.begin_round(0).result(10)
 
 
-def test_the_first_failure_ends_the_round() -> None:
+def test_the_first_failure_ends_the_round_and_all_that_is_asked() -> None:
+    asking: Counter[int] = Counter()
+
     async def play(asked: Prompt, place: int) -> Episode:
-        if asked.number == 1:
-            raise ValueError("the reward of row 1 is no number")
+        asking[asked.number] += 1
+        try:
+            if (asked.number, place) == (1, 1):
+                raise ValueError("the reward of row 1 is no number")
+            await asyncio.sleep(10)
+        finally:
+            asking[asked.number] -= 1
+        return episode(asked, place)
+
+    async def still_asked() -> int:
+        # Other groups have been told, and end as soon as they can.
+        await asyncio.sleep(0)
+        return asking.total()
+
+    prompts = map(prompt, count())
+    with Collector(play, prompts, Plan(3, 2), lambda group: True) as collector:
+        with pytest.raises(ValueError, match="the reward of row 1 is no number"):
+            # Without waiting for the others.
+            collector.begin_round(0).result(5)
+        # Its siblings have ended before it is told, and the other groups right after it.
+        assert asking[1] == 0
+        assert collector.run(still_asked()).result(5) == 0
+        evaluated = [prompt(1), prompt(1), prompt(7)]
+        tell = {"place": 0}
+
+        async def third_fails(asked: Prompt, place: int) -> Episode:
+            tell["place"] += 1
+            return await play(asked, 1 if asked.number == 1 and tell["place"] == 2 else 0)
+
+        with pytest.raises(ValueError, match="the reward of row 1"):
+            collector.play_all(evaluated, third_fails).result(5)
+        assert asking.total() == 0 and tell["place"] == 3
+
+
+def test_whoever_waits_for_a_round_is_cancelled_with_it() -> None:
+    async def play(asked: Prompt, place: int) -> Episode:
         await asyncio.sleep(10)
         return episode(asked, place)
 
     prompts = map(prompt, count())
-    with (
-        Collector(play, prompts, Plan(3, 2), lambda group: True) as collector,
-        pytest.raises(ValueError, match="the reward of row 1 is no number"),
-    ):
-        # Without waiting for the others.
-        collector.begin_round(0).result(5)
+    with Collector(play, prompts, Plan(3, 2), lambda group: True) as collector:
+        waiting = [collector.begin_round(0), collector.play_all([prompt(9)], play)]
+        while not collector._state.running:
+            time.sleep(0.001)
+        collector.cancel()
+        for future in waiting:
+            with pytest.raises((CancelledError, RuntimeError)):
+                future.result(5)
+
+
+def test_what_no_round_has_taken_is_told() -> None:
+    async def play(asked: Prompt, place: int) -> Episode:
+        return episode(asked, place)
+
+    def is_odd(group: list[Episode]) -> bool:
+        return group[0].prompt.number % 2 == 1
+
+    prompts = map(prompt, count())
+    with Collector(play, prompts, Plan(2, 2, staleness=1), is_odd) as collector:
+        taken = collector.begin_round(0).result(5)
+        while collector._state.running:
+            time.sleep(0.001)
+        every = asked_of(taken.groups + taken.left_out + collector.rest())
+        # Of four that may be begun, two are trained on; even ones are left out.
+        assert sorted(every) == [0, 1, 2, 3, 4, 5, 6, 7]
+        assert asked_of(collector.rest()) == sorted(asked_of(collector.rest()))
 
 
 @pytest.mark.parametrize("error", [asyncio.CancelledError(), SystemError("ended")])

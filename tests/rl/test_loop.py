@@ -14,10 +14,11 @@ from megalora.data.batch import Batch
 from megalora.rl.batches import SampledBatches
 from megalora.rl.embedded import Embedded
 from megalora.rl.episode import Sampled
-from megalora.rl.rollouts import FOLDER, ROUNDS
+from megalora.rl.rollouts import FOLDER, REST, ROUNDS
 from tests.distributed.ranks import run_ranks
 from tests.jsonl import column, read_jsonl
 from tests.parity.runs import records
+from tests.rl import played
 from tests.rl.played import LOW, rl_config, train_by_ids, write_prompts
 
 
@@ -79,6 +80,32 @@ def test_an_engine_with_another_adapter_stops_the_run(tiny: Path, tmp_path: Path
     config = replace(config, rl=replace(config.rl, largest_gap=2e-4))
     run_ranks(stale, 1, config)
     assert records(tmp_path / "run", "engine_gap") == pytest.approx([1e-4], rel=0.02)
+
+
+def alike(config: RunConfig) -> None:
+    """Rewards that teach nothing; a rank function."""
+    score = played.LOW
+    # Above every token id.
+    played.LOW = 10**6
+    try:
+        train_by_ids(config)
+    finally:
+        played.LOW = score
+
+
+@pytest.mark.slow
+def test_what_ends_a_run_can_be_read(tiny: Path, tmp_path: Path) -> None:
+    prompts = write_prompts(tmp_path / "prompts.jsonl")
+    policy = {"drop_even_groups": True}
+    config = rl_config(tiny, prompts, tmp_path / "run", policy, steps=1, eval=1)
+    with pytest.raises(Exception, match="41 prompts in a row have completions of which nothing"):
+        run_ranks(alike, 1, config)
+    rows = read_jsonl(tmp_path / "run" / FOLDER / REST)
+    assert len(rows) == 41 * 4 and {row["reward"] for row in rows} == {1.0}
+    assert not any(column(rows, "trained"))
+    assert sorted(set(column(rows, "group"))) == list(range(41))
+    # Nothing of it is done with.
+    assert not (tmp_path / "run" / FOLDER / ROUNDS).exists()
 
 
 def rows_of_both_steps(config: RunConfig) -> list[set[tuple[int, ...]]]:

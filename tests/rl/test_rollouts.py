@@ -13,7 +13,7 @@ from megalora.data.splits import Split, load_split
 from megalora.data.tokenizer import load_tokenizer
 from megalora.rl.collect import Round
 from megalora.rl.episode import Episode, Prompt
-from megalora.rl.rollouts import numbers_of, prompts_done, samples_of, write_round
+from megalora.rl.rollouts import is_fresh, numbers_of, prompts_done, samples_of, write_round
 
 
 def episode(number: int, sample: int, reward: float | None, **others: object) -> Episode:
@@ -63,6 +63,15 @@ def test_numbers_of_a_round() -> None:
     }  # fmt: skip
 
 
+def test_a_round_is_fresh_when_all_of_its_tokens_are() -> None:
+    new = episode(0, 0, 1.0, versions=[5, 5, 5])
+    sent_on = episode(0, 1, 1.0)
+    assert is_fresh(Round([[new, new]], [[sent_on]]), 5)
+    assert not is_fresh(Round([[new, new]], []), 6)
+    # Its last tokens are, its first are not.
+    assert not is_fresh(Round([[new, sent_on]], []), 5)
+
+
 def test_a_record_can_be_trained_on_as_a_file(tiny: Path, tmp_path: Path) -> None:
     groups = [[episode(n, i, float(n * i)) for i in range(2)] for n in (1, 2)]
     write_round(tmp_path, 3, 6, Round(groups, [[episode(7, 0, 1.0)]]))
@@ -81,6 +90,8 @@ def test_a_record_can_be_trained_on_as_a_file(tiny: Path, tmp_path: Path) -> Non
         assert sample.loss_mask.tolist() == expected.loss_mask.tolist()
         assert sample.value == pytest.approx(expected.value, abs=1e-6)
         np.testing.assert_array_equal(sample.floats["logprobs"], expected.floats["logprobs"])
+        # Of three tokens, the last one was sampled by version 5.
+        assert sample.rollout.version == expected.rollout.version == 4
     # A run that went back to round 4 forgets what it had begun of it.
     assert prompts_done(tmp_path, 5) == ({1, 2, 7}, 2)
     assert prompts_done(tmp_path, 4) == ({1, 2, 7}, 1) and prompts_done(tmp_path, 3) == (set(), 0)

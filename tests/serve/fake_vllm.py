@@ -68,6 +68,13 @@ class FakeVLLM(ThreadingHTTPServer):
         """Where it puts adapters of a training; None for a server that takes none."""
         self.finish_reason = "length"
         """Why every answer ends."""
+        self.prompt_tokens: int | None = None
+        """Tokens of every prompt; what stands behind them is the beginning of the answer, which
+        then goes on. None: every answer begins anew."""
+        self.seconds_per_token = 0.0
+        """Of streamed answers."""
+        self.break_off: list[int] = []
+        """The next streamed answers end after so many tokens, and the connection with them."""
 
     def before_binding(self) -> None:
         """Called when a request has been accepted, and before it is tied to an adapter."""
@@ -195,6 +202,9 @@ class _Handler(BaseHTTPRequestHandler):
             return
         time.sleep(self.server.seconds_per_answer)
         self.server.may_answer.wait()
+        if body.get("stream"):
+            self._stream(name, tokens, body)
+            return
         shift = 0.0 if name == BASE else 0.25
         choices = []
         for index, prompt in enumerate(prompts):
@@ -202,6 +212,37 @@ class _Handler(BaseHTTPRequestHandler):
             choices.append(choice | {"index": index, "finish_reason": self.server.finish_reason})
         # The order is vLLM's to choose; clients go by the index.
         self._send(200, {"model": name, "choices": choices[::-1]})
+
+    def _stream(self, name: str, tokens: list[int], body: dict[str, Any]) -> None:
+        """Send an answer as server-sent events, a token each."""
+        server = self.server
+        if server.prompt_tokens is not None:
+            tokens = tokens[len(body["prompt"]) - server.prompt_tokens :]
+        tokens = tokens[: body["max_tokens"]]
+        with server.lock:
+            broken = server.break_off.pop(0) if server.break_off else None
+        self.send_response(200)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        for place, token in enumerate(tokens):
+            if place == broken:
+                break
+            time.sleep(server.seconds_per_token)
+            is_last = place == len(tokens) - 1
+            logprobs = {"token_logprobs": [logprob_of(token)]}
+            reason = server.finish_reason if is_last else None
+            choice = {"token_ids": [token], "logprobs": logprobs, "finish_reason": reason}
+            self._event(json.dumps({"model": name, "choices": [choice]}))
+        if broken is not None:
+            # Before the end of the chunks, as a server that dies.
+            self.close_connection = True
+            return
+        self._event("[DONE]")
+        self.wfile.write(b"0\r\n\r\n")
+
+    def _event(self, text: str) -> None:
+        content = f"data: {text}\n\n".encode()
+        self.wfile.write(f"{len(content):x}\r\n".encode() + content + b"\r\n")
 
     def _bound(self, name: str | None) -> tuple[str, list[int]] | None:
         """Id and answer of the model that a request is tied to; None once it has been refused."""
@@ -261,6 +302,11 @@ def _choice(
         "logprobs": {"token_logprobs": [-0.5] * len(tokens), "top_logprobs": [top]},
         "prompt_logprobs": of_prompt,
     }  # fmt: skip
+
+
+def logprob_of(token: int) -> float:
+    """Log-probability of each token of a streamed answer."""
+    return -token / 16
 
 
 def answer_of(folder: Path) -> list[int]:

@@ -1,0 +1,159 @@
+"""Gather a completion from vLLM's streamed answers: what has come stays where one breaks off, and
+the next is asked for the rest."""
+
+import json
+import math
+from collections.abc import AsyncIterator, Collection, Sequence
+from typing import Any
+
+from megalora.rl.episode import Sampled
+from megalora.serve.answers import COMPLETION
+from megalora.serve.errors import ServerError, ServerUnreachable, refusal
+
+STREAM_INTERVAL = 32
+"""Tokens of a part of an answer: so many are lost where it breaks off, at most. A part costs this
+process about as much whatever is in it, beside the training, so it should not have one token."""
+AS_TRAINED = {
+    "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}  # fmt: skip
+"""Otherwise vLLM takes the base's generation_config.json, and samples from another distribution
+than the one whose log-probabilities are trained on."""
+
+
+class Draft:
+    """A completion while it is sampled."""
+
+    def __init__(
+        self,
+        prompt: Sequence[int],
+        max_new_tokens: int,
+        stop: Collection[int],
+        temperature: float = 1.0,
+    ) -> None:
+        """``stop``: tokens that end it."""
+        self.prompt = [*prompt]
+        self.max_new_tokens = max_new_tokens
+        self.stop = stop
+        self.temperature = temperature
+        # Of one length: what each token is, and what the version that sampled it says of it.
+        self.tokens: list[int] = []
+        self.logprobs: list[float] = []
+        self.versions: list[int] = []
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing is left to ask for, whether or not a server has said so."""
+        return len(self.tokens) == self.max_new_tokens or self._is_stopped
+
+    @property
+    def _is_stopped(self) -> bool:
+        return bool(self.tokens) and self.tokens[-1] in self.stop
+
+    def body(self, ident: str) -> dict[str, Any]:
+        """A request to the model ``ident`` for what is missing."""
+        streamed = {"stream": True, "stream_interval": STREAM_INTERVAL}
+        return COMPLETION | AS_TRAINED | streamed | {
+            "model": ident, "prompt": self.prompt + self.tokens,
+            "max_tokens": self.max_new_tokens - len(self.tokens),
+            "temperature": self.temperature, "stop_token_ids": sorted(self.stop),
+        }  # fmt: skip
+
+    def take(self, part: dict[str, Any], ident: str, version: int, where: str) -> str | None:
+        """Append a part of an answer; returns why the answer ends with it, or None.
+
+        Args:
+            ident, version: the model that was asked.
+            where: server and model, as messages begin.
+        Raises:
+            ServerError: it is not whole, or not that of the model which was asked.
+        """
+        try:
+            (choice,) = part["choices"]
+            model = part["model"]
+            tokens = choice["token_ids"]
+            logprobs = choice["logprobs"]["token_logprobs"]
+            reason = choice["finish_reason"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ServerError(
+                f"{where}: the answer has no tokens and log-probabilities"
+                f" ({type(error).__name__}: {error}); is this vLLM 0.32?"
+            ) from None
+        if model != ident:
+            raise ServerError(f"{where} was asked, and {model} has answered")
+        tokens = tokens or []
+        if len(tokens) != len(logprobs):
+            raise ServerError(
+                f"{where}: {len(tokens)} tokens with {len(logprobs)} log-probabilities"
+            )
+        for token, logprob in zip(tokens, logprobs, strict=True):
+            # vLLM writes null for what is not finite.
+            if logprob is None or not math.isfinite(logprob):
+                raise ServerError(f"{where}: token {token} has the log-probability {logprob}")
+        self.tokens += tokens
+        self.logprobs += logprobs
+        # Of who samples now: a newer version may be published before the answer ends.
+        self.versions += [version] * len(tokens)
+        return reason
+
+    def sampled(self, reason: str, where: str) -> Sampled:
+        """The completion, which has ended.
+
+        Args:
+            reason: why, as vLLM says it.
+        Raises:
+            ServerError: it is not whole.
+        """
+        count = len(self.tokens)
+        ended = reason == "stop"
+        if not ended and (reason != "length" or count != self.max_new_tokens):
+            raise ServerError(
+                f"{where}: ended by {reason!r} after {count} of {self.max_new_tokens} tokens"
+            )
+        if not count:
+            raise ServerError(f"{where}: ended before its first token")
+        if ended and self.stop and not self._is_stopped:
+            raise ServerError(f"{where}: ended by token {self.tokens[-1]}, which ends nothing")
+        return Sampled(self.tokens, self.logprobs, ended, self.versions)
+
+    def finished(self) -> Sampled:
+        """The completion, whose server broke off behind its last token."""
+        assert self.is_whole
+        return Sampled(self.tokens, self.logprobs, self._is_stopped, self.versions)
+
+
+async def parts(lines: AsyncIterator[str], doing: str) -> AsyncIterator[dict[str, Any]]:
+    """Parts of a streamed answer.
+
+    Args:
+        lines: of the answer.
+        doing: how messages begin.
+    Raises:
+        ServerUnreachable: the server's engine has failed.
+        ServeError: the request is refused.
+        ServerError: this is no answer of vLLM's.
+    """
+    async for line in lines:
+        # Between two parts stands an empty line, behind the last one a mark.
+        kind, _, text = line.partition(": ")
+        if not text or text == "[DONE]":
+            continue
+        try:
+            part = json.loads(text) if kind == "data" else None
+        except ValueError:
+            part = None
+        if not isinstance(part, dict):
+            raise ServerError(f"{doing}: the answer is no stream of JSON; is it vLLM?")
+        # The status was sent with the first part; what goes wrong later stands in a part.
+        if "error" in part:
+            raise failed(doing, int(part["error"].get("code") or 500), text)
+        yield part
+
+
+def failed(doing: str, status: int, text: str) -> Exception:
+    """The error for a refusal; ``ServerUnreachable`` where another try may be answered."""
+    refused = refusal(doing, status, text)
+    # Too many requests, or a server that is failing: another one, or later.
+    if status == 429 or isinstance(refused, ServerError):
+        return ServerUnreachable(str(refused))
+    return refused
