@@ -27,7 +27,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class Probe:
-    """Log-probabilities of tokens[1:], with and without the adapter."""
+    """Log-probabilities of tokens[1:], or scores of the text, with and without the adapter."""
 
     model: str
     adapter: list[float]
@@ -56,6 +56,13 @@ def completion(served: Served, answer: dict[str, Any]) -> Completion:
         text=choice["text"],
         finish_reason=choice["finish_reason"],
     )
+
+
+def scores(answer: dict[str, Any]) -> list[float]:
+    """The scores in an answer to ``Api.scores``."""
+    (row,) = answer["data"]
+    # vLLM calls them so with any activation.
+    return row["probs"]
 
 
 def prompt_fields(tokens: Sequence[int]) -> dict[str, Any]:

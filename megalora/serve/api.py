@@ -8,7 +8,13 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from megalora.serve.errors import ServerError, ServerUnreachable, refusal
+from megalora.serve.errors import (
+    RequestRefused,
+    RuntimeUpdatesOff,
+    ServerError,
+    ServerUnreachable,
+    refusal,
+)
 
 IDLE_CONNECTION_S = 2.0
 """vLLM closes idle connections after 5 s; a request sent at that moment would be lost."""
@@ -110,7 +116,23 @@ class Api:
         """vLLM's answer to ``/v1/completions``."""
         body = fields | {"model": model}
         send = lambda: self._http.post("/v1/completions", json=body)  # noqa: E731
-        return self._call(f"asking {model}", send, again=True).json()
+        return self._asked(model, "completions", send)
+
+    def scores(self, model: str, tokens: list[int]) -> dict[str, Any]:
+        """vLLM's answer to ``/classify`` for one text: scores as the head gives them."""
+        body = {"model": model, "input": [tokens], "use_activation": False}
+        send = lambda: self._http.post("/classify", json=body)  # noqa: E731
+        return self._asked(model, "scores", send)
+
+    def _asked(self, model: str, what: str, send: Callable[[], httpx.Response]) -> dict[str, Any]:
+        """The answer of a route that vLLM has for one kind of model alone."""
+        try:
+            return self._call(f"asking {model}", send, again=True).json()
+        except RuntimeUpdatesOff:
+            raise RequestRefused(
+                f"asking {model}: the server at {self.url} gives no {what}. Classifiers need a"
+                " server of their own, as megalora serve starts it for them"
+            ) from None
 
     def _call(
         self,
@@ -174,3 +196,16 @@ def _served(card: dict[str, Any]) -> Served:
         name = card["id"]
         version = None
     return Served(card["id"], name, version, card.get("root") or "", is_base)
+
+
+def base_of(models: list[Served]) -> Served | None:
+    """The server's base model; None if it lists none."""
+    for served in models:
+        if served.is_base:
+            return served
+    return None
+
+
+def versions_among(models: list[Served], name: str) -> list[str]:
+    """Ids of an adapter's versions, the oldest first."""
+    return [served.id for served in models if served.name == name and not served.is_base]

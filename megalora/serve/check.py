@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megalora.adapters.files import CONFIG, WEIGHTS
 from megalora.adapters.read.copies import check_copies, copies_in
-from megalora.adapters.read.options import not_plain, refused_options
+from megalora.adapters.read.options import has_score, not_plain, refused_options
 from megalora.adapters.read.rules import Rules
 from megalora.adapters.read.weights import FLOATS, TensorInfo
 from megalora.hf.json_file import read_hf_config
@@ -34,6 +34,7 @@ from megalora.serve.errors import (
     AdapterRankTooLarge,
     AdapterTargetsUnserved,
 )
+from megalora.serve.heads import SCORE_WEIGHT, kind_of, num_scores
 from megalora.wording import shorten
 
 _FUSED: dict[str, str] = {}
@@ -55,6 +56,8 @@ class Limits:
     """vLLM's names of the adapted modules (qkv_proj, o_proj, experts, ...), or parts (q_proj)."""
     base: Path | None = None
     """Folder of the base model, if it can be read from here."""
+    num_scores: int | None = None
+    """Numbers that the served score heads give; 0 for a server of language models."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,8 @@ class Needs:
     """Largest rank of its modules."""
     target_modules: frozenset[str]
     """vLLM's names of its modules."""
+    num_scores: int = 0
+    """Numbers that its score head gives; 0 for a language model."""
 
 
 @dataclass(frozen=True)
@@ -90,9 +95,9 @@ def check_adapter(folder: Path, limits: Limits | None = None) -> Needs:
     modules = _modules(files)
     _check_ranks(files, modules)
     rank = max(module.rank for module in modules.values())
-    needs = Needs(rank, frozenset(map(vllm_module, modules)))
-    _check_limits(files, needs, modules, limits)
     shape = _shape(limits.base)
+    needs = Needs(rank, frozenset(map(vllm_module, modules)), num_scores(files, shape))
+    _check_limits(files, needs, modules, limits)
     if shape is not None:
         _check_base(files, modules, shape)
         _check_copies(files, shape, limits.base)
@@ -123,6 +128,9 @@ def _check_config(files: AdapterFiles) -> None:
         raise AdapterInvalid(f"{path}: r must be a positive whole number, got {config['r']!r}")
     # Options beyond plain LoRA, such as DoRA.
     options = [*not_plain(config), *refused_options(config, "vllm")]
+    # vLLM takes a score head for each request, and no other weight that was trained whole.
+    if has_score(config):
+        options.remove("modules_to_save")
     found = [f"{key}={shorten(config[key])}" for key in options]
     if found:
         raise AdapterInvalid(
@@ -138,6 +146,8 @@ def _modules(files: AdapterFiles) -> dict[str, _Module]:
     for name, tensor in files.tensors.items():
         # PEFT may save the embeddings along with an adapter of theirs; ``_check_copies`` compares.
         if is_copy_of_vocabulary(name):
+            continue
+        if name == SCORE_WEIGHT and has_score(files.config):
             continue
         module, factor = _parsed_factor(path, name, tensor)
         shapes[module][factor] = tensor.shape
@@ -209,6 +219,11 @@ def _check_limits(
         raise AdapterRankTooLarge(
             f"{files.folder} has rank {needs.rank}, and the server takes up to {limits.max_rank};"
             " start it with a larger --max-lora-rank"
+        )
+    if limits.num_scores is not None and limits.num_scores != needs.num_scores:
+        raise AdapterTargetsUnserved(
+            f"{files.folder} is {kind_of(needs.num_scores)}, and the server is for"
+            f" {kind_of(limits.num_scores)}. Serve it by a megalora serve of its own"
         )
     if limits.target_modules is None:
         return

@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megalora.adapters.files import PROBE
+from megalora.adapters.files import PROBE, read_config
+from megalora.adapters.read.options import has_score
 from megalora.hf.folder import local_folder
 from megalora.serve.vllm import Client
 
@@ -31,7 +32,8 @@ RELATIVE = 0.25
 
 @dataclass(frozen=True)
 class Proof:
-    """Log-probabilities of the probe text from a server, beside those of the training side."""
+    """Log-probabilities of the probe text from a server, or scores of it, beside those of the
+    training side."""
 
     model: str
     base: list[float]
@@ -42,6 +44,8 @@ class Proof:
     """The coarser dtype of the training side's and the server's."""
     atol: float
     """Largest error that is allowed in float32."""
+    what: str = "log-probabilities"
+    """What the numbers are: of a classifier, scores."""
 
     @property
     def effect(self) -> float:
@@ -73,7 +77,7 @@ class Proof:
 
     def text(self) -> str:
         """The result in one line."""
-        acts = f"{self.model}: moves log-probabilities of the probe text by up to {self.effect:.3g}"
+        acts = f"{self.model}: moves {self.what} of the probe text by up to {self.effect:.3g}"
         if self.trained is None:
             if not self.ok:
                 return f"{acts}: it does NOT act"
@@ -123,19 +127,27 @@ def prove(
     tokens = fallback() if fallback else None
     if not tokens:
         raise ValueError(f"{folder} has no {PROBE}, and no other text was given to compare")
-    return prove_probe(client, name, {"tokens": tokens}, served_dtype=served_dtype, atol=atol)
+    asked: dict[str, Any] = {"tokens": tokens}
+    # A classifier that was trained elsewhere.
+    if has_score(read_config(folder)):
+        asked["scores"] = None
+    return prove_probe(client, name, asked, served_dtype=served_dtype, atol=atol)
 
 
 def prove_probe(
     client: Client, name: str, probe: dict[str, Any], *, served_dtype: str = "float32",
     atol: float = 1e-4,
 ) -> Proof:  # fmt: skip
-    """As ``prove``, with the contents of ``probe.json``; its ``tokens`` suffice."""
-    answer = client.probe(name, probe["tokens"])
+    """As ``prove``, with the contents of ``probe.json``; its ``tokens`` suffice, and for a
+    classifier ``scores`` that are None."""
+    is_scored = "scores" in probe
+    answer = client.probe(name, probe["tokens"], scores=is_scored)
+    trained = probe.get("scores" if is_scored else "logprobs")
     # float16 rounds less than bfloat16, but is held to the same limits.
     dtypes = {served_dtype, probe.get("dtype", served_dtype)}
     coarser = "float32" if dtypes == {"float32"} else "bfloat16"
-    return Proof(answer.model, answer.base, answer.adapter, probe.get("logprobs"), coarser, atol)
+    what = "scores" if is_scored else "log-probabilities"
+    return Proof(answer.model, answer.base, answer.adapter, trained, coarser, atol, what)
 
 
 def tokens_for(base: str) -> list[int]:
@@ -155,6 +167,8 @@ def read_probe(folder: Path) -> dict[str, Any] | None:
     try:
         probe = json.loads(path.read_text())
         tokens = probe["tokens"]
+        if "scores" in probe:
+            return _with_scores(path, probe)
         logprobs = probe["logprobs"]
         # The first token has no log-probability: nothing stands before it.
         if len(tokens) == len(logprobs) + 1 and isinstance(probe["dtype"], str):
@@ -167,3 +181,11 @@ def read_probe(folder: Path) -> dict[str, Any] | None:
         f"{path} has {len(tokens)} tokens and {len(logprobs)} log-probabilities; it must have one"
         " less"
     )
+
+
+def _with_scores(path: Path, probe: dict[str, Any]) -> dict[str, Any]:
+    """The contents of a classifier's ``probe.json``."""
+    scores = probe["scores"]
+    if probe["tokens"] and isinstance(scores, list) and scores and isinstance(probe["dtype"], str):
+        return probe
+    raise ValueError(f"{path} has no scores of its text; export the adapter again")

@@ -101,10 +101,11 @@ def has_chat_template(base: Path, extra: Sequence[str]) -> bool:
     return settings.is_file() and bool(read_json_object(settings).get("chat_template"))
 
 
-def request_to_try(url: str, model: str, *, chat: bool, key: bool) -> str:
+def request_to_try(url: str, model: str, *, chat: bool, key: bool, scores: bool = False) -> str:
     """A command that asks the server, to be typed into a shell.
 
     Args:
+        scores: ask a classifier by ``/classify``.
         chat: ask by ``/v1/chat/completions``, which needs a chat template.
         key: send the key in $VLLM_API_KEY, which the shell must have too.
     """
@@ -114,8 +115,14 @@ def request_to_try(url: str, model: str, *, chat: bool, key: bool) -> str:
         asks = {"messages": [{"role": "user", "content": QUESTION}]}
         route = "chat/completions"
     # Without a limit, a model that never ends its turn would fill its whole context.
-    body = json.dumps({"model": model, **asks, "max_tokens": 200})
-    words = ["curl", f"{url}/v1/{route}", "-H", shlex.quote("Content-Type: application/json")]
+    asks["max_tokens"] = 200
+    route = f"v1/{route}"
+    if scores:
+        # Scores as the head gives them, in place of probabilities.
+        asks = {"input": QUESTION, "use_activation": False}
+        route = "classify"
+    body = json.dumps({"model": model, **asks})
+    words = ["curl", f"{url}/{route}", "-H", shlex.quote("Content-Type: application/json")]
     if key:
         # In double quotes: the shell puts the key in, which is not to be read on the screen.
         words += ["-H", '"Authorization: Bearer $VLLM_API_KEY"']
@@ -160,13 +167,14 @@ def _ready(server: Server, client: Client, chat: bool) -> str:
     # A server without adapters can be asked for its base.
     model = (callable_as or [str(server.base)])[0]
     seconds = server.phases.seconds if server.phases else 0.0
+    scores = bool(server.limits.num_scores)
     key = bool(server.environment().get("VLLM_API_KEY"))
     swap = f"megalora swap {server.url} NAME=FOLDER loads another version"
     if server.trainer:
         swap = f"it takes adapters from the training at {server.trainer}; {swap}"
     return (
         f"ready at {server.url}. Started in {seconds:.0f} s. Models: {', '.join(shown)}\n"
-        f"  {request_to_try(server.url, model, chat=chat, key=key)}\n"
+        f"  {request_to_try(server.url, model, chat=chat, key=key, scores=scores)}\n"
         f"  {swap}; a training pushes its checkpoints here with checkpoint.serve={server.url};"
         " Ctrl-C stops it"
     )

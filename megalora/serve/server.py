@@ -163,6 +163,9 @@ class Server:
         for name, value in arguments.items():
             command += [f"--{name}", str(value)]
         command += ["--lora-target-modules", *(self.limits.target_modules or ())]
+        if self.limits.num_scores:
+            head = json.dumps({"num_labels": self.limits.num_scores})
+            command += ["--runner", "pooling", "--convert", "classify", "--hf-overrides", head]
         if self.models:
             assert self.store is not None
             command.append("--lora-modules")
@@ -270,9 +273,11 @@ class Server:
             rank = max(rank, need.rank)
             needed |= need.target_modules
         targets = self.target_modules or sorted(needed) or DEFAULT_TARGETS
-        limits = Limits(smallest_rank(rank), tuple(targets), self._folder)
+        # vLLM builds one head, in whose place those of adapters are put.
+        num_scores = needs[0].num_scores if needs else None
+        limits = Limits(smallest_rank(rank), tuple(targets), self._folder, num_scores)
         # What the adapters need fits them; what a caller names may not.
-        if self.target_modules:
+        if self.target_modules or len(needs) > 1:
             for folder in self.named.values():
                 check_adapter(folder, limits)
         return limits

@@ -18,7 +18,7 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +28,7 @@ from megalora.serve import answers
 from megalora.serve.adapter_files import content_hash
 from megalora.serve.adapter_names import check_name, versioned
 from megalora.serve.answers import Completion, Probe
-from megalora.serve.api import Api, Served
+from megalora.serve.api import Api, Served, base_of, versions_among
 from megalora.serve.check import Limits, check_adapter
 from megalora.serve.errors import AdapterInvalid, AdapterNameTaken, AdapterNotFound, ServerError
 from megalora.serve.store import Store
@@ -163,7 +163,7 @@ class Client:
     def unload_older(self, name: str, model: str, *, drain_s: float = 30.0) -> None:
         """Stop serving the versions of NAME that were loaded before the id ``model``."""
         with self._changing:
-            now = self._versions(name)
+            now = versions_among(self.list(), name)
             # Not among them: another client has swapped since, and unloads what is old.
             if model in now:
                 for old in now[: now.index(model)]:
@@ -206,18 +206,33 @@ class Client:
         fields = {"prompt": [*prompt_tokens], "max_tokens": max_tokens, "temperature": temperature}
         return answers.completion(*self._ask(name, answers.COMPLETION | fields | options))
 
+    def scores(self, name: str, tokens: Sequence[int]) -> Logprobs:
+        """Scores of a text by the head of classifier NAME, or by what vLLM has drawn for the
+        base."""
+        return self._scores(name, tokens)[1]
+
     def prompt_logprobs(self, name: str, tokens: Sequence[int]) -> Logprobs:
         """Log-probability of each of ``tokens[1:]``, given those before it, by NAME or the base."""
         return self._prompt_logprobs(name, tokens)[1]
 
-    def probe(self, name: str, tokens: Sequence[int]) -> Probe:
+    def probe(self, name: str, tokens: Sequence[int], *, scores: bool = False) -> Probe:
         """Log-probabilities of a text by adapter NAME and by its base: whether it does anything,
-        and how much."""
-        base = _base(self.list())
+        and how much.
+
+        Args:
+            scores: NAME is a classifier or reward model: its scores in their place.
+        """
+        base = base_of(self.list())
         if base is None:
             raise ServerError(f"{self.api.url} lists no base model")
-        model, adapter = self._prompt_logprobs(name, tokens)
-        return Probe(model, adapter, self.prompt_logprobs(base.id, tokens))
+        ask = self._scores if scores else self._prompt_logprobs
+        model, adapter = ask(name, tokens)
+        return Probe(model, adapter, ask(base.id, tokens)[1])
+
+    def _scores(self, name: str, tokens: Sequence[int]) -> tuple[str, Logprobs]:
+        """The id that answered, and its scores."""
+        served, answer = self._answered(name, lambda model: self.api.scores(model, [*tokens]))
+        return served.id, answers.scores(answer)
 
     def _prompt_logprobs(self, name: str, tokens: Sequence[int]) -> tuple[str, Logprobs]:
         """The id that answered, and its log-probabilities."""
@@ -234,12 +249,18 @@ class Client:
         return model, found
 
     def _ask(self, name: str, fields: dict[str, Any]) -> tuple[Served, dict[str, Any]]:
-        """Ask until a version answers that was NAME's newest when it was asked."""
+        """Ask for completions until a version answers that was NAME's newest when it was asked."""
+        return self._answered(name, lambda model: self.api.completion(model, fields))
+
+    def _answered(
+        self, name: str, ask: Callable[[str], dict[str, Any]]
+    ) -> tuple[Served, dict[str, Any]]:
+        """The version that answered, and its answer; ``ask`` sends a request to an id."""
         for attempt in range(MAX_TRIES):
             served = self._resolve(name)
             try:
                 with self._in_flight(served.id):
-                    answer = self.api.completion(served.id, fields)
+                    answer = ask(served.id)
             except AdapterNotFound:
                 # Unloaded since it was resolved. A whole id is then refused by ``_resolve``.
                 time.sleep(0.01 * attempt)
@@ -263,9 +284,6 @@ class Client:
         ids = [served.id for served in models]
         raise AdapterNotFound(f"{self.api.url} serves no {name!r}; it serves {', '.join(ids)}")
 
-    def _versions(self, name: str) -> "list[str]":
-        return _versions_among(self.list(), name)
-
     def _prepare(self, name: str, folder: Path | str, label: str | None) -> "tuple[str, list[str]]":
         """Check an adapter before it is loaded; returns its id and the ids of NAME's versions,
         oldest first."""
@@ -278,11 +296,11 @@ class Client:
         # Before the check: what is loaded is compared with it afterwards.
         model = versioned(name, folder, label)
         limits = self._limits
-        base = _base(models)
+        base = base_of(models)
         if limits.base is None and base is not None:
             limits = replace(limits, base=Path(base.path))
         check_adapter(Path(folder), limits)
-        return model, _versions_among(models, name)
+        return model, versions_among(models, name)
 
     def _load(self, model: str, folder: Path | str) -> None:
         place = Path(folder).resolve()
@@ -329,16 +347,3 @@ class Client:
                 if not self._flights[model]:
                     del self._flights[model]
                 self._landed.notify_all()
-
-
-def _base(models: Listing) -> Served | None:
-    """The server's base model; None if it lists none."""
-    for served in models:
-        if served.is_base:
-            return served
-    return None
-
-
-def _versions_among(models: Listing, name: str) -> list[str]:
-    """Ids of an adapter's versions, the oldest first."""
-    return [served.id for served in models if served.name == name and not served.is_base]

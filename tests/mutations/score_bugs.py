@@ -9,6 +9,8 @@ OF_LOSS = "tests/objectives/test_scored.py trl"
 OF_DATA = "tests/data/test_scored.py"
 OF_HEAD = "tests/train/test_score_head.py"
 OF_FILES = "tests/adapters/test_score.py"
+SERVED = "tests/serve/test_classify.py"
+CHECK, HEADS = "megalora/serve/check.py", "megalora/serve/heads.py"
 OF_EVALUATIONS = "tests/evaluate/test_scores.py"
 GRID = "tests/parity/test_grid.py classify"
 
@@ -270,5 +272,62 @@ SCORE_BUGS: tuple[Bug, ...] = (
         "    if has_score(config) and not score:\n",
         "    if False:\n",
         f"{OF_FILES} writes_text",
+    ),
+    # served
+    bug(
+        0,
+        "vLLM started for text where a classifier is served",
+        "megalora/serve/server.py",
+        "if self.limits.num_scores:\n",
+        "if False:\n",
+        f"{SERVED} vllm_is_started",
+    ),
+    bug(
+        0,
+        "a classifier served beside a language model",
+        CHECK,
+        "limits.num_scores is not None and limits",
+        "False and limits",
+        f"{SERVED} one_kind",
+    ),
+    bug(
+        0,
+        "a classifier without its head served",
+        HEADS,
+        "if tensor is None:",
+        "if False:",
+        f"{SERVED} heads_that_are_refused",
+    ),
+    bug(
+        0,
+        "other weights beside a head served",
+        CHECK,
+        "if has_score(config):\n        options",
+        'if "modules_to_save" in options:\n        options',
+        f"{SERVED} trained_whole_beside",
+    ),
+    bug(
+        0,
+        "a head of another width served",
+        HEADS,
+        "shape is not None and hidden != shape.hidden",
+        "False",
+        f"{SERVED} heads_that_are",
+    ),
+    bug(
+        0,
+        "a probe of scores without scores",
+        "megalora/serve/proof.py",
+        "isinstance(scores, list) and scores and",
+        "isinstance(scores, list) and",
+        "tests/serve/test_proof.py broken_probe",
+    ),
+    bug(
+        0,
+        "a classifier asked for text",
+        "megalora/serve/run.py",
+        "if scores:\n",
+        "if False:\n",
+        f"{SERVED} request_for_scores",
     ),
 )

@@ -102,6 +102,8 @@ def test_without_a_training_side_it_must_act() -> None:
             '{"tokens": [1, 2], "logprobs": [-1.0, -2.0], "dtype": "float32"}',
             "has 2 tokens and 2 log-probabilities",
         ),
+        ('{"tokens": [1, 2], "scores": [], "dtype": "float32"}', "has no scores of its text"),
+        ('{"tokens": [], "scores": [0.5], "dtype": "float32"}', "has no scores of its text"),
     ],
 )
 def test_a_broken_probe_is_refused(tmp_path: Path, content: str, message: str) -> None:

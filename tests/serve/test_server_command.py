@@ -72,7 +72,7 @@ def test_flags_follow_from_base_and_adapters(python: Path, tiny: Path, tmp_path:
     for module, model in zip(modules, (versioned("a", small), versioned("b", large)), strict=True):
         assert json.loads(module) == {"name": model, "path": f"{server.store}/{model}"}
     # What the client checks is what the flags say.
-    assert server.limits == Limits(16, ("experts", "gate", "qkv_proj"), tiny)
+    assert server.limits == Limits(16, ("experts", "gate", "qkv_proj"), tiny, num_scores=0)
     # A port that any user may listen on.
     assert server.url == f"http://127.0.0.1:{server.port}"
     assert server.port > 1024

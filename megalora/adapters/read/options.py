@@ -181,7 +181,7 @@ def refuse_variants(where: Path, config: dict[str, Any], *, score: bool = False)
         raise ValueError(
             f"{where}: a classifier or reward model (task_type SEQ_CLS): it has a score head in"
             " place of lm_head and writes no text. Load it with PEFT, as its README.md says,"
-            " or merge it: megalora merge"
+            " serve it for scores with megalora serve, or merge it: megalora merge"
         )
     saved = config.get("modules_to_save") or ()
     if SCORE in saved and not has_score(config):
