@@ -32,6 +32,7 @@ from torch import Tensor
 
 from megalora.adapters.files import CONFIG
 from megalora.adapters.merge_head import Shard, add_lm_head, replace_lm_head, untie
+from megalora.adapters.merge_original import merged_into
 from megalora.adapters.merge_report import REPORT, MergedModule, MergeReport
 from megalora.adapters.merge_score import make_classifier
 from megalora.adapters.merge_whole import replace_whole
@@ -75,9 +76,10 @@ class _Block:
     is_bias: bool = False
 
 
-def merge(adapter: Path, base: str, out: Path) -> MergeReport:
+def merge(adapter: Path, base: str, out: Path, original: str | None = None) -> MergeReport:
     """Write ``base``, a folder or hub name, with ``adapter`` merged into it to the folder ``out``,
-    which must be new or empty.
+    which must be new or empty. Of a quantised base, what is merged into is ``original``, from which
+    it was made.
 
     Copied along: every file of the base's folder, except weights in other forms (.bin, .gguf, ...,
     and shards that the index does not name), hidden files and folders. A failure leaves nothing;
@@ -92,6 +94,8 @@ def merge(adapter: Path, base: str, out: Path) -> MergeReport:
     out = out.resolve()
     check_new(out, folder)
     shape = model_shape(read_hf_config(folder))
+    folder, into_original = merged_into(folder, shape, original)
+    check_new(out, folder)
     check_base_folder(folder)
     read = read_adapter(adapter, shape, base=folder, score=True)
     shards = {name: Shard(*read_header(folder / name)) for name in weight_shards(folder)}
@@ -100,7 +104,7 @@ def merge(adapter: Path, base: str, out: Path) -> MergeReport:
     untied = shape.tied_embeddings and any(a.projection in HEAD for a in read.adapted)
     if untied:
         add_lm_head(folder, shards)
-    notes = [*read.notes, *replace_whole(folder, shards, read, shape)]
+    notes = [*into_original, *read.notes, *replace_whole(folder, shards, read, shape)]
     blocks = _find_blocks(folder, read.adapted, shape, shards)
     others = [path for path in sorted(folder.iterdir()) if _is_copied(path)]
     num_bytes = 0

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from megalora import host
 from megalora.adapters.read.adapter import read_adapter
@@ -20,7 +19,7 @@ from megalora.data.tokenizer import load_tokenizer
 from megalora.generate.choose import Draws, choose
 from megalora.generate.options import Sampling, model_sampling, stop_tokens
 from megalora.model.account import open_folder
-from megalora.progress_bar import no_progress_bar
+from megalora.verify.stock_model import load_stock
 
 
 class LocalEngine:
@@ -46,8 +45,7 @@ class LocalEngine:
         self.defaults = model_sampling(base)
         if adapter is not None:
             _check_for_peft(base, adapter)
-        with no_progress_bar():
-            model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+        model: Any = load_stock(base, dtype)
         self.max_positions: int | None = getattr(model.config, "max_position_embeddings", None)
         model = model.to(host.device())
         if adapter is not None:

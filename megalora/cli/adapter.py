@@ -2,8 +2,10 @@
 verify."""
 
 import sys
+from pathlib import Path
 from typing import Any
 
+from megalora.adapters.merge_original import is_merged_into_original
 from megalora.cli.command_parser import add_command
 from megalora.cli.folders import adapter_folder, check_base, check_out
 from megalora.paths import user_path
@@ -115,6 +117,12 @@ def _add_merge(commands: Any) -> None:
     # Required though the adapter names one: the result is that very base, changed.
     merge.add_argument("--base", required=True, help="the base model's folder or hub name")
     merge.add_argument("--out", required=True, type=user_path, help=OUT)
+    merge.add_argument(
+        "--original",
+        metavar="MODEL",
+        help="folder or hub name of the model that a quantised base was made from; the result is"
+        " that model, changed",
+    )
     merge.set_defaults(action=_merge)
 
 
@@ -200,10 +208,14 @@ def _import(options: Any, _: list[str]) -> None:
 def _merge(options: Any, _: list[str]) -> None:
     adapter = adapter_folder(options.adapter)
     check_base(options.base, weights=True)
+    base = Path(options.base)
+    # A name on the hub is looked at when its files are here.
+    if base.is_dir():
+        is_merged_into_original(base, options.original)
     check_out(options.out, adapter)
     from megalora.adapters.merge import merge
 
-    print(merge(adapter, options.base, options.out).text())
+    print(merge(adapter, options.base, options.out, options.original).text())
 
 
 def _inspect(options: Any, _: list[str]) -> None:

@@ -121,7 +121,7 @@ def refold(
     # As when the run began: the same checks, the same mapping, the same places in memory.
     base = open_folder(folder)
     bridge = open_architecture(base.hf)
-    weights = Merged(BaseWeights(base), adapted, cycles, dtype)
+    weights = Merged(BaseWeights(base, dtype), adapted, cycles, dtype)
     with bare(chunks):
         load_named(bridge, bridge.hf_config, weights, list(chunks), str(folder))
     _check_merged(adapted, weights.merged)

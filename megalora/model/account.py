@@ -25,8 +25,10 @@ from typing import Any
 from megalora.hf.json_file import read_hf_config
 from megalora.hf.tensor_names import EMBEDDING, LM_HEAD, is_of_quantised
 from megalora.model.families import FAMILIES, layer_projections
-from megalora.model.fields import check_fields, instead_of_quantised, model_shape
+from megalora.model.fields import check_fields, instead_of_quantised, model_shape, scheme_of
 from megalora.model.projections import HEAD, Projection, StoredAs, ways_to_store
+from megalora.model.quantised.account import Found, find_quantised
+from megalora.model.quantised.scheme import Scheme
 from megalora.model.shape import ModelShape
 from megalora.model.stored_tensors import (
     Place,
@@ -54,6 +56,8 @@ class BaseFolder:
     """Published name of every tensor of the model, a tied head left out -> where it is."""
     num_unused: int = 0
     """Number of stored tensors that belong to layers that predict several tokens ahead."""
+    scheme: Scheme | None = None
+    """How linears are quantised; None where all weights are plain."""
 
 
 def open_folder(folder: Path) -> BaseFolder:
@@ -77,8 +81,10 @@ def open_folder(folder: Path) -> BaseFolder:
     # Before the shape: whether the head is a matrix of its own counts among the needed tensors.
     hf = tied_as_stored(folder, hf, stored)
     shape = model_shape(hf)
-    places = _match(folder, shape, stored)
-    return BaseFolder(folder, hf, shape, places, num_unused)
+    scheme = scheme_of(hf, str(folder))
+    quantised = Found() if scheme is None else _find_quantised(folder, scheme, shape, stored)
+    places = _match(folder, shape, stored, quantised)
+    return BaseFolder(folder, hf, shape, places, num_unused, scheme)
 
 
 def unused_note(base: BaseFolder) -> str | None:
@@ -89,6 +95,16 @@ def unused_note(base: BaseFolder) -> str | None:
         f"{base.folder}: {base.num_unused:,} tensors under {unused_prefix(base.hf)[0]} are not"
         " read: that layer predicts several tokens ahead and does not belong to the model that is"
         " trained"
+    )
+
+
+def quantised_note(scheme: Scheme | None, dtype: str) -> str | None:
+    """A line for the user about a base whose linears are stored quantised; None for a plain one."""
+    if scheme is None:
+        return None
+    return (
+        f"the base is quantised ({scheme.title}): its weights are decoded as they are read and take"
+        f" the memory of {dtype}"
     )
 
 
@@ -126,15 +142,35 @@ def _has_bias(projection: Projection, shape: ModelShape) -> bool:
     return shape.o_bias if projection.name == "o_proj" else shape.qkv_bias
 
 
-def _match(folder: Path, shape: ModelShape, stored: dict[str, Place]) -> dict[str, Place]:
+def _find_quantised(
+    folder: Path, scheme: Scheme, shape: ModelShape, stored: Mapping[str, Place]
+) -> Found:
+    """The quantised weights of a folder; raises ``ValueError`` that names the folder."""
+    matrices: dict[str, tuple[int, int]] = {}
+    for name, size in needed_tensors(shape).items():
+        # Linears; the embedding is a table.
+        if len(size) == 2 and name != EMBEDDING:
+            matrices[name] = (size[0], size[1])
+    try:
+        return find_quantised(scheme, matrices, stored)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+
+
+def _match(
+    folder: Path, shape: ModelShape, stored: dict[str, Place], quantised: Found
+) -> dict[str, Place]:
     """Published name -> place of every needed tensor; raises ``ValueError`` unless both sides
     fit."""
     places: dict[str, Place] = {}
-    used: set[str] = set()
+    used: set[str] = set(quantised.used)
     missing: list[str] = []
     misshapen: list[str] = []
     other_ways = _other_ways(shape)
     for name, size in needed_tensors(shape).items():
+        if name in quantised.places:
+            places[name] = quantised.places[name]
+            continue
         # As it is published, else as transformers writes its own names.
         way = StoredAs(name, size)
         if name not in stored:
@@ -154,7 +190,7 @@ def _match(folder: Path, shape: ModelShape, stored: dict[str, Place]) -> dict[st
             misshapen.append(f"{holder} is {list(place.tensor.shape)}, needed {list(wanted)}")
         used.add(holder)
     left = [name for name in stored if name not in used and not may_be_left(name)]
-    _check_unquantised(folder, stored, used, left)
+    _check_unquantised(folder, stored, used - quantised.used, left)
     problems = []
     if missing:
         problems.append(f"{len(missing):,} tensors are missing ({first_few(missing)})")

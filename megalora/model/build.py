@@ -56,7 +56,7 @@ def build_model(
     )
     chunks = make_chunks(base.hf, config, parallel, shape, formats=formats)
     _mark_unwritten(chunks)
-    load_weights(base, chunks)
+    load_weights(base, chunks, getattr(torch, config.dtype))
     dist.barrier()
     # Megatron makes router weights on the host.
     for chunk in chunks:

@@ -22,6 +22,8 @@ from typing import Any
 from megalora.model.families import family_of
 from megalora.model.families.family import Family
 from megalora.model.families.rules import Rule
+from megalora.model.quantised.config import read_scheme
+from megalora.model.quantised.scheme import Scheme
 from megalora.model.rope_fields import ROPE_FIELDS, check_whole_heads, read_rope
 from megalora.model.shape import ModelShape
 
@@ -64,8 +66,10 @@ _GENERATION = (
     "cache_implementation", "use_model_defaults", "generation_config",
 )  # fmt: skip
 HARMLESS = frozenset((*_BOOKKEEPING, *_HOW_IT_RUNS, *_GENERATION))
-_QUANTISED = ("quantization_config", "compression_config", "quantization")
-"""Fields that only quantised models have; MLX writes the last."""
+QUANTISED = "quantization_config"
+_QUANTISED_OTHERWISE = ("compression_config", "quantization")
+"""Fields of quantised models that are not read: compressed-tensors wrote the first before it had
+the name of all others, MLX writes the second."""
 _TOGETHER = ("architectures", "layer_types")
 """Fields whose right values depend on others of the file."""
 
@@ -132,9 +136,7 @@ def check_fields(hf: Mapping[str, Any], source: str = "") -> None:
     check_sizes(hf)
     family = family_of(hf)
     # What explains most comes first: a quantised model has other odd fields besides.
-    for name in _QUANTISED:
-        if hf.get(name):
-            raise ValueError(_quantised(name, hf[name], source or str(hf.get("_name_or_path", ""))))
+    scheme_of(hf, source)
     _check_rules(hf, family.others)
     _check_rope(hf, family)
     family.check(hf)
@@ -148,7 +150,7 @@ def check_fields(hf: Mapping[str, Any], source: str = "") -> None:
             " the model was trained so"
         )
     # Last, because a field of another feature often comes with one that says more.
-    known = {*family.sizes, *family.others, *HARMLESS, *ROPE_FIELDS, *_TOGETHER}
+    known = {*family.sizes, *family.others, *HARMLESS, *ROPE_FIELDS, *_TOGETHER, QUANTISED}
     for name, value in hf.items():
         if name not in known and value not in (None, False, "", [], {}):
             raise ValueError(_unknown(hf["model_type"], name, value, known))
@@ -218,13 +220,31 @@ _FORMATS = re.compile(
 )
 
 
-def _quantised(name: str, value: Any, source: str) -> str:
-    method = value.get("quant_method") if isinstance(value, dict) else None
-    how = f" (quant_method {method!r})" if method else ""
-    return (
-        f"config.json has {name}{how}: these weights are quantised, and megalora trains on float32,"
-        f" bfloat16 or float16 weights only; {instead_of_quantised(source)}"
-    )
+def scheme_of(hf: Mapping[str, Any], source: str = "") -> Scheme | None:
+    """How a model's linears are quantised by its ``config.json``; None where they are plain.
+
+    Raises:
+        ValueError: they are quantised in a way that is not read.
+    """
+    source = source or str(hf.get("_name_or_path", ""))
+    for name in _QUANTISED_OTHERWISE:
+        if hf.get(name):
+            raise ValueError(
+                f"config.json has {name}: these weights are quantised in a way that megalora does"
+                f" not read; {instead_of_quantised(source)}"
+            )
+    settings = hf.get(QUANTISED)
+    if not settings:
+        return None
+    try:
+        if not isinstance(settings, dict):
+            raise ValueError(f"it is {_shown(settings)}, not an object")
+        return read_scheme(settings)
+    except ValueError as error:
+        raise ValueError(
+            f"config.json has {QUANTISED}, of which megalora does not read this: {error};"
+            f" {instead_of_quantised(source)}"
+        ) from None
 
 
 def instead_of_quantised(source: str) -> str:

@@ -288,11 +288,11 @@ def open_architecture(hf: Mapping[str, Any]) -> FamilyBridge:
     return FamilyBridge(family, shape, hf, config)
 
 
-def load_weights(base: BaseFolder, chunks: list[nn.Module]) -> None:
-    """Fill this rank's chunks from a base folder; collective over tensor-parallel ranks and
-    pipeline stages."""
+def load_weights(base: BaseFolder, chunks: list[nn.Module], dtype: torch.dtype) -> None:
+    """Fill this rank's chunks, of this dtype, from a base folder; collective over tensor-parallel
+    ranks and pipeline stages."""
     bridge = open_architecture(base.hf)
-    load_named(bridge, bridge.hf_config, BaseWeights(base), chunks, str(base.folder))
+    load_named(bridge, bridge.hf_config, BaseWeights(base, dtype), chunks, str(base.folder))
 
 
 def load_named(

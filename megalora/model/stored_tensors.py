@@ -19,14 +19,27 @@ _COMPARED_BYTES = 2**24
 
 @dataclass(frozen=True)
 class Place:
-    """Place of one tensor of the model in a folder: a stored tensor, or some rows of one expert in
-    a packed one."""
+    """Place of one tensor of the model in a folder: a stored tensor, some rows of one expert in a
+    packed one, or the tensors of a quantised weight."""
 
     shard: str
     tensor: Stored
     expert: int | None = None
     rows: tuple[int, int] | None = None
     """First row of that expert's part, and the row after its last."""
+    quantised: "Quantised | None" = None
+    """What stands for a quantised weight; ``tensor`` is then the one that only such weights
+    have."""
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """Stored tensors that stand for one weight."""
+
+    size: tuple[int, int]
+    """[N, K] of the weight."""
+    parts: Mapping[str, Place]
+    """Ending of a stored tensor's name -> its place."""
 
 
 def unused_prefix(hf: Mapping[str, Any]) -> tuple[str, ...]:

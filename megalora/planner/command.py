@@ -6,6 +6,8 @@ from pathlib import Path
 
 from megalora.config.checks import require
 from megalora.config.file import load_config
+from megalora.model.account import quantised_note
+from megalora.model.fields import scheme_of
 from megalora.paths import prepare_file
 from megalora.planner import report
 from megalora.planner.gpu_counts import fits_from, words_of
@@ -17,6 +19,7 @@ from megalora.planner.layout_table import (
     layout_table,
     stages_lines,
 )
+from megalora.planner.models import find_architecture
 from megalora.planner.own_layout import own_layout
 from megalora.planner.question import PlanOptions, Question
 from megalora.planner.search import CLOSE, Plan, Planned, search_ranks
@@ -103,6 +106,9 @@ def _say_question(question: Question, gpus: str, say: Callable[[str], None]) -> 
         f"{config.model.path} on {gpus} {question.machine.name}, {work.in_words},"
         f" {work.dtype}, LoRA rank {config.lora.rank} on {config.lora.target_modules}"
     )
+    scheme = scheme_of(find_architecture(config.model.path))
+    if note := quantised_note(scheme, work.dtype):
+        say(note)
     rates = f"rates {question.machine.note}"
     # A dense model routes nothing.
     if question.shape.moe_layers:

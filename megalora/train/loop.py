@@ -21,7 +21,7 @@ from megalora.first_rank import on_first_rank
 from megalora.hf.folder import local_folder
 from megalora.lora.coverage import write_manifest
 from megalora.lora.select import plan
-from megalora.model.account import open_folder, unused_note
+from megalora.model.account import open_folder, quantised_note, unused_note
 from megalora.serve.live_sync import serving
 from megalora.train import duration
 from megalora.train.about import shown_samples, write_about
@@ -110,8 +110,10 @@ def train(config: RunConfig, job: str | None = None, feed: Feed = FILES) -> Path
         shape, adapted = plan(config.lora, config.parallel, folder, config.train, num_scores)
         identity = identify(config, folder)
         notes = [*run_folder.notes, *found.notes]
-        if note := unused_note(open_folder(folder)):
-            notes.append(note)
+        base = open_folder(folder)
+        for note in (unused_note(base), quantised_note(base.scheme, config.model.dtype)):
+            if note is not None:
+                notes.append(note)
         if found.state:
             notes += check_same_run(found.state, config, identity, adapted, shape)
         notes += reference_notes(config.objective, found.state)

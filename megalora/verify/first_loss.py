@@ -23,13 +23,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM
 
 from megalora.data.batch import Batch
 from megalora.first_rank import on_first_rank
 from megalora.model.shape import ModelShape
-from megalora.progress_bar import no_progress_bar
 from megalora.verify.host_memory import free_host_memory_bytes
+from megalora.verify.stock_model import load_stock
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
 """Largest difference relative to the loss, by the dtype of the run."""
@@ -94,10 +93,7 @@ def reference_loss(
             f" memory on the first rank, which has {free / 2**30:.1f} GiB free. Set"
             " train.check_base=layer, or check a smaller model of the family."
         )
-    with no_progress_bar():
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, dtype)
-        ).eval()
+    model: Any = load_stock(folder, getattr(torch, dtype)).eval()
     if adapter is not None:
         # Late: only a run that is resumed needs PEFT.
         from peft import PeftModel

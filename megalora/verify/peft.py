@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from megalora import host
 
@@ -34,6 +33,7 @@ from megalora.model.build import build_model  # noqa: E402
 from megalora.model.score_head import ScoreHead  # noqa: E402
 from megalora.model.shape import ModelShape  # noqa: E402
 from megalora.parallel import parallel_groups  # noqa: E402
+from megalora.verify.stock_model import load_stock  # noqa: E402
 
 PROBE = (2, 64)
 """Samples and tokens of the random probe batch."""
@@ -210,13 +210,11 @@ def _peft_logits(
     logging.disable_progress_bar()
     hide_peft_warnings()
     if num_scores:
-        base: Any = AutoModelForSequenceClassification.from_pretrained(
-            folder, dtype=torch.float32, num_labels=num_scores
-        )
+        base: Any = load_stock(folder, torch.float32, num_labels=num_scores)
         # No token of the probe is this one: each sample is scored at its last token.
         base.config.pad_token_id = base.config.vocab_size
     else:
-        base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        base = load_stock(folder, torch.float32)
     base = base.to(host.device())
     # As an export's README.md says.
     if parts_of(adapter):

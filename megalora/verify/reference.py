@@ -8,7 +8,7 @@ so that masks and rotary tables are transformers' too.
 
 The loader's steps are private to transformers (``core_model_loading``, names with an underscore):
 they are used here because calling anything else would compare with our own reading of the folder.
-``pyproject.toml`` bounds the release.
+``pyproject.toml`` bounds the release. Quantised weights are the exception: our decoders read them.
 
 Weights are rounded to the dtype of the run first and computed with in float32. Of embedding and
 head only some rows are read, of routed experts only some experts.
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -34,6 +34,8 @@ from transformers.modeling_utils import LoadStateDictConfig, _get_resolved_check
 
 from megalora.hf.tensor_names import parse_expert
 from megalora.progress_bar import no_progress_bar
+from megalora.verify.decoded import quantised_weights
+from megalora.verify.stock_model import plain_config
 
 
 class Skipped(nn.Module):
@@ -76,7 +78,7 @@ def _without_weights(folder: Path, dtype: torch.dtype) -> Any:
     device."""
     try:
         # The file's own dtype need not be one: "auto".
-        config = AutoConfig.from_pretrained(folder, dtype=dtype)
+        config = plain_config(folder, dtype=dtype)
         with torch.device("meta"):
             # eager: each family's own definition of attention and experts, which the other
             # implementations follow.
@@ -128,9 +130,13 @@ class Reference:
             download_kwargs={"local_files_only": True},
         )
         self.stored: dict[str, dict[str, Any]] = {}
+        decoded = quantised_weights(self.folder)
         for file in files or []:
             handle: Any = safe_open(file, framework="pt")
             for stored_name in handle.keys():  # noqa: SIM118 - not a dict
+                # Tensors of quantised weights come below, one for each weight.
+                if stored_name in decoded.parts:
+                    continue
                 # transformers takes model.language_model. for other families only; every other name
                 # stays as it is.
                 key = stored_name.replace("model.language_model.", "model.", 1)
@@ -138,6 +144,9 @@ class Reference:
                 if name not in expected and key in expected:
                     name, _ = rename_source_key(key, [], [], prefix, expected)
                 self.stored.setdefault(name, {})[key] = handle.get_slice(stored_name)
+        for key, weight in decoded.weights.items():
+            name, _ = rename_source_key(key, renamings, converters, prefix, expected)
+            self.stored.setdefault(name, {})[key] = weight
 
     def name_of(self, wanted: nn.Module) -> str:
         """A module's name in the whole model, which is what stored names begin with."""

@@ -93,11 +93,12 @@ def test_biases_without_the_field_are_left_over(tmp_path: Path) -> None:
 
 
 def to_fp8(tensors: Tensors) -> Tensors:
-    """Linears of the layers in FP8 with a scale each, as Qwen publishes them."""
+    """Linears of the layers in FP8 with a scale for each block, as Qwen publishes them."""
     quantised = {}
     for name, tensor in tensors.items():
         if name.endswith("_proj.weight"):
-            quantised[f"{name}_scale_inv"] = torch.tensor([[0.01]])
+            blocks = [-(-size // 128) for size in tensor.shape]
+            quantised[f"{name}_scale_inv"] = torch.full(blocks, 0.01)
             quantised[name] = (tensor / 0.01).to(torch.float8_e4m3fn)
     return tensors | quantised
 
@@ -109,11 +110,16 @@ FP8: dict[str, Any] = {
 }  # fmt: skip
 
 
-def test_fp8_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    base = rewrite(make_base(tmp_path / "Qwen3-30B-A3B-FP8"), to_fp8, quantization_config=FP8)
+def test_fp8_is_read(tmp_path: Path) -> None:
+    """transformers decodes such a folder too: rightly, since all scales are one number."""
+    assert_reads(rewrite(make_base(tmp_path / "base"), to_fp8, quantization_config=FP8))
+
+
+def test_int8_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = {"quant_method": "bitsandbytes", "load_in_4bit": False, "load_in_8bit": True}
+    base = rewrite(make_base(tmp_path / "Qwen3-30B-A3B-bnb-8bit"), quantization_config=settings)
     for said in refusals(tmp_path, base, capsys, plan=True):
-        assert "config.json has quantization_config (quant_method 'fp8')" in said
-        assert "float32, bfloat16 or float16 weights only" in said
+        assert "config.json has quantization_config, of which megalora does not read this" in said
         # The folder's name is all that tells.
         assert said.endswith(
             "use the model they were quantised from, Qwen3-30B-A3B by this one's name"

@@ -119,7 +119,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     (
         "qwen3",
         {"quantization_config": {"quant_method": "gptq", "bits": 4}},
-        "quantization_config (quant_method 'gptq')",
+        "quantization_config, of which megalora does not read this: group_size is missing; use",
     ),
     (
         "qwen3",

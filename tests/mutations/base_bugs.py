@@ -38,9 +38,9 @@ BASE_BUGS: tuple[Bug, ...] = (
         0,
         "a quantised config passes",
         FIELDS,
-        "        if hf.get(name):\n",
-        "        if hf.get(name) is ...:\n",
-        f"{CASES} fp8_is_refused",
+        "    scheme_of(hf, source)\n",
+        "",
+        f"{CASES} int8_is_refused",
     ),
     bug(
         0,

@@ -5,6 +5,8 @@ from tests.mutations.bugs import Bug, bug
 _FOLDER = "megalora/model/quantised"
 _DECODERS = "tests/model/quantised/test_decoders.py"
 _VALUES = f"{_DECODERS} test_values_are_those_of_the_library"
+_FOLDERS = "tests/model/quantised/test_folders.py"
+_TRAINING = "tests/model/quantised/test_training.py"
 _PARTS = f"{_DECODERS} test_parts_are_those_of_the_whole"
 
 QUANTISED_BUGS: tuple[Bug, ...] = (
@@ -128,5 +130,69 @@ QUANTISED_BUGS: tuple[Bug, ...] = (
         "of_words(words)[:, k0 % 8 :][:, : k1 - k0]",
         "of_words(words)[:, : k1 - k0]",
         _PARTS,
+    ),
+    bug(
+        0,
+        "quantised weights take up's scales for gate",
+        "megalora/model/quantised/account.py",
+        "parts[ending] = stored[part]",
+        'parts[ending] = stored[part.replace("gate_proj.weight_s", "up_proj.weight_s")]',
+        f"{_FOLDERS} test_10_every_matrix_has_its_own_values",
+    ),
+    bug(
+        0,
+        "a quantised weight's tensors may have any shape and dtype",
+        "megalora/model/quantised/account.py",
+        "if fault := wanted.fault(",
+        "if fault := None and wanted.fault(",
+        f"{_FOLDERS} test_01_a_folder_that_contradicts_itself",
+    ),
+    bug(
+        0,
+        "what a config excludes may be quantised",
+        "megalora/model/quantised/account.py",
+        "if entry := scheme.leaves_out(module):",
+        "if entry := scheme.leaves_out(name):",
+        f"{_FOLDERS} test_07_what_the_config_excludes",
+    ),
+    bug(
+        0,
+        "fields of quantisation that are not known pass",
+        "megalora/model/quantised/settings.py",
+        'elif name != "quant_method" and value not in',
+        'elif name == "" and value not in',
+        f"{_FOLDERS} test_what_is_not_read_is_refused",
+    ),
+    bug(
+        0,
+        "all of GPTQ is its second version",
+        "megalora/model/quantised/config.py",
+        'zero_offset=1 if version == "gptq" else 0',
+        "zero_offset=0",
+        f"{_FOLDERS} test_gptq_s_versions_differ",
+    ),
+    bug(
+        0,
+        "an adapter merged into its quantised base",
+        "megalora/adapters/merge_original.py",
+        "if scheme is not None and original is None:",
+        "if scheme is ... and original is None:",
+        f"{_TRAINING} test_08_merging_wants_the_original",
+    ),
+    bug(
+        0,
+        "the check before step 1 reads codes as values",
+        "megalora/verify/decoded.py",
+        "return self.weights[self.name][index]",
+        "return self.weights[self.name][index] * 2",
+        f"{_TRAINING} test_01_a_step_is_that_of_the_decoded_folder",
+    ),
+    bug(
+        0,
+        "plan does not say what a quantised base takes",
+        "megalora/planner/command.py",
+        "if note := quantised_note(scheme, work.dtype):",
+        "if note := quantised_note(None, work.dtype):",
+        f"{_TRAINING} test_plan_counts_plain_weights_and_says_so",
     ),
 )

@@ -1,11 +1,15 @@
-"""Write matrices in every quantised form, by the library that defines it or, where none is
-installed, code by code in plain loops; and say which values they mean."""
+"""Write matrices and folders in every quantised form, by the library that defines it or, where
+none is installed, by its definition; and say which values they mean."""
 
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from tests.oracles.base import rewrite, stored_tensors
 
 Stored = dict[str, Tensor]
 """Ending of a stored tensor's name -> tensor."""
@@ -106,95 +110,76 @@ def _compressed(
 
 
 def modelopt(w: Tensor) -> tuple[Stored, Tensor]:
-    """nvfp4 as ModelOpt stores it, in loops: its second scale multiplies."""
-    rows, columns = w.shape
-    second = (w.abs().max() / (448 * 6)).float()
-    scales = torch.empty(rows, columns // 16, dtype=torch.float8_e4m3fn)
-    packed = torch.zeros(rows, columns // 2, dtype=torch.uint8)
-    values = torch.empty(rows, columns)
-    levels = torch.tensor(E2M1)
-    for n in range(rows):
-        for k in range(columns):
-            g = k // 16
-            if k % 16 == 0:
-                scales[n, g] = w[n, k : k + 16].abs().max() / 6 / second
-            scale = scales[n, g].float() * second
-            code = int((levels - w[n, k].abs() / scale).abs().argmin())
-            value = E2M1[code]
-            if w[n, k] < 0:
-                code += 8
-                value = -value
-            packed[n, k // 2] |= code << (4 * (k % 2))
-            values[n, k] = value * scale
-    return {"weight": packed, "weight_scale": scales, "weight_scale_2": second}, values
+    """nvfp4 as ModelOpt stores it, whose second scale multiplies."""
+    second = w.abs().max().float() / (448 * 6)
+    # [N, G, 16]
+    by_group = w.float().unflatten(1, (-1, 16))
+    scales = (by_group.abs().amax(-1) / 6 / second).to(torch.float8_e4m3fn)
+    scale = (scales.float() * second)[:, :, None]
+    distance = (torch.tensor(E2M1) - (by_group / scale).abs()[..., None]).abs()
+    codes = distance.argmin(-1)
+    is_negative = by_group < 0
+    values = torch.tensor(E2M1)[codes] * torch.where(is_negative, -1, 1) * scale
+    codes = (codes + 8 * is_negative).flatten(1)
+    packed = (codes[:, 0::2] + 16 * codes[:, 1::2]).to(torch.uint8)
+    return {"weight": packed, "weight_scale": scales, "weight_scale_2": second}, values.flatten(1)
 
 
 def gptq(
     w: Tensor, version: int = 1, scattered: bool = False, group: int = GROUP
 ) -> tuple[Stored, Tensor]:
-    """GPTQ's int4 in loops; ``scattered`` has columns in groups by activation order."""
+    """GPTQ's int4; ``scattered`` has columns in groups by activation order."""
     q, z, scales, group_of_k, values = _grouped(w, group, scattered)
-    columns, rows = q.shape
-    qweight = _packed([[q[8 * i : 8 * i + 8, n] for n in range(rows)] for i in range(columns // 8)])
+    qweight = _words([q[i::8] for i in range(8)])
     stored_zero = z - (2 - version)
-    qzeros = _packed(
-        [[row[8 * j : 8 * j + 8] for j in range(rows // 8)] for row in stored_zero.unbind()]
-    )
-    g_idx = torch.tensor(group_of_k, dtype=torch.int32)
+    qzeros = _words([stored_zero[:, i::8] for i in range(8)])
+    g_idx = group_of_k.int()
     return {"qweight": qweight, "qzeros": qzeros, "scales": scales, "g_idx": g_idx}, values
 
 
 def awq(w: Tensor, group: int = GROUP) -> tuple[Stored, Tensor]:
-    """AWQ's int4 in loops."""
+    """AWQ's int4."""
     q, z, scales, _, values = _grouped(w, group, scattered=False)
-
-    def words(codes: Tensor) -> Tensor:
-        rows = []
-        for row in codes.unbind():
-            # Outputs by their place in a word, low bits first.
-            rows.append([row[j : j + 8][[0, 2, 4, 6, 1, 3, 5, 7]] for j in range(0, len(row), 8)])
-        return _packed(rows)
-
-    return {"qweight": words(q), "qzeros": words(z), "scales": scales}, values
+    # Outputs by their place in a word, low bits first.
+    order = (0, 2, 4, 6, 1, 3, 5, 7)
+    qweight = _words([q[:, i::8] for i in order])
+    qzeros = _words([z[:, i::8] for i in order])
+    return {"qweight": qweight, "qzeros": qzeros, "scales": scales}, values
 
 
 def _grouped(
     w: Tensor, group: int, scattered: bool
-) -> tuple[Tensor, Tensor, Tensor, list[int], Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(codes [K, N], zero points [G, N], scales f16 [G, N], group of each column, values [N, K]);
     zero points between 1 and 15."""
     rows, columns = w.shape
     num_groups = columns // group
-    group_of_k = [k % num_groups if scattered else k // group for k in range(columns)]
+    column = torch.arange(columns)
+    group_of_k = column % num_groups if scattered else column // group
     scales = torch.empty(num_groups, rows, dtype=torch.float16)
     z = torch.empty(num_groups, rows, dtype=torch.int64)
     q = torch.empty(columns, rows, dtype=torch.int64)
     values = torch.empty(rows, columns)
-    for n in range(rows):
-        for g in range(num_groups):
-            of_group = [k for k in range(columns) if group_of_k[k] == g]
-            low, high = w[n, of_group].aminmax()
-            scales[g, n] = (high - low) / 15
-            scale = scales[g, n].float()
-            z[g, n] = int((-low / scale).round().clamp(1, 15))
-            for k in of_group:
-                q[k, n] = int((w[n, k] / scale).round() + z[g, n]) if scale else 0
-                q[k, n].clamp_(0, 15)
-                values[n, k] = (q[k, n] - z[g, n]).float() * scale
+    for g in range(num_groups):
+        of_group = group_of_k == g
+        part = w[:, of_group].float()
+        low, high = part.aminmax(dim=1)
+        scales[g] = (high - low) / 15
+        scale = scales[g].float()[:, None]
+        z[g] = (-low / scale[:, 0]).round().clamp(1, 15)
+        codes = ((part / scale).round() + z[g][:, None]).clamp(0, 15)
+        q[of_group] = codes.t().long()
+        values[:, of_group] = (codes - z[g][:, None]) * scale
     return q, z, scales, group_of_k, values
 
 
-def _packed(words: list[list[Tensor]]) -> Tensor:
+def _words(nibbles: list[Tensor]) -> Tensor:
     """int32 of eight codes each, the first in the low bits."""
-    rows = []
-    for row in words:
-        packed = []
-        for codes in row:
-            word = sum(int(code) << (4 * i) for i, code in enumerate(codes))
-            # As a signed number.
-            packed.append(word - 2**32 if word >= 2**31 else word)
-        rows.append(packed)
-    return torch.tensor(rows, dtype=torch.int32)
+    word = torch.zeros_like(nibbles[0])
+    for place, codes in enumerate(nibbles):
+        word += codes * 16**place
+    # As a signed number.
+    return torch.where(word >= 2**31, word - 2**32, word).int()
 
 
 FORMS: dict[str, Callable[[Tensor], tuple[Stored, Tensor]]] = {
@@ -214,3 +199,97 @@ FORMS: dict[str, Callable[[Tensor], tuple[Stored, Tensor]]] = {
     "modelopt": modelopt,
 }
 """Every form that is read, by a name."""
+
+
+def _compressed_config(form: str, **weights: Any) -> dict[str, Any]:
+    """As compressed-tensors writes it."""
+    from compressed_tensors.quantization import QuantizationConfig
+
+    group = {"targets": ["Linear"], "weights": {"num_bits": 4, **weights}}
+    config = QuantizationConfig(
+        config_groups={"group_0": group}, format=form, quantization_status="compressed",
+        ignore=["lm_head", "re:.*mlp.gate$"],
+    )  # fmt: skip
+    return config.model_dump(mode="json")
+
+
+_LISTED = ["lm_head", "model.layers.0.mlp.gate", "model.layers.1.mlp.gate"]
+_FP8 = {
+    "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic",
+    "weight_block_size": [BLOCK, BLOCK], "modules_to_not_convert": _LISTED,
+}  # fmt: skip
+_NF4 = {
+    "quant_method": "bitsandbytes", "_load_in_4bit": True, "_load_in_8bit": False,
+    "load_in_4bit": True, "load_in_8bit": False, "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": "bfloat16",
+    "bnb_4bit_quant_storage": "uint8", "llm_int8_skip_modules": ["lm_head"],
+    "llm_int8_threshold": 6.0, "llm_int8_has_fp16_weight": False,
+    "llm_int8_enable_fp32_cpu_offload": False,
+}  # fmt: skip
+_GPTQ = {
+    "quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "sym": False,
+    "true_sequential": True, "damp_percent": 0.01, "static_groups": False, "lm_head": False,
+    "meta": {"quantizer": ["gptqmodel:2.0.0"]}, "pack_dtype": "int32", "dynamic": None,
+}  # fmt: skip
+_MODELOPT = {
+    "quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head", "*.mlp.gate"],
+    "config_groups": {
+        "group_0": {"weights": {"num_bits": 4, "type": "float", "group_size": 16, "dynamic": False}}
+    },
+    "producer": {"name": "modelopt", "version": "0.37.0"},
+    "kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float"},
+}  # fmt: skip
+CONFIGS: dict[str, Callable[[], dict[str, Any]]] = {
+    "fp8": lambda: _FP8,
+    "fp8, float32 scales": lambda: _FP8,
+    "fp8, e8m0 scales": lambda: _FP8 | {"scale_fmt": "ue8m0"},
+    "nf4": lambda: _NF4,
+    "nf4 nested": lambda: _NF4,
+    "int4": lambda: _compressed_config(
+        "pack-quantized", type="int", symmetric=True, strategy="group", group_size=GROUP
+    ),
+    "int4 asymmetric": lambda: _compressed_config(
+        "pack-quantized", type="int", symmetric=False, strategy="group", group_size=GROUP
+    ),
+    "int4 rows": lambda: _compressed_config(
+        "pack-quantized", type="int", symmetric=True, strategy="channel"
+    ),
+    "gptq": lambda: _GPTQ,
+    "gptq_v2 scattered": lambda: _GPTQ | {"checkpoint_format": "gptq_v2", "desc_act": True},
+    "awq": lambda: {
+        "quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm",
+        "zero_point": True, "modules_to_not_convert": ["mlp.gate"],
+    },
+    "nvfp4": lambda: _compressed_config(
+        "nvfp4-pack-quantized", type="float", symmetric=True, strategy="tensor_group", group_size=16
+    ),
+    "mxfp4": lambda: _compressed_config(
+        "mxfp4-pack-quantized", type="float", symmetric=True, strategy="group", group_size=32
+    ),
+    "modelopt": lambda: _MODELOPT,
+}  # fmt: skip
+"""What ``config.json`` says of each form."""
+
+
+def quantise_folder(base: Path, out: Path, form: str) -> dict[str, Tensor]:
+    """Write a plain base with its linears in this form; returns every matrix's values by its
+    weight's name."""
+    shutil.copytree(base, out)
+    values: dict[str, Tensor] = {}
+    written: dict[str, Tensor] = {}
+    for name, tensor in stored_tensors(base).items():
+        if not name.endswith("_proj.weight"):
+            written[name] = tensor
+            continue
+        # Cast as published models are, of whose dtype scales are.
+        parts, values[name] = FORMS[form](tensor.bfloat16())
+        for ending, part in parts.items():
+            written[f"{name.removesuffix('weight')}{ending}"] = part
+    rewrite(out, lambda _: written, quantization_config=CONFIGS[form]())
+    return values
+
+
+def plain_folder(base: Path, out: Path, values: dict[str, Tensor]) -> Path:
+    """The same base with these values as plain float32 weights."""
+    shutil.copytree(base, out)
+    return rewrite(out, lambda tensors: tensors | {n: v.float() for n, v in values.items()})

@@ -11,6 +11,7 @@ from torch import nn
 
 from megalora import host
 from megalora.verify import peft as peft_verify
+from megalora.verify import stock_model
 from megalora.verify import vllm as vllm_verify
 from tests.serve.adapters import make_adapter
 
@@ -79,6 +80,6 @@ def test_peft_loads_when_our_model_is_gone(
         assert given_back == [0]
         raise StartedError
 
-    monkeypatch.setattr(peft_verify.AutoModelForCausalLM, "from_pretrained", load)
+    monkeypatch.setattr(stock_model.AutoModelForCausalLM, "from_pretrained", load)
     with pytest.raises(StartedError):
         peft_verify.verify_peft(make_adapter(tmp_path / "math", tiny, 1), str(tiny), atol=1e-4)

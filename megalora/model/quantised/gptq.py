@@ -24,6 +24,9 @@ def decode(stored: Stored, part: Part, group: int, zero_offset: int) -> Tensor:
     Args:
         group: columns of a group where ``g_idx`` is absent.
         zero_offset: what is added to a stored zero point: 1 for ``gptq``, 0 for ``gptq_v2``.
+
+    Raises:
+        ValueError: ``g_idx`` names a group that is not there.
     """
     n0, n1, k0, k1 = part
     if "g_idx" in stored:
@@ -32,7 +35,10 @@ def decode(stored: Stored, part: Part, group: int, zero_offset: int) -> Tensor:
         group_of_k = torch.arange(k0, k1) // group
     # The groups between the first and the last that occur.
     lowest = int(group_of_k.min())
-    groups = slice(lowest, int(group_of_k.max()) + 1)
+    groups = slice(max(lowest, 0), int(group_of_k.max()) + 1)
+    scale = stored["scales"][groups, n0:n1].float()
+    if lowest < 0 or len(scale) < groups.stop - lowest:
+        raise ValueError("its g_idx names groups that scales does not have")
     group_of_k = group_of_k - lowest
     # [K/8, N] -> [N, K]
     q = of_words(stored["qweight"][covering(k0, k1, 8), n0:n1].t())
@@ -40,5 +46,4 @@ def decode(stored: Stored, part: Part, group: int, zero_offset: int) -> Tensor:
     # [G, N/8] -> [G, N]
     zero = of_words(stored["qzeros"][groups, covering(n0, n1, 8)])
     zero = zero[:, n0 % 8 :][:, : n1 - n0].float() + zero_offset
-    scale = stored["scales"][groups, n0:n1].float()
     return (q - zero.t()[:, group_of_k]) * scale.t()[:, group_of_k]

@@ -1,0 +1,48 @@
+"""Find what an adapter of a quantised base is merged into: the model that the base was made from.
+
+Merging into the base itself would quantise its weights again. They lie on the grid already, so a
+delta below half a step of it rounds away.
+"""
+
+from pathlib import Path
+
+from megalora.hf.folder import local_folder
+from megalora.hf.json_file import read_hf_config
+from megalora.model.fields import model_shape, scheme_of
+from megalora.model.shape import ModelShape
+
+
+def is_merged_into_original(folder: Path, original: str | None) -> bool:
+    """Whether the base is quantised, and its original is given.
+
+    Raises:
+        ValueError: only one of the two holds.
+    """
+    scheme = scheme_of(read_hf_config(folder), str(folder))
+    if scheme is None and original is not None:
+        raise ValueError(f"--original: {folder} is not quantised; leave it out")
+    if scheme is not None and original is None:
+        raise ValueError(
+            f"{folder} is quantised ({scheme.title}): most of a small delta would round away. Serve"
+            " base and adapter side by side, or merge into the model that the base was made from:"
+            " --original MODEL"
+        )
+    return scheme is not None
+
+
+def merged_into(folder: Path, shape: ModelShape, original: str | None) -> tuple[Path, list[str]]:
+    """The folder that an adapter of the base in ``folder`` is merged into, and lines about it for
+    the report; raises ``ValueError`` unless it is plain and has the base's sizes."""
+    if not is_merged_into_original(folder, original):
+        return folder, []
+    found = local_folder(str(original), "--original")
+    hf = read_hf_config(found)
+    if scheme := scheme_of(hf, str(found)):
+        raise ValueError(f"--original: {found} is quantised itself ({scheme.title})")
+    if model_shape(hf) != shape:
+        raise ValueError(f"--original: {found} has other sizes than {folder}")
+    about = (
+        f"merged into {found}, as asked: the adapter was trained on {folder}, whose weights differ"
+        " by the error of quantising them"
+    )
+    return found, [about]

@@ -1,0 +1,59 @@
+"""Give transformers' loader the quantised weights of a folder as if they were stored plain."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from megalora.hf.json_file import read_hf_config
+from megalora.model.account import open_folder
+from megalora.model.base_weights import BaseWeights
+from megalora.model.fields import QUANTISED
+
+
+class Decoded:
+    """A quantised weight, decoded when it is indexed."""
+
+    def __init__(self, weights: BaseWeights, name: str, size: tuple[int, int]) -> None:
+        self.weights = weights
+        self.name = name
+        self.size = size
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self.weights[self.name][index]
+
+    def get_dtype(self) -> str:
+        # Float32 values, which the loader rounds to the dtype of the run.
+        return "F32"
+
+    def get_shape(self) -> list[int]:
+        return list(self.size)
+
+
+class QuantisedWeights(NamedTuple):
+    """Quantised weights of a folder."""
+
+    weights: dict[str, Decoded]
+    """By published name."""
+    parts: set[str]
+    """Stored names of the tensors that stand for them, and of those that are not read."""
+
+
+def quantised_weights(folder: Path) -> QuantisedWeights:
+    """The only tensors that are not read by transformers' own code: our decoders, which tests hold
+    against the libraries that define each form."""
+    # A folder of plain weights is not opened by our reading at all.
+    if not read_hf_config(folder).get(QUANTISED):
+        return QuantisedWeights({}, set())
+    base = open_folder(folder)
+    assert base.scheme is not None
+    weights = BaseWeights(base)
+    found = QuantisedWeights({}, set())
+    for name, place in base.places.items():
+        if place.quantised is None:
+            continue
+        found.weights[name] = Decoded(weights, name, place.quantised.size)
+        module = place.tensor.name.removesuffix(base.scheme.marker)
+        for ending in (*place.quantised.parts, *base.scheme.unread):
+            found.parts.add(f"{module}{ending}")
+    return found
