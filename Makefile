@@ -26,7 +26,7 @@ SIDE_BY_SIDE := -n 2 --dist worksteal
 # What addopts in pyproject.toml leaves out, because -m on the command line replaces it.
 HERE := not vllm and not cluster and not compiled
 
-.PHONY: help setup quickstart gsm8k example-smollm2 test test-all test-serve test-cluster compiled gpu parity mutations check configs docs format lock wheels vllm vllm-lock clean
+.PHONY: help setup quickstart quickstart-rl gsm8k example-smollm2 test test-all test-serve test-cluster compiled gpu parity mutations check configs docs format lock wheels vllm vllm-lock clean
 
 help:  ## This list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -46,6 +46,9 @@ $(READY): requirements-dev.lock pyproject.toml kernels/pyproject.toml | $(filter
 
 quickstart: $(READY)  ## Fine-tune a tiny Qwen3-MoE on two ranks (EP=2) and verify the adapter with stock PEFT
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash launch/quickstart.sh
+
+quickstart-rl: $(READY) $(VLLM_READY)  ## Learn sums from rewards: vLLM samples and takes each step's adapter; 5 min on two cores
+	@PATH="$(CURDIR)/$(BIN):$$PATH" bash recipes/sums/run.sh
 
 # GSM8K=FOLDER has the data as files; without it they come from the hub. A shell would expand the brackets.
 GSM8K_FILES = $(if $(GSM8K),'data.train=$(GSM8K)/train.jsonl' 'data.eval=$(GSM8K)/test.jsonl[:200]')

@@ -53,10 +53,12 @@ def start_ranks(options: Any, rest: list[str], module: str) -> None:
     if samples:
         from megalora.rl.environment import load_environment
         from megalora.rl.rewards.load import check_rewards
+        from megalora.rl.server_places import check_places
 
         # The user's modules are imported, and nothing in them is called.
         check_rewards(config.rl.weights)
         load_environment(config.rl.environment)
+        check_places(config.rl.start_servers, options.nproc)
     # Seconds to save after SIGTERM; torchrun's own default kills after 30.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
     if options.max_restarts < 0:

@@ -9,6 +9,35 @@ _ABOVE_ZERO = (
     "reward_workers", "reward_timeout", "group_size", "steps_per_rollout", "max_new_tokens",
     "concurrency", "server_patience",
 )  # fmt: skip
+_SET_BY_RUN = (
+    "--model", "--served-model-name", "--host", "--port", "--dtype", "--enable-lora", "--api-key",
+    "--max-lora-rank", "--max-loras", "--max-cpu-loras", "--lora-target-modules", "--lora-modules",
+    "--tensor-parallel-size", "-tp",
+)  # fmt: skip
+"""Arguments of vLLM that follow from a run's config."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartServers:
+    """vLLM servers that a run starts by itself."""
+
+    count: int = 1
+    """Number of servers, each with the whole base."""
+    gpus: int = 1
+    """GPUs of each, over which it has tensor parallelism; 0 for vLLM's build for CPUs."""
+    arguments: list[str] = field(default_factory=list)
+    """Further arguments for vLLM."""
+
+    def __post_init__(self) -> None:
+        where = "rl.start_servers"
+        require(self.count >= 1, f"{where}.count={self.count}: at least 1; null starts none")
+        require(self.gpus >= 0, f"{where}.gpus must not be negative, got {self.gpus}")
+        for argument in self.arguments:
+            option = argument.partition("=")[0]
+            require(
+                option not in _SET_BY_RUN,
+                f"{where}.arguments: {option} is set by the run, which knows what fits",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +72,11 @@ class RLConfig:
     """URLs of vLLM servers to sample from, each started by ``megalora serve --trainer``; they get
     every version of the adapter. An empty list samples from the model that is trained, which needs
     no server and waits for itself."""
+    start_servers: StartServers | None = None
+    """Servers that the run starts on its first host and ends with itself, in place of
+    ``rl.servers``: ``{count: 2, gpus: 1, arguments: ["--max-model-len", "8192"]}``. They get the
+    GPUs behind those of the host's ranks. What they say is in ``servers`` in the run folder. null
+    starts none."""
     staleness: int = 0
     """Of ``rl.servers``: rounds of rollouts that may be begun before the one that is trained on, so
     that servers sample while this trains. 0 samples each round from the newest adapter."""
@@ -93,15 +127,19 @@ class RLConfig:
             f"rl.servers={self.servers} names a server twice",
         )
         require(self.staleness >= 0, f"rl.staleness must not be negative, got {self.staleness}")
+        require(
+            not self.servers or self.start_servers is None,
+            "rl.start_servers starts servers in place of rl.servers; leave one of them out",
+        )
         of_servers = {"staleness": self.staleness, "sync": self.sync != "auto"}
         for option, is_set in of_servers.items():
             require(
-                not is_set or bool(self.servers),
-                f"rl.{option}={getattr(self, option)} does nothing without rl.servers: the model"
-                " that is trained samples by itself",
+                not is_set or self.is_served,
+                f"rl.{option}={getattr(self, option)} does nothing without rl.servers or"
+                " rl.start_servers: the model that is trained samples by itself",
             )
         require(
-            not self.servers or self.replay_routes != "on",
+            not self.is_served or self.replay_routes != "on",
             "rl.replay_routes=on: vLLM 0.32 does not report the experts that it chose over the"
             " interface that is used here; leave it out. The gap to the engine is logged",
         )
@@ -124,6 +162,11 @@ class RLConfig:
         """Whether the run samples completions itself."""
         return self.rewards is not None or self.environment is not None
 
+    @property
+    def is_served(self) -> bool:
+        """Whether servers sample, and not the model that is trained."""
+        return bool(self.servers) or self.start_servers is not None
+
     def replays(self, has_experts: bool) -> bool:
         """Whether routing is replayed.
 
@@ -134,7 +177,7 @@ class RLConfig:
             has_experts or self.replay_routes != "on",
             "rl.replay_routes=on: this model has no layers with experts; leave it out",
         )
-        return has_experts and self.replay_routes != "off" and not self.servers
+        return has_experts and self.replay_routes != "off" and not self.is_served
 
     @property
     def weights(self) -> dict[str, float]:

@@ -44,7 +44,7 @@ def check_rl(config: Sections) -> None:
         f"rl.max_new_tokens={rl.max_new_tokens} leaves no room for a prompt in"
         f" data.max_length={config.data.max_length}, which holds prompt and completion",
     )
-    if not rl.servers:
+    if not rl.is_served:
         # Stages and parts of rows have no cache to generate from; servers need none here.
         what = "sampling by the run's own model (rl.servers=[])"
         check_generation(config.parallel.pp, config.parallel.cp, what)

@@ -20,6 +20,7 @@ from megalora.rl.collect import Collector, Plan, Round
 from megalora.rl.embedded import embedded_in
 from megalora.rl.engine import Engine, result_of
 from megalora.rl.episode import Ask, Episode, Prompt, Sampled
+from megalora.rl.own_servers import own_servers
 from megalora.rl.prompts import Prompts
 from megalora.rl.rollouts import (
     FOLDER,
@@ -95,12 +96,15 @@ class SampledBatches(Batches):
         self.model = model
         self.stepper = stepper
         self.say = say
-        if self.config.rl.servers:
-            self.engine = Served(model, stepper, self.config, say)
-        else:
-            self.engine = embedded_in(model, self.config)
-        # Ends in this order: what plays, then what it asks.
-        with closing(self.engine), ExitStack() as ending:
+        # Ends in this order: what plays, then what it asks, then servers of the run's own.
+        with ExitStack() as ending:
+            if self.config.rl.is_served:
+                # The same config, in which servers that are started have their URLs.
+                served = ending.enter_context(own_servers(self.config, model, say))
+                self.engine = Served(model, stepper, served, say)
+            else:
+                self.engine = embedded_in(model, self.config)
+            ending.enter_context(closing(self.engine))
             # A reward that cannot be loaded ends every rank.
             on_first_rank(lambda: self._begin(step, ending), "what judges could not be started")
             yield

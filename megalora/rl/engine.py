@@ -1,11 +1,17 @@
 """What samples completions, whether it is the run's own model or a server."""
 
-from collections.abc import Sequence
-from concurrent.futures import Future
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from typing import Any, Protocol
+
+import torch.distributed as dist
 
 from megalora.first_rank import on_first_rank
 from megalora.rl.episode import Sampled
+
+MEET_S = 5.0
+"""Seconds between two meetings of the ranks while the first one waits."""
 
 
 class Engine(Protocol):
@@ -50,3 +56,32 @@ def result_of[T](engine: Engine, done: "Future[T] | None", failure: str) -> T:
         return done.result()
 
     return on_first_rank(result, failure)
+
+
+def meet_until(done: "Future[Any] | None") -> None:
+    """Wait until ``done`` is, the first rank's; collective. Ranks meet meanwhile, so that no time
+    limit of a collective counts how long it takes."""
+    while True:
+        over = [False]
+        if done is not None:
+            wait([done], timeout=MEET_S)
+            over[0] = done.done()
+        dist.broadcast_object_list(over, src=0)
+        if over[0]:
+            return
+
+
+def in_thread[T](work: Callable[[], T]) -> "Future[T]":
+    """The result of work that a thread of its own does."""
+    done: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except Exception as error:
+            # Whoever waits raises it.
+            done.set_exception(error)
+
+    # A daemon: a run that has to end does not wait for a server.
+    threading.Thread(target=run, name="servers", daemon=True).start()
+    return done

@@ -4,10 +4,9 @@ The first rank alone speaks to them. The others meet it in a collective every fe
 no time limit of a collective counts how long sampling takes.
 """
 
-import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from megalora.hf.folder import local_folder
 from megalora.hf.json_file import read_hf_config, stored_dtype
 from megalora.lora.adapted_model import AdaptedModel
 from megalora.lora.gather import gather_tensors
-from megalora.rl.engine import result_of
+from megalora.rl.engine import in_thread, meet_until, result_of
 from megalora.rl.episode import Sampled
 from megalora.rl.servers import Servers
 from megalora.serve.errors import ServerUnreachable
@@ -32,8 +31,6 @@ from megalora.serve.live_sync import run_name
 from megalora.train.probe import Probe
 from megalora.train.step import Stepper
 
-MEET_S = 5.0
-"""Seconds between two meetings of the ranks while the first one waits."""
 FIRST_WAIT_S = 1.0
 LONGEST_WAIT_S = 30.0
 """Seconds before a version is brought once more to servers of which one did not answer."""
@@ -99,7 +96,7 @@ class Served:
             tensors, config, _ = adapter_contents(
                 model.adapted, model.shape, trained, self.config.model.path
             )
-            done = _in_thread(lambda: self._bring(version, tensors, config, probed))
+            done = in_thread(lambda: self._bring(version, tensors, config, probed))
         result_of(self, done, f"version {version} could not be published")
         self.version = version
         if self.servers is not None:
@@ -132,32 +129,9 @@ class Served:
 
     def work_until(self, done: "Future[Any] | None") -> None:
         """As the protocol says: there is nothing to do but to wait."""
-        while True:
-            over = [False]
-            if done is not None:
-                wait([done], timeout=MEET_S)
-                over[0] = done.done()
-            dist.broadcast_object_list(over, src=0)
-            if over[0]:
-                return
+        meet_until(done)
 
     def close(self) -> None:
         """Stop listening; servers keep what they have."""
         if self.publisher is not None:
             self.publisher.close()
-
-
-def _in_thread[T](work: Callable[[], T]) -> "Future[T]":
-    """The result of work that a thread of its own does."""
-    done: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            done.set_result(work())
-        except Exception as error:
-            # Whoever waits raises it.
-            done.set_exception(error)
-
-    # A daemon: a run that has to end does not wait for a server.
-    threading.Thread(target=run, name="publish", daemon=True).start()
-    return done

@@ -26,6 +26,7 @@ from tests.mutations.layer_bugs import LAYER_BUGS
 from tests.mutations.live_bugs import LIVE_BUGS
 from tests.mutations.logit_bugs import LOGIT_BUGS
 from tests.mutations.long_bugs import LONG_BUGS
+from tests.mutations.own_server_bugs import OWN_SERVER_BUGS
 from tests.mutations.plan_bugs import PLAN_BUGS
 from tests.mutations.planner_bugs import PLANNER_BUGS
 from tests.mutations.policy_bugs import POLICY_BUGS
@@ -89,6 +90,7 @@ EVERY_BUG = (
     + BALANCE_BUGS
     + RELORA_BUGS
     + RL_BUGS
+    + OWN_SERVER_BUGS
     + AVERAGE_BUGS
     + DORA_BUGS
     + BEGUN_BUGS

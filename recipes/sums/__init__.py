@@ -1,0 +1,1 @@
+"""Learn sums from rewards: vLLM samples, and takes each version of the adapter while it runs."""

@@ -1,0 +1,42 @@
+"""Bugs in servers that a run starts, and in the recipe that has one. As in ``bugs.py``."""
+
+from tests.mutations.bugs import Bug, bug
+
+PLACES = "megalora/rl/server_places.py"
+OWN = "megalora/rl/own_servers.py"
+OF_OWN = "tests/rl/test_own_servers.py"
+OF_SUMS = "tests/recipes/test_sums.py"
+
+# fmt: off
+OWN_SERVER_BUGS: tuple[Bug, ...] = (
+    bug(0, "own servers: on the GPUs of the ranks", PLACES,
+        "first = of_ranks + number * asked.gpus", "first = number * asked.gpus",
+        f"{OF_OWN} behind_those"),
+    bug(0, "own servers: all of them on the same GPUs", PLACES,
+        "first = of_ranks + number * asked.gpus", "first = of_ranks",
+        f"{OF_OWN} behind_those"),
+    bug(0, "own servers: started although GPUs are too few", PLACES,
+        "needed <= len(visible),", "True,", f"{OF_OWN} behind_those"),
+    bug(0, "own servers: GPUs that the user has hidden", PLACES,
+        "if named is None:", "if not named:", f"{OF_OWN} are_counted"),
+    bug(0, "own servers: vLLM takes itself for a rank of the training", OWN,
+        "if name.startswith(OF_RANKS)", "if False", f"{OF_OWN} command_follows"),
+    bug(0, "own servers: of several GPUs one computes", OWN,
+        "if len(gpus) > 1:", "if False:", f"{OF_OWN} command_follows"),
+    bug(0, "own servers: slots for the smallest rank", OWN,
+        "max_rank=max(", "max_rank=min(", f"{OF_OWN} command_follows"),
+    bug(0, "own servers: no slot for stale versions", OWN,
+        "max_loras=rl.staleness + 3", "max_loras=3", f"{OF_OWN} command_follows"),
+    bug(0, "own servers: they outlive a run that fails", OWN,
+        "        _each(servers, Server.stop)\n", "        pass\n", f"{OF_OWN} end_with_the_run"),
+    bug(0, "own servers: one that does not start is taken for ready", OWN,
+        "on_first_rank(lambda: done.result() if done else None,", "on_first_rank(lambda: None,",
+        f"{OF_OWN} does_not_start"),
+    bug(0, "own servers: a missing vLLM is said after the model was read", PLACES,
+        "        vllm_python()\n", "", f"{OF_OWN} missing_vllm"),
+    bug(0, "sums: a base that is trained on prompts, too", "recipes/sums/base.py",
+        "labels[place, len(prompt) : end] = torch.tensor(answer)",
+        "labels[place, : len(answer)] = torch.tensor(answer)", f"{OF_SUMS} half_of_the_time"),
+    bug(0, "sums: the curve's end is its last step alone", "recipes/sums/curve.py",
+        "sum(rewards[-FEW:]) / len(rewards[-FEW:])", "rewards[-1] - 0.01", f"{OF_SUMS} began"),
+)

@@ -1,0 +1,176 @@
+"""Servers that a run starts: what they are started with, what is refused, and that they end with
+it."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import httpx
+import pytest
+import torch.distributed as dist
+
+from megalora.config import RunConfig
+from megalora.config.file import load_config
+from megalora.config.rl import StartServers
+from megalora.lora.adapted_model import AdaptedModel
+from megalora.rl.own_servers import own_servers, servers_of
+from megalora.rl.server_places import check_places, gpus_of_servers, visible_gpus
+from megalora.serve.live.address import TOKEN
+from tests.distributed.ranks import run_ranks
+from tests.minimal_config import minimal  # noqa: F401  a fixture
+from tests.rl.played import rl_config, write_prompts
+from tests.rl.test_rl_config import GOOD
+from tests.serve.test_server_command import flag
+from tests.serve.test_server_process import healthy, script
+
+GPUS = "CUDA_VISIBLE_DEVICES"
+PYTHON = "MEGALORA_VLLM_PYTHON"
+# Ranks of adapters before and behind the largest one.
+MODEL = cast(
+    AdaptedModel, SimpleNamespace(adapted=[SimpleNamespace(product_rank=n) for n in (4, 12, 8)])
+)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["rl.start_servers={count: 0}"], "rl.start_servers.count=0: at least 1"),
+        (["rl.start_servers={gpus: -1}"], "rl.start_servers.gpus must not be negative"),
+        (["rl.start_servers={arguments: [--max-loras=9]}"], "--max-loras is set by the run"),
+        (["rl.start_servers={}", "rl.servers=[http://a]"], "in place of rl.servers; leave one"),
+        (["rl.start_servers={}", "rl.replay_routes=on"], "vLLM 0.32 does not report the experts"),
+        (["rl.start_servers={}", "lora.use_dora=true"], "lora.use_dora: vLLM does not load it"),
+        (["rl.staleness=1"], "does nothing without rl.servers or rl.start_servers"),
+    ],
+)
+def test_what_is_refused(overrides: list[str], message: str, minimal: Path) -> None:  # noqa: F811
+    # As with rl.servers, every layout goes.
+    load_config(minimal, [*GOOD, "rl.start_servers={}", "rl.staleness=1", "parallel.pp=2"])
+    with pytest.raises(ValueError) as refused:
+        load_config(minimal, [*GOOD, *overrides])
+    assert message in str(refused.value)
+
+
+def test_servers_get_the_gpus_behind_those_of_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(GPUS, "7, 2,GPU-ab,4,5")
+    assert gpus_of_servers(StartServers(count=2), 3) == [["4"], ["5"]]
+    assert gpus_of_servers(StartServers(gpus=2), 1) == [["2", "GPU-ab"]]
+    # CUDA looks no further than -1.
+    monkeypatch.setenv(GPUS, "0,1,-1,2")
+    assert visible_gpus() == ["0", "1"]
+    with pytest.raises(ValueError, match=r"2 GPUs of the ranks and 1 x 1 of servers are 3, and"):
+        gpus_of_servers(StartServers(), 2)
+    # Ranks that share a GPU leave the others to servers.
+    monkeypatch.setenv("MEGALORA_SHARE_GPU", "1")
+    assert gpus_of_servers(StartServers(), 2) == [["1"]]
+    monkeypatch.setenv(GPUS, "")
+    assert gpus_of_servers(StartServers(count=2, gpus=0), 4) == [[], []]
+
+
+def test_gpus_are_counted_where_no_variable_names_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(GPUS)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert visible_gpus() == []
+    listing = tmp_path / "nvidia-smi"
+    # A part of a GPU is no GPU.
+    listing.write_text("#!/bin/sh\necho 'GPU 0: H100'\necho '  MIG 1g'\necho 'GPU 1: H100'\n")
+    listing.chmod(0o755)
+    assert visible_gpus() == ["0", "1"]
+    monkeypatch.setenv(GPUS, "")
+    assert visible_gpus() == []
+
+
+def test_a_missing_vllm_is_said_before_ranks_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(PYTHON, "/no/python")
+    check_places(None, 1)
+    with pytest.raises(ValueError, match="no vLLM: there is no /no/python"):
+        check_places(StartServers(gpus=0), 1)
+
+
+def started_config(tiny: Path, folder: Path, **options: Any) -> RunConfig:
+    prompts = write_prompts(folder / "prompts.jsonl")
+    return rl_config(
+        tiny, prompts, folder / "run", rl={"start_servers": StartServers(**options)}, eval=None
+    )
+
+
+def test_the_command_follows_from_the_run(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(PYTHON, str(healthy(tmp_path)))
+    monkeypatch.setenv(GPUS, "0,1,2,3,4,5")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "of the ranks")
+    monkeypatch.delenv(TOKEN, raising=False)
+    config = started_config(tiny, tmp_path, count=2, gpus=2, arguments=["--seed", "3"])
+    config = replace(config, rl=replace(config.rl, staleness=2))
+    servers = servers_of(config, MODEL)
+    assert [server.environment()[GPUS] for server in servers] == ["2,3", "4,5"]
+    logs = tmp_path / "run/servers"
+    assert [server.log for server in servers] == [logs / "0.log", logs / "1.log"]
+    assert servers[0].url != servers[1].url
+    command = servers[1].command()
+    # 12 needs 16, the next that vLLM knows; 4 versions are kept, and one more comes.
+    assert flag(command, "max-lora-rank") == ["16"] and flag(command, "max-loras") == ["5"]
+    assert flag(command, "seed") == ["3"] and flag(command, "tensor-parallel-size") == ["2"]
+    assert flag(command, "host") == ["127.0.0.1"] and flag(command, "model") == [str(tiny)]
+    environment = servers[1].environment()
+    assert environment["MEGALORA_TRAINER"] == "http://127.0.0.1"
+    # Nobody else knows it.
+    assert len(environment[TOKEN]) == 32 and environment[TOKEN] == os.environ[TOKEN]
+    assert "LOCAL_WORLD_SIZE" not in environment and "TORCHELASTIC_RUN_ID" not in environment
+    monkeypatch.setenv(GPUS, "")
+    alone = started_config(tiny, tmp_path, gpus=0)
+    assert "--tensor-parallel-size" not in servers_of(alone, MODEL)[0].command()
+
+
+def in_a_block(config: RunConfig) -> tuple[list[str], list[bool], str]:
+    """URLs inside the block, whether they answer inside and behind it, and how it has ended."""
+    urls: list[str] = []
+    answered: list[bool] = []
+    said: list[str] = []
+    failure = ""
+    try:
+        with own_servers(config, MODEL, said.append) as served:
+            urls = served.rl.servers
+            assert served.rl.start_servers is None
+            answered.append(all(httpx.get(f"{url}/health").is_success for url in urls))
+            # No rank may go on to the end before all have asked.
+            dist.barrier()
+            raise RuntimeError("the training has failed")
+    except (RuntimeError, ValueError) as error:
+        failure = str(error)
+    dist.barrier()
+    for url in urls:
+        try:
+            httpx.get(f"{url}/health")
+            answered.append(True)
+        except httpx.ConnectError:
+            answered.append(False)
+    return urls, answered, failure
+
+
+def test_servers_end_with_the_run(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(PYTHON, str(healthy(tmp_path)))
+    first, second = run_ranks(in_a_block, 2, started_config(tiny, tmp_path, count=2, gpus=0))
+    # Every rank knows both servers, and a run that fails leaves none behind.
+    assert first == second and len(set(first[0])) == 2
+    assert first[1:] == ([True, False, False], "the training has failed")
+
+
+def test_a_server_that_does_not_start_ends_every_rank(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dies = script(tmp_path / "dies", "print('ValueError: no room'); sys.exit(3)")
+    monkeypatch.setenv(PYTHON, str(dies))
+    found = run_ranks(in_a_block, 2, started_config(tiny, tmp_path, gpus=0))
+    for urls, answered, failure in found:
+        assert not urls and not answered
+        assert "ended with exit code 3" in failure and "servers/0.log" in failure
+        assert failure.endswith("ValueError: no room")
