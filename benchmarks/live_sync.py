@@ -1,7 +1,8 @@
 """Time live sync: versions of a small adapter into vLLM's CPU build, and a message with the sizes
 of Qwen3-30B-A3B over the loopback.
 
-    python -m benchmarks.live_sync small     # needs make vllm; median of 12 versions, each way
+    python -m benchmarks.live_sync small --out benchmarks/results/live_sync.json
+                                             # needs make vllm; median of 12 versions, each way
     python -m benchmarks.live_sync large     # rank 8, bfloat16: 839 MB; needs 4 GB of memory
 
 ``large`` starts a process that takes the message as vLLM's HTTP server does, into a file in memory
@@ -47,9 +48,10 @@ WAYS: tuple[tuple[Transport, Form], ...] = (
 )  # fmt: skip
 
 
-def small() -> None:
-    """Print a row for each way of publishing a small model's adapters."""
+def small(out: Path | None) -> None:
+    """Print a row for each way of publishing a small model's adapters, and save all rows."""
     # Here, so that the process which takes the large message does not import Megatron.
+    from benchmarks.harness import save
     from megalora.adapters.write.form import adapter_contents, write_adapter
     from megalora.config import LoRAConfig
     from megalora.hf.json_file import read_hf_config
@@ -75,8 +77,9 @@ def small() -> None:
     ) as server:
         print(f"{len(made[0][0])} tensors; ms, median of {VERSIONS} versions")
         print(f"{'transport':10} {'form':12} {'publish':>8} {'arrive':>8} {'load':>8}")
+        rows = []
         for transport, form in WAYS:
-            _time_small(server, transport, form, made, root / "shared")
+            rows.append(_time_small(server, transport, form, made, root / "shared"))
         with server.client() as client:
             # What live sync is compared with: a folder that is there already.
             took = []
@@ -84,12 +87,18 @@ def small() -> None:
                 start = time.perf_counter()
                 client.swap("swapped", root / f"{seed}")
                 took.append(time.perf_counter() - start)
-            print(f"{'swap of a written folder':23} {1000 * statistics.median(took):8.0f}")
+            swap_ms = round(1000 * statistics.median(took), 1)
+            print(f"{'swap of a written folder':23} {swap_ms:8.0f}")
+            rows.append({"transport": "swap", "form": "per_expert", "publish_ms": swap_ms})
+    if out is not None:
+        # Of a machine that is busy, times are upper bounds.
+        size = {"tensors": len(made[0][0]), "versions": VERSIONS, "load": os.getloadavg()[0]}
+        save("live_sync", [size, *rows], out)
 
 
 def _time_small(
     server: Server, transport: Transport, form: Form, made: list[Any], folder: Path
-) -> None:
+) -> dict[str, Any]:
     # Whole call, and what the server says of it; a folder's is not said.
     publish = []
     arrive = []
@@ -106,13 +115,17 @@ def _time_small(
             if timing is not None:
                 arrive.append(timing.arrive_s)
                 load.append(timing.load_s)
-    row = f"{transport:10} {form:12} {1000 * statistics.median(publish):8.0f}"
-    if load:
-        row += f" {1000 * statistics.median(arrive):8.0f} {1000 * statistics.median(load):8.0f}"
-    print(row, flush=True)
+    row: dict[str, Any] = {"transport": transport, "form": form}
+    # Decoding waits for the load alone.
+    for name, seconds in (("publish", publish), ("arrive", arrive), ("load", load)):
+        if seconds:
+            row[f"{name}_ms"] = round(1000 * statistics.median(seconds), 1)
+    shown = [f"{value:8.0f}" for value in row.values() if isinstance(value, float)]
+    print(f"{transport:10} {form:12} {' '.join(shown)}", flush=True)
     # Slots are few: the next way begins with all of them.
     with server.client() as client:
         client.unload(f"{transport}-{form}")
+    return row
 
 
 def _new(folder: Path) -> Path:
@@ -120,7 +133,7 @@ def _new(folder: Path) -> Path:
     return folder
 
 
-def large() -> None:
+def large(_: Path | None) -> None:
     """Print seconds of each step of one message with the sizes of Qwen3-30B-A3B."""
     tensors = large_adapter()
     config = {"r": RANK, "lora_alpha": 12, "target_modules": [*DENSE, "gate_proj"]}
@@ -224,4 +237,6 @@ def large_adapter() -> dict[str, Tensor]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=["small", "large"])
-    {"small": small, "large": large}[parser.parse_args().what]()
+    parser.add_argument("--out", type=Path, help="file for the rows of small, as JSON")
+    options = parser.parse_args()
+    {"small": small, "large": large}[options.what](options.out)
