@@ -83,6 +83,9 @@ class PolicyConfig:
     kl_corrected: bool = False
     """Whether the estimate is weighted by the ratio, which makes its gradient that of its mean
     under the model; ``k1`` needs it."""
+    temperature: float = 1.0
+    """Temperature at which completions are sampled, or were: ratios, divergence and entropy are of
+    logits divided by it, and ``logprobs`` of the data must be. ``megalora rl`` samples at it."""
     entropy: bool = True
     """Whether to log the entropy of the model's distributions. It costs reading the logits a second
     time in backward."""
@@ -194,6 +197,10 @@ class PolicyConfig:
         require(
             self.drop_divergence is None or 0 <= self.drop_divergence < float("inf"),
             f"objective.policy.drop_divergence must not be negative, got {self.drop_divergence}",
+        )
+        require(
+            0 < self.temperature < float("inf"),
+            f"objective.policy.temperature must be above 0, got {self.temperature}",
         )
         for option in ("kl_coef", "entropy_coef"):
             require(

@@ -89,7 +89,7 @@ class RLConfig:
     version."""
     eval_temperature: float = 0.0
     """Temperature of evaluations, of one completion for each prompt of ``data.eval``. 0 takes the
-    most probable token. Training samples at a temperature of 1."""
+    most probable token. Training samples at ``objective.policy.temperature``."""
     replay_routes: Literal["auto", "on", "off"] = "auto"
     """Whether tokens go to the experts that they went to while they were sampled (R3, arXiv
     2510.11370), so that rounding does not make training another function than the engine.

@@ -68,6 +68,14 @@ def check_rl(config: Sections) -> None:
 
 def _check_served(config: Sections) -> None:
     """What vLLM cannot be given."""
+    policy = config.objective.learned_policy
+    # Its answers have log-probabilities of the logits as they are (logprobs_mode=raw_logprobs).
+    require(
+        policy is None or policy.temperature == 1,
+        "objective.policy.temperature does not go with rl.servers: vLLM gives log-probabilities at"
+        " a temperature of 1; leave it out, or sample from the model that is trained"
+        " (rl.servers=[])",
+    )
     require(
         config.checkpoint.serve is None,
         "checkpoint.serve does not go with rl.servers, which get every version anyway: leave it"

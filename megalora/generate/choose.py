@@ -45,13 +45,17 @@ def ranked(logits_NV: Tensor, options: Sampling) -> tuple[Tensor, Tensor]:
     return probs_NV.where(before_NV < options.top_p, 0.0), ids_NV
 
 
-def choose(logits_NV: Tensor, draws: list[Draws], options: Sampling) -> tuple[Tensor, Tensor]:
+def choose(
+    logits_NV: Tensor, draws: list[Draws], options: Sampling, *, tempered: bool = False
+) -> tuple[Tensor, Tensor]:
     """The next token of each sequence, ``[N]`` int64, and its log-probability under the model,
     ``[N]`` float32: without temperature, ``top_k`` and ``top_p``.
 
     Args:
         logits_NV: float32, on any device.
         draws: of each sequence; a greedy choice takes none from them.
+        tempered: have log-probabilities of logits / temperature, which a policy gradient of what is
+            drawn needs; of a greedy choice they stay those of the model.
     """
     if options.temperature == 0:
         # The first of equal logits, as transformers takes it.
@@ -68,5 +72,6 @@ def choose(logits_NV: Tensor, draws: list[Draws], options: Sampling) -> tuple[Te
         places_N1 = places_N1.clamp(max=logits_NV.shape[1] - 1)
         chosen_N = ids_NV.gather(1, places_N1)[:, 0]
     # What training and a server report of a text, and what a policy gradient needs.
-    logprobs_NV = logits_NV.float().log_softmax(-1)
+    divisor = options.temperature if tempered and options.temperature else 1.0
+    logprobs_NV = (logits_NV.float() / divisor).log_softmax(-1)
     return chosen_N, logprobs_NV.gather(1, chosen_N[:, None])[:, 0]

@@ -43,6 +43,7 @@ def generate(
     max_sequences: int = MAX_SEQUENCES,
     pass_tokens: int = PASS_TOKENS,
     routes: bool = False,
+    tempered: bool = False,
 ) -> list[Answer]:
     """The model's answer to each prompt, on every rank; collective over the world.
 
@@ -55,7 +56,7 @@ def generate(
         max_sequences: sequences that a data-parallel rank generates at the same time; the cache is
             that large (``cache_bytes``).
         pass_tokens: tokens that a pass reads, at most, unless one prompt alone has more.
-        routes: keep the experts that tokens go to.
+        routes, tempered: keep the experts that tokens go to; see ``choose``.
 
     Raises:
         ValueError: the layout has pipeline or context parallelism, or a prompt is empty or holds a
@@ -70,18 +71,17 @@ def generate(
     # Slots that no prompt would ever use would only take memory.
     num_slots = min(max_sequences, len(mine))
     sequences = Sequences(mine, options, stop, num_slots, pass_tokens)
-    multiple = groups.tp.size()
     chunk = model.chunks[0]
     recording = recorded(chunk) if routes else nullcontext()
-    with cached(chunk, num_slots * length + multiple), recording as recorder:
+    with cached(chunk, num_slots * length + groups.tp.size()), recording as recorder:
         while _any(sequences.busy, groups.dp):
             active = sequences.of_next_pass()
-            row = lay_out(active, num_slots=num_slots, length=length, multiple_of=multiple)
+            row = lay_out(active, num_slots=num_slots, length=length, multiple_of=groups.tp.size())
             logits = _logits(chunk, row)
             if recorder is not None:
                 keep_routes(active, recorder.take(groups.tp).numpy())
             if active:
-                sequences.take(active, *_next(logits, active, options, groups.tp))
+                sequences.take(active, *_next(logits, active, options, groups.tp, tempered))
     return _in_order(sequences.answers, groups.dp)
 
 
@@ -143,11 +143,16 @@ def _whole(part: VocabLogits) -> Tensor:
 
 
 def _next(
-    logits_NV: Tensor, active: list[Active], options: Sampling, tp: dist.ProcessGroup
+    logits_NV: Tensor,
+    active: list[Active],
+    options: Sampling,
+    tp: dist.ProcessGroup,
+    tempered: bool,
 ) -> tuple[list[int], list[float]]:
     """The next token of each sequence and its log-probability, the same on every tensor-parallel
     rank."""
-    chosen_N, logprobs_N = choose(logits_NV, [sequence.draws for sequence in active], options)
+    draws = [sequence.draws for sequence in active]
+    chosen_N, logprobs_N = choose(logits_NV, draws, options, tempered=tempered)
     # float64 holds every token id and every float32. One rank decides: a sum over the vocabulary
     # need not round alike on two devices, and a rank with another token would be lost for good.
     both_2N = torch.stack([chosen_N.double(), logprobs_N.double()])

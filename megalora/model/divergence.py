@@ -48,7 +48,7 @@ class Divergence:
 
     def log_softmax(self, chunk: VocabLogits) -> Tensor:
         """[C, V/t]: log-probabilities of this rank's entries among all of the vocabulary."""
-        chunk = _at_temperature(chunk, self.temperature)
+        chunk = chunk.at(self.temperature)
         return chunk.logits - chunk.logsumexp[:, None]
 
 
@@ -92,7 +92,7 @@ def distance_from_top(
 
     def read(chunk: VocabLogits) -> Tensor:
         ids_CK = ids_NK[chunk.rows]
-        student = _at_temperature(chunk, divergence.temperature)
+        student = chunk.at(divergence.temperature)
         listed = student.of(ids_CK) - student.logsumexp[:, None]
         both = torch.cat([listed, _rest(student, ids_CK)[:, None]], dim=-1)
         teacher = torch.cat([logprobs_NK[chunk.rows], rest_N[chunk.rows, None]], dim=-1)
@@ -108,15 +108,11 @@ def top_of(k: int, temperature: float) -> Reader:
     top = top_k(k)
 
     def read(chunk: VocabLogits) -> tuple[Tensor, ...]:
-        chunk = _at_temperature(chunk, temperature)
+        chunk = chunk.at(temperature)
         logprobs, ids = top(chunk)
         return logprobs, ids, _rest(chunk, ids)
 
     return read
-
-
-def _at_temperature(chunk: VocabLogits, temperature: float) -> VocabLogits:
-    return chunk if temperature == 1 else replace(chunk, logits=chunk.logits / temperature)
 
 
 def _rest(chunk: VocabLogits, ids_CK: Tensor) -> Tensor:

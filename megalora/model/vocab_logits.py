@@ -17,7 +17,7 @@ vocabulary, K tokens that are asked for, /t divided over the tensor-parallel gro
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from torch import Tensor
@@ -45,6 +45,16 @@ class VocabLogits:
     """The chunk's place among the N tokens of the call, for columns that a reader brings along."""
     group: ProcessGroup
     """Ranks that share the vocabulary, in order."""
+    _at: dict[float, "VocabLogits"] = field(default_factory=dict, init=False)
+
+    def at(self, temperature: float) -> "VocabLogits":
+        """The chunk with logits / T, in float32 or wider as they are: a model that samples at this
+        temperature. Readers share it."""
+        if temperature == 1:
+            return self
+        if temperature not in self._at:
+            self._at[temperature] = replace(self, logits=self.logits / temperature)
+        return self._at[temperature]
 
     @property
     def width(self) -> int:
@@ -114,6 +124,14 @@ def entropy(chunk: VocabLogits) -> Tensor:
     logprobs = chunk.logits - chunk.logsumexp[:, None]
     # Terms of one sign: lse - sum p l would cancel where the model is sure.
     return -chunk.sum((logprobs.exp() * logprobs).sum(-1))
+
+
+def at_temperature(reader: Reader, temperature: float) -> Reader:
+    """The same of a model that samples at this temperature."""
+    # Itself, which the head may know a faster way for.
+    if temperature == 1:
+        return reader
+    return lambda chunk: reader(chunk.at(temperature))
 
 
 def logprobs_of(ids_NK: Tensor) -> Reader:

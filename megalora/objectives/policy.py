@@ -10,8 +10,8 @@ engine that sampled it, A its advantage and y the sequence it belongs to:
 f is one of ``policy_terms.py``, k the estimated divergence from the reference, H the entropy.
 c is 1 / tokens (DAPO 2503.14476), 1 / (|y| sequences) (GRPO 2402.03300), 1 / (L sequences)
 (Dr. GRPO 2503.20783) or 1 / sequences (LUSPO 2602.05261), all counted over the global batch before
-any pass and before anything is dropped or masked. Advantages come with the data: neither a
-microbatch nor a rank normalises anything.
+any pass and before anything is dropped or masked. All log-probabilities are of logits divided by
+``temperature``. Advantages come with the data: neither a microbatch nor a rank normalises anything.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from megalora.config.policy import PolicyConfig
-from megalora.model.vocab_logits import Reader, entropy, logprob
+from megalora.model.vocab_logits import Reader, at_temperature, entropy, logprob
 from megalora.objectives.objective import Loss, Reference, Sequences, WhichModel
 from megalora.objectives.policy_terms import TERMS, Tokens, divergence_of, kept, mismatch_weights
 
@@ -60,9 +60,12 @@ class Policy:
     @property
     def want(self) -> dict[str, Reader]:
         """As the protocol says."""
+        # The policy is what is sampled from: log p of logits / T.
+        temperature = self.options.temperature
+        found = {"logprob": at_temperature(logprob, temperature)}
         if self.options.entropy or self.options.entropy_coef:
-            return {"logprob": logprob, "entropy": entropy}
-        return {"logprob": logprob}
+            found["entropy"] = at_temperature(entropy, temperature)
+        return found
 
     def divisors(self, rows: Iterable[Sequence[int]]) -> dict[str, int]:
         """Learned tokens, and sequences."""

@@ -239,7 +239,7 @@ class SampledBatches(Batches):
         return result_of(engine, done, failure)
 
     def _train_on(self, prompt: Prompt, place: int) -> Awaitable[Episode]:
-        return self._played(prompt, place, 1.0)
+        return self._played(prompt, place, self.policy.temperature)
 
     def _evaluate_on(self, prompt: Prompt, place: int) -> Awaitable[Episode]:
         return self._played(prompt, place, self.config.rl.eval_temperature, _EVALUATION)

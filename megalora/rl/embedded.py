@@ -95,7 +95,7 @@ class Embedded:
             options = replace(self.options, temperature=temperature)
             answers = generate(
                 self.model, prompts, options, stop=self.stop, numbers=streams,
-                max_sequences=self.max_sequences, routes=self.routes,
+                max_sequences=self.max_sequences, routes=self.routes, tempered=True,
             )  # fmt: skip
             for request, answer in zip(waiting, answers, strict=False):
                 versions = [self.version] * len(answer.tokens)

@@ -35,7 +35,7 @@ class Sampled:
     tokens: list[int]
     """The token that ended it included."""
     logprobs: list[float]
-    """Of each token, in the engine, at the temperature of 1."""
+    """Of each token, in the engine, at the temperature that it was sampled at."""
     ended: bool
     """Whether a stop token ended it; otherwise the length limit did."""
     versions: list[int]

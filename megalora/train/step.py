@@ -214,10 +214,13 @@ class Stepper:
         """What each of the objective's references finds in these microbatches."""
         others = to_device(mismatched, Part.of(self.groups), Asked(sequences=True))
 
+        # At the temperature of the objective's own, where it has one.
+        as_compared = self.objective.want.get("logprob", logprob)
+
         def read(reference: Reference) -> list[Tensor]:
             rows = (mismatched, others) if reference.mismatched else (batches, inputs)
             report = _each_token if reference.by_token else self._sum_of_sequences
-            return self._schedule(*rows, {"logprob": logprob}, report, True)
+            return self._schedule(*rows, {"logprob": as_compared}, report, True)
 
         found = Found()
         if self.objective.references:

@@ -1,5 +1,7 @@
 """What a config's objective section becomes, and what it refuses."""
 
+import math
+
 import pytest
 
 from megalora.config import DataConfig, ModelConfig, ObjectiveConfig, RunConfig, TrainConfig
@@ -202,6 +204,8 @@ def test_a_pair_of_the_longest_sequences_fits_its_row() -> None:
         ({"drop_gap": 1.0}, "drop_gap is between 0 and 1, got 1.0: it is a difference"),
         ({"drop_divergence": -1.0}, "drop_divergence must not be negative, got -1.0"),
         ({"kl_coef": -0.1}, "kl_coef must not be negative, got -0.1"),
+        ({"temperature": 0}, "objective.policy.temperature must be above 0, got 0"),
+        ({"temperature": math.inf}, "objective.policy.temperature must be above 0, got inf"),
         ({"kl": "k2"}, "kl=k2, kl_corrected=false: without objective.policy.kl_coef above 0"),
         ({"kl": "k1", "kl_coef": 0.1}, "kl=k1 needs objective.policy.kl_corrected=true: without"),
         ({"advantage_mean": "batch"}, "advantage_std=group: .* batch or none"),

@@ -9,8 +9,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from trl.trainer.utils import selective_log_softmax_and_entropy
 
 from megalora.config.policy import PolicyConfig
+from megalora.model.head import Head
 from megalora.objectives.objective import Sequences
 from megalora.objectives.policy import Policy
 from tests.distributed.ranks import run_ranks
@@ -414,3 +416,41 @@ def test_passes_and_readers_are_those_that_are_needed() -> None:
     # Without entropy the head takes its fast path.
     assert list(Policy(PolicyConfig(entropy=False)).want) == ["logprob"]
     assert list(Policy(PolicyConfig()).want) == ["logprob", "entropy"]
+
+
+def read_by_head(temperature: float) -> tuple[dict[str, Tensor], Tensor]:
+    """(what the head reads, gradient of x of a sum over all of it) on this rank, which has its part
+    of the vocabulary; a rank function."""
+    x, weight, targets, factors = of_head()
+    group: Any = dist.group.WORLD
+    head = Head(weight.chunk(group.size())[group.rank()], group)
+    found = head(x, targets, Policy(PolicyConfig(temperature=temperature)).want)
+    sum((found[name] * factor).sum() for name, factor in factors.items()).backward()  # type: ignore
+    assert x.grad is not None
+    # Each rank saw its own part of the vocabulary.
+    dist.all_reduce(x.grad)
+    return {name: value.detach() for name, value in found.items()}, x.grad
+
+
+def of_head() -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+    """Hidden states, output weight, tokens, and what each result is multiplied by."""
+    generator = torch.Generator().manual_seed(8)
+    x = torch.randn(11, 6, generator=generator).double().requires_grad_()
+    weight = torch.randn(26, 6, generator=generator).double()
+    targets = torch.randint(26, (11,), generator=generator)
+    factors = torch.randn(2, 11, generator=generator).double()
+    return x, weight, targets, {"logprob": factors[0], "entropy": factors[1]}
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
+def test_a_temperature_is_trl_s(world: int, temperature: float) -> None:
+    x, weight, targets, factors = of_head()
+    logprobs, entropies = selective_log_softmax_and_entropy(
+        x @ weight.t(), targets, temperature=temperature
+    )
+    ((logprobs * factors["logprob"]).sum() + (entropies * factors["entropy"]).sum()).backward()
+    for results, gradient in run_ranks(read_by_head, world, temperature):
+        torch.testing.assert_close(results["logprob"], logprobs.detach(), rtol=0, atol=ATOL)
+        torch.testing.assert_close(results["entropy"], entropies.detach(), rtol=0, atol=ATOL)
+        torch.testing.assert_close(gradient, x.grad, rtol=0, atol=ATOL)

@@ -11,12 +11,14 @@ from torch.func import functional_call
 from tests.oracles.training import Oracle
 
 
-def read(oracle: Oracle, sample: Any, weights: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """(log-probabilities, entropies) of a sample's learned tokens."""
+def read(
+    oracle: Oracle, sample: Any, weights: dict[str, Tensor], temperature: float
+) -> tuple[Tensor, Tensor]:
+    """(log-probabilities, entropies) of a sample's learned tokens at a temperature."""
     ids = torch.tensor(sample.input_ids).long()
     mask = torch.tensor(sample.loss_mask)[1:]
     output = functional_call(oracle.model, weights, (ids[None, :-1],), tie_weights=False)
-    logprobs = output.logits[0].double().log_softmax(-1)[mask]
+    logprobs = (output.logits[0].double() / temperature).log_softmax(-1)[mask]
     entropies = -(logprobs.exp() * logprobs).sum(-1)
     return logprobs.gather(1, ids[1:, None][mask])[:, 0], entropies
 
@@ -35,11 +37,11 @@ def policy_loss(oracle: Oracle, samples: list, policy: Any) -> Tensor:
         # With the experts that the sampler chose, if the sample says so; a reference by itself.
         if sample.routes is not None:
             oracle.given = torch.from_numpy(sample.routes).long()
-        logprobs, entropies = read(oracle, sample, merged)
+        logprobs, entropies = read(oracle, sample, merged, policy.temperature)
         oracle.given = None
         with torch.no_grad():
             # Of the base, or of the start where the loss compares with that.
-            reference, _ = read(oracle, sample, oracle.reference)
+            reference, _ = read(oracle, sample, oracle.reference, policy.temperature)
         mask = sample.loss_mask[1:]
         engine = torch.tensor(sample.floats["logprobs"][1:][mask]).double()
         total = total + of_sample(logprobs, entropies, reference, engine, advantage, policy)

@@ -82,6 +82,7 @@ OBJECTIVES = {
             kl_coef=0.5,
             advantage_mean="none",
             advantage_std="batch",
+            temperature=0.7,
         ),
     ),
     "grpo of start": ObjectiveConfig(

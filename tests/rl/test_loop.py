@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from megalora.adapters.files import WEIGHTS
@@ -17,6 +18,7 @@ from megalora.rl.episode import Sampled
 from megalora.rl.rollouts import FOLDER, REST, ROUNDS
 from tests.distributed.ranks import run_ranks
 from tests.jsonl import column, read_jsonl
+from tests.oracles.training import frozen
 from tests.parity.runs import records
 from tests.rl import played
 from tests.rl.played import LOW, rl_config, train_by_ids, write_prompts
@@ -56,6 +58,31 @@ def test_each_step_learns_from_what_the_adapter_before_it_has_sampled(
     rewards = records(tmp_path / "run", "eval_reward")
     assert len(rewards) == 3
     assert records(tmp_path / "run", "eval_loss") == [-reward for reward in rewards]
+
+
+@pytest.mark.slow
+def test_completions_are_sampled_and_learned_at_a_temperature(tiny: Path, tmp_path: Path) -> None:
+    """Against transformers' logits / T; the adapter of the first round is still the base."""
+    prompts = write_prompts(tmp_path / "prompts.jsonl")
+    temperature = 1.7
+    policy = {"temperature": temperature, "kl_coef": 0.1}
+    run_ranks(train_by_ids, 1, rl_config(tiny, prompts, tmp_path / "run", policy, steps=3))
+    model = frozen(tiny, torch.float64)
+    entropies: list[float] = []
+    for row in rollouts(tmp_path / "run", 0):
+        count = len(row["completion_ids"])
+        tokens = torch.tensor([*row["prompt_ids"], *row["completion_ids"]])
+        with torch.no_grad():
+            logits = model(tokens[None]).logits[0, -count - 1 : -1]
+        expected = (logits / temperature).log_softmax(-1)
+        entropies += [-(of_token.exp() * of_token).sum().item() for of_token in expected]
+        expected = expected.gather(1, tokens[-count:, None])[:, 0].tolist()
+        assert row["logprobs"] == pytest.approx(expected, abs=1e-5)
+    found = records(tmp_path / "run", "entropy")
+    assert found[0] == pytest.approx(sum(entropies) / len(entropies), abs=1e-5)
+    # What is trained and what is compared with have the same temperature.
+    assert max(records(tmp_path / "run", "engine_gap_max")) < 1e-5
+    assert records(tmp_path / "run", "kl")[0] < 1e-6
 
 
 def stale(config: RunConfig) -> None:

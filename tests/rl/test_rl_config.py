@@ -95,6 +95,10 @@ def test_options_without_rewards_do_nothing(minimal: Path) -> None:
         ("lora.use_dora=true", "lora.use_dora: vLLM does not load it"),
         ("lora.modules_to_save=[norm]", "lora.modules_to_save: vLLM does not load it"),
         ("checkpoint.serve=http://a", "checkpoint.serve does not go with rl.servers"),
+        (
+            "objective.policy={temperature: 0.8}",
+            "objective.policy.temperature does not go with rl.servers: vLLM gives",
+        ),
         ("rl.replay_routes=on", "rl.replay_routes=on: vLLM 0.32 does not report the experts"),
     ],
 )
