@@ -5,7 +5,7 @@ are divided over data-parallel ranks. Experts are shared by ranks with different
 ranks run the same number of passes: one whose sequences have ended goes on with filler.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -44,6 +44,7 @@ def generate(
     pass_tokens: int = PASS_TOKENS,
     routes: bool = False,
     tempered: bool = False,
+    between: Callable[[], None] = lambda: None,
 ) -> list[Answer]:
     """The model's answer to each prompt, on every rank; collective over the world.
 
@@ -57,17 +58,15 @@ def generate(
             that large (``cache_bytes``).
         pass_tokens: tokens that a pass reads, at most, unless one prompt alone has more.
         routes, tempered: keep the experts that tokens go to; see ``choose``.
+        between: called before each pass; what it raises on every rank ends them.
 
     Raises:
         ValueError: the layout has pipeline or context parallelism, or a prompt is empty or holds a
             token that the model does not have.
     """
     groups = model.groups
-    check_generation(groups.pp.size(), groups.cp.size())
-    _check_prompts(prompts, model.shape.vocab)
-    mine = _share(prompts, numbers, groups.dp)
-    # The last token is never read.
-    length = _longest(mine) + options.max_new_tokens - 1
+    mine = _checked_share(model, prompts, numbers)
+    length = _longest(mine, options)
     # Slots that no prompt would ever use would only take memory.
     num_slots = min(max_sequences, len(mine))
     sequences = Sequences(mine, options, stop, num_slots, pass_tokens)
@@ -75,6 +74,7 @@ def generate(
     recording = recorded(chunk) if routes else nullcontext()
     with cached(chunk, num_slots * length + groups.tp.size()), recording as recorder:
         while _any(sequences.busy, groups.dp):
+            between()
             active = sequences.of_next_pass()
             row = lay_out(active, num_slots=num_slots, length=length, multiple_of=groups.tp.size())
             logits = _logits(chunk, row)
@@ -83,6 +83,16 @@ def generate(
             if active:
                 sequences.take(active, *_next(logits, active, options, groups.tp, tempered))
     return _in_order(sequences.answers, groups.dp)
+
+
+def _checked_share(
+    model: AdaptedModel, prompts: Sequence[Sequence[int]], numbers: Sequence[int] | None
+) -> list[Prompt]:
+    """The prompts that this rank answers; raises as ``generate`` does."""
+    groups = model.groups
+    check_generation(groups.pp.size(), groups.cp.size())
+    _check_prompts(prompts, model.shape.vocab)
+    return _share(prompts, numbers, groups.dp)
 
 
 def _share(
@@ -96,10 +106,12 @@ def _share(
     return [Prompt(*prompt) for prompt in every][dp.rank() :: dp.size()]
 
 
-def _longest(prompts: Sequence[Prompt]) -> int:
-    """Tokens of the longest of these prompts."""
+def _longest(prompts: Sequence[Prompt], options: Sampling) -> int:
+    """Tokens that are read of the longest of these prompts and its answer."""
     # A rank without any prompt has a cache of filler alone.
-    return max((len(prompt.tokens) for prompt in prompts), default=0)
+    longest = max((len(prompt.tokens) for prompt in prompts), default=0)
+    # The last token is never read.
+    return longest + options.max_new_tokens - 1
 
 
 def _check_prompts(prompts: Sequence[Sequence[int]], vocab: int) -> None:

@@ -37,6 +37,7 @@ from megalora.rl.rollouts import (
 from megalora.rl.served import Served
 from megalora.train.batches import Batches, Evaluated
 from megalora.train.checkpoint.start import start_of
+from megalora.train.signals import Stopped
 from megalora.train.step import Stepper
 
 GAP = 1e-5
@@ -90,7 +91,12 @@ class SampledBatches(Batches):
 
     @contextmanager
     def at_work(
-        self, model: AdaptedModel, stepper: Stepper, step: int, say: Callable[[str], None]
+        self,
+        model: AdaptedModel,
+        stepper: Stepper,
+        step: int,
+        say: Callable[[str], None],
+        stop: Callable[[], bool],
     ) -> Iterator[None]:
         """As in ``Batches``: with an engine, and on the first rank with what judges."""
         self.model = model
@@ -101,9 +107,9 @@ class SampledBatches(Batches):
             if self.config.rl.is_served:
                 # The same config, in which servers that are started have their URLs.
                 served = ending.enter_context(own_servers(self.config, model, say))
-                self.engine = Served(model, stepper, served, say)
+                self.engine = Served(model, stepper, served, say, stop)
             else:
-                self.engine = embedded_in(model, self.config)
+                self.engine = embedded_in(model, self.config, stop)
             ending.enter_context(closing(self.engine))
             # A reward that cannot be loaded ends every rank.
             on_first_rank(lambda: self._begin(step, ending), "what judges could not be started")
@@ -203,7 +209,11 @@ class SampledBatches(Batches):
         def begin(collector: Collector) -> Future[list[Episode]]:
             return collector.play_all(self.prompts.held_out(), self._evaluate_on)
 
-        episodes = self._wait_for(step, begin, "the evaluation failed")
+        try:
+            episodes = self._wait_for(step, begin, "the evaluation failed")
+        except Stopped:
+            # It counts as none; the step that follows hears of the signal, too.
+            return None
         judged = [one.reward for one in episodes if one.reward is not None]
         if not judged:
             # A training is worth more than one of its evaluations.

@@ -7,7 +7,7 @@ requests; those that wait at the same time are generated together, on all ranks.
 import asyncio
 import queue
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,11 +20,16 @@ from megalora.generate.options import Sampling, stop_tokens
 from megalora.hf.folder import local_folder
 from megalora.lora.adapted_model import AdaptedModel
 from megalora.rl.episode import Sampled
+from megalora.train.signals import Stopped
 
 QUIET_S = 0.01
 """Requests are generated when none has come for so long: episodes begin within it, and one that
 waits for a tool holds up none of the others."""
 POLL_S = 0.05
+PASSES_BETWEEN = 16
+"""Passes after which ranks meet likewise: about a second of a large model."""
+MEET_S = 5.0
+"""Seconds without a request after which ranks meet, to hear whether the run is to stop."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,19 +61,23 @@ class Embedded:
         max_sequences: int,
         *,
         routes: bool = False,
+        told: Callable[[], bool] | None = None,
     ) -> None:
         """
         Args:
             options: its seed is the run's; each request has a stream of draws of its own.
             stop: tokens that end an answer.
             max_sequences, routes: see ``generate``.
+            told: says whether the run was told to stop; collective.
         """
         self.model = model
         self.options = options
         self.stop = frozenset(stop)
         self.max_sequences = max_sequences
         self.routes = routes
+        self.told = told
         self.version = 0
+        self._passes = 0
         self._requests: queue.SimpleQueue[_Request] = queue.SimpleQueue()
 
     def publish(self, version: int) -> None:
@@ -86,16 +95,21 @@ class Embedded:
         """As the protocol says: generate for all requests until ``done`` is."""
         while True:
             waiting = self._gather(done) if done is not None else []
-            asked: list[Any] = [_message(waiting)]
+            over = done is not None and not waiting and done.done()
+            asked: list[Any] = [(_message(waiting), over)]
             # Every rank takes part in every pass, and the first one alone knows the requests.
             dist.broadcast_object_list(asked, src=0)
-            prompts, streams, temperature = asked[0]
-            if not prompts:
+            (prompts, streams, temperature), over = asked[0]
+            if over:
                 return
+            self._leave_if_told()
+            if not prompts:
+                continue
             options = replace(self.options, temperature=temperature)
             answers = generate(
                 self.model, prompts, options, stop=self.stop, numbers=streams,
                 max_sequences=self.max_sequences, routes=self.routes, tempered=True,
+                between=self._pass,
             )  # fmt: skip
             for request, answer in zip(waiting, answers, strict=False):
                 versions = [self.version] * len(answer.tokens)
@@ -104,13 +118,25 @@ class Embedded:
                 )
                 request.resolve(sampled)
 
+    def _leave_if_told(self) -> None:
+        """Raise ``Stopped`` where the run was told to stop; collective."""
+        if self.told is not None and self.told():
+            raise Stopped
+
+    def _pass(self) -> None:
+        # Ranks make the same passes, so that they meet at the same one.
+        self._passes += 1
+        if self._passes % PASSES_BETWEEN == 0:
+            self._leave_if_told()
+
     def close(self) -> None:
         """As the protocol says: nothing does."""
 
     def _gather(self, done: "Future[Any]") -> list[_Request]:
-        """The next requests, or none when ``done`` is."""
+        """The next requests; none when ``done`` is, or when none has come for ``MEET_S``."""
         waiting: list[_Request] = []
-        last = time.monotonic()
+        began = time.monotonic()
+        last = began
         while True:
             try:
                 # While episodes still arrive, a short wait each; else until one does.
@@ -119,7 +145,8 @@ class Embedded:
             except queue.Empty:
                 if waiting and time.monotonic() - last >= QUIET_S:
                     return _of_one_temperature(waiting, self._requests)
-                if not waiting and done.done():
+                is_late = time.monotonic() - began > MEET_S
+                if not waiting and (done.done() or is_late):
                     return []
 
 
@@ -145,11 +172,13 @@ def _message(requests: Sequence[_Request]) -> tuple[list[list[int]], list[int], 
     return tokens, streams, requests[0].temperature if requests else 1.0
 
 
-def embedded_in(model: AdaptedModel, config: RunConfig) -> Embedded:
-    """The engine of a run's own model."""
+def embedded_in(
+    model: AdaptedModel, config: RunConfig, told: Callable[[], bool] | None = None
+) -> Embedded:
+    """The engine of a run's own model; ``told`` as for ``Embedded``."""
     options = Sampling(
         temperature=1.0, seed=config.train.seed, max_new_tokens=config.rl.max_new_tokens
     )
     stop = stop_tokens(local_folder(config.model.path))
     routes = config.rl.replays(bool(model.shape.moe_layers))
-    return Embedded(model, options, stop, config.rl.concurrency, routes=routes)
+    return Embedded(model, options, stop, config.rl.concurrency, routes=routes, told=told)

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from megalora.first_rank import on_first_rank
 from megalora.rl.episode import Sampled
+from megalora.train.signals import Stopped
 
 MEET_S = 5.0
 """Seconds between two meetings of the ranks while the first one waits."""
@@ -35,6 +36,8 @@ class Engine(Protocol):
 
         Args:
             done: of the first rank; None on the others.
+        Raises:
+            Stopped: the run was told to stop; what is played is abandoned.
         """
         ...
 
@@ -58,9 +61,13 @@ def result_of[T](engine: Engine, done: "Future[T] | None", failure: str) -> T:
     return on_first_rank(result, failure)
 
 
-def meet_until(done: "Future[Any] | None") -> None:
+def meet_until(done: "Future[Any] | None", stop: Callable[[], bool] = lambda: False) -> None:
     """Wait until ``done`` is, the first rank's; collective. Ranks meet meanwhile, so that no time
-    limit of a collective counts how long it takes."""
+    limit of a collective counts how long it takes.
+
+    Raises:
+        Stopped: ``stop``, which is collective, has said so.
+    """
     while True:
         over = [False]
         if done is not None:
@@ -69,6 +76,8 @@ def meet_until(done: "Future[Any] | None") -> None:
         dist.broadcast_object_list(over, src=0)
         if over[0]:
             return
+        if stop():
+            raise Stopped
 
 
 def in_thread[T](work: Callable[[], T]) -> "Future[T]":

@@ -42,14 +42,24 @@ class Served:
     """The engine of ``rl.servers``."""
 
     def __init__(
-        self, model: AdaptedModel, stepper: Stepper, config: RunConfig, say: Callable[[str], None]
+        self,
+        model: AdaptedModel,
+        stepper: Stepper,
+        config: RunConfig,
+        say: Callable[[str], None],
+        stop: Callable[[], bool],
     ) -> None:
-        """``say``: called with lines for the user."""
+        """
+        Args:
+            say: called with lines for the user.
+            stop: says whether the run was told to stop; collective.
+        """
         folder = local_folder(config.model.path)
         self.model = model
         self.stepper = stepper
         self.config = config
         self.say = say
+        self.stop = stop
         tokens = probe_tokens(load_tokenizer(folder))
         self.probe = Probe(tokens, config.model.dtype, config.parallel)
         self.version: int | None = None
@@ -129,7 +139,7 @@ class Served:
 
     def work_until(self, done: "Future[Any] | None") -> None:
         """As the protocol says: there is nothing to do but to wait."""
-        meet_until(done)
+        meet_until(done, self.stop)
 
     def close(self) -> None:
         """Stop listening; servers keep what they have."""

@@ -106,14 +106,20 @@ class Batches:
 
     @contextmanager
     def at_work(
-        self, model: AdaptedModel, stepper: Stepper, step: int, say: Callable[[str], None]
+        self,
+        model: AdaptedModel,
+        stepper: Stepper,
+        step: int,
+        say: Callable[[str], None],
+        stop: Callable[[], bool],
     ) -> Iterator[None]:
-        """A block in which steps are trained.
+        """A block in which steps are trained. ``prepare`` may raise ``Stopped``.
 
         Args:
             model, stepper: what these rows are for.
             step: finished steps.
             say: called with lines for the user.
+            stop: says whether the run was told to stop; collective.
         """
         yield
 

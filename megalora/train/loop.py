@@ -44,7 +44,7 @@ from megalora.train.relora import Cycles
 from megalora.train.run_files import CONFIG, MANIFEST
 from megalora.train.run_folder import opened
 from megalora.train.saver import Progress, Saver, is_due
-from megalora.train.signals import terminated
+from megalora.train.signals import Stopped, terminated
 from megalora.train.trace import Trace, tracing
 from megalora.train.trackers import check_installed
 from megalora.train.unseen_tokens import unseen_note
@@ -172,7 +172,7 @@ def _fit(run: Run, probe: Probe, at: Start) -> Path | None:
         tracing(config.train.profile, folder, metrics.say, now.step) as trace,
         serving(config, run.model, metrics.say, now.saved) as serve,
         terminated() as stop,
-        run.batches.at_work(run.model, run.stepper, now.step, metrics.say),
+        run.batches.at_work(run.model, run.stepper, now.step, metrics.say, stop),
     ):
         for note in notes:
             metrics.say(note)
@@ -227,14 +227,18 @@ def _train_to_the_end(
         counted = metrics.experts is not None and metrics.is_logged(now.step + 1)
         with trace.step(now.step + 1):
             values = _train_step(run, now.step, lr=lr, saved=now.saved, count_experts=counted)
-        saver.count_step(now)
-        metrics.train_step(
-            now.step,
-            **values,
-            num_tokens=run.batches.num_tokens(now.step - 1),
-            use_of_slots=run.batches.use_of_slots(now.step - 1),
-            expert_tokens=run.expert_tokens,
-        )
+        # Told to stop in the middle of a rollout, which a resumed run samples anew.
+        if values is not None:
+            saver.count_step(now)
+            _log_step(run, now.step, metrics, values)
+
+
+def _log_step(run: Run, step: int, metrics: Metrics, values: dict[str, float]) -> None:
+    batches = run.batches
+    metrics.train_step(
+        step, **values, num_tokens=batches.num_tokens(step - 1),
+        use_of_slots=batches.use_of_slots(step - 1), expert_tokens=run.expert_tokens,
+    )  # fmt: skip
 
 
 def _compare_layers(run: Run, *, is_over: bool) -> list[str]:
@@ -294,10 +298,13 @@ def _evaluate(run: Run, now: Progress, metrics: Metrics, answers: Answers) -> bo
 
 def _train_step(
     run: Run, step: int, *, lr: float, saved: Path | None, count_experts: bool
-) -> dict[str, float]:
-    """One optimizer step; returns what ``Metrics.train_step`` reports of it. A value that is not
-    finite stops the run before anything is saved."""
-    prepared = run.batches.prepare(step)
+) -> dict[str, float] | None:
+    """One optimizer step; returns what ``Metrics.train_step`` reports of it, or None when told to
+    stop before it. A value that is not finite stops the run before anything is saved."""
+    try:
+        prepared = run.batches.prepare(step)
+    except Stopped:
+        return None
     loss, grad_norm = run.step(step, lr, count_experts=count_experts)
     check_finite(step + 1, "loss", loss, saved)
     check_finite(step + 1, "gradient norm", grad_norm, saved)

@@ -19,10 +19,14 @@ GRACE_S = 120.0
 steps, if they are longer."""
 
 
+class Stopped(Exception):
+    """A run was told to stop in the middle of work that it can leave; raised on every rank."""
+
+
 @contextmanager
 def terminated() -> Iterator[Callable[[], bool]]:
     """Yields a function that says, on every rank alike, whether any rank has been asked to stop;
-    call it once a step.
+    call it once a step, and in between where a step may take minutes.
 
     SIGTERM and the first SIGINT ask; a second SIGINT kills. When another rank has failed, this one
     waits in a collective without end, where no Python signal handler runs: a thread ends the

@@ -148,6 +148,22 @@ RL_BUGS: tuple[Bug, ...] = (
     ),
     bug(
         0,
+        "rl: a run that is told to stop samples its round to the end",
+        EMBEDDED,
+        "if self.told is not None and self.told():",
+        "if False:",
+        f"{OF_LOOP} told_to_stop",
+    ),
+    bug(
+        0,
+        "rl: a run that left its rollout ends without saving",
+        "megalora/train/loop.py",
+        "        if values is not None:\n            saver",
+        "        if values is None:\n            break\n        else:\n            saver",
+        f"{OF_LOOP} told_to_stop",
+    ),
+    bug(
+        0,
         "rl: siblings of a failed episode go on asking",
         COLLECT,
         "        # Those that are done stay as they are.\n        await _end(tasks)",

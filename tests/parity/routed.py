@@ -45,7 +45,12 @@ class ReplayedBatches(Batches):
 
     @contextmanager
     def at_work(
-        self, model: AdaptedModel, stepper: Stepper, step: int, say: Callable[[str], None]
+        self,
+        model: AdaptedModel,
+        stepper: Stepper,
+        step: int,
+        say: Callable[[str], None],
+        stop: Callable[[], bool],
     ) -> Iterator[None]:
         stepper.replay = Replay(stepper.chunks, sorted(model.shape.moe_layers))
         yield

@@ -1,5 +1,10 @@
 """A run that samples what it learns from."""
 
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -12,10 +17,13 @@ from safetensors.torch import load_file
 from megalora.adapters.files import WEIGHTS
 from megalora.config import RunConfig
 from megalora.data.batch import Batch
-from megalora.rl.batches import SampledBatches
+from megalora.rl import embedded
+from megalora.rl.batches import PlayWith, SampledBatches
 from megalora.rl.embedded import Embedded
-from megalora.rl.episode import Sampled
+from megalora.rl.episode import Ask, Episode, Prompt, Sampled
+from megalora.rl.feed import sampling_feed
 from megalora.rl.rollouts import FOLDER, REST, ROUNDS
+from megalora.train.loop import train
 from tests.distributed.ranks import run_ranks
 from tests.jsonl import column, read_jsonl
 from tests.oracles.training import frozen
@@ -133,6 +141,45 @@ def test_what_ends_a_run_can_be_read(tiny: Path, tmp_path: Path) -> None:
     assert sorted(set(column(rows, "group"))) == list(range(41))
     # Nothing of it is done with.
     assert not (tmp_path / "run" / FOLDER / ROUNDS).exists()
+
+
+@asynccontextmanager
+async def told_to_stop(config: RunConfig) -> AsyncIterator[PlayWith]:
+    """Like ``by_ids``; in the second round this process is told to stop, and one group waits."""
+    async with played.by_ids(config) as play:
+
+        async def stopping(prompt: Prompt, place: int, ask: Ask) -> Episode:
+            if prompt.number == 3:
+                if place == 0:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                await asyncio.sleep(600)
+            return await play(prompt, place, ask)
+
+        yield stopping
+
+
+def stopped_in_a_rollout(config: RunConfig) -> str:
+    """Name of the last checkpoint; a rank function."""
+    embedded.MEET_S = 0.2
+    saved = train(config, feed=sampling_feed(told_to_stop))
+    return saved.name if saved else ""
+
+
+@pytest.mark.slow
+def test_a_run_that_is_told_to_stop_leaves_its_rollout(
+    tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    prompts = write_prompts(tmp_path / "prompts.jsonl")
+    config = rl_config(tiny, prompts, tmp_path / "run", steps=2, eval=1)
+    # The rollout would take ten minutes; what was trained is saved.
+    assert run_ranks(stopped_in_a_rollout, 1, config) == ["step_000001"]
+    assert "stopped by a signal at step 1" in capfd.readouterr().out
+    on = replace(config, checkpoint=replace(config.checkpoint, resume=True))
+    run_ranks(train_by_ids, 1, on)
+    # Prompts that were begun are asked again, and nothing tells it from a run that never stopped.
+    through = rl_config(tiny, prompts, tmp_path / "through", steps=2, eval=1)
+    run_ranks(train_by_ids, 1, through)
+    assert rollouts(tmp_path / "run", 1) == rollouts(tmp_path / "through", 1)
 
 
 def rows_of_both_steps(config: RunConfig) -> list[set[tuple[int, ...]]]:
