@@ -23,6 +23,8 @@ VLLM_UV = $(UV) --no-config pip
 
 # Two processes, each with one contiguous half; who is done first takes over from the other's end.
 SIDE_BY_SIDE := -n 2 --dist worksteal
+# An oracle of tests, apart from all else: PEFT imports it wherever it finds it, which takes seconds.
+BITSANDBYTES := bitsandbytes==0.50.2
 # What addopts in pyproject.toml leaves out, because -m on the command line replaces it.
 HERE := not vllm and not cluster and not compiled
 
@@ -41,6 +43,7 @@ $(READY): requirements-dev.lock pyproject.toml kernels/pyproject.toml | $(filter
 	@echo "installing $$(grep -c == requirements-dev.lock) packages into $(VENV)"
 	@$(UV) venv --quiet --allow-existing --python 3.12 $(VENV)
 	@$(UV) pip install --quiet --compile-bytecode --python $(BIN)/python --no-deps -r requirements-dev.lock
+	@$(UV) pip install --quiet --python $(BIN)/python --no-deps --target $(VENV)/oracles $(BITSANDBYTES)
 	@$(UV) pip install --quiet --python $(BIN)/python --no-deps -e kernels -e .
 	@touch $@
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.oracles.base import rewrite, stored_tensors
+from tests.oracles.bitsandbytes_apart import functional
 
 Stored = dict[str, Tensor]
 """Ending of a stored tensor's name -> tensor."""
@@ -36,8 +37,7 @@ def fp8(w: Tensor, scale_dtype: torch.dtype = torch.bfloat16) -> tuple[Stored, T
 
 def nf4(w: Tensor, nested: bool = False) -> tuple[Stored, Tensor]:
     """By bitsandbytes; values in w's dtype."""
-    import bitsandbytes.functional as bnb
-
+    bnb = functional()
     codes, state = bnb.quantize_4bit(w, blocksize=64, quant_type="nf4", compress_statistics=nested)
     stored = {"weight": codes}
     for name, tensor in state.as_dict(packed=True).items():

@@ -18,6 +18,7 @@ from megalora.verify.stock_model import load_stock
 from tests.distributed.ranks import run_ranks
 from tests.oracles import quantised as oracle
 from tests.oracles.base import TOKENS, make_base, own_logits, transformers_logits
+from tests.oracles.bitsandbytes_apart import write_in_own_process
 from tests.parity.runs import make_config, records
 
 SIZES: dict[str, Any] = {
@@ -137,26 +138,17 @@ def test_08_merging_wants_the_original(base: Path, chats: Path, tmp_path: Path) 
 @pytest.mark.slow
 def test_04_a_folder_that_transformers_and_bitsandbytes_wrote(base: Path, tmp_path: Path) -> None:
     """Attention in nf4; transformers 5 leaves experts plain, without a word, and stacked."""
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    config = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
-    )  # fmt: skip
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        base, dtype=torch.float32, quantization_config=config, device_map="cpu"
-    )
-    model.save_pretrained(tmp_path / "written")
+    write_in_own_process(base, tmp_path / "written")
+    values = tmp_path / "written/values.safetensors"
+    theirs = load_file(values)
+    values.unlink()
     opened = open_folder(tmp_path / "written")
-    quantised = [name for name, place in opened.places.items() if place.quantised]
+    quantised = {name for name, place in opened.places.items() if place.quantised}
     assert len(quantised) == 2 * 4 and all(".self_attn." in name for name in quantised)
-    import bitsandbytes.functional as bnb
-
+    assert quantised == theirs.keys()
     read = BaseWeights(opened)
-    for name in quantised:
-        weight = model.get_submodule(name.removesuffix(".weight")).weight
-        theirs = bnb.dequantize_4bit(weight.data, weight.quant_state)
-        assert torch.equal(read[name], theirs), name
+    for name, value in theirs.items():
+        assert torch.equal(read[name], value), name
 
 
 def test_plan_counts_plain_weights_and_says_so(
