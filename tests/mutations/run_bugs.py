@@ -320,19 +320,48 @@ RUN_BUGS: tuple[Bug, ...] = (
     ),
     bug(
         0,
+        "equal rewards in the first step end a run",
+        f"{TRAIN}/assemble.py",
+        "may_be_still=isinstance(objective, Policy)",
+        "may_be_still=False",
+        "tests/rl/test_loop.py alike",
+    ),
+    bug(
+        0,
+        "an A without gradient behind a step that moved no B",
+        f"{TRAIN}/assemble.py",
+        "lr > 0 and grad_norm > 0",
+        "lr > 0",
+        "tests/rl/test_loop.py alike",
+    ),
+    bug(
+        0,
+        "a still step that counts as looked at",
+        "megalora/lora/coverage.py",
+        "if self.may_be_still and self._is_still():\n            return",
+        "if self.may_be_still and self._is_still():\n            self.pending = set()\n"
+        "            return",
+        "tests/lora/test_coverage.py without_any_gradient",
+    ),
+    bug(
+        0,
         "adapters filled behind the optimizer's copies",
         f"{TRAIN}/assemble.py",
         """        if prepare is not None:
             prepare(model)
-        check = GradientCheck(model.adapted, model.shards, model.whole)
         objective = objective_of(config)
+        check = GradientCheck(
+            model.adapted, model.shards, model.whole, may_be_still=isinstance(objective, Policy)
+        )
         dtype = getattr(torch, config.model.dtype)
         stepper, optimizer = make_stepper(
             config.train, dtype, model.chunks, groups, check, objective
         )
 """,
-        """        check = GradientCheck(model.adapted, model.shards, model.whole)
-        objective = objective_of(config)
+        """        objective = objective_of(config)
+        check = GradientCheck(
+            model.adapted, model.shards, model.whole, may_be_still=isinstance(objective, Policy)
+        )
         dtype = getattr(torch, config.model.dtype)
         stepper, optimizer = make_stepper(
             config.train, dtype, model.chunks, groups, check, objective

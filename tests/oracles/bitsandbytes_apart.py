@@ -1,7 +1,7 @@
-"""bitsandbytes, which `make setup` installs beside the environment: where it is in it, PEFT imports it.
+"""bitsandbytes, which ``make setup`` installs apart: PEFT imports it wherever it finds it.
 
-As a program, ``python -m tests.oracles.bitsandbytes_apart BASE OUT``: have transformers write BASE in
-nf4 to OUT, and what bitsandbytes makes of its weights to OUT/values.safetensors.
+As a program, ``python -m tests.oracles.bitsandbytes_apart BASE OUT``: have transformers write BASE
+in nf4 to OUT, and what bitsandbytes makes of its weights to OUT/values.safetensors.
 """
 
 import importlib

@@ -117,6 +117,30 @@ def test_an_engine_with_another_adapter_stops_the_run(tiny: Path, tmp_path: Path
     assert records(tmp_path / "run", "engine_gap") == pytest.approx([1e-4], rel=0.02)
 
 
+@asynccontextmanager
+async def at_first_alike(config: RunConfig) -> AsyncIterator[PlayWith]:
+    """As ``by_ids``, with a reward of 0 for everything that the first adapter samples."""
+    async with played.by_ids(config) as play_with:
+
+        async def play(prompt: Prompt, place: int, ask: Ask) -> Episode:
+            episode = await play_with(prompt, place, ask)
+            return replace(episode, reward=0.0) if episode.versions[0] == 0 else episode
+
+        yield play
+
+
+def train_at_first_alike(config: RunConfig) -> Path | None:
+    return train(config, feed=sampling_feed(at_first_alike))
+
+
+def test_a_first_step_whose_rewards_are_alike_learns_nothing(tiny: Path, tmp_path: Path) -> None:
+    """And ends no run: nothing is wrong where hard prompts are all failed."""
+    prompts = write_prompts(tmp_path / "prompts.jsonl")
+    run_ranks(train_at_first_alike, 1, rl_config(tiny, prompts, tmp_path / "run", steps=3))
+    norms = records(tmp_path / "run", "grad_norm")
+    assert norms[0] == 0 < min(norms[1:])
+
+
 def alike(config: RunConfig) -> None:
     """Rewards that teach nothing; a rank function."""
     score = played.LOW
