@@ -93,7 +93,9 @@ class RLConfig:
     replay_routes: Literal["auto", "on", "off"] = "auto"
     """Whether tokens go to the experts that they went to while they were sampled (R3, arXiv
     2510.11370), so that rounding does not make training another function than the engine.
-    ``auto``: where the model has experts and the engine says which it chose."""
+    ``auto``: where the model has experts and samples by itself. ``on`` with servers: vLLM 0.32
+    reports them on GPUs, started with ``--enable-return-routed-experts``, which
+    ``rl.start_servers`` does. Answers then come whole, and one that breaks off is asked anew."""
     largest_gap: float | None = None
     """Largest mean difference between log-probabilities of the engine and of this model for the
     same adapter; above it the run stops. null is 1e-5 in float32, and no limit in other dtypes,
@@ -139,9 +141,9 @@ class RLConfig:
                 " rl.start_servers: the model that is trained samples by itself",
             )
         require(
-            not self.is_served or self.replay_routes != "on",
-            "rl.replay_routes=on: vLLM 0.32 does not report the experts that it chose over the"
-            " interface that is used here; leave it out. The gap to the engine is logged",
+            self.start_servers is None or self.start_servers.gpus > 0 or self.replay_routes != "on",
+            "rl.replay_routes=on: vLLM's build for CPUs (rl.start_servers.gpus=0) does not report"
+            " the experts that it chose; leave it out. The gap to the engine is logged",
         )
         if isinstance(self.rewards, dict):
             require(bool(self.rewards), "rl.rewards is an empty mapping; name a reward")
@@ -177,7 +179,9 @@ class RLConfig:
             has_experts or self.replay_routes != "on",
             "rl.replay_routes=on: this model has no layers with experts; leave it out",
         )
-        return has_experts and self.replay_routes != "off" and not self.is_served
+        # Of servers only where it was asked for: they stream otherwise.
+        wanted = ("on",) if self.is_served else ("auto", "on")
+        return has_experts and self.replay_routes in wanted
 
     @property
     def weights(self) -> dict[str, float]:

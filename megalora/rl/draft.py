@@ -6,13 +6,19 @@ import math
 from collections.abc import AsyncIterator, Collection, Sequence
 from typing import Any
 
+import httpx
+import numpy as np
+
 from megalora.rl.episode import Sampled
+from megalora.rl.reported_routes import ReportedRoutes
 from megalora.serve.answers import COMPLETION
 from megalora.serve.errors import ServerError, ServerUnreachable, refusal
 
 STREAM_INTERVAL = 32
 """Tokens of a part of an answer: so many are lost where it breaks off, at most. A part costs this
 process about as much whatever is in it, beside the training, so it should not have one token."""
+ENDS = ("stop", "length")
+"""Why a completion ends that has come whole."""
 AS_TRAINED = {
     "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
@@ -30,8 +36,13 @@ class Draft:
         max_new_tokens: int,
         stop: Collection[int],
         temperature: float = 1.0,
+        reported: ReportedRoutes | None = None,
     ) -> None:
-        """``stop``: tokens that end it."""
+        """
+        Args:
+            stop: tokens that end it.
+            reported: what the server says of chosen experts; None where it is not asked.
+        """
         self.prompt = [*prompt]
         self.max_new_tokens = max_new_tokens
         self.stop = stop
@@ -40,6 +51,8 @@ class Draft:
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
         self.versions: list[int] = []
+        self.reported = reported
+        self.routes: np.ndarray | None = None
 
     @property
     def is_whole(self) -> bool:
@@ -53,6 +66,9 @@ class Draft:
     def body(self, ident: str) -> dict[str, Any]:
         """A request to the model ``ident`` for what is missing."""
         streamed = {"stream": True, "stream_interval": STREAM_INTERVAL}
+        # vLLM's streamed answers have no routes; without a part, one that breaks off has nothing.
+        if self.reported is not None:
+            streamed = {}
         return COMPLETION | AS_TRAINED | streamed | {
             "model": ident, "prompt": self.prompt + self.tokens,
             "max_tokens": self.max_new_tokens - len(self.tokens),
@@ -94,6 +110,9 @@ class Draft:
         self.logprobs += logprobs
         # Of who samples now: a newer version may be published before the answer ends.
         self.versions += [version] * len(tokens)
+        if self.reported is not None and reason in ENDS:
+            num_read = len(self.prompt) + len(self.tokens) - 1
+            self.routes = self.reported.read(choice.get("routed_experts"), num_read, where)
         return reason
 
     def sampled(self, reason: str, where: str) -> Sampled:
@@ -114,12 +133,25 @@ class Draft:
             raise ServerError(f"{where}: ended before its first token")
         if ended and self.stop and not self._is_stopped:
             raise ServerError(f"{where}: ended by token {self.tokens[-1]}, which ends nothing")
-        return Sampled(self.tokens, self.logprobs, ended, self.versions)
+        return Sampled(self.tokens, self.logprobs, ended, self.versions, self.routes)
 
     def finished(self) -> Sampled:
         """The completion, whose server broke off behind its last token."""
         assert self.is_whole
         return Sampled(self.tokens, self.logprobs, self._is_stopped, self.versions)
+
+
+async def parts_of(response: httpx.Response, doing: str) -> AsyncIterator[dict[str, Any]]:
+    """Parts of an answer, streamed or whole; see ``parts``."""
+    if response.headers.get("content-type", "").startswith("application/json"):
+        try:
+            yield json.loads(await response.aread())
+        except ValueError:
+            raise ServerError(f"{doing}: the answer is no JSON; is it vLLM?") from None
+        return
+    # To the end of the stream, so that the connection can be used again.
+    async for part in parts(response.aiter_lines(), doing):
+        yield part
 
 
 async def parts(lines: AsyncIterator[str], doing: str) -> AsyncIterator[dict[str, Any]]:

@@ -18,6 +18,7 @@ from megalora.config import RunConfig
 from megalora.first_rank import on_first_rank
 from megalora.lora.adapted_model import AdaptedModel
 from megalora.rl.engine import in_thread, meet_until
+from megalora.rl.reported_routes import OPTION
 from megalora.rl.server_places import VISIBLE, gpus_of_servers
 from megalora.serve.live.address import TOKEN, own_address
 from megalora.serve.server import DEFAULT_TARGETS, Server
@@ -78,6 +79,8 @@ def servers_of(config: RunConfig, model: AdaptedModel) -> list[Server]:
         arguments = [*rl.start_servers.arguments]
         if len(gpus) > 1:
             arguments += ["--tensor-parallel-size", str(len(gpus))]
+        if rl.replay_routes == "on":
+            arguments.append(OPTION)
         server = Server(
             config.model.path,
             max_rank=max(adapted.product_rank for adapted in model.adapted),

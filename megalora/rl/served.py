@@ -24,6 +24,7 @@ from megalora.lora.adapted_model import AdaptedModel
 from megalora.lora.gather import gather_tensors
 from megalora.rl.engine import in_thread, meet_until, result_of
 from megalora.rl.episode import Sampled
+from megalora.rl.reported_routes import ReportedRoutes
 from megalora.rl.servers import Servers
 from megalora.serve.errors import ServerUnreachable
 from megalora.serve.live.publisher import Publisher
@@ -74,6 +75,7 @@ class Served:
         rl = self.config.rl
         run = Path(self.config.checkpoint.dir)
         hf = read_hf_config(folder)
+        replays = rl.replays(bool(self.model.shape.moe_layers))
         self.publisher = Publisher(
             rl.servers,
             self.config.checkpoint.serve_name or run_name(run),
@@ -88,6 +90,7 @@ class Served:
             rl.servers, self.publisher, max_new_tokens=rl.max_new_tokens,
             stop=stop_tokens(folder), concurrency=rl.concurrency,
             patience_s=60 * rl.server_patience,
+            reported=ReportedRoutes(self.model.shape) if replays else None,
         )  # fmt: skip
         # A version is not dropped under a request that was slower than all others.
         self.publisher.in_use = self.servers.in_use

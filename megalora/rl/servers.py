@@ -17,8 +17,9 @@ from typing import Protocol
 
 import httpx
 
-from megalora.rl.draft import Draft, failed, parts
+from megalora.rl.draft import Draft, failed, parts_of
 from megalora.rl.episode import Sampled
+from megalora.rl.reported_routes import ReportedRoutes
 from megalora.serve.api import is_local
 from megalora.serve.errors import AdapterNotFound, ServeError, ServerUnreachable
 
@@ -72,6 +73,7 @@ class Servers:
         patience_s: float = 600.0,
         silence_s: float = 1800.0,
         api_key: str | None = None,
+        reported: ReportedRoutes | None = None,
     ) -> None:
         """
         Args:
@@ -81,6 +83,7 @@ class Servers:
             silence_s: seconds for which a server may say nothing to a request before it counts as
                 gone.
             api_key: None for $VLLM_API_KEY.
+            reported: what servers say of the experts that they chose; None where it is not asked.
         """
         key = api_key or os.environ.get("VLLM_API_KEY")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
@@ -90,6 +93,7 @@ class Servers:
         self._stop = frozenset(stop)
         self._concurrency = concurrency
         self._patience_s = patience_s
+        self._reported = reported
         self._version: int | None = None
         self._in_flight: Counter[int] = Counter()
         # Notified when a request has ended.
@@ -123,7 +127,8 @@ class Servers:
             self._answered_at = time.monotonic()
         self._under_way += 1
         try:
-            return await self._sample(Draft(tokens, self._max_new_tokens, self._stop, temperature))
+            draft = Draft(tokens, self._max_new_tokens, self._stop, temperature, self._reported)
+            return await self._sample(draft)
         finally:
             self._under_way -= 1
 
@@ -214,8 +219,7 @@ class Servers:
                 if response.status_code != 200:
                     text = (await response.aread()).decode(errors="replace")
                     raise failed(doing, response.status_code, text)
-                # To the end of the stream, so that the connection can be used again.
-                async for part in parts(response.aiter_lines(), doing):
+                async for part in parts_of(response, doing):
                     reason = draft.take(part, ident, version, where)
                     # It is well, and rests for the shortest time after its next failure.
                     server.failures = 0

@@ -17,6 +17,8 @@ OF_COMPLAINTS = "tests/rl/test_complaints.py"
 OF_SERVED = "tests/serve/test_rl.py"
 SERVED = "megalora/rl/served.py"
 
+ROUTES, OF_ROUTES = "megalora/rl/reported_routes.py", "tests/rl/test_reported_routes.py"
+
 RL_BUGS: tuple[Bug, ...] = (
     bug(
         0,
@@ -488,5 +490,46 @@ RL_BUGS: tuple[Bug, ...] = (
         "logits=self.logits / temperature",
         "logits=self.logits * temperature",
         "tests/objectives/test_policy.py a_temperature_is",
+    ),
+    # experts that servers report
+    bug(
+        0,
+        "routes: layers without experts replayed",
+        ROUTES,
+        "routes[:, sorted(self.shape.moe_layers)]",
+        "routes[:, : len(self.shape.moe_layers)]",
+        f"{OF_ROUTES} come_with",
+    ),
+    bug(
+        0,
+        "routes: of the last token, which was not read",
+        "megalora/rl/draft.py",
+        "len(self.prompt) + len(self.tokens) - 1",
+        "len(self.prompt) + len(self.tokens)",
+        f"{OF_ROUTES} come_with",
+    ),
+    bug(
+        0,
+        "routes: an expert twice",
+        ROUTES,
+        "if is_twice or chosen",
+        "if chosen",
+        f"{OF_ROUTES} cannot_be_replayed",
+    ),
+    bug(
+        0,
+        "routes: asked for in a stream",
+        "megalora/rl/draft.py",
+        "            streamed = {}\n",
+        "            pass\n",
+        f"{OF_ROUTES} come_with",
+    ),
+    bug(
+        0,
+        "routes: servers that are not told to report them",
+        "megalora/rl/own_servers.py",
+        'if rl.replay_routes == "on":',
+        "if False:",
+        "tests/rl/test_own_servers.py servers_of",
     ),
 )

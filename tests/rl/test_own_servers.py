@@ -16,6 +16,7 @@ from megalora.config.file import load_config
 from megalora.config.rl import StartServers
 from megalora.lora.adapted_model import AdaptedModel
 from megalora.rl.own_servers import own_servers, servers_of
+from megalora.rl.reported_routes import OPTION
 from megalora.rl.server_places import check_places, gpus_of_servers, visible_gpus
 from megalora.serve.live.address import TOKEN
 from tests.distributed.ranks import run_ranks
@@ -40,7 +41,7 @@ MODEL = cast(
         (["rl.start_servers={gpus: -1}"], "rl.start_servers.gpus must not be negative"),
         (["rl.start_servers={arguments: [--max-loras=9]}"], "--max-loras is set by the run"),
         (["rl.start_servers={}", "rl.servers=[http://a]"], "in place of rl.servers; leave one"),
-        (["rl.start_servers={}", "rl.replay_routes=on"], "vLLM 0.32 does not report the experts"),
+        (["rl.start_servers={gpus: 0}", "rl.replay_routes=on"], "build for CPUs (rl.start_servers"),
         (["rl.start_servers={}", "lora.use_dora=true"], "lora.use_dora: vLLM does not load it"),
         (["rl.staleness=1"], "does nothing without rl.servers or rl.start_servers"),
     ],
@@ -123,6 +124,9 @@ def test_the_command_follows_from_the_run(
     # Nobody else knows it.
     assert len(environment[TOKEN]) == 32 and environment[TOKEN] == os.environ[TOKEN]
     assert "LOCAL_WORLD_SIZE" not in environment and "TORCHELASTIC_RUN_ID" not in environment
+    assert OPTION not in command
+    replayed = replace(config, rl=replace(config.rl, replay_routes="on"))
+    assert OPTION in servers_of(replayed, MODEL)[0].command()
     monkeypatch.setenv(GPUS, "")
     alone = started_config(tiny, tmp_path, gpus=0)
     assert "--tensor-parallel-size" not in servers_of(alone, MODEL)[0].command()

@@ -99,7 +99,6 @@ def test_options_without_rewards_do_nothing(minimal: Path) -> None:
             "objective.policy={temperature: 0.8}",
             "objective.policy.temperature does not go with rl.servers: vLLM gives",
         ),
-        ("rl.replay_routes=on", "rl.replay_routes=on: vLLM 0.32 does not report the experts"),
     ],
 )
 def test_what_servers_cannot_sample_from(override: str, message: str, minimal: Path) -> None:

@@ -66,6 +66,8 @@ class FakeVLLM(ThreadingHTTPServer):
         """Bodies of all requests for completions, refused ones too."""
         self.arrivals: Arrivals | None = None
         """Where it puts adapters of a training; None for a server that takes none."""
+        self.routed_experts: str | None = None
+        """Of every answer that comes whole."""
         self.finish_reason = "length"
         """Why every answer ends."""
         self.prompt_tokens: int | None = None
@@ -205,11 +207,14 @@ class _Handler(BaseHTTPRequestHandler):
         if body.get("stream"):
             self._stream(name, tokens, body)
             return
+        if self.server.prompt_tokens is not None:
+            tokens = tokens[: body["max_tokens"]]
         shift = 0.0 if name == BASE else 0.25
         choices = []
         for index, prompt in enumerate(prompts):
             choice = _choice(prompt, tokens, shift, body)
-            choices.append(choice | {"index": index, "finish_reason": self.server.finish_reason})
+            choice |= {"index": index, "finish_reason": self.server.finish_reason}
+            choices.append(choice | {"routed_experts": self.server.routed_experts})
         # The order is vLLM's to choose; clients go by the index.
         self._send(200, {"model": name, "choices": choices[::-1]})
 
@@ -281,6 +286,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _send(self, status: int, body: Any) -> None:
         content = b"" if body is None else json.dumps(body).encode()
         self.send_response(status)
+        self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         self.wfile.write(content)
