@@ -1,6 +1,6 @@
 """Do something on the first rank for all ranks, which get its result or its error."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch.distributed as dist
@@ -41,3 +41,15 @@ def on_first_rank[T](action: Callable[[], T], failure: str) -> T:
     if crash is not None:
         raise RuntimeError(crash)
     return result
+
+
+def check_agreement(name: str, value: Hashable) -> None:
+    """Raise ``ValueError`` unless every rank has the same value: files may differ between
+    machines."""
+    values: list[Hashable] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    if len(set(values)) > 1:
+        raise ValueError(
+            f"ranks disagree about the {name}: {sorted(set(values), key=str)}. Data and"
+            " checkpoint.dir must be the same files on every machine."
+        )

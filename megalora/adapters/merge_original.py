@@ -8,8 +8,37 @@ from pathlib import Path
 
 from megalora.hf.folder import local_folder
 from megalora.hf.json_file import read_hf_config
+from megalora.model.account import open_folder
 from megalora.model.fields import model_shape, scheme_of
 from megalora.model.shape import ModelShape
+
+
+def _check_plain(folder: Path, original: Path) -> None:
+    """Raise ``ValueError`` unless what the quantised base stores plain (norms, embedding, head,
+    routers) has the original's values, but for rounding.
+
+    Another model of the same sizes has others. So has a base whose norms were scaled before it was
+    quantised, as AWQ and SmoothQuant do: its adapters read other inputs than the original's would.
+    """
+    import torch
+
+    from megalora.model.base_weights import BaseWeights
+
+    base = open_folder(folder)
+    ours = BaseWeights(base)
+    theirs = BaseWeights(open_folder(original))
+    for name, place in base.places.items():
+        if place.quantised or name not in theirs:
+            continue
+        a = ours[name].float()
+        b = theirs[name].float()
+        # Each may be stored in bfloat16, whose steps are 2^-8 of a value.
+        if not torch.allclose(a, b, rtol=2**-7, atol=1e-6):
+            raise ValueError(
+                f"--original: {name} in {original} has other values than in {folder}. It is another"
+                " model, or the base was scaled before it was quantised (AWQ, SmoothQuant), so that"
+                " the adapter does not fit the original. Serve base and adapter side by side"
+            )
 
 
 def is_merged_into_original(folder: Path, original: str | None) -> bool:
@@ -41,6 +70,7 @@ def merged_into(folder: Path, shape: ModelShape, original: str | None) -> tuple[
         raise ValueError(f"--original: {found} is quantised itself ({scheme.title})")
     if model_shape(hf) != shape:
         raise ValueError(f"--original: {found} has other sizes than {folder}")
+    _check_plain(folder, found)
     about = (
         f"merged into {found}, as asked: the adapter was trained on {folder}, whose weights differ"
         " by the error of quantising them"

@@ -12,7 +12,8 @@ _ABOVE_ZERO = (
 _SET_BY_RUN = (
     "--model", "--served-model-name", "--host", "--port", "--dtype", "--enable-lora", "--api-key",
     "--max-lora-rank", "--max-loras", "--max-cpu-loras", "--lora-target-modules", "--lora-modules",
-    "--tensor-parallel-size", "-tp",
+    "--tensor-parallel-size", "-tp", "--pipeline-parallel-size", "-pp", "--data-parallel-size",
+    "-dp", "--config",
 )  # fmt: skip
 """Arguments of vLLM that follow from a run's config."""
 
@@ -33,7 +34,8 @@ class StartServers:
         require(self.count >= 1, f"{where}.count={self.count}: at least 1; null starts none")
         require(self.gpus >= 0, f"{where}.gpus must not be negative, got {self.gpus}")
         for argument in self.arguments:
-            option = argument.partition("=")[0]
+            # vLLM reads --max_loras as --max-loras.
+            option = argument.partition("=")[0].replace("_", "-")
             require(
                 option not in _SET_BY_RUN,
                 f"{where}.arguments: {option} is set by the run, which knows what fits",

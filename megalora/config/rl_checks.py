@@ -74,7 +74,7 @@ def _check_served(config: Sections) -> None:
         policy is None or policy.temperature == 1,
         "objective.policy.temperature does not go with rl.servers: vLLM gives log-probabilities at"
         " a temperature of 1; leave it out, or sample from the model that is trained"
-        " (rl.servers=[])",
+        " (neither rl.servers nor rl.start_servers)",
     )
     require(
         config.checkpoint.serve is None,
@@ -91,7 +91,8 @@ def _check_served(config: Sections) -> None:
         require(
             not is_set,
             f"{option}: vLLM does not load it, so that rl.servers would sample from another"
-            " adapter; sample from the model that is trained (rl.servers=[])",
+            " adapter; sample from the model that is trained (neither rl.servers nor"
+            " rl.start_servers)",
         )
 
 

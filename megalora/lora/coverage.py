@@ -136,8 +136,7 @@ class GradientCheck:
 
     B's gradient is non-zero from the first step on, and a magnitude's, and that of a weight that is
     trained whole; A's once a step has moved B off zero. A group is one projection of one layer, all
-    experts together: single experts may have had no token. Where a whole step may have no gradient,
-    as of completions whose rewards are all alike, the first step with one is looked at.
+    experts together: single experts may have had no token.
     """
 
     def __init__(
@@ -145,11 +144,7 @@ class GradientCheck:
         adapted: list[Adapted],
         shards: list[FactorShard],
         whole: Sequence[TrainedWeight] = (),
-        *,
-        may_be_still: bool = False,
     ) -> None:
-        """``may_be_still``: whether a step can be without any gradient."""
-        self.may_be_still = may_be_still
         self.labels: list[str] = []
         self.expected: dict[FactorName, list[int]] = {}
         """Factor -> which projections have it."""
@@ -190,8 +185,6 @@ class GradientCheck:
     def after_backward(self, b_has_moved: bool) -> None:
         """Look at ``main_grad`` once per factor; collective over the world until all factors have
         been seen."""
-        if self.may_be_still and self._is_still():
-            return
         # It has a gradient from the first step on, whatever B is.
         if self.whole_pending:
             dead = _unmarked(self.whole, self._alive(self.whole_parts, len(self.whole)))
@@ -216,12 +209,6 @@ class GradientCheck:
                     " never train. This is a bug in the model or the layout; please report it."
                 )
             self.pending.discard(factor)
-
-    def _is_still(self) -> bool:
-        """Whether this step has no gradient of any B; collective, while a factor is pending."""
-        if not self.pending or "B" not in self.parts:
-            return False
-        return not any(self._alive(self.parts["B"], len(self.labels)))
 
     @staticmethod
     def _alive(parts: _Parts, count: int) -> list[int]:

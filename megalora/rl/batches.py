@@ -106,8 +106,15 @@ class SampledBatches(Batches):
         with ExitStack() as ending:
             if self.config.rl.is_served:
                 # The same config, in which servers that are started have their URLs.
-                served = ending.enter_context(own_servers(self.config, model, say))
-                self.engine = Served(model, stepper, served, say, stop)
+                try:
+                    served = ending.enter_context(own_servers(self.config, model, say, stop))
+                except Stopped:
+                    # Before anything is asked: the loop ends at once.
+                    yield
+                    return
+                # Servers of its own compute in the dtype of the run.
+                dtype = self.config.model.dtype if self.config.rl.start_servers else None
+                self.engine = Served(model, stepper, served, say, stop, dtype)
             else:
                 self.engine = embedded_in(model, self.config, stop)
             ending.enter_context(closing(self.engine))
@@ -119,6 +126,8 @@ class SampledBatches(Batches):
         """Have the first rank play episodes, from this number of finished steps on, until
         ``ending`` closes."""
         rl = self.config.rl
+        # What an earlier process has left there is asked again, or was.
+        (self._folder / REST).unlink(missing_ok=True)
         round = step // rl.steps_per_rollout
         done, known = prompts_done(self._folder, round)
         # What an earlier process had begun and not trained on is asked again.
@@ -209,11 +218,7 @@ class SampledBatches(Batches):
         def begin(collector: Collector) -> Future[list[Episode]]:
             return collector.play_all(self.prompts.held_out(), self._evaluate_on)
 
-        try:
-            episodes = self._wait_for(step, begin, "the evaluation failed")
-        except Stopped:
-            # It counts as none; the step that follows hears of the signal, too.
-            return None
+        episodes = self._wait_for(step, begin, "the evaluation failed")
         judged = [one.reward for one in episodes if one.reward is not None]
         if not judged:
             # A training is worth more than one of its evaluations.

@@ -150,8 +150,19 @@ async def parts_of(response: httpx.Response, doing: str) -> AsyncIterator[dict[s
             raise ServerError(f"{doing}: the answer is no JSON; is it vLLM?") from None
         return
     # To the end of the stream, so that the connection can be used again.
-    async for part in parts(response.aiter_lines(), doing):
+    async for part in parts(lines_of(response.aiter_bytes()), doing):
         yield part
+
+
+async def lines_of(content: AsyncIterator[bytes]) -> AsyncIterator[str]:
+    """Lines of a stream, which end in a line feed alone: vLLM leaves other characters that Python
+    ends lines at, such as U+2028, as they are in the text of an answer."""
+    rest = b""
+    async for piece in content:
+        *lines, rest = (rest + piece).split(b"\n")
+        for line in lines:
+            yield line.decode().rstrip("\r")
+    yield rest.decode()
 
 
 async def parts(lines: AsyncIterator[str], doing: str) -> AsyncIterator[dict[str, Any]]:

@@ -35,14 +35,19 @@ ranks of its own."""
 
 @contextmanager
 def own_servers(
-    config: RunConfig, model: AdaptedModel, say: Callable[[str], None]
+    config: RunConfig,
+    model: AdaptedModel,
+    say: Callable[[str], None],
+    stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[RunConfig]:
     """Yields the config with the URLs of the servers that it has asked for, which run inside the
     block; as it is where it asks for none. Collective.
 
     Args:
         say: called with lines for the user.
+        stop: says whether the run was told to stop; collective.
     Raises:
+        Stopped: before the servers were ready.
         ValueError: on every rank, where there are too few GPUs or a server does not start.
     """
     if config.rl.start_servers is None:
@@ -57,7 +62,7 @@ def own_servers(
             say(f"rl: vLLM starts ({len(servers)}); its log is in {_logs(config)}")
             done = in_thread(lambda: _each(servers, Server.start))
         # It takes minutes, and one that fails ends every rank.
-        meet_until(done)
+        meet_until(done, stop)
         on_first_rank(lambda: done.result() if done else None, "vLLM did not start")
         say(f"rl: vLLM is ready after {time.monotonic() - began:.0f} s")
         urls = on_first_rank(lambda: [server.url for server in servers], "")
@@ -74,6 +79,11 @@ def servers_of(config: RunConfig, model: AdaptedModel) -> list[Server]:
     # The secret of this training and its servers, which inherit it.
     os.environ.setdefault(TOKEN, secrets.token_hex(16))
     num_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if any(adapted.layer is None for adapted in model.adapted):
+        raise ValueError(
+            "rl.start_servers: servers that a run starts do not adapt lm_head; leave it out of"
+            " lora.target_modules, or start them yourself (rl.servers)"
+        )
     servers = []
     for number, gpus in enumerate(gpus_of_servers(rl.start_servers, num_ranks)):
         arguments = [*rl.start_servers.arguments]
@@ -83,6 +93,8 @@ def servers_of(config: RunConfig, model: AdaptedModel) -> list[Server]:
             arguments.append(OPTION)
         server = Server(
             config.model.path,
+            # What training computes in, which the gap to the engine is judged by.
+            dtype=config.model.dtype,
             max_rank=max(adapted.product_rank for adapted in model.adapted),
             # Those that are published at once, and one more while the oldest goes.
             max_loras=rl.staleness + 3,

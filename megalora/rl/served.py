@@ -49,11 +49,14 @@ class Served:
         config: RunConfig,
         say: Callable[[str], None],
         stop: Callable[[], bool],
+        dtype: str | None = None,
     ) -> None:
         """
         Args:
             say: called with lines for the user.
             stop: says whether the run was told to stop; collective.
+            dtype: that the servers compute in; None for the base's, as ``megalora serve`` starts
+                them.
         """
         folder = local_folder(config.model.path)
         self.model = model
@@ -61,6 +64,7 @@ class Served:
         self.config = config
         self.say = say
         self.stop = stop
+        self.dtype = dtype
         tokens = probe_tokens(load_tokenizer(folder))
         self.probe = Probe(tokens, config.model.dtype, config.parallel)
         self.version: int | None = None
@@ -83,8 +87,7 @@ class Served:
             folder=run / FOLDER if rl.sync in ("auto", "folder") else None,
             # What requests may have begun with, and what is published for the next ones.
             keep=rl.staleness + 2,
-            # The dtype that megalora serve starts vLLM with.
-            served_dtype=str(stored_dtype(hf)),
+            served_dtype=self.dtype or str(stored_dtype(hf)),
         )
         self.servers = Servers(
             rl.servers, self.publisher, max_new_tokens=rl.max_new_tokens,

@@ -109,7 +109,7 @@ class Server:
         self._python = vllm_python(self.python)
         if self.trainer:
             check_address(self.trainer, "--trainer")
-        if any(argument.startswith("--api-key") for argument in self.extra):
+        if any(argument.startswith(("--api-key", "--api_key")) for argument in self.extra):
             raise ValueError(
                 "--api-key: everyone who lists processes could read the key, and megalora would not"
                 " know it; set VLLM_API_KEY instead"

@@ -33,7 +33,6 @@ from megalora.model.replay import Replay
 from megalora.model.shape import ModelShape
 from megalora.objectives.choose import objective_of, sft_of
 from megalora.objectives.objective import Objective
-from megalora.objectives.policy import Policy
 from megalora.parallel import Groups, parallel_groups
 from megalora.train.batches import Batches
 from megalora.train.optim import build_optimizer, clip_and_step, set_learning_rate, wrap_chunks
@@ -124,7 +123,7 @@ class Run:
             counts = np.array(numbers[num_sums:], dtype=np.int64)
             self.expert_tokens = counts.reshape(load.num_layers, load.num_experts)
         # From now on A has a gradient too, which ``GradientCheck`` expects.
-        self.stepper.b_has_moved |= lr > 0 and grad_norm > 0
+        self.stepper.b_has_moved |= lr > 0 and not self.stepper.is_still
         means = _means(self.stepper.objective.metrics, numbers[:num_sums])
         loss = means.pop(self.stepper.objective.metrics[0])
         self.others = means | balance
@@ -189,9 +188,7 @@ def assemble(
         if prepare is not None:
             prepare(model)
         objective = objective_of(config)
-        check = GradientCheck(
-            model.adapted, model.shards, model.whole, may_be_still=isinstance(objective, Policy)
-        )
+        check = GradientCheck(model.adapted, model.shards, model.whole)
         dtype = getattr(torch, config.model.dtype)
         stepper, optimizer = make_stepper(
             config.train, dtype, model.chunks, groups, check, objective

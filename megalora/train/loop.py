@@ -1,7 +1,7 @@
 """The training loop: a straight line from a config to an adapter folder."""
 
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from megalora.data.questions import Question
 from megalora.data.splits import Split, load_data
 from megalora.data.tokenizer import load_tokenizer
 from megalora.data.vocabulary import check_vocabulary
-from megalora.first_rank import on_first_rank
+from megalora.first_rank import check_agreement, on_first_rank
 from megalora.hf.folder import local_folder
 from megalora.lora.coverage import write_manifest
 from megalora.lora.select import plan
@@ -286,7 +286,12 @@ def _evaluate(run: Run, now: Progress, metrics: Metrics, answers: Answers) -> bo
     """Evaluate the model as it is; returns whether its loss is a new lowest one of the run, the
     same on every rank."""
     loss = None
-    if found := run.batches.evaluate(run.stepper, now.step):
+    try:
+        found = run.batches.evaluate(run.stepper, now.step)
+    except Stopped:
+        # A resumed run evaluates here.
+        return False
+    if found:
         loss = found.loss
         metrics.evaluation(now.step, loss, found.over, found.others)
     if shown := answers.now():
@@ -335,16 +340,4 @@ def check_finite(step: int, name: str, value: float, saved: Path | None) -> None
         last = f"the last checkpoint is {saved}" if saved else "no checkpoint was saved"
         raise ValueError(
             f"step {step}: the {name} is {value}. Lower train.lr or lengthen train.warmup; {last}."
-        )
-
-
-def check_agreement(name: str, value: Hashable) -> None:
-    """Raise ``ValueError`` unless every rank has the same value: files may differ between
-    machines."""
-    values: list[Hashable] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    if len(set(values)) > 1:
-        raise ValueError(
-            f"ranks disagree about the {name}: {sorted(set(values), key=str)}. Data and"
-            " checkpoint.dir must be the same files on every machine."
         )

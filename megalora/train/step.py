@@ -4,6 +4,7 @@ reduction of gradients. Which loss is minimised is the objective's."""
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from megalora.model.head import Outputs
 from megalora.model.replay import Replay, replaying
 from megalora.model.vocab_logits import Reader, logprob
 from megalora.objectives.objective import Objective, Reference, Sequences, WhichModel
+from megalora.objectives.policy import Policy
 from megalora.parallel import Groups
 from megalora.train.inputs import Asked, DeviceBatch, Part, to_device
 from megalora.train.references import Found, Start, model_of, set_apart
@@ -50,6 +52,9 @@ class Stepper:
             self.parameters.extend(p for p in chunk.parameters() if p.requires_grad)
         self.b_has_moved = False
         """Whether a step has moved B off zero, from when on A has a gradient."""
+        self.is_still = False
+        """Whether rewards teach nothing in this step, as where all are alike; only known while
+        ``check`` looks at gradients."""
         self.kept: dict[WhichModel, Start] = {}
         """The earlier adapters that the objective compares with, where it does."""
         self.replay: Replay | None = None
@@ -81,8 +86,21 @@ class Stepper:
             chunk.train()
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
+        self.is_still = self._has_no_advantage(batches)
         self.chunks[0].config.grad_scale_func = optimizer.scale_loss
         return self._sum(self._run(batches, mismatched, forward_only=False))
+
+    def _has_no_advantage(self, batches: list[Batch]) -> bool:
+        """Whether no completion of the global batch is better or worse than others; collective."""
+        if not isinstance(self.objective, Policy) or self.check is None or not self.check.pending:
+            return False
+        largest = torch.zeros((), device=host.device())
+        for batch in batches:
+            for values in (batch.values, batch.columns.get("advantages", ())):
+                # NaN where a token has none.
+                largest += np.nansum(np.abs(np.asarray(values, np.float64)))
+        dist.all_reduce(largest)
+        return largest.item() == 0
 
     def evaluate(self, batches: list[Batch]) -> tuple[float, int]:
         """(mean loss, number of the objective's units) over all data-parallel ranks' batches;
@@ -300,7 +318,7 @@ class Stepper:
         In place of Megatron's ``finalize_model_grads``, which would sum some trained norms and
         routers a second time, by their names.
         """
-        if self.check is not None:
+        if self.check is not None and not self.is_still:
             self.check.after_backward(self.b_has_moved)
         # Nothing is divided by ``num_tokens``: the objective has divided each term already.
         for chunk in model:

@@ -72,9 +72,7 @@ def test_every_rank_names_what_is_missing_or_too_much(
     assert run_ranks(said_by, 2, config, act) == [message] * 2
 
 
-def with_dead(
-    factor: str, pattern: str, b_has_moved: bool, **options: bool
-) -> Callable[[Run], None]:
+def with_dead(factor: str, pattern: str, b_has_moved: bool) -> Callable[[Run], None]:
     """Give every factor a gradient of ones, but zeros to those of the modules of ``pattern``."""
 
     def act(run: Run) -> None:
@@ -86,17 +84,10 @@ def with_dead(
         for shard in run.model.shards:
             if re.search(rf"{pattern}\.lora_{factor}", shard.name):
                 shard.parameter.main_grad[shard.index] = 0
-        check = GradientCheck(run.model.adapted, run.model.shards, **options)
+        check = GradientCheck(run.model.adapted, run.model.shards)
         check.after_backward(b_has_moved)
-        # Nothing was seen, so that the next step is looked at.
-        if said_nothing_of(check, factor):
-            raise RuntimeError("not looked at")
 
     return act
-
-
-def said_nothing_of(check: GradientCheck, factor: str) -> bool:
-    return check.may_be_still and factor in check.pending
 
 
 @pytest.mark.parametrize(
@@ -127,13 +118,3 @@ def test_a_projection_without_gradient_is_named(
                 f"the gradient of {factor} is exactly zero for 1 of 28 adapted projections"
                 f" ({label})"
             )
-
-
-@pytest.mark.parametrize(("pattern", "said"), [("", "not looked at"), (r"o_proj", "for 4 of 28")])
-def test_a_step_without_any_gradient_may_be_one_of_equal_rewards(
-    pattern: str, said: str, tiny: Path, chats: Path, tmp_path: Path
-) -> None:
-    """And one with some is none."""
-    act = with_dead("B", pattern, b_has_moved=True, may_be_still=True)
-    for message in run_ranks(said_by, 2, make_config(tiny, chats, tmp_path, {"ep": 2}), act):
-        assert said in message

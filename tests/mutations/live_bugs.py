@@ -77,7 +77,7 @@ LIVE_BUGS: tuple[Bug, ...] = (
         "reason = draft.take(part, ident, self._version, where)",
         f"{SAMPLED} until_it_is_answered"),
     bug(0, "all of a completion labelled with the version that ended it", DRAFT,
-        "return Sampled(self.tokens, self.logprobs, ended, self.versions)",
+        "return Sampled(self.tokens, self.logprobs, ended, self.versions, self.routes)",
         "return Sampled(self.tokens, self.logprobs, ended, self.versions[-1:] * count)",
         f"{SAMPLED} goes_on_with_the_newest"),
     bug(0, "tokens labelled with the version after theirs", DRAFT,

@@ -321,27 +321,18 @@ RUN_BUGS: tuple[Bug, ...] = (
     bug(
         0,
         "equal rewards in the first step end a run",
-        f"{TRAIN}/assemble.py",
-        "may_be_still=isinstance(objective, Policy)",
-        "may_be_still=False",
+        f"{TRAIN}/step.py",
+        "if self.check is not None and not self.is_still:",
+        "if self.check is not None:",
         "tests/rl/test_loop.py alike",
     ),
     bug(
         0,
         "an A without gradient behind a step that moved no B",
         f"{TRAIN}/assemble.py",
-        "lr > 0 and grad_norm > 0",
+        "lr > 0 and not self.stepper.is_still",
         "lr > 0",
         "tests/rl/test_loop.py alike",
-    ),
-    bug(
-        0,
-        "a still step that counts as looked at",
-        "megalora/lora/coverage.py",
-        "if self.may_be_still and self._is_still():\n            return",
-        "if self.may_be_still and self._is_still():\n            self.pending = set()\n"
-        "            return",
-        "tests/lora/test_coverage.py without_any_gradient",
     ),
     bug(
         0,
@@ -350,18 +341,14 @@ RUN_BUGS: tuple[Bug, ...] = (
         """        if prepare is not None:
             prepare(model)
         objective = objective_of(config)
-        check = GradientCheck(
-            model.adapted, model.shards, model.whole, may_be_still=isinstance(objective, Policy)
-        )
+        check = GradientCheck(model.adapted, model.shards, model.whole)
         dtype = getattr(torch, config.model.dtype)
         stepper, optimizer = make_stepper(
             config.train, dtype, model.chunks, groups, check, objective
         )
 """,
         """        objective = objective_of(config)
-        check = GradientCheck(
-            model.adapted, model.shards, model.whole, may_be_still=isinstance(objective, Policy)
-        )
+        check = GradientCheck(model.adapted, model.shards, model.whole)
         dtype = getattr(torch, config.model.dtype)
         stepper, optimizer = make_stepper(
             config.train, dtype, model.chunks, groups, check, objective

@@ -133,12 +133,19 @@ def train_at_first_alike(config: RunConfig) -> Path | None:
     return train(config, feed=sampling_feed(at_first_alike))
 
 
-def test_a_first_step_whose_rewards_are_alike_learns_nothing(tiny: Path, tmp_path: Path) -> None:
-    """And ends no run: nothing is wrong where hard prompts are all failed."""
+@pytest.mark.parametrize(
+    "balance", [0.0, pytest.param(0.01, marks=pytest.mark.slow)], ids=["", "balanced"]
+)
+def test_a_first_step_whose_rewards_are_alike_learns_nothing(
+    balance: float, tiny: Path, tmp_path: Path
+) -> None:
+    """And ends no run: nothing is wrong where hard prompts are all failed. With a balance loss all
+    layers but the last one have a gradient."""
     prompts = write_prompts(tmp_path / "prompts.jsonl")
-    run_ranks(train_at_first_alike, 1, rl_config(tiny, prompts, tmp_path / "run", steps=3))
+    config = rl_config(tiny, prompts, tmp_path / "run", steps=3, router_aux_loss_coef=balance)
+    run_ranks(train_at_first_alike, 1, config)
     norms = records(tmp_path / "run", "grad_norm")
-    assert norms[0] == 0 < min(norms[1:])
+    assert (norms[0] > 0) == (balance > 0) and min(norms[1:]) > 0
 
 
 def alike(config: RunConfig) -> None:

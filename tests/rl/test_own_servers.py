@@ -30,7 +30,8 @@ GPUS = "CUDA_VISIBLE_DEVICES"
 PYTHON = "MEGALORA_VLLM_PYTHON"
 # Ranks of adapters before and behind the largest one.
 MODEL = cast(
-    AdaptedModel, SimpleNamespace(adapted=[SimpleNamespace(product_rank=n) for n in (4, 12, 8)])
+    AdaptedModel,
+    SimpleNamespace(adapted=[SimpleNamespace(product_rank=n, layer=0) for n in (4, 12, 8)]),
 )
 
 
@@ -40,6 +41,7 @@ MODEL = cast(
         (["rl.start_servers={count: 0}"], "rl.start_servers.count=0: at least 1"),
         (["rl.start_servers={gpus: -1}"], "rl.start_servers.gpus must not be negative"),
         (["rl.start_servers={arguments: [--max-loras=9]}"], "--max-loras is set by the run"),
+        (["rl.start_servers={arguments: [--tensor_parallel_size=2]}"], "--tensor-parallel-size is"),
         (["rl.start_servers={}", "rl.servers=[http://a]"], "in place of rl.servers; leave one"),
         (["rl.start_servers={gpus: 0}", "rl.replay_routes=on"], "build for CPUs (rl.start_servers"),
         (["rl.start_servers={}", "lora.use_dora=true"], "lora.use_dora: vLLM does not load it"),
@@ -124,6 +126,11 @@ def test_the_command_follows_from_the_run(
     # Nobody else knows it.
     assert len(environment[TOKEN]) == 32 and environment[TOKEN] == os.environ[TOKEN]
     assert "LOCAL_WORLD_SIZE" not in environment and "TORCHELASTIC_RUN_ID" not in environment
+    # Of the run, whatever the base is stored in.
+    assert flag(command, "dtype") == [config.model.dtype]
+    head: Any = SimpleNamespace(adapted=[SimpleNamespace(product_rank=4, layer=None)])
+    with pytest.raises(ValueError, match="servers that a run starts do not adapt lm_head"):
+        servers_of(config, head)
     assert OPTION not in command
     replayed = replace(config, rl=replace(config.rl, replay_routes="on"))
     assert OPTION in servers_of(replayed, MODEL)[0].command()

@@ -237,7 +237,10 @@ class _Handler(BaseHTTPRequestHandler):
             logprobs = {"token_logprobs": [logprob_of(token)]}
             reason = server.finish_reason if is_last else None
             choice = {"token_ids": [token], "logprobs": logprobs, "finish_reason": reason}
-            self._event(json.dumps({"model": name, "choices": [choice]}))
+            # As vLLM writes it: characters at which Python ends lines stand in it as they are.
+            choice["text"] = "\u2028\u0085"
+            part = {"model": name, "choices": [choice]}
+            self._event(json.dumps(part, ensure_ascii=False))
         if broken is not None:
             # Before the end of the chunks, as a server that dies.
             self.close_connection = True

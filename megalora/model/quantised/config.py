@@ -115,7 +115,10 @@ def _bitsandbytes(settings: Settings) -> Scheme:
 def _gptq(settings: Settings) -> Scheme:
     checked(settings, _GPTQ, needed=("bits", "group_size"))
     # Two names for one field; without it the first version is meant.
-    version = settings.get("checkpoint_format") or settings.get("format") or "gptq"
+    named = {settings[key] for key in ("checkpoint_format", "format") if settings.get(key)}
+    if len(named) > 1:
+        raise ValueError(f"checkpoint_format and format differ: {', '.join(sorted(named))}")
+    version = named.pop() if named else "gptq"
     return Scheme(
         form="gptq",
         title=f"GPTQ's int4 ({version})",

@@ -45,5 +45,11 @@ def decode(stored: Stored, part: Part, group: int, zero_offset: int) -> Tensor:
     q = q[:, k0 % 8 :][:, : k1 - k0].float()
     # [G, N/8] -> [G, N]
     zero = of_words(stored["qzeros"][groups, covering(n0, n1, 8)])
+    # Of a zero point of 0 its writers store different things, GPTQModel beside its neighbours, too.
+    if zero_offset and (zero == 15).any():
+        raise ValueError(
+            "its qzeros hold 15, which in the first version of GPTQ's format may be a zero point of"
+            " 0 or 16; write the folder anew as gptq_v2"
+        )
     zero = zero[:, n0 % 8 :][:, : n1 - n0].float() + zero_offset
     return (q - zero.t()[:, group_of_k]) * scale.t()[:, group_of_k]

@@ -66,4 +66,25 @@ def _state(stored: Stored, size: tuple[int, int]) -> dict[str, Any]:
             f"its quant_state is of a {state.get('quant_type')} matrix {state.get('shape')}, not of"
             f" nf4 {list(size)}"
         )
+    for key in ("blocksize", "nested_blocksize", "nested_offset"):
+        if key not in state and (key == "blocksize" or "weight.nested_absmax" in stored):
+            raise ValueError(f"its quant_state has no {key}")
+    # Scales that are counted in blocks of another size would be other weights' without a word.
+    blocks = _num_blocks(size[0] * size[1], state["blocksize"])
+    _require_length(stored, "weight.absmax", blocks)
+    if "weight.nested_absmax" in stored:
+        nested = _num_blocks(blocks, state["nested_blocksize"])
+        _require_length(stored, "weight.nested_absmax", nested)
     return state
+
+
+def _num_blocks(elements: int, block: Any) -> int:
+    if type(block) is not int or block < 1:
+        raise ValueError(f"its quant_state has blocks of {block!r}")
+    return -(-elements // block)
+
+
+def _require_length(stored: Stored, name: str, length: int) -> None:
+    # The last one alone is read.
+    if len(stored[name][length - 1 :]) != 1:
+        raise ValueError(f"{name} has not the {length} scales that quant_state's blocks want")

@@ -2,6 +2,7 @@
 every part of it bit for bit."""
 
 import functools
+import json
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -179,3 +180,31 @@ def test_quant_state_of_another_matrix_is_refused() -> None:
     stored, _ = oracle.nf4(labelled(*SIZE))
     with pytest.raises(ValueError, match=r"nf4 matrix \[24, 96\], not of nf4 \[96, 24\]"):
         nf4.decode(stored, Part(0, 96, 0, 24), (96, 24))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"blocksize": 128}, "weight.absmax has not the 18 scales"),
+        ({"blocksize": 32}, "weight.absmax has not the 72 scales"),
+        ({"blocksize": None}, "its quant_state has no blocksize"),
+        ({"blocksize": 64.0}, "its quant_state has blocks of 64.0"),
+        ({"nested_blocksize": 16}, "weight.nested_absmax has not the 3 scales"),
+        ({"nested_offset": None}, "its quant_state has no nested_offset"),
+    ],
+)
+def test_blocks_that_do_not_fit_the_scales_are_refused(change: dict[str, Any], said: str) -> None:
+    stored, _ = oracle.nf4(labelled(*SIZE), nested="nested" in str(change))
+    state = json.loads(bytes(stored[nf4.STATE].tolist())) | change
+    state = {name: value for name, value in state.items() if value is not None}
+    stored[nf4.STATE] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    with pytest.raises(ValueError, match=said):
+        nf4.decode(stored, Part.whole(SIZE), SIZE)
+
+
+def test_a_zero_point_that_writers_store_differently_is_refused() -> None:
+    """Of 0, the first version of GPTQ's format has 15, or a borrow from the next one."""
+    stored, _ = written("gptq", torch.float32)
+    spoiled = stored | {"qzeros": torch.full_like(stored["qzeros"], -1)}
+    with pytest.raises(ValueError, match="its qzeros hold 15, which in the first version"):
+        DECODERS["gptq"](spoiled, Part.whole(SIZE), SIZE)

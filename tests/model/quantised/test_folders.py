@@ -166,6 +166,10 @@ def _weights(form: str, **change: Any) -> dict[str, Any]:
         (_settings("gptq", group_size=...), "group_size is missing"),
         (_settings("gptq", dynamic={"-:.*": {}}), "dynamic is"),
         (_settings("gptq", checkpoint_format="marlin"), 'checkpoint_format is "marlin"'),
+        (
+            _settings("gptq", checkpoint_format="gptq", format="gptq_v2"),
+            "checkpoint_format and format differ: gptq, gptq_v2",
+        ),
         (_settings("awq", version="gemv"), 'version is "gemv"; it must be "gemm"'),
         (_settings("awq", zero_point=False), "zero_point is false; it must be true"),
         (_settings("int4", format="float-quantized"), 'format is "float-quantized"'),

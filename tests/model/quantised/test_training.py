@@ -124,6 +124,10 @@ def test_08_merging_wants_the_original(base: Path, chats: Path, tmp_path: Path) 
     with pytest.raises(ValueError, match="--original: .* is not quantised; leave it out"):
         merge(adapter, str(plain), tmp_path / "out", str(base))
     other = make_base(tmp_path / "other", **SIZES | {"num_experts": 8})
+    # Of the same sizes, with other weights.
+    same = make_base(tmp_path / "same", **SIZES, seed=1)
+    with pytest.raises(ValueError, match="--original: .* has other values than"):
+        merge(adapter, str(quantised), tmp_path / "out", str(same))
     with pytest.raises(ValueError, match="--original: .* has other sizes than"):
         merge(adapter, str(quantised), tmp_path / "out", str(other))
     report = merge(adapter, str(quantised), tmp_path / "out", str(base))
