@@ -17,7 +17,7 @@ vocabulary, K tokens that are asked for, /t divided over the tensor-parallel gro
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from torch import Tensor
@@ -45,16 +45,12 @@ class VocabLogits:
     """The chunk's place among the N tokens of the call, for columns that a reader brings along."""
     group: ProcessGroup
     """Ranks that share the vocabulary, in order."""
-    _at: dict[float, "VocabLogits"] = field(default_factory=dict, init=False)
 
     def at(self, temperature: float) -> "VocabLogits":
         """The chunk with logits / T, in float32 or wider as they are: a model that samples at this
-        temperature. Readers share it."""
-        if temperature == 1:
-            return self
-        if temperature not in self._at:
-            self._at[temperature] = replace(self, logits=self.logits / temperature)
-        return self._at[temperature]
+        temperature."""
+        # Not kept with the chunk: a teacher's would then outlive its reader.
+        return self if temperature == 1 else replace(self, logits=self.logits / temperature)
 
     @property
     def width(self) -> int:
