@@ -167,25 +167,23 @@ def read_probe(folder: Path) -> dict[str, Any] | None:
     try:
         probe = json.loads(path.read_text())
         tokens = probe["tokens"]
+        has_dtype = isinstance(probe["dtype"], str)
         if "scores" in probe:
-            return _with_scores(path, probe)
-        logprobs = probe["logprobs"]
-        # The first token has no log-probability: nothing stands before it.
-        if len(tokens) == len(logprobs) + 1 and isinstance(probe["dtype"], str):
-            return probe
+            scores = probe["scores"]
+            if tokens and isinstance(scores, list) and scores and has_dtype:
+                return probe
+            said = "has no scores of its text; export the adapter again"
+        else:
+            logprobs = probe["logprobs"]
+            # The first token has no log-probability: nothing stands before it.
+            if len(tokens) == len(logprobs) + 1 and has_dtype:
+                return probe
+            said = (
+                f"has {len(tokens)} tokens and {len(logprobs)} log-probabilities; it must have one"
+                " less"
+            )
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} is damaged ({type(error).__name__}: {error}); export the adapter again"
         ) from None
-    raise ValueError(
-        f"{path} has {len(tokens)} tokens and {len(logprobs)} log-probabilities; it must have one"
-        " less"
-    )
-
-
-def _with_scores(path: Path, probe: dict[str, Any]) -> dict[str, Any]:
-    """The contents of a classifier's ``probe.json``."""
-    scores = probe["scores"]
-    if probe["tokens"] and isinstance(scores, list) and scores and isinstance(probe["dtype"], str):
-        return probe
-    raise ValueError(f"{path} has no scores of its text; export the adapter again")
+    raise ValueError(f"{path} {said}")

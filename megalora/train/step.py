@@ -94,13 +94,15 @@ class Stepper:
         """Whether no completion of the global batch is better or worse than others; collective."""
         if not isinstance(self.objective, Policy) or self.check is None or not self.check.pending:
             return False
-        largest = torch.zeros((), device=host.device())
+        own = 0.0
         for batch in batches:
             for values in (batch.values, batch.columns.get("advantages", ())):
                 # NaN where a token has none.
-                largest += np.nansum(np.abs(np.asarray(values, np.float64)))
-        dist.all_reduce(largest)
-        return largest.item() == 0
+                own += np.nansum(np.abs(np.asarray(values, np.float64)))
+        # One copy to the device, whatever the number of microbatches.
+        total = torch.tensor(own, dtype=torch.float64, device=host.device())
+        dist.all_reduce(total)
+        return total.item() == 0
 
     def evaluate(self, batches: list[Batch]) -> tuple[float, int]:
         """(mean loss, number of the objective's units) over all data-parallel ranks' batches;

@@ -20,11 +20,11 @@ from megalora.model.account import open_folder
 from megalora.train.loop import train
 from megalora.verify.peft import verify_peft
 from tests.distributed.ranks import run_ranks
+from tests.lora.resumed import resume_elsewhere
 from tests.lora.shapes import MOE_SHAPE, adapt, refusal
 from tests.parity.built import adapter_of
 from tests.parity.everything import config_of
 from tests.parity.models import shape_of
-from tests.parity.runs import records
 
 FEW = LoRAConfig(
     rank=3, alpha=9.0,
@@ -150,16 +150,7 @@ def test_every_layout_starts_alike(
 def test_zeros_stay_and_peft_has_the_same_adapter(tiny: Path, chats: Path, tmp_path: Path) -> None:
     """Four steps with weight decay and averages, the last two in another layout."""
     options: dict[str, Any] = {"steps": 4, "weight_decay": 0.1, "ema_decay": 0.5, "lr": 1e-2}
-    config = config_of(tiny, chats, tmp_path / "whole", {"ep": 2}, FEW, **options)
-    run_ranks(train, 2, replace(config, checkpoint=replace(config.checkpoint, every=2)))
-    other = config_of(tiny, chats, tmp_path / "rest", {"tp": 2, "etp": 2}, FEW, **options)
-    start = str(tmp_path / "whole/step_000002")
-    run_ranks(train, 2, replace(other, checkpoint=replace(other.checkpoint, resume=start)))
-    # Sums in another order: the limit of the grid for a loss in float32.
-    assert records(tmp_path / "rest", "loss") == pytest.approx(
-        records(tmp_path / "whole", "loss")[2:], rel=1e-6
-    )
-    last = tmp_path / "rest/step_000004"
+    start, last = resume_elsewhere(tiny, chats, tmp_path, FEW, **options)
     adapted = resolve(FEW, open_folder(tiny).shape)
     state = load_file(last / OPTIMIZER)
     factors = {}

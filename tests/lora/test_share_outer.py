@@ -27,6 +27,7 @@ from megalora.train.drift import DriftCheck
 from megalora.train.loop import train
 from tests.adapters.folders import edit_tensors
 from tests.distributed.ranks import run_ranks
+from tests.lora.resumed import resume_elsewhere
 from tests.lora.shapes import DENSE_SHAPE, MIXED_SHAPE, MOE_SHAPE, adapt, refusal
 from tests.parity.built import (
     adapter_of,
@@ -37,7 +38,6 @@ from tests.parity.built import (
 )
 from tests.parity.compare import of_largest
 from tests.parity.everything import config_of
-from tests.parity.runs import records
 
 LAYER_0 = "base_model.model.model.layers.0.mlp.experts."
 # One scale, 3, so that export folds none into a B.
@@ -248,16 +248,7 @@ def test_replicas_of_different_experts_hold_the_same(
 @pytest.mark.slow
 def test_resumes_in_another_layout_and_is_exported(tiny: Path, chats: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"steps": 4, "loraplus_lr_ratio": 4.0}
-    config = config_of(tiny, chats, tmp_path / "whole", {"ep": 2}, SHARED, **options)
-    run_ranks(train, 2, replace(config, checkpoint=replace(config.checkpoint, every=2)))
-    other = config_of(tiny, chats, tmp_path / "rest", {"tp": 2, "etp": 2}, SHARED, **options)
-    start = str(tmp_path / "whole/step_000002")
-    run_ranks(train, 2, replace(other, checkpoint=replace(other.checkpoint, resume=start)))
-    # Sums in another order: the limit of the grid for a loss in float32.
-    assert records(tmp_path / "rest", "loss") == pytest.approx(
-        records(tmp_path / "whole", "loss")[2:], rel=1e-6
-    )
-    last = tmp_path / "rest/step_000004"
+    start, last = resume_elsewhere(tiny, chats, tmp_path, SHARED, **options)
     # A master and two moments for all experts of a layer.
     state = load_file(last / OPTIMIZER)
     names = {f"{key}.{LAYER_0}gate_proj.lora_A.weight" for key in STATE_KEYS}

@@ -48,6 +48,11 @@ STAGES = ("equal", "uneven")
 HEAD = ("lean", "whole")
 """Logits of some target tokens at a time, or those of every token at once, as Megatron has them."""
 
+_POLICY = PolicyConfig(
+    # Rewards as they are: advantages of both signs would cancel in the loss.
+    loss="gspo", clip_low=0.1, clip_high=0.1, kl_coef=0.5, advantage_mean="none",
+    advantage_std="batch",
+)  # fmt: skip
 OBJECTIVES = {
     "sft": ObjectiveConfig(),
     "dpo": ObjectiveConfig(name="dpo", beta=0.5),
@@ -61,30 +66,8 @@ OBJECTIVES = {
     "distill base": ObjectiveConfig(
         name="distill", teacher="base", temperature=2.0, sft_weight=0.5
     ),
-    "grpo": ObjectiveConfig(
-        name="grpo",
-        policy=PolicyConfig(
-            # Rewards as they are: advantages of both signs would cancel in the loss.
-            loss="gspo",
-            clip_low=0.1,
-            clip_high=0.1,
-            kl_coef=0.5,
-            advantage_mean="none",
-            advantage_std="batch",
-        ),
-    ),
-    "grpo routed": ObjectiveConfig(
-        name="grpo",
-        policy=PolicyConfig(
-            loss="gspo",
-            clip_low=0.1,
-            clip_high=0.1,
-            kl_coef=0.5,
-            advantage_mean="none",
-            advantage_std="batch",
-            temperature=0.7,
-        ),
-    ),
+    "grpo": ObjectiveConfig(name="grpo", policy=_POLICY),
+    "grpo routed": ObjectiveConfig(name="grpo", policy=replace(_POLICY, temperature=0.7)),
     "grpo of start": ObjectiveConfig(
         name="grpo",
         policy=PolicyConfig(
