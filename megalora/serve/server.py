@@ -31,6 +31,7 @@ from megalora.serve.check import Limits, Needs, check_adapter
 from megalora.serve.errors import AdapterRankTooLarge, ServerError
 from megalora.serve.live.address import TRAINER, check_address
 from megalora.serve.phases import Phases
+from megalora.serve.process_group import wait_until_ended
 from megalora.serve.store import Store
 from megalora.serve.vllm import Client
 from megalora.serve.vllm_log import last_errors
@@ -43,6 +44,8 @@ SPARE_ADAPTERS = 1
 """Slots beside the first adapters, so that the next version fits in before the old one goes."""
 GRACE_S = 20.0
 """Seconds that vLLM has to end by itself; its engine takes 2 to 5 s."""
+KILLED_S = 10.0
+"""Seconds that processes may take to be gone once they are killed."""
 _GUARD = Path(__file__).with_name("guard.py")
 _OF_OUR_PYTHON = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
 """Environment variables that would make vLLM's interpreter import our packages."""
@@ -239,8 +242,11 @@ class Server:
             signal.signal(signal.SIGTERM, before)
 
     def stop(self) -> None:
-        """Stop vLLM with SIGTERM, and after ``GRACE_S`` with SIGKILL to what is left of the
-        group."""
+        """Stop vLLM with SIGTERM, and after ``GRACE_S`` with SIGKILL to what is left of the group.
+
+        Returns when all of its processes are gone, so that port and memory are free; of those that
+        SIGKILL has not ended within ``KILLED_S`` it warns.
+        """
         process = self._process
         self._process = None
         if process is None:
@@ -254,6 +260,10 @@ class Server:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        # The guard is gone before engine and HTTP server, whoever has killed them.
+        living = wait_until_ended(process.pid, KILLED_S)
+        if living:
+            print(f"vLLM: processes {living} do not end and keep {self.url}", file=sys.stderr)
         if process.stdin:
             process.stdin.close()
         if self._store_is_ours and self.store:

@@ -5,6 +5,9 @@ from tests.mutations.bugs import Bug, bug
 PLACES = "megalora/rl/server_places.py"
 OWN = "megalora/rl/own_servers.py"
 OF_OWN = "tests/rl/test_own_servers.py"
+SERVER = "megalora/serve/server.py"
+GROUP = "megalora/serve/process_group.py"
+OF_PROCESS = "tests/serve/test_server_process.py"
 OF_SUMS = "tests/recipes/test_sums.py"
 
 # fmt: off
@@ -34,6 +37,11 @@ OWN_SERVER_BUGS: tuple[Bug, ...] = (
         f"{OF_OWN} does_not_start"),
     bug(0, "own servers: a missing vLLM is said after the model was read", PLACES,
         "        vllm_python()\n", "", f"{OF_OWN} missing_vllm"),
+    bug(0, "server: stopped when the guard is gone, whatever still listens", SERVER,
+        "living = wait_until_ended(process.pid, KILLED_S)", "living = False",
+        f"{OF_PROCESS} port_is_free"),
+    bug(0, "server: waits for a zombie", GROUP,
+        "and not has_ended:", "and True:", f"{OF_PROCESS} zombie"),
     bug(0, "sums: a base that is trained on prompts, too", "recipes/sums/base.py",
         "labels[place, len(prompt) : end] = torch.tensor(answer)",
         "labels[place, : len(answer)] = torch.tensor(answer)", f"{OF_SUMS} half_of_the_time"),

@@ -15,7 +15,8 @@ import pytest
 from megalora.serve import server as server_module
 from megalora.serve.adapter_names import versioned
 from megalora.serve.errors import ServerError
-from megalora.serve.server import Server
+from megalora.serve.process_group import living_processes, wait_until_ended
+from megalora.serve.server import Server, free_port
 from megalora.serve.vllm_log import last_errors
 from tests.serve.adapters import make_adapter
 from tests.waiting import PATIENCE_S, deadline_passes_when, wait_until
@@ -159,6 +160,61 @@ time.sleep({PATIENCE_S})
     owner.kill()
     owner.wait()
     wait_until_gone(pids)
+
+
+def test_the_port_is_free_when_a_killed_server_was_stopped(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The guard ends at once; what listens takes half a second to die, as a process does whose
+    gigabytes the kernel frees before it closes sockets."""
+    late: list[threading.Timer] = []
+
+    def kill_late(group: int, number: int) -> None:
+        os.kill(group, number)
+        late.append(threading.Timer(0.5, lambda: real(group, number)))
+        late[-1].start()
+
+    real = os.killpg
+    server = Server(tiny, python=healthy(tmp_path), log=tmp_path / "a.log").start()
+    assert server._process is not None
+    monkeypatch.setattr(os, "killpg", kill_late)
+    os.killpg(server._process.pid, signal.SIGKILL)
+    server.stop()
+    assert free_port(server.host, server.port) == server.port
+    for timer in late:
+        timer.cancel()
+
+
+def test_a_zombie_is_not_waited_for() -> None:
+    """Its parent lives outside the group and never asks for its exit code."""
+    # The leader of the group makes a child that leaves the group and has a child there.
+    code = """
+import os, sys, time
+if os.fork():
+    time.sleep(600)
+group = os.getpgrp()
+left = os.fork()
+if left == 0:
+    time.sleep(600)
+os.setpgid(0, 0)
+print(os.getpid(), left, flush=True)
+time.sleep(600)
+"""
+    leader = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert leader.stdout
+    parent, child = map(int, leader.stdout.readline().split())
+    assert sorted(living_processes(leader.pid)) == sorted([leader.pid, child])
+    # Those that live are named when the time is up.
+    assert sorted(wait_until_ended(leader.pid, 0.0)) == sorted([leader.pid, child])
+    os.killpg(leader.pid, signal.SIGKILL)
+    leader.wait()
+    wait_until(lambda: not running(child))
+    assert Path(f"/proc/{child}").exists(), "it is no zombie"
+    assert wait_until_ended(leader.pid, 5.0) == []
+    os.kill(parent, signal.SIGKILL)
+    leader.stdout.close()
 
 
 def test_sigterm_ends_the_server_too(tiny: Path, tmp_path: Path) -> None:
