@@ -2,6 +2,7 @@
 
 from .augmented_weight import AugmentedWeight
 from .backend import BACKENDS, prefers_grouped_mm
+from .coded_weight import CodedWeight, Scratch
 from .combine import combine
 from .dense_lora import add_low_rank, dense_lora
 from .destinations import Destinations, route_to_ranks
@@ -16,24 +17,31 @@ from .logit_rows import (
 )
 from .lora_wgrad import lora_wgrad
 from .permute_shrink import permute_shrink
+from .quantised_weight import NF4, QuantisedWeight, block_bytes, pack_nf4
 from .regroup import Arrivals, regroup_values
 from .route import route, route_values
 from .routing import Routing, permute, permute_values, unpermute
 
 __all__ = [
     "BACKENDS",
+    "NF4",
     "Arrivals",
     "AugmentedWeight",
+    "CodedWeight",
     "Destinations",
     "ExpertFactors",
+    "QuantisedWeight",
     "Routing",
+    "Scratch",
     "add_low_rank",
+    "block_bytes",
     "combine",
     "dense_lora",
     "expert_mlp",
     "grouped_lora",
     "join_blocks_triton",
     "lora_wgrad",
+    "pack_nf4",
     "permute",
     "permute_shrink",
     "permute_values",

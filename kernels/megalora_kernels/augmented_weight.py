@@ -52,6 +52,15 @@ class AugmentedWeight:
         """``[E, N, K]``, a view."""
         return self.buffer[:, : self.N, : self.K]
 
+    @property
+    def like(self) -> torch.Tensor:
+        """A tensor of ``weight``'s sizes, strides, dtype and device."""
+        return self.weight
+
+    def own_copy(self) -> torch.Tensor:
+        """The weight in memory that stays as it is, for those that autograd saves it for."""
+        return self.weight
+
     def with_b(self, b: Factors) -> torch.Tensor:
         """Return ``[W | B]`` transposed, ``[E, K + R, N]``; overwrites the room behind the columns.
 

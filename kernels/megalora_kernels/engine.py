@@ -55,14 +55,42 @@ class Rows:
 
 @dataclass(frozen=True)
 class Weight:
-    """Frozen ``[E, N, K]``, perhaps with room for an adapter."""
+    """Frozen ``[E, N, K]``: a tensor, or one that perhaps has room for an adapter and perhaps is
+    decoded when its values are asked for."""
 
-    w_ENK: torch.Tensor
-    joined: AugmentedWeight | None = None
+    given: torch.Tensor | AugmentedWeight
 
-    @classmethod
-    def of(cls, weight: torch.Tensor | AugmentedWeight) -> "Weight":
-        return cls(weight.weight, weight) if isinstance(weight, AugmentedWeight) else cls(weight)
+    @property
+    def joined(self) -> AugmentedWeight | None:
+        """The weight with room for an adapter; None without room."""
+        if isinstance(self.given, AugmentedWeight) and self.given.room:
+            return self.given
+        return None
+
+    @property
+    def like_ENK(self) -> torch.Tensor:
+        """Sizes, strides, dtype and device of the weight; the values are any."""
+        return self.given.like if isinstance(self.given, AugmentedWeight) else self.given
+
+    @property
+    def w_ENK(self) -> torch.Tensor:
+        """The values. Where they are decoded they are valid until the next weight is."""
+        return self.given.weight if isinstance(self.given, AugmentedWeight) else self.given
+
+    def own_copy(self) -> torch.Tensor:
+        """The values, in memory that autograd may keep."""
+        return self.given.own_copy() if isinstance(self.given, AugmentedWeight) else self.given
+
+    @property
+    def kept(self) -> torch.Tensor | None:
+        """What autograd saves of it: nothing where it is asked for again in backward."""
+        return None if isinstance(self.given, AugmentedWeight) else self.given
+
+    @property
+    def not_kept(self) -> AugmentedWeight | None:
+        """What is asked for again in backward; writing an adapter beside it counts as changing
+        it, so that autograd cannot save it."""
+        return self.given if isinstance(self.given, AugmentedWeight) else None
 
     def check_room(self, what: str, rank: int) -> None:
         """Raises ``ValueError`` where an adapter of this rank does not fit beside the weight."""

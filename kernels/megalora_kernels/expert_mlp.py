@@ -98,7 +98,6 @@ class _ExpertMLP(torch.autograd.Function):
         s1 = rows.s_MR.contiguous() if rows.s_MR is not None and before_swiglu else None
         s2 = inner.s_MR.contiguous() if inner.s_MR is not None and wants_b2 else None
         x, p, offsets, source, slots, w1, w2, *factors = tensors
-        w1, w2 = (None if joined else w for w, joined in zip((w1, w2), static.joined, strict=True))
         kept = (x if keep_x else None, p, offsets, source, slots, w1, w2, *factors)
         ctx.save_for_backward(*kept, y_MJ if keep_y else None, s1, s2)
         ctx.static = static
@@ -173,7 +172,7 @@ def expert_mlp(
     Args:
         x_TH: tokens, or rows sorted by expert (``routing.source_M`` None), any strides.
         gate_up_EJH: frozen; gate's rows, then up's. ``AugmentedWeight``: with room for the adapter.
-        down_EHI: frozen.
+        down_EHI: frozen. ``CodedWeight``, here or above: decoded, and again in backward.
         p_M: routing probability of each row, float32 or x's dtype.
         routing: which rows are whose, and whether to gather and to combine.
         gate_up, down: adapters in x's dtype.
@@ -192,12 +191,12 @@ def expert_mlp(
             cannot run here.
     """
     adapters = (gate_up, down)
-    weights = (Weight.of(gate_up_EJH), Weight.of(down_EHI))
+    weights = (Weight(gate_up_EJH), Weight(down_EHI))
     check_operands(x_TH, weights, p_M, routing, adapters)
     name = _choose(backend, x_TH, routing, weights, adapters)
     if name == "reference":
-        w1, w2 = (w.w_ENK for w in weights)
-        return expert_mlp_ref(x_TH, w1, w2, p_M, routing, gate_up, down, dropout)
+        own = (w.own_copy() for w in weights)
+        return expert_mlp_ref(x_TH, *own, p_M, routing, gate_up, down, dropout)
     if dropout > 0:
         operands = (x_TH, gate_up_EJH, down_EHI, p_M, routing, gate_up, down, dropout, name)
         if recompute:
@@ -221,7 +220,7 @@ def _choose(
         if adapter is not None:
             rank = max(rank, adapter.a.shape[1])
             room = room and weight.joined is not None
-    w1, w2 = (w.w_ENK for w in weights)
+    w1, w2 = (w.like_ENK for w in weights)
     layer = (w2.shape[1], w2.shape[2])
     return choose(backend, "expert_mlp", x_TH, routing.num_rows, rank, [w1, w2], room, layer)
 
@@ -234,9 +233,9 @@ def _apply(
     b1, b2 = (() if adapter is None else adapter.b for adapter in adapters)
     a1, a2 = (None if adapter is None else adapter.a for adapter in adapters)
     s1, s2 = (() if adapter is None else adapter.scale for adapter in adapters)
-    joined = (weights[0].joined, weights[1].joined)
+    joined = (weights[0].not_kept, weights[1].not_kept)
     static = Static(backend, recompute, routing.num_rows, joined, (s1, s2), (len(b1), len(b2)))
-    w1, w2 = (w.w_ENK for w in weights)
+    w1, w2 = (w.kept for w in weights)
     # One value per row or expert: kernels take these as contiguous, which they nearly always are.
     per_row = (
         t if t is None else t.contiguous()

@@ -39,7 +39,7 @@ class Operands:
         n = static.blocks[0]
         given = zip((w1, w2), static.joined, strict=True)
         # A joined weight is not among the saved tensors.
-        self.weight1, self.weight2 = (Weight.of(joined or w) for w, joined in given)  # pyright: ignore[reportArgumentType]
+        self.weight1, self.weight2 = (Weight(joined or w) for w, joined in given)  # pyright: ignore[reportArgumentType]
         self.adapter1 = None if a1 is None else ExpertFactors(a1, tuple(b[:n]), static.scales[0])
         self.adapter2 = None if a2 is None else ExpertFactors(a2, tuple(b[n:]), static.scales[1])
         self.engine = make_engine(static.backend, self.routing)

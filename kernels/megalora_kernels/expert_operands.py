@@ -24,8 +24,8 @@ def check_operands(
         weights: gate_up ``[E, 2I, H]`` and down ``[E, H, I]``.
         adapters: of gate_up and of down.
     """
-    w1 = weights[0].w_ENK
-    w2 = weights[1].w_ENK
+    w1 = weights[0].like_ENK
+    w2 = weights[1].like_ENK
     check_base("expert_mlp", x_TH, w1, routing.offsets_E)
     E, J, H = w1.shape
     if J % 2 or tuple(w2.shape) != (E, H, J // 2):
@@ -55,7 +55,7 @@ def check_operands(
     for name, weight, adapter in zip(("gate_up", "down"), weights, adapters, strict=True):
         if adapter is not None:
             weight.check_room(f"expert_mlp: {name}", adapter.a.shape[1])
-            adapter.check(f"expert_mlp: {name}", weight.w_ENK)
+            adapter.check(f"expert_mlp: {name}", weight.like_ENK)
             factors = {f"{name}.b[{i}]": b for i, b in enumerate(adapter.b)}
             check_placement(
                 "expert_mlp", x_TH, routing.offsets_E, **{f"{name}.a": adapter.a}, **factors

@@ -52,24 +52,20 @@ class _GroupedLoRA(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_MK: torch.Tensor, weight_ENK: torch.Tensor, offsets_E: torch.Tensor,
+        ctx: Any, x_MK: torch.Tensor, weight_ENK: torch.Tensor | None, offsets_E: torch.Tensor,
         a_ERK: torch.Tensor | None,
         b_ENR: torch.Tensor | None, x_lora_MK: torch.Tensor | None, joined: AugmentedWeight | None,
         backend: str,
     ) -> torch.Tensor:  # fmt: skip
         routing = Routing(offsets_E, x_MK.shape[0])
-        weight = Weight(weight_ENK, joined)
+        weight = Weight(joined or weight_ENK)  # pyright: ignore[reportArgumentType]
         engine = make_engine(backend, routing)
         rows = engine.shrink(x_MK, None if a_ERK is None else (a_ERK,), weight, x_lora=x_lora_MK)
         y_MN = engine.linear(rows, weight, None if b_ENR is None else (b_ENR.transpose(1, 2),))
         da_needs_x, db_needs_s = ctx.needs_input_grad[3:5]
         x_kept = (x_MK if x_lora_MK is None else x_lora_MK) if da_needs_x else None
         s_kept = rows.s_MR.contiguous() if rows.s_MR is not None and db_needs_s else None
-        # Writing an adapter into the room of a joined weight counts as changing the weight, so that
-        # one is not saved.
-        ctx.save_for_backward(
-            x_kept, s_kept, None if joined else weight_ENK, offsets_E, a_ERK, b_ENR
-        )
+        ctx.save_for_backward(x_kept, s_kept, weight_ENK, offsets_E, a_ERK, b_ENR)
         ctx.backend = backend
         ctx.joined = joined
         ctx.has_x_lora = x_lora_MK is not None
@@ -80,7 +76,7 @@ class _GroupedLoRA(torch.autograd.Function):
     def backward(ctx: Any, dy_MN: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x_MK, s_MR, weight_ENK, offsets_E, a_ERK, b_ENR = ctx.saved_tensors
         need_dx, _, _, need_da, need_db, need_dx_lora, *_ = ctx.needs_input_grad
-        weight = Weight.of(ctx.joined or weight_ENK)
+        weight = Weight(ctx.joined or weight_ENK)
         routing = Routing(offsets_E, dy_MN.shape[0])
         engine = make_engine(ctx.backend, routing)
         dx_MK = da_ERK = db_ENR = dx_lora_MK = None
@@ -147,11 +143,11 @@ def grouped_lora(
     rank = 0 if a_ERK is None else a_ERK.shape[1]
     num_rows = x_MK.shape[0]
     has_room = weight.joined is not None
-    name = choose(backend, "grouped_lora", x_MK, num_rows, rank, [weight.w_ENK], has_room)
+    name = choose(backend, "grouped_lora", x_MK, num_rows, rank, [weight.like_ENK], has_room)
     if name == "reference":
-        return grouped_lora_ref(x_MK, weight.w_ENK, offsets_E, a_ERK, b_ENR, x_lora_MK)
+        return grouped_lora_ref(x_MK, weight.own_copy(), offsets_E, a_ERK, b_ENR, x_lora_MK)
     return _GroupedLoRA.apply(  # pyright: ignore
-        x_MK, weight.w_ENK, offsets_E.contiguous(), a_ERK, b_ENR, x_lora_MK, weight.joined, name
+        x_MK, weight.kept, offsets_E.contiguous(), a_ERK, b_ENR, x_lora_MK, weight.not_kept, name
     )
 
 
@@ -160,11 +156,11 @@ def _checked(
     a_ERK: torch.Tensor | None, b_ENR: torch.Tensor | None, x_lora_MK: torch.Tensor | None,
 ) -> Weight:  # fmt: skip
     """The weight, once all operands are known to fit each other; else ``ValueError``."""
-    weight = Weight.of(weight_ENK)
-    check_base("grouped_lora", x_MK, weight.w_ENK, offsets_E)
-    check_adapter("grouped_lora", weight.w_ENK, a_ERK, b_ENR)
+    weight = Weight(weight_ENK)
+    check_base("grouped_lora", x_MK, weight.like_ENK, offsets_E)
+    check_adapter("grouped_lora", weight.like_ENK, a_ERK, b_ENR)
     check_placement(
-        "grouped_lora", x_MK, offsets_E, weight=weight.w_ENK, a=a_ERK, b=b_ENR, x_lora=x_lora_MK
+        "grouped_lora", x_MK, offsets_E, weight=weight.like_ENK, a=a_ERK, b=b_ENR, x_lora=x_lora_MK
     )
     if x_lora_MK is not None and (a_ERK is None or x_lora_MK.shape != x_MK.shape):
         raise ValueError(

@@ -44,7 +44,6 @@ class ScaledExperts(torch.autograd.Function):
         s1 = None if rows.s_MR is None else rows.s_MR.contiguous()
         s2 = None if inner.s_MR is None else inner.s_MR.contiguous()
         x, p, offsets, source, slots, w1, w2, *factors = tensors
-        w1, w2 = (None if joined else w for w, joined in zip((w1, w2), static.joined, strict=True))
         kept_x = x if o.a1 is not None or static.recompute else None
         kept = (kept_x, p, offsets, source, slots, w1, w2, *factors)
         kept_u1 = None if static.recompute else u1_MJ
