@@ -21,7 +21,7 @@ import torch.distributed as dist
 from megalora import megatron_patches, staged
 from megalora.cpu_device import CudaMeansCpu, NoStream
 from megalora.environment import SHARE_GPU, set_defaults, shares_gpu
-from megalora.rendezvous import meeting_place
+from megalora.rendezvous import Met, meeting_place
 
 GIB = 1 << 30
 CONTEXT_BYTES = GIB
@@ -217,12 +217,11 @@ def set_rng_state(state: dict[str, torch.Tensor]) -> bool:
 
 
 @contextlib.contextmanager
-def process_group(timeout_minutes: float = 30) -> Iterator[str | None]:
+def process_group(timeout_minutes: float = 30) -> Iterator[Met]:
     """Join the world that torchrun describes in the environment (a world of one without it), and
     leave it at the end.
 
-    Yields the name of torchrun's job, the same whenever it starts the ranks again; None without
-    torchrun.
+    Yields the ranks' store and the name of torchrun's job.
 
     Args:
         timeout_minutes: how long a rank waits for the others in a collective.
@@ -235,14 +234,14 @@ def process_group(timeout_minutes: float = 30) -> Iterator[str | None]:
     size = world_size()
     # The device comes first: nccl must know it when the group is made.
     backend = _choose_device()
-    store, job = meeting_place(rank, size, timeout_minutes)
+    met = meeting_place(rank, size, timeout_minutes)
     dist.init_process_group(
-        backend, store=store, rank=rank, world_size=size,
+        backend, store=met.store, rank=rank, world_size=size,
         timeout=timedelta(minutes=timeout_minutes),
         device_id=device() if backend == "nccl" else None,
     )  # fmt: skip
     try:
-        yield job
+        yield met
     except BaseException:
         # nccl waits for every rank when it shuts down, and the others may be waiting for this one.
         if backend != "nccl":

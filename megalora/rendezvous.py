@@ -12,6 +12,7 @@ import os
 import time
 import uuid
 from datetime import timedelta
+from typing import NamedTuple
 
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
@@ -20,28 +21,32 @@ POLL_S = 0.02
 """Seconds between two looks into the store."""
 
 
-def meeting_place(
-    rank: int, world_size: int, timeout_minutes: float
-) -> tuple[dist.Store, str | None]:
-    """A store that only this attempt's ranks use, and the name of the job, the same in all
-    attempts.
+class Met(NamedTuple):
+    """What the ranks of an attempt have in common."""
 
-    Outside torchrun there are no other attempts, and the job is None.
-    """
+    store: dist.Store
+    """A store that only they use."""
+    job: str | None
+    """Name of the job, the same in all its attempts; None outside torchrun, where there are no
+    others."""
+
+
+def meeting_place(rank: int, world_size: int, timeout_minutes: float) -> Met:
+    """Meet the other ranks of this attempt."""
     under_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     # One process alone needs no address, and so no free port.
     if world_size == 1 and not under_torchrun:
-        return dist.HashStore(), None
+        return Met(dist.HashStore(), None)
     timeout = timedelta(minutes=timeout_minutes)
     # A generator that yields again only for back ends that meet again, which env:// is not.
     store, _, _ = next(rendezvous("env://", rank, world_size, timeout=timeout))
     if not under_torchrun:
-        return store, None
+        return Met(store, None)
     store = dist.PrefixStore("megalora", store)
     # The first attempt's first rank to come names the job; later ones read the name.
     job = store.compare_set("job", "", uuid.uuid4().hex).decode()
     attempt = agree_on_attempt(store, rank, world_size, timeout_minutes * 60)
-    return dist.PrefixStore(attempt, store), job
+    return Met(dist.PrefixStore(attempt, store), job)
 
 
 def agree_on_attempt(store: dist.Store, rank: int, world_size: int, timeout_s: float) -> str:

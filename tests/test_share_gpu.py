@@ -119,7 +119,7 @@ def test_a_training_rank_sees_torch_s_variables(monkeypatch, tiny, chats, tmp_pa
     for name in TORCH_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     seen: dict[str, str] = {}
-    monkeypatch.setattr(loop, "train", lambda *arguments: seen.update(os.environ))
+    monkeypatch.setattr(loop, "train", lambda *arguments, **named: seen.update(os.environ))
     monkeypatch.chdir(tmp_path)
     config = make_config(tiny, chats, tmp_path, {})
     save_config(

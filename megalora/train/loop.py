@@ -1,6 +1,5 @@
 """The training loop: a straight line from a config to an adapter folder."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from megalora.train.announce import closing, opening, reference_notes
 from megalora.train.answers import Answers, questions_of
 from megalora.train.assemble import Inputs, MakeBatches, Run, assemble
 from megalora.train.average import average_of
+from megalora.train.bad_steps import check_finite
 from megalora.train.batches import Batches
 from megalora.train.checkpoint.identity import Identity, Samples, identify
 from megalora.train.checkpoint.load import load_checkpoint
@@ -48,6 +48,7 @@ from megalora.train.signals import Stopped, terminated
 from megalora.train.trace import Trace, tracing
 from megalora.train.trackers import check_installed
 from megalora.train.unseen_tokens import unseen_note
+from megalora.train.watch.pulse import Pulse
 from megalora.verify.first_loss import compare_losses
 from megalora.verify.layer import check_layers
 
@@ -87,11 +88,14 @@ def read_files(config: RunConfig, tokenizer: Any) -> tuple[Split, Split | None]:
 FILES = Feed(read_files, Batches)
 
 
-def train(config: RunConfig, job: str | None = None, feed: Feed = FILES) -> Path | None:
+def train(
+    config: RunConfig, job: str | None = None, feed: Feed = FILES, pulse: Pulse | None = None
+) -> Path | None:
     """Fine-tune as ``config`` says, on the ranks of the initialised world.
 
     Args:
         feed: where samples come from.
+        pulse: is told where this rank is.
         job: name of torchrun's call: when it starts the ranks again, they go on from the last
             checkpoint.
     Returns:
@@ -135,10 +139,10 @@ def train(config: RunConfig, job: str | None = None, feed: Feed = FILES) -> Path
         with assemble(config, inputs, resumed=resumed, make_batches=feed.batches) as run:
             shown = shown_samples(splits[0].samples, tokenizer)
             start = Start(identity, samples, found.state, notes, shown, tokenizer, questions)
-            return _fit(run, probe, start)
+            return _fit(run, probe, start, pulse or Pulse())
 
 
-def _fit(run: Run, probe: Probe, at: Start) -> Path | None:
+def _fit(run: Run, probe: Probe, at: Start, pulse: Pulse) -> Path | None:
     """Train to the last step or to a signal; returns the last checkpoint."""
     config = run.config
     num_steps = run.batches.num_steps
@@ -181,7 +185,8 @@ def _fit(run: Run, probe: Probe, at: Start) -> Path | None:
         average = average_of(run.model, config.train.ema_decay, at.state)
         saver = Saver(run, probe, at.samples, at.identity, serve, cycles, average)
         answers = Answers(run, at.questions, at.tokenizer)
-        _train_to_the_end(run, now, metrics, stop, saver, answers, trace)
+        _train_to_the_end(run, now, metrics, stop, saver, answers, trace, pulse)
+        pulse.at(now.step, "close")
     metrics.say(closing(now.step, num_steps, now.saved, now.best, config))
     return now.saved
 
@@ -194,6 +199,7 @@ def _train_to_the_end(
     saver: Saver,
     answers: Answers,
     trace: Trace,
+    pulse: Pulse,
 ) -> None:
     """Evaluate, check, save and train, in this order, until the last step, a signal, or the end of
     ``train.patience``."""
@@ -207,6 +213,7 @@ def _train_to_the_end(
         is_best = False
         # Before saving, so that a checkpoint knows of the evaluation at its step.
         if due and now.step != now.evaluations.last_step and not stopped:
+            pulse.at(now.step, "evaluate")
             is_best = _evaluate(run, now, metrics, answers)
         is_over = now.best.is_out_of(config.train.patience)
         done = stopped or is_over or now.step >= num_steps
@@ -216,17 +223,21 @@ def _train_to_the_end(
         # Replicas that differ must not be saved.
         saver.check_replicas(now, saving)
         if saving:
+            pulse.at(now.step, "save")
             saver.save(now)
             metrics.restart_clock()
         if done:
             break
+        pulse.at(now.step, "merge")
         # Behind the checkpoint of this step, which still has the adapter by itself.
         if saver.cycles.advance(now.step, metrics.say):
             metrics.restart_clock()
         lr = learning_rate(config.train, now.step, num_steps)
         counted = metrics.experts is not None and metrics.is_logged(now.step + 1)
         with trace.step(now.step + 1):
-            values = _train_step(run, now.step, lr=lr, saved=now.saved, count_experts=counted)
+            values = _train_step(
+                run, now.step, lr=lr, saved=now.saved, count_experts=counted, pulse=pulse
+            )
         # Told to stop in the middle of a rollout, which a resumed run samples anew.
         if values is not None:
             saver.count_step(now)
@@ -302,14 +313,16 @@ def _evaluate(run: Run, now: Progress, metrics: Metrics, answers: Answers) -> bo
 
 
 def _train_step(
-    run: Run, step: int, *, lr: float, saved: Path | None, count_experts: bool
+    run: Run, step: int, *, lr: float, saved: Path | None, count_experts: bool, pulse: Pulse
 ) -> dict[str, float] | None:
     """One optimizer step; returns what ``Metrics.train_step`` reports of it, or None when told to
     stop before it. A value that is not finite stops the run before anything is saved."""
+    pulse.at(step, "rollout")
     try:
         prepared = run.batches.prepare(step)
     except Stopped:
         return None
+    pulse.at(step, "train")
     loss, grad_norm = run.step(step, lr, count_experts=count_experts)
     check_finite(step + 1, "loss", loss, saved)
     check_finite(step + 1, "gradient norm", grad_norm, saved)
@@ -331,13 +344,3 @@ def _check_first_loss(run: Run, step: int, adapter: Path | None) -> str:
     return compare_losses(
         ours, batch, folder=folder, adapter=adapter, dtype=dtype, shape=run.model.shape
     )
-
-
-def check_finite(step: int, name: str, value: float, saved: Path | None) -> None:
-    """Raise ``ValueError`` rather than train on, and save, NaN or infinity; the value is the same
-    on every rank."""
-    if not math.isfinite(value):
-        last = f"the last checkpoint is {saved}" if saved else "no checkpoint was saved"
-        raise ValueError(
-            f"step {step}: the {name} is {value}. Lower train.lr or lengthen train.warmup; {last}."
-        )

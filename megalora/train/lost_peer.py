@@ -6,7 +6,7 @@ import os
 import re
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from megalora.adapters.latest import read_latest
@@ -21,11 +21,14 @@ _SIGNS = re.compile(
 
 
 @contextlib.contextmanager
-def explained(run: Path) -> Iterator[None]:
+def explained(run: Path, alarm: Callable[[], None] | None = None) -> Iterator[None]:
     """Turn a back end's error about a lost peer into a line and exit code 3; every other error
     passes.
 
     The process ends at once, because leaving the process group would wait for the lost rank.
+
+    Args:
+        alarm: asks the watch which rank it is, and returns only if the watch does not know.
     """
     try:
         yield
@@ -33,13 +36,24 @@ def explained(run: Path) -> Iterator[None]:
         sign = _SIGNS.search(str(error))
         if not sign:
             raise
-        print(_line(run, sign[0].rstrip(" .")), file=sys.stderr, flush=True)
+        if alarm is not None:
+            alarm()
+        print(
+            line(
+                run,
+                f"lost contact with another rank ({sign[0].rstrip(' .')}). Its host or the network"
+                " between them is down, or it failed and says why itself",
+            ),
+            file=sys.stderr,
+            flush=True,
+        )
         # os._exit flushes nothing.
         sys.stdout.flush()
         os._exit(LOST_PEER)
 
 
-def _line(run: Path, sign: str) -> str:
+def line(run: Path, reason: str) -> str:
+    """What a rank says when the loss of another one ends its run."""
     rank = os.environ.get("RANK", "0")
     here = os.environ.get("LOCAL_ADDR") or socket.gethostname()
     try:
@@ -49,7 +63,6 @@ def _line(run: Path, sign: str) -> str:
     except ValueError as error:
         saved = str(error)
     return (
-        f"megalora (rank {rank} on {here}): lost contact with another rank ({sign}). Its host or"
-        " the network between them is down, or it failed and says why itself. This run ends;"
-        f" {saved}. When all hosts are back, start it again on each with checkpoint.resume=true."
+        f"megalora (rank {rank} on {here}): {reason}. This run ends; {saved}. Start it again on"
+        " every host with checkpoint.resume=true."
     )

@@ -7,15 +7,13 @@ from typing import Any
 from megalora.environment import set_defaults
 
 
-def on_ranks(
-    arguments: list[str], module: str, begin: Callable[[], Callable[[Any, str | None], Any]]
-) -> None:
+def on_ranks(arguments: list[str], module: str, begin: Callable[[], Callable[..., Any]]) -> None:
     """Train as ``CONFIG.yaml [section.key=value ...]`` says.
 
     Args:
         module: what torchrun has started, for the message.
-        begin: imports what trains and returns it, a function of config and job; called when the
-            device is installed.
+        begin: imports what trains and returns it, a function of config, job and pulse; called when
+            the device is installed.
     """
     from megalora.config.file import load_config
     from megalora.preflight import check_command, check_paths, check_weights
@@ -40,9 +38,17 @@ def on_ranks(
     host.install()
     train = begin()
     from megalora.train.lost_peer import explained
+    from megalora.train.watch.pulse import Pulse
+    from megalora.train.watch.watch import watching
 
     run = Path(config.checkpoint.dir)
+    pulse = Pulse(config.train.hang_seconds)
     # Twice: a peer may be lost while ranks meet, too; and where it is lost later, the group must
     # not be left in order.
-    with explained(run), host.process_group(config.train.timeout_minutes) as job, explained(run):
-        train(config, job)
+    with (
+        explained(run),
+        host.process_group(config.train.timeout_minutes) as met,
+        watching(met, pulse, run) as alarm,
+        explained(run, alarm),
+    ):
+        train(config, met.job, pulse=pulse)

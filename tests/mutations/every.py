@@ -46,6 +46,7 @@ from tests.mutations.stage_bugs import STAGE_BUGS
 from tests.mutations.tokens_bugs import TOKENS_BUGS
 from tests.mutations.tune_bugs import TUNE_BUGS
 from tests.mutations.wait_bugs import WAIT_BUGS
+from tests.mutations.watch_bugs import WATCH_BUGS
 from tests.mutations.whole_bugs import WHOLE_BUGS
 from tests.mutations.whole_plan_bugs import WHOLE_PLAN_BUGS
 
@@ -96,6 +97,7 @@ EVERY_BUG = (
     + BEGUN_BUGS
     + EXPERT_DORA_BUGS
     + SHARED_BUGS
+    + WATCH_BUGS
     + WHOLE_BUGS
     + RL_REWARD_BUGS
 )

@@ -99,8 +99,8 @@ def _rank(
     }  # fmt: skip
     torch.set_num_threads(1)
     before(rank, attempt)
-    with host.process_group(RANKS_WAIT_MINUTES) as job:
-        train(config, job)
+    with host.process_group(RANKS_WAIT_MINUTES) as met:
+        train(config, met.job)
 
 
 def attempt_of(
