@@ -38,6 +38,7 @@ from megalora.train.batches import Batches
 from megalora.train.optim import build_optimizer, clip_and_step, set_learning_rate, wrap_chunks
 from megalora.train.step import Stepper
 from megalora.train.teacher import build_teacher
+from megalora.train.watch.pulse import Pulse
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,9 @@ class Run:
     expert_tokens: np.ndarray | None = None
     """int64 ``[L, E]``: tokens of the last step by layer and expert, over all ranks; None where
     they were not counted."""
+
+    pulse: Pulse = field(default_factory=Pulse)
+    """Is told where this rank is."""
 
     def step(
         self,

@@ -95,9 +95,8 @@ def train(
 
     Args:
         feed: where samples come from.
+        job: name of torchrun's call: when it starts the ranks again, they go on from the last one.
         pulse: is told where this rank is.
-        job: name of torchrun's call: when it starts the ranks again, they go on from the last
-            checkpoint.
     Returns:
         The last checkpoint's folder, or None when a signal stopped the run before its first step.
     Raises:
@@ -113,11 +112,7 @@ def train(
         num_scores = config.objective.num_scores
         shape, adapted = plan(config.lora, config.parallel, folder, config.train, num_scores)
         identity = identify(config, folder)
-        notes = [*run_folder.notes, *found.notes]
-        base = open_folder(folder)
-        for note in (unused_note(base), quantised_note(base.scheme, config.model.dtype)):
-            if note is not None:
-                notes.append(note)
+        notes = [*run_folder.notes, *found.notes, *_notes_of_base(config, folder)]
         if found.state:
             notes += check_same_run(found.state, config, identity, adapted, shape)
         notes += reference_notes(config.objective, found.state)
@@ -137,12 +132,19 @@ def train(
         inputs = Inputs(shape, adapted, tokenizer, *splits)
         resumed = found.state is not None
         with assemble(config, inputs, resumed=resumed, make_batches=feed.batches) as run:
+            run.pulse = pulse or run.pulse
             shown = shown_samples(splits[0].samples, tokenizer)
             start = Start(identity, samples, found.state, notes, shown, tokenizer, questions)
-            return _fit(run, probe, start, pulse or Pulse())
+            return _fit(run, probe, start)
 
 
-def _fit(run: Run, probe: Probe, at: Start, pulse: Pulse) -> Path | None:
+def _notes_of_base(config: RunConfig, folder: Path) -> list[str]:
+    base = open_folder(folder)
+    notes = (unused_note(base), quantised_note(base.scheme, config.model.dtype))
+    return [note for note in notes if note is not None]
+
+
+def _fit(run: Run, probe: Probe, at: Start) -> Path | None:
     """Train to the last step or to a signal; returns the last checkpoint."""
     config = run.config
     num_steps = run.batches.num_steps
@@ -185,8 +187,8 @@ def _fit(run: Run, probe: Probe, at: Start, pulse: Pulse) -> Path | None:
         average = average_of(run.model, config.train.ema_decay, at.state)
         saver = Saver(run, probe, at.samples, at.identity, serve, cycles, average)
         answers = Answers(run, at.questions, at.tokenizer)
-        _train_to_the_end(run, now, metrics, stop, saver, answers, trace, pulse)
-        pulse.at(now.step, "close")
+        _train_to_the_end(run, now, metrics, stop, saver, answers, trace)
+        run.pulse.at(now.step, "close")
     metrics.say(closing(now.step, num_steps, now.saved, now.best, config))
     return now.saved
 
@@ -199,7 +201,6 @@ def _train_to_the_end(
     saver: Saver,
     answers: Answers,
     trace: Trace,
-    pulse: Pulse,
 ) -> None:
     """Evaluate, check, save and train, in this order, until the last step, a signal, or the end of
     ``train.patience``."""
@@ -213,7 +214,7 @@ def _train_to_the_end(
         is_best = False
         # Before saving, so that a checkpoint knows of the evaluation at its step.
         if due and now.step != now.evaluations.last_step and not stopped:
-            pulse.at(now.step, "evaluate")
+            run.pulse.at(now.step, "evaluate")
             is_best = _evaluate(run, now, metrics, answers)
         is_over = now.best.is_out_of(config.train.patience)
         done = stopped or is_over or now.step >= num_steps
@@ -223,21 +224,19 @@ def _train_to_the_end(
         # Replicas that differ must not be saved.
         saver.check_replicas(now, saving)
         if saving:
-            pulse.at(now.step, "save")
+            run.pulse.at(now.step, "save")
             saver.save(now)
             metrics.restart_clock()
         if done:
             break
-        pulse.at(now.step, "merge")
+        run.pulse.at(now.step, "merge")
         # Behind the checkpoint of this step, which still has the adapter by itself.
         if saver.cycles.advance(now.step, metrics.say):
             metrics.restart_clock()
         lr = learning_rate(config.train, now.step, num_steps)
         counted = metrics.experts is not None and metrics.is_logged(now.step + 1)
         with trace.step(now.step + 1):
-            values = _train_step(
-                run, now.step, lr=lr, saved=now.saved, count_experts=counted, pulse=pulse
-            )
+            values = _train_step(run, now.step, lr=lr, saved=now.saved, count_experts=counted)
         # Told to stop in the middle of a rollout, which a resumed run samples anew.
         if values is not None:
             saver.count_step(now)
@@ -313,16 +312,16 @@ def _evaluate(run: Run, now: Progress, metrics: Metrics, answers: Answers) -> bo
 
 
 def _train_step(
-    run: Run, step: int, *, lr: float, saved: Path | None, count_experts: bool, pulse: Pulse
+    run: Run, step: int, *, lr: float, saved: Path | None, count_experts: bool
 ) -> dict[str, float] | None:
     """One optimizer step; returns what ``Metrics.train_step`` reports of it, or None when told to
     stop before it. A value that is not finite stops the run before anything is saved."""
-    pulse.at(step, "rollout")
+    run.pulse.at(step, "rollout")
     try:
         prepared = run.batches.prepare(step)
     except Stopped:
         return None
-    pulse.at(step, "train")
+    run.pulse.at(step, "train")
     loss, grad_norm = run.step(step, lr, count_experts=count_experts)
     check_finite(step + 1, "loss", loss, saved)
     check_finite(step + 1, "gradient norm", grad_norm, saved)

@@ -298,8 +298,8 @@ RUN_BUGS: tuple[Bug, ...] = (
         0,
         "attempts meet at one place",
         MEETING,
-        "return dist.PrefixStore(attempt, store), job",
-        "return dist.PrefixStore(attempt[:7], store), job",
+        "return Met(dist.PrefixStore(attempt, store), job)",
+        "return Met(dist.PrefixStore(attempt[:7], store), job)",
         f"{RESTART} test_a_restarted_job",
     ),
     bug(

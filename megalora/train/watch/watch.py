@@ -9,6 +9,7 @@ rank 0.
 
 import contextlib
 import os
+import signal
 import socket
 import sys
 import threading
@@ -81,6 +82,8 @@ class Watch:
     def alarm(self) -> None:
         """A back end has reported that a rank is gone: give the watch the time to find out which.
         Ends the process if it does."""
+        # torchrun has seen the same death, and tells the ranks of this node to end.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         self.alarm_raised = True
         # Rank 0 may be lost: its judges take longest, and look twice.
         time.sleep(1.5 * self.times.alarmed + 3 * self.times.period)
