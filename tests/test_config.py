@@ -198,7 +198,8 @@ def test_round_trip(tmp_path: Path) -> None:
             (
                 "unknown config key lora.r; known keys: rank, alpha, dropout, target_modules,"
                 " exclude_modules, layers, rank_pattern, alpha_pattern, expert_rank, share_outer,"
-                " use_rslora, use_dora, lora_bias, init, modules_to_save, trainable_token_indices"
+                " use_rslora, use_dora, lora_bias, bias, init, modules_to_save,"
+                " trainable_token_indices"
             ),
         ),
         # Sections and keys in each other's place, and texts that are no override.

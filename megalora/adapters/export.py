@@ -120,7 +120,7 @@ def export(
         facts = Facts(
             named, out.name, layout, engine, adapter.adapted, zeros, adapter.absent, list(drop),
             in_peft, adapter.num_scores, saved_entries(shape) if adapter.saved else [],
-            adapter.tokens, _run_of(source),
+            adapter.biases, adapter.tokens, _run_of(source),
         )  # fmt: skip
         (temporary / CARD).write_text(card(facts))
         # With something left out, a server would rightly answer otherwise than the probe says.

@@ -29,6 +29,7 @@ from megalora.hf.tensor_names import (
     described,
     is_of_experts,
     is_training_only,
+    parse_bias,
     parse_factor,
     parse_in_layer,
     parse_tokens,
@@ -137,6 +138,8 @@ def _trained_part(name: str, config: dict[str, Any]) -> str:
     for other tensors."""
     if (module := parse_tokens(name)) is not None:
         return f"rows of {within_layer(module)}"
+    if (module := parse_bias(name)) is not None and config.get("bias") in ("all", "lora_only"):
+        return f"{within_layer(module)}.bias"
     module = parse_weight(name)
     if module is None:
         return ""

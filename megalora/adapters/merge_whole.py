@@ -28,7 +28,7 @@ def replace_whole(
     weights = trained_weights(adapter.shape_of(shape))
     replaced: list[str] = []
     for weight in weights:
-        names = [f"{weight.published}.weight"]
+        names = [weight.stored]
         # A tied base has it under either name, or under both.
         if weight.tied:
             names = [name for name in (*names, LM_HEAD) if name in at] or names
@@ -41,7 +41,7 @@ def replace_whole(
             shard, stored = at[name]
             values = _values(folder / shard, stored, weight, adapter.tensors[weight.tensor], shape)
             shards[shard].added[stored.name] = values
-            replaced.append(weight.module)
+            replaced.append(f"{weight.module}.bias" if weight.is_bias else weight.module)
     if not replaced:
         return []
     return [f"trained whole, and in place of the base's: {', '.join(dict.fromkeys(replaced))}"]

@@ -89,7 +89,10 @@ def import_adapter(
             "adapted": settings(adapted),
         }
         # Most adapters have none of these.
-        beside = {"num_scores": shape.num_scores, "saved": shape.saved, "tokens": shape.tokens}
+        beside = {
+            "num_scores": shape.num_scores, "saved": shape.saved, "tokens": shape.tokens,
+            "biases": shape.biases,
+        }  # fmt: skip
         state |= {key: value for key, value in beside.items() if value}
         state["identity"] = _base_identity(folder)
         (temporary / STATE_JSON).write_text(json.dumps(state, indent=1) + "\n")

@@ -69,8 +69,8 @@ def trained_form(adapter: Adapter, shape: ModelShape, *, fill: bool = False) -> 
         for weight in trained_weights(adapter.shape_of(shape)):
             form.adapter.tensors[weight.tensor] = adapter.tensors[weight.tensor]
     tensors = form.adapter.tensors
-    # A magnitude acts without B, too.
-    acts = has_magnitudes(form.adapter.adapted)
+    # A magnitude acts without B, and so does a bias.
+    acts = has_magnitudes(form.adapter.adapted) or bool(form.adapter.biases)
     if not acts and not any(tensors[name].any() for name in tensors if ".lora_B." in name):
         raise ValueError(f"{adapter.folder}: every B is zero: this adapter does nothing")
     return form
@@ -133,8 +133,7 @@ def _without_padding(adapter: Adapter, fill: bool) -> TrainedForm:
     adapted: list[Adapted] = []
     tensors: dict[str, Tensor] = {}
     notes: list[str] = []
-    shares = _experts_share(adapter)
-    if shares:
+    if shares := _experts_share(adapter):
         notes.append("experts share A of gate and up and B of down: lora.share_outer")
     for a in adapter.adapted:
         a_Eri, b_Eor = factors_of(a, adapter.tensors)
@@ -144,15 +143,16 @@ def _without_padding(adapter: Adapter, fill: bool) -> TrainedForm:
         # A rank is alive in an expert where its row of A or its column of B is not zero.
         alive_Er = a_Eri.abs().amax(2).bool() | b_Eor.abs().amax(1).bool()
         used = alive_Er.any(0).nonzero()
-        where = a.name if a.layer is None else f"layer {a.layer} {a.name}"
         has_magnitude = "M" in a.factors
-        if not len(used) and not has_magnitude:
-            notes.append(f"{where}: zeros, not adapted")
+        # As ``bias=lora_only`` says, a linear with a trained bias has an adapter.
+        if not len(used) and not has_magnitude and a.hf_module(0) not in adapter.biases:
+            notes.append(f"{_label(a)}: zeros, not adapted")
             continue
         # Padding is at the end: zeros in front of a living rank are not, and stay.
         rank = int(used[-1]) + 1 if len(used) else a.rank
         if rank < a.rank:
-            notes.append(f"{where}: rank {rank}; {a.rank - rank} of {a.rank} are zeros in the file")
+            idle = a.rank - rank
+            notes.append(f"{_label(a)}: rank {rank}; {idle} of {a.rank} are zeros in the file")
         adapted.append(replace(a, rank=rank, alpha=a.scale * rank))
         # An A row of zeros gives its B column no gradient, and adds nothing: with a fresh row and a
         # zero column it can learn.
@@ -163,7 +163,7 @@ def _without_padding(adapter: Adapter, fill: bool) -> TrainedForm:
         if fill and idle_Er.any():
             whole = int(idle_Er.all(1).sum())
             notes.append(
-                f"{where}: {int(idle_Er.sum())} rows of A are zeros ({whole} of {len(idle_Er)}"
+                f"{_label(a)}: {int(idle_Er.sum())} rows of A are zeros ({whole} of {len(idle_Er)}"
                 " linears whole); drawn anew, B zero"
             )
         for place in range(len(a_Eri)):
@@ -178,6 +178,10 @@ def _without_padding(adapter: Adapter, fill: bool) -> TrainedForm:
                 name = a.tensor_name("M", place)
                 tensors[name] = adapter.tensors[name]
     return TrainedForm(replace(adapter, adapted=adapted, tensors=tensors), notes)
+
+
+def _label(a: Adapted) -> str:
+    return a.name if a.layer is None else f"layer {a.layer} {a.name}"
 
 
 def _draw_idle(a: Adapted, place: int, idle_r: Tensor, own_a: Tensor, own_b: Tensor) -> None:

@@ -19,7 +19,7 @@ from megalora.lora.section import adapted_of, settings
 from megalora.lora.select import resolve
 from megalora.lora.spec import FACTORS_BY_NAME, Adapted, expected_tensors
 from megalora.lora.trained_weight import TrainedWeight
-from megalora.lora.whole import with_trained
+from megalora.lora.whole import with_biases, with_trained
 from megalora.model.shape import ModelShape
 
 Json = dict[str, Any]
@@ -59,6 +59,8 @@ class SavedState:
     """``ModelShape.saved`` of an imported adapter."""
     imported_tokens: tuple[int, ...] = ()
     """``ModelShape.tokens`` of an imported adapter."""
+    imported_biases: tuple[str, ...] = ()
+    """``ModelShape.biases`` of an imported adapter."""
 
     @property
     def num_scores(self) -> int:
@@ -76,13 +78,19 @@ class SavedState:
         """
         with_score = replace(base, num_scores=self.num_scores)
         if self.imported_from is not None:
-            return replace(with_score, saved=self.imported_saved, tokens=self.imported_tokens)
+            return replace(
+                with_score, saved=self.imported_saved, tokens=self.imported_tokens,
+                biases=self.imported_biases,
+            )  # fmt: skip
         lora = self.config["lora"]
-        # Earlier versions trained neither, and their other options may be unknown now.
-        if not lora.get("modules_to_save") and not lora.get("trainable_token_indices"):
+        # Earlier versions trained nothing such, and their other options may be unknown now.
+        has_whole = lora.get("modules_to_save") or lora.get("trainable_token_indices")
+        if not has_whole and lora.get("bias", "none") == "none":
             return with_score
         try:
-            return with_trained(LoRAConfig(**lora), with_score)
+            section = LoRAConfig(**lora)
+            with_whole = with_trained(section, with_score)
+            return with_biases(section, with_whole, self.trained(base))
         except (TypeError, ValueError) as error:
             path = self.folder / STATE_JSON
             raise ValueError(f"{path} does not fit this base: {error}") from None
@@ -132,6 +140,7 @@ def read_state(folder: Path) -> SavedState:
             imported_scores=_count(path, {"num_scores": 0, **state}, "num_scores"),
             imported_saved=_texts(path, {"saved": [], **state}, "saved"),
             imported_tokens=_counts(path, {"tokens": [], **state}, "tokens"),
+            imported_biases=_texts(path, {"biases": [], **state}, "biases"),
             **known,
         )
     return SavedState(

@@ -57,6 +57,11 @@ class LoRAConfig:
     """Whether to train a bias of every B, which is added times the scale: ``y = W x + bias +
     s (B A x + c)``. For attention of models with biases (Qwen2-MoE's q, k and v, GLM's); without
     use_dora, init and train.relora. Loads in PEFT; vLLM and SGLang need it merged."""
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Which biases of the base are trained, as PEFT's option of that name says: of every linear
+    that has one (``all``), or of the adapted ones (``lora_only``). Without lora_bias and
+    train.relora and with a language model's head alone. Loads in PEFT; vLLM and SGLang need it
+    merged."""
     init: str = "lora"
     """How A and B begin. ``lora``: A uniform, B zero. ``pissa``: as the singular vectors of the
     largest singular values of each weight, which the adapter then changes, and ``pissa_niter_N``
@@ -107,8 +112,24 @@ class LoRAConfig:
             not (self.use_dora and self.lora_bias),
             "lora.lora_bias is not there with lora.use_dora, as in PEFT: leave one of them out",
         )
+        require(
+            not (self.lora_bias and self.bias != "none"),
+            f"lora.bias={self.bias} and lora.lora_bias change the same biases: leave one of them"
+            " out",
+        )
         for option in ("use_dora", "share_outer", "lora_bias"):
             require(
                 self.init == "lora" or not getattr(self, option),
                 f"lora.init={self.init} is not there with lora.{option}: leave one of them out",
             )
+
+    @property
+    def whole_options(self) -> list[str]:
+        """Options that are set and train something of the base itself."""
+        found: list[str] = []
+        for option in ("modules_to_save", "trainable_token_indices"):
+            if getattr(self, option):
+                found.append(option)
+        if self.bias != "none":
+            found.append("bias")
+        return found

@@ -84,9 +84,8 @@ def _check_served(config: Sections) -> None:
     not_loaded = {
         "lora.use_dora": bool(config.lora.use_dora),
         "lora.lora_bias": config.lora.lora_bias,
-        "lora.modules_to_save": bool(config.lora.modules_to_save),
-        "lora.trainable_token_indices": bool(config.lora.trainable_token_indices),
     }
+    not_loaded |= {f"lora.{option}": True for option in config.lora.whole_options}
     for option, is_set in not_loaded.items():
         require(
             not is_set,

@@ -59,16 +59,15 @@ class RunConfig:
             self._check_init()
         if self.lora.lora_bias:
             self._check_bias()
-        has_whole = self.lora.modules_to_save or self.lora.trainable_token_indices
+        has_whole = bool(self.lora.whole_options)
         require(
-            self.train.saved_lr_ratio == 1 or bool(has_whole) or self.objective.num_scores > 0,
+            self.train.saved_lr_ratio == 1 or has_whole or self.objective.num_scores > 0,
             f"train.saved_lr_ratio={self.train.saved_lr_ratio:g} is of what is trained whole, and"
-            " this config has nothing such (lora.modules_to_save, lora.trainable_token_indices, a"
-            " score head); leave it out",
+            " this config has nothing such (lora.modules_to_save, lora.trainable_token_indices,"
+            " lora.bias, a score head); leave it out",
         )
-        for option in ("modules_to_save", "trainable_token_indices"):
-            if getattr(self.lora, option):
-                self._check_whole(option)
+        for option in self.lora.whole_options:
+            self._check_whole(option)
         if self.rl.is_on:
             check_rl(self)
         policy = self.objective.learned_policy

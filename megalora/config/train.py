@@ -117,7 +117,7 @@ class TrainConfig:
     """Learning rate of the B factors over that of the A factors, as in LoRA+ (arXiv 2402.12354,
     which advises 16). ``train.lr``, and the rate in the log, are those of A; 1 is plain LoRA."""
     saved_lr_ratio: float = 1.0
-    """Learning rate of what is trained whole (``lora.modules_to_save``,
+    """Learning rate of what is trained whole (``lora.modules_to_save``, ``lora.bias``,
     ``lora.trainable_token_indices``, a score head) over ``train.lr``; below 1 for embeddings, which
     have more to lose than adapters."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"

@@ -58,6 +58,7 @@ _PLAIN_FACTOR = re.compile(
 _COPY = re.compile(r"(?P<module>.+?)(?:\.base_layer)?\.weight")
 _COPY_OF_VOCABULARY = re.compile(r".*\.(?:embed_tokens|lm_head)\.base_layer\.weight")
 
+_BIAS = re.compile(r"(?P<module>.+?)(?:\.base_layer)?\.bias")
 _TOKENS = re.compile(
     r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta(?:\.[^.]+)?"  # an adapter's name
 )
@@ -97,6 +98,17 @@ def weight_name(hf_module: str) -> str:
     'base_model.model.score.weight'
     """
     return f"{PEFT_PREFIX}{hf_module}.weight"
+
+
+def bias_name(hf_module: str, *, is_adapted: bool = False) -> str:
+    """Name of a trained bias of the base (``bias=all``, ``bias=lora_only``) in an adapter's file.
+
+    >>> bias_name("model.layers.0.self_attn.q_proj", is_adapted=True)
+    'base_model.model.model.layers.0.self_attn.q_proj.base_layer.bias'
+    """
+    # PEFT's wrapper of an adapted linear keeps the base's own linear under this name.
+    inner = ".base_layer" if is_adapted else ""
+    return f"{PEFT_PREFIX}{hf_module}{inner}.bias"
 
 
 def tokens_name(hf_module: str) -> str:
@@ -235,6 +247,20 @@ def parse_weight(name: str) -> str | None:
     if match is None:
         return None
     return match["module"].removeprefix(PEFT_PREFIX)
+
+
+def parse_bias(name: str) -> str | None:
+    """The HF module whose own bias has this name, also under PEFT's wrapper; None for other names.
+
+    >>> parse_bias("base_model.model.model.layers.0.self_attn.q_proj.base_layer.bias")
+    'model.layers.0.self_attn.q_proj'
+    """
+    plain = _WRAPPERS.sub("", name)
+    # The bias of a B is a factor.
+    if ".lora_" in plain:
+        return None
+    match = _BIAS.fullmatch(plain)
+    return None if match is None else match["module"].removeprefix(PEFT_PREFIX)
 
 
 def parse_tokens(name: str) -> str | None:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megalora import host
-from megalora.hf.tensor_names import weight_name
+from megalora.hf.tensor_names import bias_name, weight_name
 from megalora.lora.shards import FactorShard
 from megalora.lora.spec import FACTORS, Adapted, FactorName, expected_tensors
 from megalora.lora.trained_weight import TrainedWeight, trained_weights
@@ -76,7 +76,8 @@ def write_manifest(path: Path, adapted: list[Adapted], whole: Sequence[TrainedWe
     for weight in whole:
         total["tensors"] += 1
         total["parameters"] += weight.num_parameters
-        content.setdefault("whole", {})[weight.module] = weight.size
+        name = f"{weight.module}.bias" if weight.is_bias else weight.module
+        content.setdefault("whole", {})[name] = weight.size
     path.write_text(json.dumps(content, indent=1) + "\n")
 
 
@@ -166,7 +167,7 @@ class GradientCheck:
         self.whole_parts = _Parts()
         for shard in shards:
             if shard.factor is None:
-                if shard.name == weight_name(shard.module):
+                if shard.name in (weight_name(shard.module), bias_name(shard.module)):
                     self.whole_parts.add(self.whole.index(shard.module), shard)
             elif shard.factor in self.parts:
                 self.parts[shard.factor].add(number[shard.module], shard)

@@ -2,15 +2,15 @@
 
 from megalora.config import LoRAConfig
 from megalora.hf.tensor_names import within_layer
-from megalora.lora.spec import Adapted, has_base_bias
-from megalora.model.projections import HEAD
+from megalora.lora.spec import Adapted
+from megalora.model.projections import HEAD, has_bias
 from megalora.model.shape import ModelShape
 
 
 def check_bias(adapted: list[Adapted], shape: ModelShape) -> None:
     """Raise ``ValueError`` for linears whose own bias cannot take the bias of a B in."""
     for a in adapted:
-        if not has_base_bias(a.projection, shape):
+        if not has_bias(a.projection, shape):
             name = within_layer(a.projection.hf).replace("{expert}", "*")
             raise ValueError(
                 f"lora.lora_bias: {name} has no bias in this base, so that nothing could be merged"

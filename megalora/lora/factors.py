@@ -26,9 +26,10 @@ import torch.nn.functional as F
 from megalora_kernels import ExpertFactors
 from torch import Tensor, nn
 
+from megalora.lora.fused_rows import fused_rows
 from megalora.lora.init import initial_a
 from megalora.lora.shards import FactorShard, cut, local_experts, mark_parameter
-from megalora.lora.spec import FACTORS, SHARDINGS, Adapted, FactorName, make_adapted
+from megalora.lora.spec import FACTORS, SHARDINGS, Adapted, FactorName
 from megalora.model.projections import Projection
 from megalora.model.shape import ModelShape
 
@@ -81,17 +82,10 @@ class LoRAFactors(nn.Module):
 
     def _lay_out(self, fused: list[Projection], shape: ModelShape) -> None:
         """Find which rows of the fused weight belong to which projection."""
-        # Megatron's fused q, k, v weight repeats [q heads of a group, its k, its v] for each query
-        # group of this rank: ``row_groups`` times ``block_rows`` rows of every projection.
-        self.row_groups = max(1, fused[0].row_groups(shape) // self.group_size)
-        self.names: list[str] = []
-        self.block_rows: list[int] = []
-        for projection in fused:
-            # Rank and scale do not matter for the sizes of the weight.
-            whole = make_adapted(projection, self.adapted[0].layer, 0, 0.0, 0.0, shape)
-            rows = whole.out_features // whole.num_shards("B", self.group_size)
-            self.names.append(projection.name)
-            self.block_rows.append(rows // self.row_groups)
+        self.fused = fused_rows(fused, self.adapted[0].layer, shape, self.group_size)
+        self.row_groups = self.fused.row_groups
+        self.names = list(self.fused.block_rows)
+        self.block_rows = list(self.fused.block_rows.values())
 
     def of(self, factor: FactorName) -> Any:
         """The parameters of a factor: one where those of all projections are stacked, else a dict
@@ -272,14 +266,8 @@ class LoRAFactors(nn.Module):
     def stacked_bias(self) -> Tensor:
         """``[out]``: the scaled biases of the B's in the base weight's row order."""
         scales = {adapted.name: adapted.scale for adapted in self.adapted}
-        blocks: list[Tensor] = []
-        for name, block_rows in zip(self.names, self.block_rows, strict=True):
-            sizes = (self.row_groups, block_rows)
-            if name in self.lora_C:
-                blocks.append((self.lora_C[name] * scales[name]).view(sizes))
-            else:
-                blocks.append(self.lora_A.new_zeros(sizes))
-        return torch.cat(blocks, dim=-1).flatten()
+        biases = {name: c * scales[name] for name, c in self.lora_C.items()}
+        return self.fused.stacked(biases, self.lora_A)
 
     def stacked_b(self) -> Tensor:
         """``[..., out, R]``: the scaled B's as one block matrix in the base weight's row order;

@@ -17,7 +17,7 @@ from megalora.lora.spec import (
     has_magnitudes,
     make_adapted,
 )
-from megalora.lora.whole import saved_entries
+from megalora.lora.whole import bias_option, saved_entries
 from megalora.model.projections import Projection
 from megalora.model.shape import ModelShape
 
@@ -95,6 +95,8 @@ def _switches(
         found["modules_to_save"] = saved_entries(shape)
     if shape.tokens:
         found["trainable_token_indices"] = list(shape.tokens)
+    if shape.biases:
+        found["bias"] = bias_option(shape, adapted)
     return found
 
 

@@ -23,7 +23,7 @@ from megalora.lora.spec import (
     lora_scale,
     make_adapted,
 )
-from megalora.lora.whole import check_apart, with_trained
+from megalora.lora.whole import check_apart, with_biases, with_trained
 from megalora.model.account import open_folder
 from megalora.model.families import FAMILIES
 from megalora.model.shape import ModelShape
@@ -64,6 +64,7 @@ def plan(
         shape.check_layout(parallel, train.recompute)
         shape.check_balance(train.router_aux_loss_coef)
     adapted = resolve(lora, shape)
+    shape = with_biases(lora, shape, adapted)
     check_apart(adapted, shape)
     if train is not None and train.relora is not None:
         _check_mergeable(adapted, shape)

@@ -233,13 +233,6 @@ def has_dora(projection: Projection) -> bool:
     return projection.kind != "router" and projection not in HEAD
 
 
-def has_base_bias(projection: Projection, s: ModelShape) -> bool:
-    """Whether a linear of the base has a bias."""
-    if projection.module == "self_attention.linear_qkv":
-        return s.qkv_bias
-    return projection.module == "self_attention.linear_proj" and s.o_bias
-
-
 def has_biases(adapted: Sequence[Adapted]) -> bool:
     """Whether an adapter has a bias of every B."""
     return any("C" in a.factors for a in adapted)

@@ -1,5 +1,5 @@
-"""Weights that are trained whole beside the factors, and rows of the embedding that are trained
-alone: an entry for each says its name, shape and split.
+"""Weights and biases that are trained whole beside the factors, and rows of the embedding that are
+trained alone: an entry for each says its name, shape and split.
 
 Initialisation, marks, gathering, checkpoints, coverage and the drift check follow from the entry,
 as those of factors follow from the table in ``spec.py``.
@@ -14,20 +14,31 @@ as those of factors follow from the table in ``spec.py``.
     the same of all heads      the same                            [h d]    dim 0        whole
     gate                       mlp.router                          [E, H]   replicated   partial
     score                      output_layer (the head)             [C, H]   replicated   partial
+    bias of q, k and v         self_attention.linear_qkv          [out]    dim 0 (*)    whole
+    bias of o                  self_attention.linear_proj         [H]      replicated   partial
     trained tokens             embedding.rows, output_layer.rows   [n, H]   replicated   partial
 
 Partial: a rank has the gradient of its own S/t tokens, of its own heads, or, of trained tokens in a
-head, of its V/t logits. A tied embedding is one weight, which the first and the last pipeline stage
-each hold; its gradient is the sum of both.
+head, of its V/t logits. (*) Of k and v into as many parts as there are key/value heads: ranks that
+share a part have a partial gradient each, as of a B. Biases lie beside the base's fused one, as the
+parameters of ``biases.py``. A tied embedding is one weight, which the first and the last pipeline
+stage each hold; its gradient is the sum of both.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from megalora.hf.tensor_names import EMBED_TOKENS, LAYER, SCORE, tokens_name, weight_name
+from megalora.hf.tensor_names import (
+    EMBED_TOKENS,
+    LAYER,
+    SCORE,
+    bias_name,
+    tokens_name,
+    weight_name,
+)
 from megalora.model.families import layer_projections
-from megalora.model.projections import HEAD
+from megalora.model.projections import HEAD, has_bias
 from megalora.model.shape import ModelShape
 
 NORMS = {
@@ -47,7 +58,7 @@ class TrainedWeight:
     """A weight of the base, or a new one, that is trained whole; or rows of the embedding."""
 
     module: str
-    """Its HF module, as PEFT's ``modules_to_save`` names it."""
+    """Its HF module, as PEFT's ``modules_to_save`` names it; of a bias, its linear."""
     size: tuple[int, ...]
     """Shape of the whole weight, or of all trained rows."""
     layer: int | None = None
@@ -58,6 +69,10 @@ class TrainedWeight:
     """Whether it is cut along dim 0 over TP; replicated otherwise, with a partial gradient."""
     tied: bool = False
     """Whether lm_head is the same weight."""
+    max_shards: int | None = None
+    """Largest number of parts that it can be cut into; None for as many as there are ranks."""
+    is_bias: bool = False
+    """Whether it is the linear's bias, and not its weight."""
     tokens: tuple[int, ...] = ()
     """Token ids of the rows, where only these are trained."""
     other_name: str = ""
@@ -69,12 +84,20 @@ class TrainedWeight:
         return self.other_name or self.module
 
     @property
+    def stored(self) -> str:
+        """Name of the base's tensor in checkpoints."""
+        return f"{self.published}.{'bias' if self.is_bias else 'weight'}"
+
+    @property
     def is_router(self) -> bool:
         return self.path == "mlp.router"
 
     @property
     def tensor(self) -> str:
-        """Name of the tensor in an adapter's file."""
+        """Name of the tensor in an adapter's file, where PEFT may have ``base_layer`` in that of a
+        bias."""
+        if self.is_bias:
+            return bias_name(self.module)
         return tokens_name(self.module) if self.tokens else weight_name(self.module)
 
     @property
@@ -86,29 +109,36 @@ class TrainedWeight:
 
     def num_shards(self, group_size: int) -> int:
         """Number of parts that it is cut into over TP."""
-        return group_size if self.split else 1
+        if not self.split:
+            return 1
+        return min(group_size, self.max_shards or group_size)
 
     def mark(self, parameter: Any, group: Any) -> None:
         """Set on a parameter what reductions read off it (``shards.py``)."""
-        parameter.num_shards = self.num_shards(group.size())
-        parameter.shard = group.rank() if self.split else 0
+        num_shards = self.num_shards(group.size())
+        # Ranks 0 .. replicas - 1 hold shard 0, the next ones shard 1, as of factors.
+        replicas = group.size() // num_shards
+        parameter.num_shards = num_shards
+        parameter.shard = group.rank() // replicas
         # Ranks that hold the same values saw different tokens, heads or entries of the vocabulary.
-        is_partial = group.size() > 1 and not self.split
-        parameter.sum_group = "tp" if is_partial else None
+        parameter.sum_group = "tp" if replicas > 1 else None
         parameter.allreduce = True
         parameter.is_trained_whole = True
-        parameter.tensor_model_parallel = self.split
+        # One replica of each part counts in the gradient's norm.
+        parameter.tensor_model_parallel = self.split and group.rank() % replicas == 0
         parameter.partition_dim = 0 if self.split else -1
         parameter.partition_stride = 1
 
 
 def trained_weights(shape: ModelShape) -> list[TrainedWeight]:
-    """All such weights of a model: those of ``shape.saved`` in the order of its layers, rows of the
-    embedding, the score head."""
+    """All such weights of a model: those of ``shape.saved`` and the biases of ``shape.biases`` in
+    the order of its layers, rows of the embedding, the score head."""
     weights: list[TrainedWeight] = []
     # Most models have none, and hundreds of candidates.
     if shape.saved:
         weights = [weight for weight in savable(shape) if weight.module in shape.saved]
+    if shape.biases:
+        weights += [weight for weight in biases(shape) if weight.module in shape.biases]
     if shape.tokens:
         rows = (len(shape.tokens), shape.hidden)
         tied = shape.has_tied_head
@@ -118,6 +148,19 @@ def trained_weights(shape: ModelShape) -> list[TrainedWeight]:
     if shape.num_scores:
         weights.append(TrainedWeight(SCORE, (shape.num_scores, shape.hidden)))
     return weights
+
+
+def biases(shape: ModelShape) -> Iterator[TrainedWeight]:
+    """The bias of every linear of the base that has one, in the order of its layers."""
+    for layer in range(shape.num_layers):
+        for projection in layer_projections(shape, layer):
+            if has_bias(projection, shape):
+                out_features, _ = projection.features(shape)
+                yield TrainedWeight(
+                    projection.hf.format(layer=layer), (out_features,), layer, projection.module,
+                    split=projection.kind == "column", is_bias=True,
+                    max_shards=projection.max_shards(shape) if projection.max_shards else None,
+                )  # fmt: skip
 
 
 def savable(shape: ModelShape) -> Iterator[TrainedWeight]:

@@ -1,5 +1,5 @@
-"""Let weights of the base train, or some rows of its embedding, and put a score head in place:
-what a model trains beside adapters (``trained_weight.py``).
+"""Let weights and biases of the base train, or some rows of its embedding, and put a score head in
+place: what a model trains beside adapters (``trained_weight.py``).
 
 Legend: B batch, S sequence, H hidden, K trained tokens, V vocabulary, /t divided over the
 tensor-parallel group.
@@ -16,6 +16,7 @@ from torch.distributed import ProcessGroup
 from megalora import host
 from megalora.comm import gather_seq
 from megalora.hf.tensor_names import SCORE
+from megalora.lora.biases import biased_linear
 from megalora.lora.init import initial_score
 from megalora.lora.shards import FactorShard, shard_of_whole
 from megalora.lora.trained_weight import TrainedWeight, trained_weights
@@ -138,7 +139,11 @@ def _parameters(
     elif weight.layer is not None:
         for layer in chunk.decoder.layers:
             # Megatron counts layers of the whole model from 1.
-            if layer.layer_number - 1 == weight.layer:
+            if layer.layer_number - 1 == weight.layer and weight.is_bias:
+                yield biased_linear(layer, weight.layer, weight.path, shape, group).train_bias(
+                    weight
+                )
+            elif layer.layer_number - 1 == weight.layer:
                 yield layer.get_submodule(weight.path).weight
     elif (found := _outside_layers(chunk, weight)) is not None:
         yield found

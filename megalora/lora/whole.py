@@ -9,7 +9,7 @@ from megalora.config import LoRAConfig
 from megalora.hf.tensor_names import EMBED_TOKENS, SCORE, within_layer
 from megalora.lora.patterns import end_pattern
 from megalora.lora.spec import Adapted, in_parts
-from megalora.lora.trained_weight import savable, trained_weights
+from megalora.lora.trained_weight import biases, savable, trained_weights
 from megalora.model.projections import HEAD
 from megalora.model.shape import ModelShape
 from megalora.wording import first_few
@@ -37,6 +37,50 @@ def with_trained(lora: LoRAConfig, shape: ModelShape) -> ModelShape:
             " already: leave one of them out"
         )
     return replace(shape, saved=saved, tokens=tokens)
+
+
+def with_biases(lora: LoRAConfig, shape: ModelShape, adapted: Sequence[Adapted]) -> ModelShape:
+    """The model's sizes with the biases that ``lora.bias`` trains beside these adapters.
+
+    Raises:
+        ValueError: there are none, or some linears alone have DoRA, which makes two folders.
+    """
+    if lora.bias == "none":
+        return shape
+    trained = tuple(weight.module for weight in biases(shape))
+    why = "this base has no biases"
+    if lora.bias == "lora_only":
+        trained = tuple(module for module in trained if module in _adapted_modules(adapted))
+        why = "none of the adapted linears has a bias in this base"
+    if not trained:
+        raise ValueError(f"lora.bias={lora.bias}: {why}; leave it out")
+    return replace(shape, biases=trained)
+
+
+def bias_option(shape: ModelShape, adapted: Sequence[Adapted]) -> str:
+    """``bias``, ours or PEFT's, of a model whose ``shape`` says which biases are trained.
+
+    Raises:
+        ValueError: neither all are trained, nor those of the adapted linears.
+    """
+    if not shape.biases:
+        return "none"
+    every = [weight.module for weight in biases(shape)]
+    own = [module for module in every if module in _adapted_modules(adapted)]
+    if sorted(shape.biases) == sorted(own):
+        return "lora_only"
+    if sorted(shape.biases) == sorted(every):
+        return "all"
+    other = sorted(set(shape.biases) ^ set(own))
+    raise ValueError(
+        "bias=lora_only trains the biases of adapted linears, and only one of adapter and trained"
+        f" bias is left of {first_few(other)}. Leave nothing out, or merge the adapter"
+    )
+
+
+def _adapted_modules(adapted: Sequence[Adapted]) -> set[str]:
+    """HF modules of the adapted linears, without those of experts, which have no biases."""
+    return {a.hf_module() for a in adapted if not a.num_experts}
 
 
 def check_apart(adapted: Sequence[Adapted], shape: ModelShape) -> None:
@@ -83,6 +127,11 @@ def trouble_beside(adapted: Sequence[Adapted], shape: ModelShape) -> str:
             "DoRA on some linears alone makes two folders, which PEFT does not load together beside"
             " trained rows (trainable_token_indices): have DoRA on all of them or on none"
         )
+    if shape.biases and in_parts(list(adapted)):
+        return (
+            "DoRA on some linears alone makes two folders, and PEFT loads one adapter with trained"
+            " biases (bias): have DoRA on all of them or on none"
+        )
     return ""
 
 
@@ -94,7 +143,7 @@ def saved_entries(shape: ModelShape) -> list[str]:
         layers_with[within_layer(weight.module)] += 1
     trained: dict[str, list[str]] = defaultdict(list)
     for weight in trained_weights(shape):
-        if not weight.tokens:
+        if not weight.tokens and not weight.is_bias:
             trained[within_layer(weight.module)].append(weight.module)
     entries: list[str] = []
     for name, modules in trained.items():

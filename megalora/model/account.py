@@ -26,7 +26,7 @@ from megalora.hf.json_file import read_hf_config
 from megalora.hf.tensor_names import EMBEDDING, LM_HEAD, is_of_quantised
 from megalora.model.families import FAMILIES, layer_projections
 from megalora.model.fields import check_fields, instead_of_quantised, model_shape, scheme_of
-from megalora.model.projections import HEAD, Projection, StoredAs, ways_to_store
+from megalora.model.projections import HEAD, StoredAs, has_bias, ways_to_store
 from megalora.model.quantised.account import Found, find_quantised
 from megalora.model.quantised.scheme import Scheme
 from megalora.model.shape import ModelShape
@@ -125,7 +125,7 @@ def needed_tensors(shape: ModelShape) -> dict[str, tuple[int, ...]]:
             for expert in experts:
                 module = projection.hf.format(layer=layer, expert=expert)
                 needed[f"{module}.weight"] = (out_features, in_features)
-            if _has_bias(projection, shape):
+            if has_bias(projection, shape):
                 needed[f"{projection.hf.format(layer=layer)}.bias"] = (out_features,)
     needed["model.norm.weight"] = (h,)
     # A tied head is the embedding.
@@ -133,13 +133,6 @@ def needed_tensors(shape: ModelShape) -> dict[str, tuple[int, ...]]:
         for head in HEAD:
             needed[f"{head.hf}.weight"] = head.features(shape)
     return needed
-
-
-def _has_bias(projection: Projection, shape: ModelShape) -> bool:
-    # Linears outside of attention have none in any family.
-    if ".self_attn." not in projection.hf:
-        return False
-    return shape.o_bias if projection.name == "o_proj" else shape.qkv_bias
 
 
 def _find_quantised(

@@ -1,7 +1,6 @@
 """Build a frozen Megatron GPTModel from a Hugging Face folder, cut for this rank."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -51,7 +50,7 @@ def build_model(
     frozen."""
     base = open_folder(folder)
     # The score head is none of the base's weights, and what is trained no size of it.
-    assert base.shape == replace(shape, num_scores=0, saved=(), tokens=()), (
+    assert base.shape == shape.of_base, (
         f"{folder} holds {base.shape}, the run is planned for {shape}"
     )
     chunks = make_chunks(base.hf, config, parallel, shape, formats=formats)

@@ -6,6 +6,10 @@ from typing import Literal
 
 from megalora.model.shape import ModelShape
 
+QKV = "self_attention.linear_qkv"
+"""Megatron's module of attention's q, k and v."""
+O_PROJ = "self_attention.linear_proj"
+"""That of its o."""
 Kind = Literal["column", "row", "router", "expert_column", "expert_row"]
 
 
@@ -52,7 +56,7 @@ class Projection:
 
 def _qkv(name: str, heads: Callable[[ModelShape], int]) -> Projection:
     return Projection(
-        f"model.layers.{{layer}}.self_attn.{name}", "self_attention.linear_qkv", "column",
+        f"model.layers.{{layer}}.self_attn.{name}", QKV, "column",
         lambda s: (heads(s) * s.head_dim, s.hidden), lambda s: s.num_kv_heads, heads,
     )  # fmt: skip
 
@@ -64,7 +68,7 @@ ATTENTION = (
     _qkv("q_proj", lambda s: s.num_heads),
     _qkv("k_proj", lambda s: s.num_kv_heads),
     _qkv("v_proj", lambda s: s.num_kv_heads),
-    Projection("model.layers.{layer}.self_attn.o_proj", "self_attention.linear_proj", "row",
+    Projection("model.layers.{layer}.self_attn.o_proj", O_PROJ, "row",
                lambda s: (s.hidden, s.num_heads * s.head_dim)),
 )  # fmt: skip
 DENSE_MLP = (
@@ -114,6 +118,14 @@ SHARED_EXPERTS = (
 )  # fmt: skip
 """As ``SHARED_EXPERT``, under the name of families that may have several, side by side in one."""
 HEAD = (Projection("lm_head", "output_layer", "column", lambda s: (s.vocab, s.hidden)),)
+
+
+def has_bias(projection: Projection, shape: ModelShape) -> bool:
+    """Whether a linear of the base has a bias; those outside of attention have none in any
+    family."""
+    if projection.module == QKV:
+        return shape.qkv_bias
+    return projection.module == O_PROJ and shape.o_bias
 
 
 @dataclass(frozen=True)

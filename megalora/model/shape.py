@@ -1,7 +1,7 @@
 """Hold a model's sizes and check that a layout can split them. Pure Python: planner, spec and
 checks need no weights; ``fields.model_shape`` reads the sizes from a ``config.json``."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megalora.config import ParallelConfig, Recompute, RecomputeLayers, RunConfig
 from megalora.config.checks import require
@@ -50,6 +50,8 @@ class ModelShape:
     tokens: tuple[int, ...] = ()
     """Token ids whose rows of the embedding are trained (``lora.trainable_token_indices``), in
     ascending order."""
+    biases: tuple[str, ...] = ()
+    """HF linears of the base whose biases are trained (``lora.bias``), in the order of layers."""
     rotary_dim: int | None = None
     """Features of a head that the rotary embedding turns, the first ones; None for all."""
 
@@ -57,6 +59,11 @@ class ModelShape:
     def turned_features(self) -> int:
         """Features of a head that the rotary embedding turns."""
         return self.head_dim if self.rotary_dim is None else self.rotary_dim
+
+    @property
+    def of_base(self) -> "ModelShape":
+        """The sizes without a score head and without what is trained of the base."""
+        return replace(self, num_scores=0, saved=(), tokens=(), biases=())
 
     @property
     def has_tied_head(self) -> bool:

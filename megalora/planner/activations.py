@@ -16,6 +16,7 @@ input, and a mask (``Microbatch.dropped``); the two are counted where the adapte
 from dataclasses import dataclass
 
 from megalora.config import Level
+from megalora.model.projections import O_PROJ, QKV
 from megalora.planner.layouts import ParallelLayout
 from megalora.planner.magnitudes import dense_scaling
 from megalora.planner.microbatch import STATISTIC, Microbatch
@@ -114,8 +115,8 @@ def kept(
     trains_router = model.trains(layer, "mlp.router")
     norm = own * (s.hidden * e + STATISTIC)
     hidden = own * s.hidden * e
-    qkv = modules.get("self_attention.linear_qkv", [])
-    o = modules.get("self_attention.linear_proj", [])
+    qkv = modules.get(QKV, [])
+    o = modules.get(O_PROJ, [])
     width, kv = attention_widths(s, layout.parallel)
 
     # A trained weight of a norm makes all behind it need a gradient, as the norm's input does.
@@ -128,7 +129,7 @@ def kept(
     attention = 0
     # With dropout o's adapter keeps a copy of the result instead of the result.
     reads_result = bool(o) and not model.has_dropout
-    result_is_live = live or bool(qkv) or model.trains_qk_norms(layer)
+    result_is_live = live or bool(qkv) or model.trains_in_attention(layer)
     if result_is_live:
         attention = _core_attention(model, layout, batch, selective, reads_result)
     elif reads_result:
@@ -141,7 +142,8 @@ def kept(
             rest += batch.dropped(batch.tokens * width, result_is_live)
 
     # What is trained of attention makes the residual stream need a gradient from here on.
-    live = result_is_live or bool(o) or model.trains(layer, "pre_mlp_layernorm")
+    trained_behind = model.trains(layer, O_PROJ) or model.trains(layer, "pre_mlp_layernorm")
+    live = result_is_live or bool(o) or trained_behind
     if live:
         rest += norm
     mlp = PlannedMLP(model, layout, batch, modules, live, selective, trains_router)

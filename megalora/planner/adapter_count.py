@@ -172,17 +172,20 @@ def of_base_elements(model: PlannedModel, p: ParallelConfig, chunk: Chunk) -> in
         weights += model.whole.get(layer, [])
     total = 0
     for weight in weights:
-        # Trained rows are copies, and a score head is new.
-        if not weight.tokens and weight.module != SCORE:
+        # Trained rows are copies and so are biases, and a score head is new.
+        if not weight.tokens and not weight.is_bias and weight.module != SCORE:
             total += _on_rank(weight, p)
     return total
 
 
 def with_base_value(model: PlannedModel, p: ParallelConfig, chunk: Chunk) -> int:
-    """Elements on a rank of what has a value in the base: the same, and trained rows."""
+    """Elements on a rank of what has a value in the base: the same, biases and trained rows."""
     total = of_base_elements(model, p, chunk)
     for weight in outside_of_layers(model, chunk):
         total += _on_rank(weight, p) if weight.tokens else 0
+    for layer in chunk.layers:
+        for weight in model.whole.get(layer, []):
+            total += _on_rank(weight, p) if weight.is_bias else 0
     return total
 
 
@@ -199,6 +202,6 @@ def _count_of(weight: TrainedWeight, p: ParallelConfig, apart: bool = False) -> 
 
 
 def _partial_elements(weight: TrainedWeight, p: ParallelConfig) -> int:
-    """Elements that are summed over TP: of a weight that is whole on every rank, which saw its own
-    tokens, heads or entries of the vocabulary alone."""
-    return 0 if weight.split or p.tp == 1 else weight.num_parameters
+    """Elements that are summed over TP: of a weight that several ranks hold the same part of, each
+    of which saw its own tokens, heads or entries of the vocabulary alone."""
+    return weight.num_parameters if weight.num_shards(p.tp) < p.tp else 0

@@ -12,7 +12,7 @@ from typing import Any
 
 from megalora.config import LoRAConfig, ModelConfig, ParallelConfig
 from megalora.lora.select import resolve
-from megalora.lora.whole import check_apart, with_trained
+from megalora.lora.whole import check_apart, with_biases, with_trained
 from megalora.model.fields import model_shape
 
 
@@ -57,6 +57,7 @@ def dry_run(
     shape = with_trained(lora, shape)
     shape.check_layout(parallel)
     adapted = resolve(lora, shape)
+    shape = with_biases(lora, shape, adapted)
     check_apart(adapted, shape)
 
     # Late: planning answers without torch and Megatron, which take ten seconds to import.

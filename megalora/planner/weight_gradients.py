@@ -6,7 +6,8 @@ Symbols as in ``layer_cost.py``; V vocabulary, K trained rows.
 import math
 
 from megalora.model.head_chunk import CHUNK_BYTES, bytes_per_logit, chunk_tokens
-from megalora.planner.layer_cost import LayerCosts
+from megalora.model.projections import O_PROJ
+from megalora.planner.layer_cost import BIAS_PASSES, LayerCosts
 from megalora.planner.ledger import Ledger
 from megalora.planner.microbatch import STATISTIC
 from megalora.planner.weights import attention_widths
@@ -17,7 +18,8 @@ class WeightGradients(LayerCosts):
 
     def of_layer(self, to: Ledger, layer: int) -> None:
         """Norms read their input and their output's gradient once more; the router has a product of
-        its own tokens, E H."""
+        its own tokens, E H. A linear's trained biases read its output's gradient, and its output is
+        read and written once more for them."""
         s = self.shape
         own = self.batch.own_tokens
         width, kv = attention_widths(s, self.p)
@@ -25,13 +27,20 @@ class WeightGradients(LayerCosts):
             "self_attention.q_layernorm": self.batch.tokens * width,
             "self_attention.k_layernorm": self.batch.tokens * kv,
         }
+        biased: set[str] = set()
         for weight in self.model.whole.get(layer, []):
-            if weight.path == "mlp.router":
+            if weight.is_bias:
+                biased.add(weight.path)
+            elif weight.path == "mlp.router":
                 self.gemm(to, "dispatch", s.num_experts, s.hidden, own)
             elif weight.path in heads:
                 self.traffic(to, "attention", 2 * heads[weight.path] * self.e)
             else:
                 self.traffic(to, "other", 2 * own * s.hidden * self.e)
+        # Once for q, k and v, which are one linear.
+        for path in biased:
+            elements = own * s.hidden if path == O_PROJ else self.batch.tokens * (width + 2 * kv)
+            self.traffic(to, "attention", (1 + BIAS_PASSES) * elements * self.e)
 
     def of_embedding(self, to: Ledger) -> None:
         """The output's gradient, which comes from all ranks of TP, is added to a gradient of V / t

@@ -14,7 +14,8 @@ from megalora.config import Level, LoRAConfig, ParallelConfig, Recompute, Recomp
 from megalora.lora.select import resolve
 from megalora.lora.spec import Adapted
 from megalora.lora.trained_weight import TrainedWeight, trained_weights
-from megalora.lora.whole import check_apart, with_trained
+from megalora.lora.whole import check_apart, with_biases, with_trained
+from megalora.model.projections import O_PROJ
 from megalora.model.shape import ModelShape
 
 
@@ -40,6 +41,7 @@ class PlannedModel:
         """Raises ``ValueError`` for targets that match nothing, as training does."""
         shape = with_trained(lora, shape)
         adapted = tuple(resolve(lora, shape))
+        shape = with_biases(lora, shape, adapted)
         check_apart(adapted, shape)
         return cls(shape, adapted, has_dropout=lora.dropout > 0)
 
@@ -69,9 +71,13 @@ class PlannedModel:
         """Whether the weight of a Megatron module is trained whole."""
         return any(weight.path == path for weight in self.whole.get(layer, []))
 
-    def trains_qk_norms(self, layer: int) -> bool:
-        """Whether norms of queries or keys are trained: behind them attention needs a gradient."""
-        return any("self_attention" in weight.path for weight in self.whole.get(layer, []))
+    def trains_in_attention(self, layer: int) -> bool:
+        """Whether norms of queries or keys, or biases of q, k or v are trained: behind them core
+        attention needs a gradient."""
+        for weight in self.whole.get(layer, []):
+            if weight.path.startswith("self_attention.") and weight.path != O_PROJ:
+                return True
+        return False
 
     @property
     def trains_embedding(self) -> bool:
@@ -90,7 +96,7 @@ class PlannedModel:
             ranks = []
             for adapted in self.modules_of(layer).values():
                 ranks.extend((a.projection.module, a.name, a.rank, a.factors) for a in adapted)
-            whole = tuple(weight.path for weight in self.whole.get(layer, []))
+            whole = tuple((weight.path, weight.size) for weight in self.whole.get(layer, []))
             likeness = (self.shape.is_moe(layer), tuple(ranks), whole)
             kinds.append(first.setdefault(likeness, layer))
         return kinds

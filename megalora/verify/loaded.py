@@ -107,7 +107,7 @@ class Loaded:
         """Base tensors and floats of a module; ``gated``: whether fc1 is gate above up."""
         tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         for full, tensor in tensors.items():
-            if ".lora_" in full:
+            if ".lora_" in full or ".trained_biases." in full:
                 continue
             name = plain_name(full)
             key = f"{prefix}.{name}"

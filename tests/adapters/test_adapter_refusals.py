@@ -163,7 +163,6 @@ def test_config_refused(tmp_path: Path, content: str | None, message: str) -> No
     "option",
     [
         # Each changes what the model computes beside scale * B A.
-        {"bias": "all"},
         {"layer_replication": [[0, 2]]},
         {"fan_in_fan_out": True},
         {"use_qalora": True},

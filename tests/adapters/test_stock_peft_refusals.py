@@ -15,12 +15,6 @@ pytestmark = IGNORED
 
 # Base, PEFT's options, and what the refusal says.
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
-    # The base whose linears have biases.
-    "biases": (
-        "shared",
-        {"bias": "all"},
-        "bias='all' is not plain LoRA, .*: it trains biases of the base",
-    ),
     # modules_to_save trains whole weights beside the adapter, of which not all are read.
     "a saved linear": (
         "moe",

@@ -5,6 +5,7 @@ from tests.mutations.average_bugs import AVERAGE_BUGS
 from tests.mutations.balance_bugs import BALANCE_BUGS
 from tests.mutations.base_bugs import BASE_BUGS
 from tests.mutations.begun_bugs import BEGUN_BUGS
+from tests.mutations.bias_bugs import BIAS_BUGS
 from tests.mutations.bugs import BUGS as MODEL_BUGS
 from tests.mutations.compiled_bugs import COMPILED_BUGS
 from tests.mutations.config_bugs import CONFIG_BUGS
@@ -99,5 +100,6 @@ EVERY_BUG = (
     + SHARED_BUGS
     + WATCH_BUGS
     + WHOLE_BUGS
+    + BIAS_BUGS
     + RL_REWARD_BUGS
 )

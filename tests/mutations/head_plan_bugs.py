@@ -36,7 +36,7 @@ HEAD_PLAN_BUGS: tuple[Bug, ...] = (
         0,
         "a score head's gradient summed without a table",
         COUNT,
-        "return 0 if weight.split or p.tp == 1 else weight.num_parameters",
+        "return weight.num_parameters if weight.num_shards(p.tp) < p.tp else 0",
         "return 0 if weight.split or p.tp < 9 else weight.num_parameters",
         "tests/planner/test_memory.py score_head",
     ),

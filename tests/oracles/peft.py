@@ -95,6 +95,9 @@ class PeftOracle:
             return _of_expert(fused, expert, projection, factor, shape)
         if name.endswith(".lora_B.bias"):
             return trained[f"{name.removesuffix('.bias')}.{adapter}.bias"]
+        # A bias of the base itself, under its own name.
+        if name.endswith(".bias"):
+            return trained[name]
         stem = name.removesuffix(".weight")
         if name.endswith(".trainable_tokens_delta"):
             return trained[f"{name}.{adapter}"]

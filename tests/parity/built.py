@@ -18,7 +18,7 @@ from megalora.lora.magnitude import refresh_norms
 from megalora.lora.select import resolve
 from megalora.lora.spec import Adapted
 from megalora.lora.trained_weight import trained_weights
-from megalora.lora.whole import with_trained
+from megalora.lora.whole import with_biases, with_trained
 from megalora.model.fields import model_shape
 from megalora.train.assemble import Run, assemble
 from tests.parity.gradients import reduced_gradients
@@ -72,6 +72,7 @@ def random_factors(
     shape = replace(model_shape(read_hf_config(base)), num_scores=num_scores)
     shape = with_trained(config, shape)
     adapted = resolve(config, shape)
+    shape = with_biases(config, shape, adapted)
     generator = torch.Generator().manual_seed(seed)
     factors = {}
     for a in adapted:

@@ -19,7 +19,7 @@ from megalora.config import (
 )
 from megalora.config.policy import PolicyConfig
 from megalora.lora.select import resolve
-from megalora.lora.whole import with_trained
+from megalora.lora.whole import with_biases, with_trained
 from tests.paired import labelled_of, pairs_of, rated_of, rollouts_of
 from tests.parity.models import ADAPTERS, MODELS, adapter, shape_of, teacher_of
 
@@ -296,7 +296,8 @@ def can_be_adapted(model: str, name: str, num_scores: int) -> bool:
     shape = replace(shape_of(model), num_scores=num_scores)
     lora = adapter(name, shape_of(model))
     try:
-        resolve(lora, with_trained(lora, shape))
+        shape = with_trained(lora, shape)
+        with_biases(lora, shape, resolve(lora, shape))
     except ValueError:
         return False
     return True

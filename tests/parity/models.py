@@ -71,6 +71,8 @@ ADAPTERS: dict[str, LoRAConfig] = {
     # A bias of every B, on linears with biases: ``adapter`` takes it out where there are none.
     "lora bias": LoRAConfig(rank=4, alpha=12.0, target_modules=NAMES[:3], lora_bias=True,
                             rank_pattern={"q_proj": 3}),
+    # Biases of the base: of k and o too, which have no adapter.
+    "biases": LoRAConfig(rank=4, alpha=12.0, target_modules=["q_proj", "v_proj"], bias="all"),
     # A and B beside a pair that stays as it is, which the grid draws as it draws them.
     "begun": LoRAConfig(rank=4, alpha=12.0, target_modules=[*NAMES, "gate"], init="olora",
                         rank_pattern={"q_proj": 3, "v_proj": 5, "up_proj": 2}),
@@ -116,7 +118,7 @@ def adapter(name: str, shape: ModelShape) -> LoRAConfig:
     """The adapter's settings for a model; one without experts has no router to adapt."""
     lora = ADAPTERS[name]
     if not shape.qkv_bias:
-        lora = replace(lora, lora_bias=False)
+        lora = replace(lora, lora_bias=False, bias="none")
     # Without experts there is nothing to share, and asking for it is an error.
     if not shape.moe_layers:
         lora = replace(lora, share_outer=False)

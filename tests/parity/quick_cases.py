@@ -71,6 +71,8 @@ QUICK = (
     Case(2, tp=2, ep=2, adapter="lora bias", model="shared", micro=3),
     Case(4, tp=4, adapter="lora bias", model="shared", micro=3, recompute="full"),
     Case(4, cp=2, pp=2, adapter="lora bias", model="shared", micro=PACKED),
+    # Biases of the base, also switched off for a reference.
+    Case(4, cp=2, pp=2, adapter="biases", model="shared", micro=PACKED, objective="dpo"),
     # A frozen pair beside A and B, on every kind of linear.
     Case(2, tp=2, ep=2, adapter="begun", micro=3),
     Case(4, tp=2, ep=2, etp=2, adapter="begun", model="shared", micro=3, recompute="selective"),

@@ -283,6 +283,18 @@ def test_bytes_kept_of_what_is_trained_whole(tied, world, sizes, lora, chats, tm
     compare(configs, world, extra=beside_the_plan)
 
 
+@pytest.mark.slow
+def test_bytes_kept_of_trained_biases(chats: Path, tmp_path: Path) -> None:
+    """Of layers below the first adapter too, where biases alone are trained."""
+    base = make_tiny(tmp_path / "base", attention_bias=True)
+    configs = []
+    for recompute in LEVELS:
+        folder = tmp_path / recompute
+        lora = replace(ABOVE, bias="all")
+        configs.append(config_of(base, chats, folder, {}, lora, recompute, micro_batch_size=2))
+    compare(configs, 1, extra=beside_the_plan)
+
+
 def beside_the_plan(
     model: PlannedModel, layout: ParallelLayout, batch: Microbatch, chunk: Chunk
 ) -> int:

@@ -11,7 +11,7 @@ from megalora.config import LoRAConfig, ModelConfig, ParallelConfig
 from megalora.hf.json_file import read_hf_config
 from megalora.lora.select import resolve
 from megalora.lora.trained_weight import trained_weights
-from megalora.lora.whole import with_trained
+from megalora.lora.whole import with_biases, with_trained
 from megalora.model.families import FAMILIES, layer_projections
 from megalora.model.fields import model_shape
 from megalora.planner.dryrun import RankCount, dry_run
@@ -87,6 +87,7 @@ def assert_agrees(
     Ranks are numbered with the pipeline stage outermost.
     """
     shape = with_trained(lora, replace(model_shape(hf), num_scores=num_scores))
+    shape = with_biases(lora, shape, resolve(lora, shape))
     layout = ParallelLayout(parallel=parallel, num_ranks=world)
     stage = rank // (world // parallel.pp)
     # Any length and batch will do: weights do not depend on them.
@@ -226,6 +227,7 @@ EVERY_NORM = ["norm", "input_layernorm", "post_attention_layernorm", "q_norm", "
 SAVED = LoRAConfig(
     target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head", "gate", *EVERY_NORM]
 )
+BIASES = LoRAConfig(target_modules=["q_proj"], bias="all")
 ROWS = LoRAConfig(target_modules=["q_proj"], trainable_token_indices=[250, 3])
 
 
@@ -244,14 +246,15 @@ def test_what_is_trained_of_the_base(lora: LoRAConfig, tied: bool, sizes: dict, 
         assert_agrees(found, hf, lora, parallel, world, rank)
 
 
-def test_biased_attention(tiny: Path) -> None:
+@pytest.mark.parametrize("lora", [ALL, BIASES], ids=["frozen", "trained"])
+def test_biased_attention(lora: LoRAConfig, tiny: Path) -> None:
     """q's, k's and v's are cut over TP with their rows; o's is on every rank."""
     hf = read_hf_config(tiny) | {"attention_bias": True}
     parallel = ParallelConfig(tp=2)
     for rank in range(2):
         with host.fake_world(rank, 2):
-            found = dry_run(hf, ALL, parallel, ModelConfig(path="planned"))
-        assert_agrees(found, hf, ALL, parallel, 2, rank)
+            found = dry_run(hf, lora, parallel, ModelConfig(path="planned"))
+        assert_agrees(found, hf, lora, parallel, 2, rank)
 
 
 @pytest.mark.parametrize(

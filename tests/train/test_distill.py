@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megalora.adapters.write.card import _objective
+from megalora.adapters.write.card_objective import objective_line
 from megalora.config import CheckpointConfig, ObjectiveConfig, ParallelConfig, RunConfig
 from megalora.evaluate.judge import judge
 from megalora.evaluate.report import record_of, text_of
@@ -152,5 +152,5 @@ def test_teachers_that_do_not_fit_are_refused(
 
 def test_the_card_names_the_teacher() -> None:
     options = {"name": "distill", "teacher": "org/large", "divergence": "jsd", "beta": 0.3}
-    said = _objective({**options, "temperature": 2.0, "sft_weight": 0.1})
+    said = objective_line({**options, "temperature": 2.0, "sft_weight": 0.1})
     assert said == "distill, `org/large`, jsd, temperature 2, beta 0.3, sft_weight 0.1"

@@ -117,7 +117,7 @@ def _read(
     )
     rules.check_targets(linears.factors.keys(), _targetable(linears, shape))
     read = linears.adapter([*notes, *rules.notes()], heads | whole.tensors, config)
-    read = replace(read, saved=whole.saved, tokens=whole.tokens)
+    read = replace(read, saved=whole.saved, tokens=whole.tokens, biases=whole.biases)
     if trouble := trouble_beside(read.adapted, read.shape_of(shape)):
         raise ValueError(f"{weights.where}: {trouble}")
     return read

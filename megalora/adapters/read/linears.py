@@ -28,11 +28,10 @@ from megalora.lora.spec import (
     WITH_BIAS,
     WITH_MAGNITUDE,
     Adapted,
-    has_base_bias,
     has_dora,
     make_adapted,
 )
-from megalora.model.projections import Projection
+from megalora.model.projections import Projection, has_bias
 from megalora.model.shape import ModelShape
 
 _BY_OPTION: tuple[tuple[FactorName, str, str], ...] = (
@@ -59,6 +58,8 @@ class Adapter:
     """As ``ModelShape.saved``; their weights are among ``tensors``."""
     tokens: tuple[int, ...] = ()
     """As ``ModelShape.tokens``, likewise."""
+    biases: tuple[str, ...] = ()
+    """As ``ModelShape.biases``, likewise."""
 
     @property
     def num_scores(self) -> int:
@@ -67,7 +68,10 @@ class Adapter:
 
     def shape_of(self, base: ModelShape) -> ModelShape:
         """The base's sizes with the score head, and with what is trained of the base."""
-        return replace(base, num_scores=self.num_scores, saved=self.saved, tokens=self.tokens)
+        return replace(
+            base, num_scores=self.num_scores, saved=self.saved, tokens=self.tokens,
+            biases=self.biases,
+        )  # fmt: skip
 
 
 class Linears:
@@ -111,7 +115,7 @@ class Linears:
     def add_bias(self, module: str, name: str, tensor: Tensor) -> None:
         """The bias of a B, of a linear that has a bias itself."""
         own = self.other_names.get(module, module)
-        if own not in self.known or not has_base_bias(self.known[own][0], self.shape):
+        if own not in self.known or not has_bias(self.known[own][0], self.shape):
             raise ValueError(
                 f"{self.where}: {name} is a bias of B (lora_bias), and {own} has none in this base"
                 " that could take it in"

@@ -61,7 +61,7 @@ OPTIONS: dict[str, Option] = {
     "exclude_modules": HONOURED,
     "layers_to_transform": HONOURED,
     "layers_pattern": HONOURED,
-    "bias": HONOURED,
+    "bias": Option("honoured", refused_by=("vllm", "sglang")),
     "init_lora_weights": HONOURED,
     "peft_type": HONOURED,
     "peft_version": HONOURED,
@@ -120,8 +120,6 @@ def not_plain(config: dict[str, Any]) -> dict[str, str]:
         # What is false or empty is PEFT's default, which leaves the adapter as it is.
         if option.effect == "refused" and config.get(key):
             found[key] = option.why
-    if config.get("bias", "none") not in ("none", None):
-        found["bias"] = "it trains biases of the base"
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.lower() not in PLAIN_INITS:
         why = f"megalora knows true, false, {', '.join(PLAIN_INITS)}"
@@ -165,7 +163,9 @@ def refused_options(config: dict[str, Any], engine: str) -> list[str]:
     computes."""
     found: list[str] = []
     for key, option in OPTIONS.items():
-        if config.get(key) and engine in option.refused_by:
+        # The one option whose default is a text.
+        is_set = config.get(key) and not (key == "bias" and config[key] == "none")
+        if is_set and engine in option.refused_by:
             found.append(key)
     return found
 
@@ -248,7 +248,7 @@ _TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "use_rslora": (lambda v: isinstance(v, bool), "true or false"),
     "use_dora": (lambda v: isinstance(v, bool), "true or false"),
     "lora_bias": (lambda v: isinstance(v, bool), "true or false"),
-    "bias": (lambda v: isinstance(v, str), "none, all or lora_only"),
+    "bias": (lambda v: v in ("none", "all", "lora_only"), "none, all or lora_only"),
     "init_lora_weights": (lambda v: isinstance(v, bool | str), "true, false or a name"),
     "target_modules": (_name_or_names, "a name, or a list of names"),
     "target_parameters": (_strings, "a list of names"),

@@ -1,5 +1,6 @@
 """Read what an adapter's file holds of the base's own weights, trained: modules that PEFT trains
-whole (``modules_to_save``) and rows of the embedding (``trainable_token_indices``).
+whole (``modules_to_save``), biases (``bias``) and rows of the embedding
+(``trainable_token_indices``).
 
 PEFT trains a module whose name ends in an entry. What it means for a tied embedding follows from
 ``ensure_weight_tying``: with it embedding and head stay one weight, which the file has twice;
@@ -7,7 +8,7 @@ without it the trained one is a copy, and the model is not tied any more.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,9 +16,17 @@ from torch import Tensor
 
 from megalora.adapters.read.named_tensors import checked
 from megalora.adapters.read.weights import AdapterWeights
-from megalora.hf.tensor_names import EMBED_TOKENS, SCORE, parse_tokens, parse_weight, tokens_name
+from megalora.hf.tensor_names import (
+    EMBED_TOKENS,
+    SCORE,
+    parse_bias,
+    parse_factor,
+    parse_tokens,
+    parse_weight,
+    tokens_name,
+)
 from megalora.lora.modules import projection_places
-from megalora.lora.trained_weight import TrainedWeight, savable
+from megalora.lora.trained_weight import TrainedWeight, biases, savable
 from megalora.lora.whole import LM_HEAD
 from megalora.model.shape import ModelShape
 from megalora.wording import shorten
@@ -34,6 +43,8 @@ class Whole:
     """As ``ModelShape.saved``."""
     tokens: tuple[int, ...] = ()
     """As ``ModelShape.tokens``."""
+    biases: tuple[str, ...] = ()
+    """As ``ModelShape.biases``."""
     tensors: dict[str, Tensor] = field(default_factory=dict)
     """By the name that training has for them."""
     taken: frozenset[str] = frozenset()
@@ -52,11 +63,16 @@ def whole_of(weights: AdapterWeights, config: Mapping[str, Any], shape: ModelSha
     taken: set[str] = set()
     # Each must be there, whole: PEFT goes on with the base's where it is not.
     for weight in saved:
-        own = _one(weights, weight.module, weight.size)
+        own = _one(weights, weight)
         taken.add(own)
         tensors[weight.tensor] = checked(weights, own, len(weight.size)).contiguous()
         if weight.tied:
             taken.add(_twin(weights, config, weight, tensors[weight.tensor]))
+    trained_biases = _trained_biases(weights, config, shape)
+    for weight in trained_biases:
+        own = _one(weights, weight, f"bias={config['bias']}")
+        taken.add(own)
+        tensors[weight.tensor] = checked(weights, own, 1).contiguous()
     rows = _rows(weights, config, shape)
     if rows.tokens and any(weight.module == EMBED_TOKENS for weight in saved):
         raise ValueError(
@@ -64,9 +80,35 @@ def whole_of(weights: AdapterWeights, config: Mapping[str, Any], shape: ModelSha
             " rows of it; PEFT refuses both together"
         )
     return Whole(
-        tuple(weight.module for weight in saved), rows.tokens, tensors | rows.tensors,
+        tuple(weight.module for weight in saved),
+        rows.tokens,
+        tuple(weight.module for weight in trained_biases),
+        tensors | rows.tensors,
         rows.taken | taken,
-    )  # fmt: skip
+    )
+
+
+def _trained_biases(
+    weights: AdapterWeights, config: Mapping[str, Any], shape: ModelShape
+) -> list[TrainedWeight]:
+    """Biases that ``bias`` means by PEFT's rule, in the order of the model."""
+    option = config.get("bias") or "none"
+    if option == "none":
+        return []
+    if config.get("lora_bias"):
+        raise ValueError(
+            f"{weights.where}: bias={option} and lora_bias change the same biases, which megalora"
+            " does not train together. Merge the adapter with PEFT (merge_and_unload)"
+        )
+    every = list(biases(shape))
+    if option == "all":
+        return every
+    adapted: set[str] = set()
+    for name in weights.info:
+        factor = parse_factor(name)
+        if factor is not None:
+            adapted.add(factor[0])
+    return [weight for weight in every if weight.module in adapted]
 
 
 def _meant(
@@ -109,19 +151,22 @@ def _not_trained(weights: AdapterWeights, entry: str, what: str) -> str:
     )
 
 
-def _one(weights: AdapterWeights, module: str, size: tuple[int, ...]) -> str:
-    """Name in the file of a weight that must be there once, in this shape."""
-    names = [name for name in weights.info if parse_weight(name) == module]
+def _one(weights: AdapterWeights, weight: TrainedWeight, option: str = "modules_to_save") -> str:
+    """Name in the file of a weight or bias that must be there once, in its shape."""
+    parse = parse_bias if weight.is_bias else parse_weight
+    names = [name for name in weights.info if parse(name) == weight.module]
+    part = "bias" if weight.is_bias else "weight"
     # PEFT warns of a missing one and goes on with the base's.
     if len(names) != 1:
         raise ValueError(
-            f"{weights.where} has {len(names)} tensors for {module}.weight, which its config saves"
-            " (modules_to_save): it was lost, or saving went wrong"
+            f"{weights.where} has {len(names)} tensors for {weight.module}.{part}, which its config"
+            f" saves ({option}): it was lost, or saving went wrong"
         )
     shape = weights.info[names[0]].shape
-    if shape != size:
+    if shape != weight.size:
         raise ValueError(
-            f"{weights.path_of(names[0])}: {names[0]} is {shape}, but this base model needs {size}"
+            f"{weights.path_of(names[0])}: {names[0]} is {shape}, but this base model needs"
+            f" {weight.size}"
         )
     return names[0]
 
@@ -136,7 +181,7 @@ def _twin(
             " of one of them (ensure_weight_tying is not set): they are two weights from then on,"
             " which this base has no place for. Merge the adapter with PEFT (merge_and_unload)"
         )
-    name = _one(weights, LM_HEAD, weight.size)
+    name = _one(weights, replace(weight, module=LM_HEAD))
     if not torch.equal(weights.tensor(name), embedding):
         raise ValueError(
             f"{weights.path_of(name)}: {name} differs from the embedding, to which it is tied"

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megalora.adapters.files import PARTS
+from megalora.adapters.write.card_objective import objective_line
 from megalora.adapters.write.engines import ENGINES, VLLM_RANKS, vllm_max_rank
 from megalora.hf.tensor_names import within_layer
 from megalora.lora.spec import Adapted, has_biases, has_magnitudes, in_parts
@@ -41,6 +42,8 @@ class Facts:
     """Numbers that its score head gives; 0 for a language model."""
     saved: list[str]
     """What is trained whole of the base, as PEFT's ``modules_to_save`` names it."""
+    biases: tuple[str, ...]
+    """HF linears of the base whose biases are trained."""
     tokens: tuple[int, ...]
     """Tokens whose rows of the embedding are trained."""
     run: dict[str, Any] | None
@@ -81,7 +84,7 @@ def _what(facts: Facts) -> str:
         lines += [
             "",
             f"- Training data: `{config['data']['train']}`, {run['num_samples']:,} {samples}",
-            f"- Objective: {_objective(objective)}",
+            f"- Objective: {objective_line(objective)}",
             (
                 f"- Steps: {step:,} of {train['global_batch_size']} {samples}, learning rate"
                 f" {train['lr']:g} ({train['schedule']})"
@@ -98,44 +101,16 @@ def _what(facts: Facts) -> str:
     return "\n".join(lines)
 
 
-def _objective(options: dict[str, Any]) -> str:
-    """What was minimised, with what the config has set of it."""
-    if options["name"] == "sft":
-        return "supervised fine-tuning"
-    # The loss is one of several of DPO, and says nothing of the others.
-    shown = [f"loss {options['loss']}"] if options["name"] == "dpo" else []
-    if options["name"] == "distill":
-        teacher = options["teacher"]
-        shown += ["the base" if teacher == "base" else f"`{teacher}`", options["divergence"]]
-        shown.append(f"temperature {options['temperature']:g}")
-    if options["name"] == "grpo":
-        # null is all of its defaults.
-        policy = options["policy"] or {}
-        shown += [f"loss {policy.get('loss', 'clip')}"]
-        if policy.get("kl_coef"):
-            shown.append(f"kl_coef {policy['kl_coef']:g} to the {options['reference']}")
-    names = ["beta", "label_smoothing", "sft_weight", "margin", "centre"]
-    if options["name"] == "kto":
-        names = ["beta", "desirable_weight", "undesirable_weight"]
-    for name in names:
-        # null stands for a default; a label smoothing of 0 for none. Earlier versions lack some.
-        value = options.get(name)
-        if value is not None and (name, value) != ("label_smoothing", 0):
-            shown.append(f"{name} {value:g}")
-    reference = ""
-    if options["name"] in ("dpo", "kto"):
-        # Checkpoints of earlier versions have no such option.
-        is_start = options.get("reference") == "start"
-        reference = f"; the reference is {'the adapter at the start' if is_start else 'the base'}"
-    return f"{options['name']}{''.join(f', {part}' for part in shown)}{reference}"
-
-
 def _table(facts: Facts) -> str:
     rows: list[str] = []
     if facts.num_scores:
         rows += [_score(facts), ""]
     if facts.saved:
         rows += [f"Trained whole: {', '.join(f'`{name}`' for name in facts.saved)}", ""]
+    if facts.biases:
+        names = dict.fromkeys(within_layer(module) for module in facts.biases)
+        shown = ", ".join(f"`{name}`" for name in names)
+        rows += [f"Trained biases of the base: {len(facts.biases)}, of {shown}", ""]
     if facts.tokens:
         count = len(facts.tokens)
         rows += [f"Trained rows of the embedding: {count} tokens, {ranges(list(facts.tokens))}", ""]
@@ -282,6 +257,8 @@ def _not_served(facts: Facts) -> str:
         return "biases of B (`lora_bias`)"
     if facts.saved:
         return "weights that are trained whole (`modules_to_save`)"
+    if facts.biases:
+        return "biases of the base (`bias`)"
     return "rows of an embedding (`trainable_token_indices`)" if facts.tokens else ""
 
 

@@ -87,8 +87,10 @@ def check_engine(name: EngineName, layout: str, adapted: list[Adapted], shape: M
             " that was trained in place of lm_head. Merge it into a classifier's folder: megalora"
             " merge ADAPTER --base BASE --out FOLDER; vLLM loads it as it is: export --for vllm"
         )
-    if (shape.saved or shape.tokens) and name != "peft":
+    if (shape.saved or shape.tokens or shape.biases) and name != "peft":
         what = "modules_to_save" if shape.saved else "trainable_token_indices"
+        if shape.biases:
+            what = "bias"
         raise ValueError(
             f"{engine.title} does not load weights of the base that were trained themselves"
             f" (lora.{what}): its adapters are A and B. Merge it into the base: megalora merge"

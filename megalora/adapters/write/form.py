@@ -232,7 +232,7 @@ def peft_config(
     return {
         "peft_type": peft_type, "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
         "inference_mode": True,
-        "r": rank, "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none", "use_rslora": False,
+        "r": rank, "lora_alpha": alpha, "lora_dropout": 0.0, "use_rslora": False,
         "use_dora": use_dora,
         "fan_in_fan_out": False, "init_lora_weights": True, "modules_to_save": None,
         "target_modules": sorted(targets), "target_parameters": sorted(parameters) or None,
@@ -302,12 +302,12 @@ def adapter_contents(
         of_experts, more = _stacked(adapted, shape, trained)
         tensors = tensors | of_experts
         entries = entries + more
-    tensors |= whole_tensors(shape, trained)
+    tensors |= whole_tensors(shape, trained, adapted)
     # PEFT has DoRA on all that a folder adapts, zeros included, or on nothing.
     peft_type = PART_DORA if in_parts(written) else LORA
     has_dora = has_magnitudes(written)
     config = peft_config(entries, base, use_dora=has_dora, peft_type=peft_type)
-    config |= whole_options(shape)
+    config |= whole_options(shape, adapted)
     if has_biases(written):
         config["lora_bias"] = True
     return tensors, config, padded(pairs)

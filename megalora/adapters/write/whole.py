@@ -7,33 +7,41 @@ A tied embedding is one weight here. PEFT makes a copy of it for each name, unle
 ``ensure_weight_tying`` and the weight under both names.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from megalora.hf.tensor_names import weight_name
+from megalora.hf.tensor_names import bias_name, weight_name
+from megalora.lora.spec import Adapted
 from megalora.lora.trained_weight import trained_weights
-from megalora.lora.whole import LM_HEAD, saved_entries
+from megalora.lora.whole import LM_HEAD, bias_option, saved_entries
 from megalora.model.shape import ModelShape
 
 
-def whole_tensors(shape: ModelShape, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The file's tensors of all that is trained beside factors."""
+def whole_tensors(
+    shape: ModelShape, trained: Mapping[str, Tensor], written: Sequence[Adapted]
+) -> dict[str, Tensor]:
+    """The file's tensors of all that is trained beside factors. ``written``: what it adapts."""
     tensors: dict[str, Tensor] = {}
+    adapted = {a.hf_module() for a in written if not a.num_experts}
     for weight in trained_weights(shape):
-        tensors[weight.tensor] = trained[weight.tensor].contiguous()
+        name = weight.tensor
+        if weight.is_bias:
+            name = bias_name(weight.module, is_adapted=weight.module in adapted)
+        tensors[name] = trained[weight.tensor].contiguous()
         if weight.tied and not weight.tokens:
             # A copy, because a file holds no tensor under two names.
             tensors[weight_name(LM_HEAD)] = trained[weight.tensor].clone()
     return tensors
 
 
-def whole_options(shape: ModelShape) -> dict[str, Any]:
+def whole_options(shape: ModelShape, written: Sequence[Adapted]) -> dict[str, Any]:
     """Options of ``adapter_config.json`` that make PEFT load these tensors."""
     weights = trained_weights(shape)
     options: dict[str, Any] = {"modules_to_save": saved_entries(shape) or None}
     # PEFT makes a classifier of the base where it reads this.
+    options["bias"] = bias_option(shape, written)
     options["task_type"] = "SEQ_CLS" if shape.num_scores else "CAUSAL_LM"
     for weight in weights:
         if weight.tokens:

@@ -26,7 +26,7 @@ change in the middle of a run."""
 ADDED = {
     "data.too_long": "left_out", "objective.name": "sft", "objective.reference": "base",
     "lora.share_outer": False, "lora.use_dora": False, "lora.init": "lora", "lora.lora_bias": False,
-    "lora.modules_to_save": [], "lora.trainable_token_indices": [],
+    "lora.modules_to_save": [], "lora.trainable_token_indices": [], "lora.bias": "none",
     "train.relora": None, "train.ema_decay": 0.0,
     "objective.num_labels": None, "objective.labels": None,
     "rl.group_size": 8, "rl.steps_per_rollout": 1,
@@ -53,11 +53,11 @@ def check_same_run(
     """
     if state.imported_from is not None:
         _check_import(state, config, identity, adapted)
-        if state.shape_of(replace(shape, saved=(), tokens=())) != shape:
+        if state.shape_of(replace(shape.of_base, num_scores=shape.num_scores)) != shape:
             raise ValueError(
                 f"{state.folder} trains other weights of the base than this config does"
-                " (lora.modules_to_save, lora.trainable_token_indices). Use the section in"
-                f" {state.folder / LORA_SECTION}"
+                " (lora.modules_to_save, lora.trainable_token_indices, lora.bias). Use the section"
+                f" in {state.folder / LORA_SECTION}"
             )
         return []
     _check_options(state, config)
