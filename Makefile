@@ -26,7 +26,7 @@ SIDE_BY_SIDE := -n 2 --dist worksteal
 # An oracle of tests, apart from all else: PEFT imports it wherever it finds it, which takes seconds.
 BITSANDBYTES := bitsandbytes==0.50.2
 # What addopts in pyproject.toml leaves out, because -m on the command line replaces it.
-HERE := not vllm and not cluster and not compiled
+HERE := not vllm and not cluster and not compiled and not grid
 
 .PHONY: help setup quickstart quickstart-rl gsm8k example-smollm2 test test-all test-serve test-cluster compiled gpu parity mutations check configs docs format lock wheels vllm vllm-lock clean
 
@@ -87,6 +87,7 @@ gpu: $(READY)  ## The tests that need a CUDA device
 
 parity: $(READY)  ## Every layout of up to 8 ranks against plain transformers: 50 min on two cores; bf16 on GPUs
 	@$(BIN)/python -m benchmarks.parity
+	@$(BIN)/pytest -q -m grid tests/parity/test_grid.py
 	@$(BIN)/pytest -q --hypothesis-profile=parity tests/parity/test_properties.py
 
 test-cluster: $(READY)  ## Two hosts as network namespaces: rendezvous, one cut off, resume (root and iproute2)

@@ -54,6 +54,9 @@ def torchrun(arguments: list[str]) -> None:
         _, first = error.get_first_failure()
         if first.exitcode in (MISTAKE, LOST_PEER):
             sys.exit(first.exitcode)
+        # A rank was killed, and another one has said which.
+        if any(failure.exitcode == LOST_PEER for failure in error.failures.values()):
+            sys.exit(LOST_PEER)
         raise
 
 

@@ -11,12 +11,12 @@ from megalora.config.recompute import Recompute
 _ABOVE_ZERO = (
     "steps", "epochs", "lr", "loraplus_lr_ratio", "saved_lr_ratio",
     "global_batch_size", "micro_batch_size",
-    "micro_batch_tokens", "timeout_minutes",
+    "micro_batch_tokens", "timeout_minutes", "hang_seconds",
 )  # fmt: skip
 # Of these 0 means never, or none.
 _NOT_NEGATIVE = (
     "warmup", "weight_decay", "clip_grad", "eval_every", "patience", "check_replicas_every",
-    "z_loss", "label_smoothing", "router_aux_loss_coef",
+    "max_bad_steps", "z_loss", "label_smoothing", "router_aux_loss_coef",
 )  # fmt: skip
 
 
@@ -133,6 +133,10 @@ class TrainConfig:
     clip_grad: float = 1.0
     """Maximum L2 norm of the gradient over all adapters; larger gradients are scaled down to it.
     0 turns clipping off."""
+    max_bad_steps: int = 0
+    """Number of steps whose loss or gradient is NaN or infinite that a run leaves out, by changing
+    nothing, before the next one ends it. Their samples are written to ``bad_steps.jsonl`` in the
+    run's folder. A resumed run counts anew."""
     relora: Relora | None = None
     """Merge the adapters into the base every so often and train new ones, as in ReLoRA (arXiv
     2307.05695): ``{every: 1000, warmup: 50}``. Moments start from zero, and the learning rate rises

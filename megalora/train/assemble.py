@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ from megalora.model.shape import ModelShape
 from megalora.objectives.choose import objective_of, sft_of
 from megalora.objectives.objective import Objective
 from megalora.parallel import Groups, parallel_groups
+from megalora.train.bad_steps import BadSteps, is_finite
 from megalora.train.batches import Batches
 from megalora.train.optim import build_optimizer, clip_and_step, set_learning_rate, wrap_chunks
 from megalora.train.step import Stepper
@@ -84,6 +86,11 @@ class Run:
 
     pulse: Pulse = field(default_factory=Pulse)
     """Is told where this rank is."""
+    bad_steps: BadSteps = field(init=False)
+
+    def __post_init__(self) -> None:
+        config = self.config
+        self.bad_steps = BadSteps(Path(config.checkpoint.dir), config.train.max_bad_steps)
 
     def step(
         self,
@@ -100,7 +107,8 @@ class Run:
             count_experts: fill ``expert_tokens``; needs a model with experts.
 
         Returns:
-            The mean loss, and the gradient's L2 norm before clipping. They may be NaN.
+            The mean loss, and the gradient's L2 norm before clipping. Where one of them is not
+            finite, nothing was changed.
         """
         set_learning_rate(self.optimizer, lr, self.config.train.lr)
         batches = self.batches.of_step(number)
@@ -108,17 +116,33 @@ class Run:
         load.active = count_experts
         mismatched = self.batches.mismatched_of_step(number)
         sums = self.stepper.forward_backward(batches, self.optimizer, mismatched)
-        with around_optimizer or nullcontext():
-            norm = self._update()
-        pieces = [norm, sums.flatten()]
+        pieces = [sums.flatten()]
         if self.stepper.balance is not None:
             pieces.append(self.stepper.balance.total())
         if count_experts:
             pieces.append(load.total().flatten())
-        # One copy of a few numbers: the only wait for the device in a step. All are float64, which
-        # holds counts exactly.
-        grad_norm, *numbers = torch.cat(pieces).tolist()
-        num_sums = sums.numel()
+        numbers: list[float] = []
+
+        def may_change(norm: Tensor) -> bool:
+            # One copy of a few numbers: the only wait for the device in a step. All are float64,
+            # which holds counts exactly.
+            numbers.extend(torch.cat([norm, *pieces]).tolist())
+            return is_finite(numbers[1], numbers[0])
+
+        with around_optimizer or nullcontext():
+            self._update(may_change)
+        loss, grad_norm = self._take_in(numbers, sums.numel(), count_experts=count_experts)
+        # From now on A has a gradient too, which ``GradientCheck`` expects.
+        changed = is_finite(loss, grad_norm)
+        self.stepper.b_has_moved |= changed and lr > 0 and not self.stepper.is_still
+        return loss, grad_norm
+
+    def _take_in(
+        self, numbers: list[float], num_sums: int, *, count_experts: bool
+    ) -> tuple[float, float]:
+        """Keep what a step has found beside loss and norm, which it returns."""
+        load = self.stepper.load
+        grad_norm = numbers.pop(0)
         balance: dict[str, float] = {}
         if self.stepper.balance is not None:
             balance["balance_loss"] = numbers.pop(num_sums)
@@ -126,22 +150,19 @@ class Run:
         if count_experts:
             counts = np.array(numbers[num_sums:], dtype=np.int64)
             self.expert_tokens = counts.reshape(load.num_layers, load.num_experts)
-        # From now on A has a gradient too, which ``GradientCheck`` expects.
-        self.stepper.b_has_moved |= lr > 0 and not self.stepper.is_still
         means = _means(self.stepper.objective.metrics, numbers[:num_sums])
         loss = means.pop(self.stepper.objective.metrics[0])
         self.others = means | balance
         return loss, grad_norm
 
-    def _update(self) -> Tensor:
-        """Change the adapters by the reduced gradients, whose norm before clipping it returns;
+    def _update(self, may_change: Callable[[Tensor], bool]) -> None:
+        """Change the adapters by the reduced gradients, unless loss or gradient are not finite;
         collective."""
-        norm = clip_and_step(self.optimizer)
+        clip_and_step(self.optimizer, may_change)
         # Once a step: norms of rows do not change from one microbatch to the next. Without DoRA
         # there are none, and the search for them through all modules would be in vain.
         if self.config.lora.use_dora:
             refresh_norms(self.model.chunks, self.groups)
-        return norm
 
 
 MakeBatches = Callable[[RunConfig, Groups, Split, Split | None], Batches]

@@ -1,14 +1,66 @@
-"""Refuse to train on values that are not finite."""
+"""Leave out optimizer steps whose loss or gradient is not finite, and keep what was in them."""
 
+import json
 import math
 from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megalora.train.run_files import BAD_STEPS
 
 
-def check_finite(step: int, name: str, value: float, saved: Path | None) -> None:
-    """Raise ``ValueError`` rather than train on, and save, NaN or infinity; the value is the same
-    on every rank."""
-    if not math.isfinite(value):
-        last = f"the last checkpoint is {saved}" if saved else "no checkpoint was saved"
-        raise ValueError(
-            f"step {step}: the {name} is {value}. Lower train.lr or lengthen train.warmup; {last}."
+def is_finite(loss: float, grad_norm: float) -> bool:
+    """Whether a step may change anything."""
+    return math.isfinite(loss) and math.isfinite(grad_norm)
+
+
+class BadSteps:
+    """Counts the steps of this process that changed nothing; the same on every rank."""
+
+    def __init__(self, folder: Path, limit: int) -> None:
+        """
+        Args:
+            folder: the run's.
+            limit: ``train.max_bad_steps``.
+        """
+        self.folder = folder
+        self.limit = limit
+        self.count = 0
+
+    def take(
+        self, step: int, loss: float, grad_norm: float, samples: list[int], saved: Path | None
+    ) -> str:
+        """Take note of a bad step.
+
+        Args:
+            step: its number, from 1.
+            samples: numbers of the samples in its global batch, from 0.
+            saved: the last checkpoint.
+        Returns:
+            A line for the user.
+        Raises:
+            ValueError: there were too many.
+        """
+        self.count += 1
+        name = "loss" if not math.isfinite(loss) else "gradient norm"
+        value = loss if not math.isfinite(loss) else grad_norm
+        if dist.get_rank() == 0:
+            # JSON has no NaN.
+            entry: dict[str, Any] = {
+                "step": step, "loss": str(loss), "grad_norm": str(grad_norm), "samples": samples,
+            }  # fmt: skip
+            with (self.folder / BAD_STEPS).open("a") as file:
+                file.write(json.dumps(entry) + "\n")
+        where = self.folder / BAD_STEPS
+        if self.count > self.limit:
+            last = f"the last checkpoint is {saved}" if saved else "no checkpoint was saved"
+            raise ValueError(
+                f"step {step}: the {name} is {value}. Lower train.lr or lengthen train.warmup, or"
+                f" let train.max_bad_steps ({self.limit}) allow more; the step's samples are in"
+                f" {where}; {last}."
+            )
+        return (
+            f"step {step}: the {name} is {value}, so it changed nothing ({self.count} of at most"
+            f" {self.limit} such steps; its samples are in {where})"
         )

@@ -87,6 +87,10 @@ class Batches:
             return mixture_indices(step, options.global_batch_size, sizes, weights, seed)
         return global_batch_indices(step, options.global_batch_size, len(self.train.samples), seed)
 
+    def samples_of_step(self, step: int) -> list[int]:
+        """Numbers of all samples in the step's global batch, in the order of the source."""
+        return sorted(self._indices(step).tolist())
+
     def of_step(self, step: int) -> list[Batch]:
         """This rank's rows of the step's global batch; steps count from 0."""
         return self._of_rank(step, self.dp_rank)

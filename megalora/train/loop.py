@@ -28,7 +28,7 @@ from megalora.train.announce import closing, opening, reference_notes
 from megalora.train.answers import Answers, questions_of
 from megalora.train.assemble import Inputs, MakeBatches, Run, assemble
 from megalora.train.average import average_of
-from megalora.train.bad_steps import check_finite
+from megalora.train.bad_steps import is_finite
 from megalora.train.batches import Batches
 from megalora.train.checkpoint.identity import Identity, Samples, identify
 from megalora.train.checkpoint.load import load_checkpoint
@@ -236,15 +236,22 @@ def _train_to_the_end(
         lr = learning_rate(config.train, now.step, num_steps)
         counted = metrics.experts is not None and metrics.is_logged(now.step + 1)
         with trace.step(now.step + 1):
-            values = _train_step(run, now.step, lr=lr, saved=now.saved, count_experts=counted)
+            values = _train_step(run, now.step, lr=lr, count_experts=counted)
         # Told to stop in the middle of a rollout, which a resumed run samples anew.
         if values is not None:
             saver.count_step(now)
-            _log_step(run, now.step, metrics, values)
+            _log_step(run, now, metrics, values)
 
 
-def _log_step(run: Run, step: int, metrics: Metrics, values: dict[str, float]) -> None:
+def _log_step(run: Run, now: Progress, metrics: Metrics, values: dict[str, float]) -> None:
+    """Log the step that has been taken; one that is not finite is no point of a curve. Raises
+    ``ValueError`` if there were too many of those."""
     batches = run.batches
+    step = now.step
+    found = (values["loss"], values["grad_norm"])
+    if not is_finite(*found):
+        metrics.say(run.bad_steps.take(step, *found, batches.samples_of_step(step - 1), now.saved))
+        return
     metrics.train_step(
         step, **values, num_tokens=batches.num_tokens(step - 1),
         use_of_slots=batches.use_of_slots(step - 1), expert_tokens=run.expert_tokens,
@@ -311,11 +318,9 @@ def _evaluate(run: Run, now: Progress, metrics: Metrics, answers: Answers) -> bo
     return now.best.loss != before
 
 
-def _train_step(
-    run: Run, step: int, *, lr: float, saved: Path | None, count_experts: bool
-) -> dict[str, float] | None:
+def _train_step(run: Run, step: int, *, lr: float, count_experts: bool) -> dict[str, float] | None:
     """One optimizer step; returns what ``Metrics.train_step`` reports of it, or None when told to
-    stop before it. A value that is not finite stops the run before anything is saved."""
+    stop before it."""
     run.pulse.at(step, "rollout")
     try:
         prepared = run.batches.prepare(step)
@@ -323,9 +328,9 @@ def _train_step(
         return None
     run.pulse.at(step, "train")
     loss, grad_norm = run.step(step, lr, count_experts=count_experts)
-    check_finite(step + 1, "loss", loss, saved)
-    check_finite(step + 1, "gradient norm", grad_norm, saved)
-    run.batches.check(step, run.others)
+    # Nothing is compared with what a bad step has computed.
+    if is_finite(loss, grad_norm):
+        run.batches.check(step, run.others)
     return {"loss": loss, **run.others, **prepared, "lr": lr, "grad_norm": grad_norm}
 
 

@@ -2,7 +2,7 @@
 DistributedOptimizer, on adapters only."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -107,13 +107,15 @@ def fuse(optimizer: Any) -> None:
 
 
 @torch.no_grad()
-def clip_and_step(optimizer: Any) -> Tensor:
+def clip_and_step(optimizer: Any, may_change: Callable[[Tensor], bool] | None = None) -> Tensor:
     """Clip the reduced gradients and take one optimizer step; collective over the world.
 
     Megatron's own ``step`` reads the norm on the host in the middle of the step, and without Apex
     the norm of every parameter too: 400 waits a step for 48 layers. Here norm and clipping factor
     stay on the device; the values are the same.
 
+    Args:
+        may_change: is told the norm; where it says no, on every rank alike, nothing is changed.
     Returns:
         The L2 norm of the whole gradient before clipping: float64 ``[1]`` on the device.
     """
@@ -124,6 +126,8 @@ def clip_and_step(optimizer: Any) -> Tensor:
         gradients.extend(part.get_grads_for_grad_norm())
     # One norm over dense and expert adapters of all stages and ranks.
     norm = _norm(gradients, optimizer.get_grad_stats_parallel_group())
+    if may_change is not None and not may_change(norm):
+        return norm
     for part in _parts(optimizer):
         clipped = [p.grad for p in part.get_parameters() if p.grad is not None]
         if part.config.clip_grad > 0 and clipped:

@@ -60,6 +60,11 @@ def terminated() -> Iterator[Callable[[], bool]]:
     threading.Thread(target=_watch, args=(read, reached, step), daemon=True).start()
     try:
         yield stop
+    except RuntimeError:
+        # Perhaps of a lost rank, of which torchrun knows, too: its SIGTERM, which ends ranks that
+        # do not work any more, must not come before this one has said so.
+        del before[signal.SIGTERM]
+        raise
     finally:
         # The thread ends: it finds the event set, or the pipe closed.
         reached.set()

@@ -2,6 +2,7 @@
 
 from tests.mutations.adapter_bugs import ADAPTER_BUGS
 from tests.mutations.average_bugs import AVERAGE_BUGS
+from tests.mutations.bad_step_bugs import BAD_STEP_BUGS
 from tests.mutations.balance_bugs import BALANCE_BUGS
 from tests.mutations.base_bugs import BASE_BUGS
 from tests.mutations.begun_bugs import BEGUN_BUGS
@@ -99,6 +100,7 @@ EVERY_BUG = (
     + EXPERT_DORA_BUGS
     + SHARED_BUGS
     + WATCH_BUGS
+    + BAD_STEP_BUGS
     + WHOLE_BUGS
     + BIAS_BUGS
     + RL_REWARD_BUGS

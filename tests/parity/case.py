@@ -139,13 +139,13 @@ def train_recording_gradients(
             group["eps"] = EPS
         return optimizer
 
-    def recorded_step(optimizer: Any) -> Tensor:
+    def recorded_step(optimizer: Any, *others: Any) -> Tensor:
         number = next(numbers)
         # Before the step: clipping scales gradients in place.
         whole = reduced_gradients(models[0], optimizer) or {}
         for name, gradient in whole.items():
             kept[f"{number}.{name}"] = gradient
-        return take_step(optimizer)
+        return take_step(optimizer, *others)
 
     # The rank's process ends with the case, so nothing puts these back.
     assemble.build_adapted = build

@@ -19,18 +19,19 @@ from tests.parity.case import (
 )
 from tests.parity.grid import SHORT, Case
 from tests.parity.models import MODELS, make_model, make_teacher, shape_of
-from tests.parity.quick_cases import FAST, MORE_OF_FAMILIES, QUICK, THREE_STAGES
+from tests.parity.quick_cases import FAST, MORE, MORE_OF_FAMILIES, QUICK, THREE_STAGES
 
 type Reference = Callable[[Case], tuple[Path, Expected]]
 
 
-# ``make test`` runs those of ``FAST``; the others belong to the long tail. ``-k dpo``: those that
-# learn from pairs; ``-k kto``: from labelled answers; ``-k distill``: from a teacher; ``-k dora``:
-# DoRA; ``-k begun``: a frozen pair beside A and B; ``-k bias``: biases of B; ``-k balanced``: those
-# that keep experts evenly used; ``-k classify``: those with a score head; ``-k saved`` and
-# ``-k tokens``: weights of the base that are trained themselves, and rows of it;
-# ``-k grpo``: those that learn from rollouts; ``-k routed``: whose experts are given.
+# ``make test`` runs those of ``FAST``, ``make test-all`` all of ``QUICK``, ``make parity`` those of
+# ``MORE``, too. ``-k dpo``: those that learn from pairs; ``-k kto``: from labelled answers;
+# ``-k distill``: from a teacher; ``-k grpo``: from rollouts; ``-k routed``: with given experts;
+# ``-k classify``: those with a score head; ``-k dora``: DoRA; ``-k begun``: a frozen pair beside A
+# and B; ``-k bias``: biases of B; ``-k balanced``: those that keep experts evenly used;
+# ``-k saved`` and ``-k tokens``: weights of the base that are trained themselves, and rows of it.
 MARKED = [pytest.param(case, marks=[] if case in FAST else pytest.mark.slow) for case in QUICK]
+MARKED += [pytest.param(case, marks=pytest.mark.grid) for case in MORE]
 
 
 @pytest.fixture(scope="module")
