@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,11 @@ def test_serve_passes_adapters_base_and_the_rest(copy: Path) -> None:
     ]  # fmt: skip
 
 
+OF_REWARDS = (
+    "objective.name=grpo", "rl.rewards=exact", "rl.max_new_tokens=8", "train.steps=8",
+    "train.global_batch_size=8", "train.epochs=null", "train.check_base=layer", "parallel.ep=1",
+    "lora.dropout=0",
+)  # fmt: skip
 TWO_NODES = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "NODE_RANK": "1"}
 
 
@@ -133,6 +139,13 @@ TWO_NODES = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "NODE_RANK": "1"}
             # torchrun's form for a number of nodes that may change.
             {"PET_NNODES": "1:4"},
             "NNODES=1:4 is not a number of at least 1; a run keeps",
+        ),
+        # Servers of a run that samples are looked for as well.
+        (
+            "rl.sh",
+            ["train", QUICKSTART, *OF_REWARDS, "rl.start_servers={}"],
+            {"NPROC_PER_NODE": "1", "MEGALORA_VLLM_PYTHON": sys.executable},
+            "1 GPUs of the ranks and 1 x 1 of servers are 2, and this host shows 0",
         ),
         ("slurm.sbatch", [], {}, "usage: sbatch"),
         ("slurm.sbatch", [QUICKSTART], {}, "not inside a Slurm job"),

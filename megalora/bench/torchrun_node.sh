@@ -140,6 +140,17 @@ from megalora.preflight import check_run
 from megalora.user_error import guarded
 guarded(lambda words: check_run(words[1], words[2:], int(words[0])), sys.argv[1:])
 PYTHON
+elif [[ "$MODULE" == megalora.rl ]]; then
+  # Any node may get rank 0, which starts servers.
+  python - $((NNODES * NPROC_PER_NODE)) "$NPROC_PER_NODE" "$config" "$@" <<'PYTHON'
+import sys
+from pathlib import Path
+from megalora.rl.preflight import check_sampled_run
+from megalora.user_error import guarded
+guarded(
+    lambda words: check_sampled_run(Path(words[2]), words[3:], int(words[0]), int(words[1])), sys.argv[1:]
+)
+PYTHON
 fi
 
 if ((NNODES == 1)); then

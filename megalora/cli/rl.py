@@ -44,21 +44,16 @@ def start_ranks(options: Any, rest: list[str], module: str) -> None:
         rest: ``section.key=value`` that stood behind other arguments.
         module: what each rank runs.
     """
-    from megalora.preflight import check_run
-
     overrides = [*options.overrides, *rest]
     # Here, so that a mistake is shown before ranks start and once, not by each of them.
-    samples = module == "megalora.rl"
-    config = check_run(options.config, overrides, options.nproc, samples=samples)
-    if samples:
-        from megalora.rl.environment import load_environment
-        from megalora.rl.rewards.load import check_rewards
-        from megalora.rl.server_places import check_places
+    if module == "megalora.rl":
+        from megalora.rl.preflight import check_sampled_run
 
-        # The user's modules are imported, and nothing in them is called.
-        check_rewards(config.rl.weights)
-        load_environment(config.rl.environment)
-        check_places(config.rl.start_servers, options.nproc)
+        check_sampled_run(options.config, overrides, options.nproc, options.nproc)
+    else:
+        from megalora.preflight import check_run
+
+        check_run(options.config, overrides, options.nproc)
     # Seconds to save after SIGTERM; torchrun's own default kills after 30.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
     if options.max_restarts < 0:

@@ -13,7 +13,7 @@ _SET_BY_RUN = (
     "--model", "--served-model-name", "--host", "--port", "--dtype", "--enable-lora", "--api-key",
     "--max-lora-rank", "--max-loras", "--max-cpu-loras", "--lora-target-modules", "--lora-modules",
     "--tensor-parallel-size", "-tp", "--pipeline-parallel-size", "-pp", "--data-parallel-size",
-    "-dp", "--config",
+    "-dp", "--config", "--logprobs-mode",
 )  # fmt: skip
 """Arguments of vLLM that follow from a run's config."""
 

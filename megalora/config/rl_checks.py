@@ -57,7 +57,7 @@ def check_rl(config: Sections) -> None:
     require(
         config.train.check_base != "loss",
         f"train.check_base=loss {beside}: there is no batch before the first completions are"
-        " sampled; use train.check_base=layers",
+        " sampled; use train.check_base=layer",
     )
     require(
         config.lora.dropout == 0,
@@ -68,14 +68,6 @@ def check_rl(config: Sections) -> None:
 
 def _check_served(config: Sections) -> None:
     """What vLLM cannot be given."""
-    policy = config.objective.learned_policy
-    # Its answers have log-probabilities of the logits as they are (logprobs_mode=raw_logprobs).
-    require(
-        policy is None or policy.temperature == 1,
-        "objective.policy.temperature does not go with rl.servers: vLLM gives log-probabilities at"
-        " a temperature of 1; leave it out, or sample from the model that is trained"
-        " (neither rl.servers nor rl.start_servers)",
-    )
     require(
         config.checkpoint.serve is None,
         "checkpoint.serve does not go with rl.servers, which get every version anyway: leave it"

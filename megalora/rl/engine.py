@@ -1,6 +1,5 @@
 """What samples completions, whether it is the run's own model or a server."""
 
-import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from typing import Any, Protocol
@@ -78,19 +77,3 @@ def meet_until(done: "Future[Any] | None", stop: Callable[[], bool] = lambda: Fa
             return
         if stop():
             raise Stopped
-
-
-def in_thread[T](work: Callable[[], T]) -> "Future[T]":
-    """The result of work that a thread of its own does."""
-    done: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            done.set_result(work())
-        except Exception as error:
-            # Whoever waits raises it.
-            done.set_exception(error)
-
-    # A daemon: a run that has to end does not wait for a server.
-    threading.Thread(target=run, name="servers", daemon=True).start()
-    return done

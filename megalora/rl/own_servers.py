@@ -17,11 +17,14 @@ from typing import Any
 from megalora.config import RunConfig
 from megalora.first_rank import on_first_rank
 from megalora.lora.adapted_model import AdaptedModel
-from megalora.rl.engine import in_thread, meet_until
+from megalora.rl.engine import meet_until
+from megalora.rl.kept_servers import keep_running
 from megalora.rl.reported_routes import OPTION
+from megalora.rl.scaled_logprobs import SCALED
 from megalora.rl.server_places import VISIBLE, gpus_of_servers
 from megalora.serve.live.address import TOKEN, own_address
 from megalora.serve.server import DEFAULT_TARGETS, Server
+from megalora.thread_work import in_thread
 
 FOLDER = "servers"
 """Folder in the run folder for what servers say."""
@@ -60,13 +63,14 @@ def own_servers(
     try:
         if servers:
             say(f"rl: vLLM starts ({len(servers)}); its log is in {_logs(config)}")
-            done = in_thread(lambda: _each(servers, Server.start))
+            done = in_thread(lambda: _each(servers, Server.start), "servers")
         # It takes minutes, and one that fails ends every rank.
         meet_until(done, stop)
         on_first_rank(lambda: done.result() if done else None, "vLLM did not start")
         say(f"rl: vLLM is ready after {time.monotonic() - began:.0f} s")
         urls = on_first_rank(lambda: [server.url for server in servers], "")
-        yield replace(config, rl=replace(config.rl, servers=urls, start_servers=None))
+        with keep_running(servers, say):
+            yield replace(config, rl=replace(config.rl, servers=urls, start_servers=None))
     finally:
         # Whatever ends the run.
         _each(servers, Server.stop)
@@ -91,6 +95,9 @@ def servers_of(config: RunConfig, model: AdaptedModel) -> list[Server]:
             arguments += ["--tensor-parallel-size", str(len(gpus))]
         if rl.replay_routes == "on":
             arguments.append(OPTION)
+        policy = config.objective.learned_policy
+        if policy is not None and policy.temperature != 1:
+            arguments += SCALED
         server = Server(
             config.model.path,
             # What training computes in, which the gap to the engine is judged by.

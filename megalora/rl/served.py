@@ -7,6 +7,7 @@ no time limit of a collective counts how long sampling takes.
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,15 @@ from megalora.hf.folder import local_folder
 from megalora.hf.json_file import read_hf_config, stored_dtype
 from megalora.lora.adapted_model import AdaptedModel
 from megalora.lora.gather import gather_tensors
-from megalora.rl.engine import in_thread, meet_until, result_of
+from megalora.rl.engine import meet_until, result_of
 from megalora.rl.episode import Sampled
 from megalora.rl.reported_routes import ReportedRoutes
+from megalora.rl.scaled_logprobs import check_scaled
 from megalora.rl.servers import Servers
 from megalora.serve.errors import ServerUnreachable
 from megalora.serve.live.publisher import Publisher
 from megalora.serve.live_sync import run_name
+from megalora.thread_work import in_thread
 from megalora.train.probe import Probe
 from megalora.train.step import Stepper
 
@@ -79,6 +82,8 @@ class Served:
         rl = self.config.rl
         run = Path(self.config.checkpoint.dir)
         hf = read_hf_config(folder)
+        policy = self.config.objective.learned_policy
+        at_temperature = policy is not None and policy.temperature != 1
         replays = rl.replays(bool(self.model.shape.moe_layers))
         self.publisher = Publisher(
             rl.servers,
@@ -88,6 +93,8 @@ class Served:
             # What requests may have begun with, and what is published for the next ones.
             keep=rl.staleness + 2,
             served_dtype=self.dtype or str(stored_dtype(hf)),
+            # A server that was started again may have been started otherwise.
+            examine=partial(check_scaled, tokens=self.probe.tokens) if at_temperature else None,
         )
         self.servers = Servers(
             rl.servers, self.publisher, max_new_tokens=rl.max_new_tokens,
@@ -112,7 +119,7 @@ class Served:
             tensors, config, _ = adapter_contents(
                 model.adapted, model.shape, trained, self.config.model.path
             )
-            done = in_thread(lambda: self._bring(version, tensors, config, probed))
+            done = in_thread(lambda: self._bring(version, tensors, config, probed), "servers")
         result_of(self, done, f"version {version} could not be published")
         self.version = version
         if self.servers is not None:

@@ -210,7 +210,7 @@ class Server:
             Store(self.store).keep(model, self.named[name])
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("wb") as log:
-            self._process = subprocess.Popen(
+            process = subprocess.Popen(
                 [sys.executable, "-I", str(_GUARD), str(GRACE_S), *self.command()],
                 env=self.environment(),
                 # Closed when this process ends, however that happens; guard.py waits for it.
@@ -219,9 +219,11 @@ class Server:
                 # Its own process group, so that engine and workers can be ended with it.
                 start_new_session=True,
             )  # fmt: skip
+        # Another thread may stop it meanwhile.
+        self._process = process
         atexit.register(self.stop)
         try:
-            self._wait_until_ready(self._process)
+            self._wait_until_ready(process)
         except BaseException:
             self.stop()
             raise
@@ -240,6 +242,11 @@ class Server:
             return 0
         finally:
             signal.signal(signal.SIGTERM, before)
+
+    def ended(self) -> int | None:
+        """vLLM's exit code, 128 + N for signal N, where it has ended by itself; None while it
+        runs, and where it was not started or was stopped."""
+        return None if self._process is None else self._process.poll()
 
     def stop(self) -> None:
         """Stop vLLM with SIGTERM, and after ``GRACE_S`` with SIGKILL to what is left of the group.

@@ -5,6 +5,11 @@ from tests.mutations.bugs import Bug, bug
 PLACES = "megalora/rl/server_places.py"
 OWN = "megalora/rl/own_servers.py"
 OF_OWN = "tests/rl/test_own_servers.py"
+KEPT = "megalora/rl/kept_servers.py"
+SCALED = "megalora/rl/scaled_logprobs.py"
+PUBLISHER = "megalora/serve/live/publisher.py"
+OF_SCALED = "tests/rl/test_scaled_logprobs.py"
+OF_PUBLISHER = "tests/serve/test_publisher.py"
 SERVER = "megalora/serve/server.py"
 GROUP = "megalora/serve/process_group.py"
 OF_PROCESS = "tests/serve/test_server_process.py"
@@ -42,6 +47,22 @@ OWN_SERVER_BUGS: tuple[Bug, ...] = (
         f"{OF_PROCESS} port_is_free"),
     bug(0, "server: waits for a zombie", GROUP,
         "and not has_ended:", "and True:", f"{OF_PROCESS} zombie"),
+    bug(0, "own servers: one that ends is left", OWN,
+        "with keep_running(servers, say):", "if True:", f"{OF_OWN} started_again"),
+    bug(0, "own servers: one that ends is started without end", KEPT,
+        "if len(starts) == STARTS:", "if len(starts) > STARTS:", f"{OF_OWN} started_again"),
+    bug(0, "own servers: the log of one that ended is overwritten", KEPT,
+        "return log.rename(place)", "return place", f"{OF_OWN} started_again"),
+    bug(0, "own servers: raw log-probabilities at a temperature", OWN,
+        "arguments += SCALED", "pass", f"{OF_OWN} command_follows"),
+    bug(0, "temperature: raw log-probabilities of a server are taken", SCALED,
+        "if factor < COLD**-0.5:", "if factor < 0.5:", f"{OF_SCALED} at_the_temperature"),
+    bug(0, "temperature: a flat distribution counts as scaled", SCALED,
+        "if warm < SMALLEST_SPREAD:", "if False:", f"{OF_SCALED} at_the_temperature"),
+    bug(0, "live: a server that was started again is not examined", PUBLISHER,
+        "if server.current is None and self.examine is not None:",
+        "if newest.number == 5 and self.examine is not None:",
+        f"{OF_PUBLISHER} catches_up"),
     bug(0, "sums: a base that is trained on prompts, too", "recipes/sums/base.py",
         "labels[place, len(prompt) : end] = torch.tensor(answer)",
         "labels[place, : len(answer)] = torch.tensor(answer)", f"{OF_SUMS} half_of_the_time"),

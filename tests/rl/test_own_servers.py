@@ -2,6 +2,7 @@
 it."""
 
 import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,18 +14,23 @@ import torch.distributed as dist
 
 from megalora.config import RunConfig
 from megalora.config.file import load_config
+from megalora.config.policy import PolicyConfig
 from megalora.config.rl import StartServers
 from megalora.lora.adapted_model import AdaptedModel
+from megalora.rl import kept_servers
 from megalora.rl.own_servers import own_servers, servers_of
 from megalora.rl.reported_routes import OPTION
+from megalora.rl.scaled_logprobs import SCALED
 from megalora.rl.server_places import check_places, gpus_of_servers, visible_gpus
 from megalora.serve.live.address import TOKEN
+from megalora.train.signals import Stopped, terminated
 from tests.distributed.ranks import run_ranks
 from tests.minimal_config import minimal  # noqa: F401  a fixture
 from tests.rl.played import rl_config, write_prompts
 from tests.rl.test_rl_config import GOOD
 from tests.serve.test_server_command import flag
-from tests.serve.test_server_process import healthy, script
+from tests.serve.test_server_process import healthy, running, script
+from tests.waiting import wait_until
 
 GPUS = "CUDA_VISIBLE_DEVICES"
 PYTHON = "MEGALORA_VLLM_PYTHON"
@@ -41,6 +47,7 @@ MODEL = cast(
         (["rl.start_servers={count: 0}"], "rl.start_servers.count=0: at least 1"),
         (["rl.start_servers={gpus: -1}"], "rl.start_servers.gpus must not be negative"),
         (["rl.start_servers={arguments: [--max-loras=9]}"], "--max-loras is set by the run"),
+        (["rl.start_servers={arguments: [--logprobs-mode=x]}"], "--logprobs-mode is set by the"),
         (["rl.start_servers={arguments: [--tensor_parallel_size=2]}"], "--tensor-parallel-size is"),
         (["rl.start_servers={}", "rl.servers=[http://a]"], "in place of rl.servers; leave one"),
         (["rl.start_servers={gpus: 0}", "rl.replay_routes=on"], "build for CPUs (rl.start_servers"),
@@ -134,6 +141,10 @@ def test_the_command_follows_from_the_run(
     assert OPTION not in command
     replayed = replace(config, rl=replace(config.rl, replay_routes="on"))
     assert OPTION in servers_of(replayed, MODEL)[0].command()
+    assert SCALED[0] not in command
+    warm = replace(config.objective, policy=PolicyConfig(temperature=0.7))
+    scaled = servers_of(replace(config, objective=warm), MODEL)[0].command()
+    assert flag(scaled, "logprobs-mode") == ["processed_logprobs"]
     monkeypatch.setenv(GPUS, "")
     alone = started_config(tiny, tmp_path, gpus=0)
     assert "--tensor-parallel-size" not in servers_of(alone, MODEL)[0].command()
@@ -185,3 +196,98 @@ def test_a_server_that_does_not_start_ends_every_rank(
         assert not urls and not answered
         assert "ended with exit code 3" in failure and "servers/0.log" in failure
         assert failure.endswith("ValueError: no room")
+
+
+# Answers every question with its process id.
+NAMED = """
+from http.server import BaseHTTPRequestHandler, HTTPServer
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(str(os.getpid()).encode())
+print("pid", os.getpid(), flush=True)
+HTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+
+
+def killed_in_a_block(config: RunConfig) -> tuple[list[int], list[str], list[str]]:
+    """Process ids of a server that is killed each time it is there, what is said, and its logs;
+    a rank function."""
+    kept_servers.LOOK_S = 0.02
+    kept_servers.STARTS = 1
+    pids: list[int] = []
+    said: list[str] = []
+
+    def answers_anew(url: str) -> bool:
+        try:
+            pid = int(httpx.get(f"{url}/health").text)
+        except httpx.HTTPError:
+            return False
+        if pid not in pids:
+            pids.append(pid)
+            return True
+        return False
+
+    with own_servers(config, MODEL, said.append) as served:
+        (url,) = served.rl.servers
+        for _ in range(2):
+            wait_until(lambda: answers_anew(url))
+            os.kill(pids[-1], signal.SIGKILL)
+        wait_until(lambda: "not started again" in said[-1])
+    logs = sorted((Path(config.checkpoint.dir) / "servers").iterdir())
+    return pids, said, [f"{log.name}: {log.read_text()}" for log in logs]
+
+
+def test_a_server_that_ends_is_started_again(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(PYTHON, str(script(tmp_path / "named", NAMED)))
+    config = started_config(tiny, tmp_path, gpus=0)
+    ((pids, said, logs),) = run_ranks(killed_in_a_block, 1, config)
+    first, second = pids
+    # Behind two lines of the first start.
+    assert "ended with exit code 137; it is started again (1 of 1 times)" in said[2]
+    assert "is ready again" in said[3]
+    assert "ended with exit code 137; it is not started again after 1 times" in said[4]
+    # What the first one said is kept.
+    assert [log.splitlines()[0] for log in logs] == [
+        f"0-ended-1.log: pid {first}", f"0.log: pid {second}",
+    ]  # fmt: skip
+    assert not running(first) and not running(second)
+
+
+def told_to_stop(config: RunConfig, when_ready: bool) -> list[str]:
+    """What is said while a signal ends a run, a rank function.
+
+    Args:
+        when_ready: whether the signal comes inside the block, and not while servers start.
+    """
+    said: list[str] = []
+    with terminated() as stop:
+
+        def told() -> bool:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return stop()
+
+        try:
+            with own_servers(config, MODEL, said.append, stop if when_ready else told):
+                told()
+                said.append("inside")
+        except Stopped:
+            said.append("stopped")
+    return said
+
+
+@pytest.mark.parametrize("when_ready", [True, False])
+def test_sigterm_ends_servers_of_the_run(
+    when_ready: bool, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = NAMED if when_ready else "print('pid', os.getpid(), flush=True)\ntime.sleep(600)"
+    monkeypatch.setenv(PYTHON, str(script(tmp_path / "server", body)))
+    monkeypatch.setattr("megalora.rl.engine.MEET_S", 1.0)
+    config = started_config(tiny, tmp_path, gpus=0)
+    (said,) = run_ranks(told_to_stop, 1, config, when_ready)
+    assert said[-1] == ("inside" if when_ready else "stopped")
+    pid = int((tmp_path / "run/servers/0.log").read_text().split()[1])
+    assert not running(pid)

@@ -95,10 +95,6 @@ def test_options_without_rewards_do_nothing(minimal: Path) -> None:
         ("lora.use_dora=true", "lora.use_dora: vLLM does not load it"),
         ("lora.modules_to_save=[norm]", "lora.modules_to_save: vLLM does not load it"),
         ("checkpoint.serve=http://a", "checkpoint.serve does not go with rl.servers"),
-        (
-            "objective.policy={temperature: 0.8}",
-            "objective.policy.temperature does not go with rl.servers: vLLM gives",
-        ),
     ],
 )
 def test_what_servers_cannot_sample_from(override: str, message: str, minimal: Path) -> None:

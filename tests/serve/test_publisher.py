@@ -2,8 +2,9 @@
 only from the training that a server knows."""
 
 import json
+import threading
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ from megalora.serve.live.publisher import Publisher
 from megalora.serve.live.source import Source
 from megalora.serve.proof import Proof
 from megalora.serve.vllm_cpu.vllm_cpu_moe_lora.arrival import Arrivals
+from megalora.thread_work import in_thread
 from tests.serve.fake_vllm import FakeVLLM, fake_vllm, names
+from tests.waiting import PATIENCE_S, wait_until
 
 CONFIG: dict[str, Any] = {
     "r": 2, "lora_alpha": 3, "target_modules": ["q_proj", "gate_proj", "up_proj", "down_proj"],
@@ -148,8 +151,12 @@ def test_it_is_unloaded_everywhere_before_it_is_dropped(servers: list[FakeVLLM])
 
 
 def test_a_server_that_was_started_again_catches_up(servers: list[FakeVLLM]) -> None:
-    with publisher_of(servers) as publisher:
+    examined: list[str] = []
+    examine = lambda client, ident: examined.append(f"{client.api.url} {ident}")  # noqa: E731
+    with publisher_of(servers, examine=examine) as publisher:
         ids = [publisher.publish(version, adapter(version), CONFIG, PROBE) for version in (5, 6)]
+        # Before its first version is in service.
+        assert sorted(examined) == sorted(f"{server.url} {ids[0]}" for server in servers)
         # Everything is forgotten.
         servers[1].adapters.clear()
         asked = len(servers[1].asked)
@@ -158,6 +165,23 @@ def test_a_server_that_was_started_again_catches_up(servers: list[FakeVLLM]) -> 
         assert publisher.current(servers[1].url) == 6
         # And proved again: the adapter and its base.
         assert len(servers[1].asked) == asked + 2
+        assert examined[2:] == [f"{servers[1].url} {ids[1]}"]
+
+
+def test_closing_does_not_wait_for_a_server_that_hangs(servers: list[FakeVLLM]) -> None:
+    publisher = publisher_of(servers)
+    servers[1].may_answer.clear()
+    # Daemons, which no process waits for at its end.
+    waiting = in_thread(lambda: publisher.publish(0, adapter(0), CONFIG, PROBE), "waits")
+    wait_until(lambda: servers[1].asked)
+    assert all(one.daemon for one in threading.enumerate() if one.name == "publish")
+    closing = in_thread(publisher.close, "closes")
+    # The server would not answer for ten minutes.
+    assert closing.result(timeout=PATIENCE_S / 10) is None
+    assert not waiting.done()
+    servers[1].may_answer.set()
+    with suppress(Exception):
+        waiting.result()
 
 
 def test_a_server_that_is_away_is_said_and_the_others_have_it(

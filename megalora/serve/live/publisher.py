@@ -15,8 +15,8 @@ log-probabilities of it.
 import os
 import threading
 from collections.abc import Callable, Container, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,6 +39,8 @@ from megalora.serve.live.message import Form, build_message
 from megalora.serve.live.servers import Server, Version
 from megalora.serve.live.source import Source
 from megalora.serve.proof import prove_probe
+from megalora.serve.vllm import Client
+from megalora.thread_work import in_thread
 
 Transport = Literal["auto", "http", "group", "folder"]
 KEEP = 3
@@ -66,6 +68,8 @@ class Publisher:
         atol: largest error of a log-probability of the probe in float32.
         in_use: returns numbers of versions that must stay although newer ones are there, such
             as those of requests under way.
+        examine: called with a server that is new or was started again, and the id of its newest
+            version, before that is in service; raises ``ServerError`` for one that does not fit.
     Raises:
         ValueError: a wrong name, address or combination.
     """
@@ -86,6 +90,7 @@ class Publisher:
         served_dtype: str = "float32",
         atol: float = 1e-4,
         in_use: Callable[[], Container[int]] = tuple,
+        examine: Callable[[Client, str], None] | None = None,
     ) -> None:
         check_name("name", name)
         # What is wrong is said before anything listens.
@@ -101,6 +106,7 @@ class Publisher:
         self.served_dtype = served_dtype
         self.atol = atol
         self.in_use = in_use
+        self.examine = examine
         self.servers = [Server(url.rstrip("/"), i, api_key) for i, url in enumerate(servers)]
         self.folders = AdapterFolders(folder) if folder else None
         token = token or os.environ.get(TOKEN)
@@ -109,7 +115,6 @@ class Publisher:
         # In the order of publishing.
         self._versions: dict[str, Version] = {}
         self._publishing = threading.Lock()
-        self._pool = ThreadPoolExecutor(len(servers), thread_name_prefix="publish")
 
     def __enter__(self) -> "Publisher":
         return self
@@ -186,7 +191,7 @@ class Publisher:
 
     def close(self) -> None:
         """Stop listening. Servers keep what they have."""
-        self._pool.shutdown()
+        # A server that hangs is not waited for: whoever has asked it ends with the process.
         self.source.close()
         for server in self.servers:
             server.client.close()
@@ -208,7 +213,7 @@ class Publisher:
             waiting = in_background(lambda: self._sender.send(message))
         under_way = []
         for server in self.servers:
-            under_way.append(self._pool.submit(self._bring, server, path_of))
+            under_way.append(in_thread(partial(self._bring, server, path_of), "publish"))
         errors = []
         for brought in under_way:
             # Every server is waited for, so that none is changed behind the caller's back.
@@ -225,7 +230,10 @@ class Publisher:
             raise errors[0]
 
     def _bring_to_all_by_http(self) -> None:
-        for brought in [self._pool.submit(self._bring, server) for server in self.servers]:
+        under_way = []
+        for server in self.servers:
+            under_way.append(in_thread(partial(self._bring, server), "publish"))
+        for brought in under_way:
             brought.result()
 
     def _all_lack(self, ident: str) -> bool:
@@ -262,6 +270,8 @@ class Publisher:
                 # Loaded is not in service: what it computes is compared first.
                 if newest.probe is not None:
                     self._prove(server, newest)
+                if server.current is None and self.examine is not None:
+                    self.examine(server.client, newest.id)
                 server.current = newest
 
     def _load(
