@@ -26,9 +26,9 @@ SIDE_BY_SIDE := -n 2 --dist worksteal
 # An oracle of tests, apart from all else: PEFT imports it wherever it finds it, which takes seconds.
 BITSANDBYTES := bitsandbytes==0.50.2
 # What addopts in pyproject.toml leaves out, because -m on the command line replaces it.
-HERE := not vllm and not cluster and not compiled and not grid
+HERE := not vllm and not cluster and not compiled and not long
 
-.PHONY: help setup quickstart quickstart-rl gsm8k example-smollm2 test test-all test-serve test-cluster compiled gpu parity mutations check configs docs format lock wheels vllm vllm-lock clean
+.PHONY: help setup quickstart quickstart-rl gsm8k example-smollm2 test test-all test-long test-serve test-cluster compiled gpu parity mutations check configs docs format lock wheels vllm vllm-lock clean
 
 help:  ## This list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -71,6 +71,9 @@ test: $(READY)  ## The fast tests, in two processes: 8 min at most on two cores
 test-all: $(READY)  ## Every test that needs no GPU, the long tail included; durations in runs/test-all.xml
 	@$(BIN)/pytest -q $(SIDE_BY_SIDE) --durations=25 --durations-min=5 --junitxml=runs/test-all.xml tests
 
+test-long: $(READY)  ## More cases of what test-all shows already, for the nights
+	@$(BIN)/pytest -q $(SIDE_BY_SIDE) -m long tests
+
 test-serve: $(READY) $(VLLM_READY)  ## The tests that start vLLM
 	@$(BIN)/pytest -q -m vllm tests/serve
 
@@ -87,7 +90,6 @@ gpu: $(READY)  ## The tests that need a CUDA device
 
 parity: $(READY)  ## Every layout of up to 8 ranks against plain transformers: 50 min on two cores; bf16 on GPUs
 	@$(BIN)/python -m benchmarks.parity
-	@$(BIN)/pytest -q -m grid tests/parity/test_grid.py
 	@$(BIN)/pytest -q --hypothesis-profile=parity tests/parity/test_properties.py
 
 test-cluster: $(READY)  ## Two hosts as network namespaces: rendezvous, one cut off, resume (root and iproute2)

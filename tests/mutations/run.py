@@ -91,7 +91,7 @@ def run_tests(folder: Path, file: str, expression: str, stop_early: bool) -> Non
     ]
     failures = Failures()
     arguments = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"--rootdir={folder}"]
-    # Cases of the grid that are left out elsewhere, too.
+    # Long tests, too.
     arguments += ["-m", "not vllm and not cluster and not compiled"]
     if stop_early:
         arguments.append("-x")

@@ -181,8 +181,8 @@ MORE = (
     Case(4, pp=2, adapter="saved", model="tied", micro=3, recompute="selective"),
     Case(4, pp=2, adapter="tokens", model="tied", micro=3, head="whole"),
 )
-"""More ways to combine the same, left out of ``make test-all`` for their time: ``make parity`` and
-the seeded bugs run them."""
+"""More ways to combine the same, left out of ``make test-all`` for their time: ``make test-long``
+and the seeded bugs run them."""
 
 THREE_STAGES = Case(
     3, pp=3, model="7 layers", adapter="some", micro=PACKED, recompute="full1+selective",

@@ -42,7 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         # chunks of different sizes on one stage, the one with the head the smallest.
         pytest.param(
             Case(2, {"pp": 2, "stage_layers": (1, 3)}, recompute="selective"),
-            marks=pytest.mark.slow,
+            marks=pytest.mark.long,
         ),
         pytest.param(
             Case(2, {"pp": 2, "vpp": 2, "stage_layers": (1, 2, 3, 1)}, model="seven"),
@@ -55,58 +55,58 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
         pytest.param(
             Case(1, {}, micro=4, recompute="full", model="dense", teacher="many heads"),
-            marks=pytest.mark.slow,
+            marks=pytest.mark.long,
         ),
         pytest.param(
             Case(2, {"ep": 2}, micro=4, recompute="full", teacher="wide experts"),
-            marks=pytest.mark.slow,
+            marks=pytest.mark.long,
         ),
         # With dropout experts are several nodes, whose gradients are there at other times.
         pytest.param(Case(1, {}, dropout=0.3), marks=pytest.mark.slow),
-        pytest.param(Case(1, {}, recompute="selective", dropout=0.3), marks=pytest.mark.slow),
+        pytest.param(Case(1, {}, recompute="selective", dropout=0.3), marks=pytest.mark.long),
         pytest.param(
-            Case(1, {}, recompute="selective", model="dense", dropout=0.3), marks=pytest.mark.slow
+            Case(1, {}, recompute="selective", model="dense", dropout=0.3), marks=pytest.mark.long
         ),
         pytest.param(Case(2, {"tp": 2}, dropout=0.3, micro=2), marks=pytest.mark.slow),
         pytest.param(Case(2, {"ep": 2}, dropout=0.3, micro=2), marks=pytest.mark.slow),
         pytest.param(
-            Case(2, {"ep": 2}, recompute="selective", dropout=0.3), marks=pytest.mark.slow
+            Case(2, {"ep": 2}, recompute="selective", dropout=0.3), marks=pytest.mark.long
         ),
-        pytest.param(Case(2, {"ep": 2}, recompute="full", dropout=0.3), marks=pytest.mark.slow),
+        pytest.param(Case(2, {"ep": 2}, recompute="full", dropout=0.3), marks=pytest.mark.long),
         pytest.param(
             Case(2, {"tp": 2}, recompute="selective", model="shared", dropout=0.3),
-            marks=pytest.mark.slow,
+            marks=pytest.mark.long,
         ),
         pytest.param(Case(2, {"tp": 2}, micro=2, balanced=True), marks=pytest.mark.slow),
         # Nothing of a recomputed layer may outlive its backward.
         pytest.param(Case(2, {"ep": 2}, recompute="full"), marks=pytest.mark.slow),
         pytest.param(Case(2, {"tp": 2, "ep": 2}, init="olora"), marks=pytest.mark.slow),
-        pytest.param(Case(1, {}, init="olora", model="dense"), marks=pytest.mark.slow),
-        pytest.param(Case(2, {"ep": 2}, share_outer=True), marks=pytest.mark.slow),
+        pytest.param(Case(1, {}, init="olora", model="dense"), marks=pytest.mark.long),
+        pytest.param(Case(2, {"ep": 2}, share_outer=True), marks=pytest.mark.long),
         pytest.param(Case(2, {"tp": 2, "ep": 2}, share_outer=True), marks=pytest.mark.slow),
-        pytest.param(Case(2, {"ep": 2}, dropout=0.3, share_outer=True), marks=pytest.mark.slow),
+        pytest.param(Case(2, {"ep": 2}, dropout=0.3, share_outer=True), marks=pytest.mark.long),
         # A score head in place of lm_head: alone, cut over TP, on the last of two stages.
         pytest.param(
             Case(1, {}, recompute="full", model="vocab", objective=LABELS), marks=pytest.mark.slow
         ),
-        pytest.param(Case(2, {"tp": 2}, micro=2, objective=LABELS), marks=pytest.mark.slow),
-        pytest.param(Case(2, {"pp": 2}, model="dense", objective=REWARD), marks=pytest.mark.slow),
+        pytest.param(Case(2, {"tp": 2}, micro=2, objective=LABELS), marks=pytest.mark.long),
+        pytest.param(Case(2, {"pp": 2}, model="dense", objective=REWARD), marks=pytest.mark.long),
         # A second model beside the first, with the head's loss as the peak; the base as teacher.
         pytest.param(
             Case(1, {}, recompute="full", model="vocab", teacher="vocab"), marks=pytest.mark.slow
         ),
-        pytest.param(Case(2, {"tp": 2}, micro=2, teacher="base"), marks=pytest.mark.slow),
+        pytest.param(Case(2, {"tp": 2}, micro=2, teacher="base"), marks=pytest.mark.long),
         pytest.param(
             Case(2, {"pp": 2}, model="dense", recompute="full", teacher="seven"),
-            marks=pytest.mark.slow,
+            marks=pytest.mark.long,
         ),
         # Weights of the base: the head's gradient is the peak; a tied one's waits for the
         # embedding's, or is on both stages; parts of both; rows.
         pytest.param(Case(1, {}, model="vocab", saved=("lm_head", "gate")), marks=pytest.mark.slow),
-        pytest.param(Case(1, {}, model="vocab", saved=("embed_tokens",)), marks=pytest.mark.slow),
+        pytest.param(Case(1, {}, model="vocab", saved=("embed_tokens",)), marks=pytest.mark.long),
         pytest.param(Case(1, {}, model="tied", saved=("embed_tokens",)), marks=pytest.mark.slow),
         pytest.param(
-            Case(1, {}, model="tied layers", saved=("embed_tokens",)), marks=pytest.mark.slow
+            Case(1, {}, model="tied layers", saved=("embed_tokens",)), marks=pytest.mark.long
         ),
         pytest.param(
             Case(1, {}, model="tied", dtype="bfloat16", saved=("lm_head", "norm")),
@@ -120,11 +120,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             Case(2, {"pp": 2}, model="tied", saved=("embed_tokens",)), marks=pytest.mark.slow
         ),
         pytest.param(Case(1, {}, model="tied", tokens=(3, 77, 250)), marks=pytest.mark.slow),
-        pytest.param(Case(2, {"pp": 2}, model="tied", tokens=(3, 77)), marks=pytest.mark.slow),
+        pytest.param(Case(2, {"pp": 2}, model="tied", tokens=(3, 77)), marks=pytest.mark.long),
         # Copies of the base's values, for its passes.
         pytest.param(
             Case(2, {"tp": 2}, model="vocab", saved=("lm_head", "gate"), objective=DPO),
-            marks=pytest.mark.slow,
+            marks=pytest.mark.long,
         ),
     ],
     ids=lambda case: case.name,
