@@ -24,11 +24,12 @@ from tests.parity.quick_cases import FAST, MORE, MORE_OF_FAMILIES, QUICK, THREE_
 type Reference = Callable[[Case], tuple[Path, Expected]]
 
 
-# ``make test`` runs ``FAST``, ``make test-all`` ``QUICK``, ``make test-long`` ``MORE``. ``-k dpo``: those that learn from pairs; ``-k kto``: from labelled answers;
-# ``-k distill``: from a teacher; ``-k grpo``: from rollouts; ``-k routed``: with given experts;
-# ``-k classify``: those with a score head; ``-k dora``: DoRA; ``-k begun``: a frozen pair beside A
-# and B; ``-k bias``: biases of B; ``-k balanced``: those that keep experts evenly used;
-# ``-k saved`` and ``-k tokens``: weights of the base that are trained themselves, and rows of it.
+# ``make test`` runs ``FAST``, ``make test-all`` ``QUICK``, ``make test-long`` ``MORE``. ``-k dpo``:
+# those that learn from pairs; ``-k kto``: from labelled answers; ``-k distill``: from a teacher;
+# ``-k grpo``: from rollouts; ``-k routed``: with given experts; ``-k classify``: with a score head;
+# ``-k dora``: DoRA; ``-k begun``: a frozen pair beside A and B; ``-k bias``: biases of B;
+# ``-k balanced``: those that keep experts evenly used; ``-k saved`` and ``-k tokens``: weights of
+# the base that are trained themselves, and rows of it.
 MARKED = [pytest.param(case, marks=[] if case in FAST else pytest.mark.slow) for case in QUICK]
 MARKED += [pytest.param(case, marks=pytest.mark.long) for case in MORE]
 
