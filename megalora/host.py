@@ -143,6 +143,22 @@ def to_device(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.pin_memory().to(device(), non_blocking=True)
 
 
+class Arrival:
+    """The moment when the device has done what the current stream holds by now; without a GPU it
+    has come."""
+
+    def __init__(self) -> None:
+        self._event = None
+        if torch.cuda.is_available():
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def wait(self) -> None:
+        """Return when the moment has come; from any thread."""
+        if self._event is not None:
+            self._event.synchronize()
+
+
 class HostCopy:
     """A copy of a device tensor in host memory, begun when this is made: what is launched behind it
     does not delay it."""
@@ -160,6 +176,12 @@ class HostCopy:
         if self._arrival is not None:
             self._arrival.synchronize()
         return self._copy
+
+
+def kept_buffer(num_bytes: int) -> torch.Tensor:
+    """Host memory to copy to without a wait: page-locked where there is a GPU. uint8
+    ``[num_bytes]``."""
+    return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
 
 
 def keep_busy(cycles: int) -> None:
@@ -290,23 +312,6 @@ def _share_gpu() -> str:
     # nccl refuses two ranks on one GPU.
     staged.register()
     return staged.BACKEND
-
-
-@contextlib.contextmanager
-def fake_world(rank: int, num_ranks: int) -> Iterator[None]:
-    """Make this process rank ``rank`` of ``num_ranks`` while the block runs, over torch's fake
-    process group: collectives return at once and move nothing.
-
-    For building a rank of any world without the others.
-    """
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    install()
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=num_ranks)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 def timeout_minutes() -> float:

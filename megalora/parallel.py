@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
@@ -100,6 +101,21 @@ def first_rank_alone() -> Iterator[dist.ProcessGroup | None]:
     finally:
         if mine:
             dist.destroy_process_group(group)
+
+
+@contextmanager
+def host_group() -> Iterator[dist.ProcessGroup | None]:
+    """A group of the whole world over its hosts, which works beside all others in a thread; None
+    for a world of one. Collective over the world."""
+    if dist.get_world_size() == 1:
+        yield None
+        return
+    # As long as torch's own default at least: it waits for disks, not for devices.
+    minutes = max(30.0, host.timeout_minutes())
+    group: Any = dist.new_group(backend="gloo", timeout=timedelta(minutes=minutes))
+    yield group
+    # Only here: behind an error a thread may still be waiting in it.
+    dist.destroy_process_group(group)
 
 
 def destroy_groups() -> None:

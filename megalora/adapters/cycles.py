@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from megalora.adapters.as_plain import Get
 from megalora.adapters.files import STATE
 from megalora.atomic_folder import force_to_disk
 from megalora.lora.spec import Adapted, expected_tensors
@@ -98,27 +99,36 @@ def state_folder(checkpoint: Path) -> Path:
     return checkpoint / STATE
 
 
-def summed(
-    adapted: Sequence[Adapted], cycles: Sequence[Factors], current: Factors
-) -> tuple[list[Adapted], dict[str, Tensor]]:
+def summed_source(
+    adapted: Sequence[Adapted], cycles: Sequence[Get], current: Get
+) -> tuple[list[Adapted], Get]:
     """The sum of the cycles' adapters and the current one, as one adapter of the sum of their
-    ranks.
+    ranks, and a function that returns its tensors, each made when it is asked for.
 
     Args:
         adapted: what every cycle trained.
-        cycles: factors of earlier cycles, whole, by tensor name.
+        cycles: return the factors of earlier cycles, whole, by tensor name.
         current: likewise; its dtype is the sum's.
     """
-    parts = [*cycles, current]
     whole: list[Adapted] = []
     for a in adapted:
-        rank = a.rank * len(parts)
+        rank = a.rank * (len(cycles) + 1)
         # The scale is that of each part, so that alpha grows with the rank.
         whole.append(replace(a, rank=rank, alpha=a.scale * rank))
-    tensors: dict[str, Tensor] = {}
-    # Experts are tensors of their own, each with its own A and B to put together.
-    for name, value in current.items():
-        of_parts = [part[name].to(value.dtype) for part in parts]
+
+    def get(name: str) -> Tensor:
+        value = current(name)
+        of_parts = [part(name).to(value) for part in cycles]
         # Ranks are A's rows and B's columns.
-        tensors[name] = torch.cat(of_parts, dim=0 if ".lora_A." in name else 1)
-    return whole, tensors
+        return torch.cat([*of_parts, value], dim=0 if ".lora_A." in name else 1)
+
+    return whole, get
+
+
+def summed(
+    adapted: Sequence[Adapted], cycles: Sequence[Factors], current: Factors
+) -> tuple[list[Adapted], dict[str, Tensor]]:
+    """``summed_source`` of tensors in memory."""
+    whole, get = summed_source(adapted, [part.__getitem__ for part in cycles], current.__getitem__)
+    # Experts are tensors of their own, each with its own A and B to put together.
+    return whole, {name: get(name) for name in current}

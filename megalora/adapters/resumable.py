@@ -1,6 +1,7 @@
 """Import a PEFT adapter made elsewhere as a checkpoint, from which training resumes under any
 layout."""
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megalora.adapters.files import (
+    INDEX,
     LORA_SECTION,
-    OPTIMIZER,
     STATE,
     STATE_JSON,
     STATE_KEYS,
@@ -21,6 +22,7 @@ from megalora.adapters.files import (
 )
 from megalora.adapters.read.adapter import read_adapter
 from megalora.adapters.read.stacked import ColumnOrder
+from megalora.adapters.state_index import Index, Indexed, Piece, rank_file, write_index
 from megalora.adapters.trained import trained_form
 from megalora.adapters.write.card import coverage
 from megalora.adapters.write.form import write_adapter
@@ -30,6 +32,7 @@ from megalora.hf.base_identity import base_config, weights_digest
 from megalora.hf.folder import local_folder, weight_shards
 from megalora.hf.json_file import read_hf_config
 from megalora.lora.section import lora_section, settings
+from megalora.lora.slices import Slice
 from megalora.model.fields import model_shape
 
 NOTES = 10
@@ -81,7 +84,7 @@ def import_adapter(
         write_adapter(temporary, adapted, shape, tensors, base)
         (temporary / STATE).mkdir()
         # Adam begins anew: a folder of PEFT's has no moments.
-        save_file(_fresh_state(tensors), temporary / OPTIMIZER)
+        _write_fresh(temporary, tensors)
         state = {
             "step": 0,
             "imported_from": str(source),
@@ -114,13 +117,22 @@ def _base_identity(folder: Path) -> dict[str, Any]:
     return {"config": base_config(folder), "weights": weights}
 
 
-def _fresh_state(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The optimizer's file before the first step: float32 masters and moments of zero."""
+def _write_fresh(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Write the training state before the first step, as of one rank: float32 masters and moments
+    of zero."""
     master_key, *moment_keys = STATE_KEYS
     state: dict[str, Tensor] = {}
+    indexed: dict[str, Indexed] = {}
     for name, tensor in tensors.items():
-        master = tensor.to(torch.float32)
+        master = tensor.to(torch.float32).flatten()
         state[f"{master_key}.{name}"] = master
         for key in moment_keys:
             state[f"{key}.{name}"] = torch.zeros_like(master)
-    return state
+        shape = tuple(tensor.shape)
+        indexed[name] = Indexed(shape, STATE_KEYS, (Piece(0, Slice.whole(shape)),))
+    path = folder / STATE / rank_file(0)
+    save_file(state, path)
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    files = {path.name: (path.stat().st_size, digest)}
+    write_index(folder / INDEX, Index(1, files, indexed))

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from megalora.adapters.as_plain import as_plain
 from megalora.adapters.cycles import read_cycles, state_folder, summed
-from megalora.adapters.files import CONFIG, OPTIMIZER, STATE_JSON, WEIGHTS
+from megalora.adapters.files import CONFIG, STATE_JSON, WEIGHTS
 from megalora.adapters.read.adapter import Adapter
+from megalora.adapters.saved_tensors import has_state
 from megalora.adapters.training_state import read_factors, read_state
-from megalora.adapters.write.form import export_form, peft_tensors
+from megalora.adapters.write.form import export_form, matrix_dtype, peft_tensors
 from megalora.adapters.write.stacks import factors_of
 from megalora.lora.init import initial_a
 from megalora.lora.section import differing, settings
@@ -57,7 +58,7 @@ def trained_form(adapter: Adapter, shape: ModelShape, *, fill: bool = False) -> 
     Raises:
         ValueError: every B is zero, or a checkpoint's files contradict each other.
     """
-    is_checkpoint = all((adapter.folder / name).is_file() for name in (STATE_JSON, OPTIMIZER))
+    is_checkpoint = (adapter.folder / STATE_JSON).is_file() and has_state(adapter.folder)
     # No engine wants zeros beside biases, which act without B, too.
     if has_biases(adapter.adapted) and not is_checkpoint:
         return TrainedForm(adapter, [])
@@ -110,7 +111,7 @@ def _of_checkpoint(adapter: Adapter, shape: ModelShape) -> TrainedForm:
     pairs = export_form(adapted, shape)
     if apart := differing(settings([w for w, _ in pairs]), settings(adapter.adapted)):
         raise _contradiction(adapter, f"{apart[0]} has another rank or scale in {CONFIG}")
-    written = peft_tensors(pairs, tensors)
+    written = dict(peft_tensors(pairs, tensors.__getitem__, matrix_dtype(tensors)))
     for weight in whole:
         written[weight.tensor] = tensors[weight.tensor]
     for name, tensor in written.items():

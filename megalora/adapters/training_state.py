@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megalora.adapters.best_loss import BestLoss, Evaluations
-from megalora.adapters.files import OPTIMIZER, STATE_JSON, STATE_KEYS
+from megalora.adapters.files import STATE_JSON, STATE_KEYS
+from megalora.adapters.saved_tensors import SavedTensors
 from megalora.config import LoRAConfig, ObjectiveConfig
 from megalora.hf.json_file import read_json_object
 from megalora.lora.section import adapted_of, settings
@@ -173,24 +173,18 @@ def read_factors(
     Raises:
         ValueError: the file cannot be read, or lacks a tensor, or holds one of another shape.
     """
-    path = folder / OPTIMIZER
     factors: dict[str, Tensor] = {}
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            there = set(file.keys())
-            for name, shape in expected_tensors(adapted, whole).items():
-                master = f"{STATE_KEYS[0]}.{name}"
-                if master not in there:
-                    raise ValueError(f"{path} has no tensor {master}")
-                value = file.get_tensor(master)
-                if tuple(value.shape) != shape:
-                    raise ValueError(
-                        f"{path}: {master} is {tuple(value.shape)}, and {STATE_JSON.name} says"
-                        f" {shape}"
-                    )
-                factors[name] = value.to(dtypes[name])
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
+    with SavedTensors(folder) as saved:
+        for name, shape in expected_tensors(adapted, whole).items():
+            there = saved.shape(STATE_KEYS[0], name)
+            if there is not None and there != shape:
+                raise ValueError(
+                    f"{saved.says}: {STATE_KEYS[0]}.{name} is {there}, and {STATE_JSON.name} says"
+                    f" {shape}"
+                )
+            value = saved.whole(STATE_KEYS[0], name, shape)
+            # A copy: the file is closed behind this.
+            factors[name] = value.to(dtypes[name], copy=True)
     return factors
 
 

@@ -15,6 +15,7 @@ Reductions read this off a parameter:
     partition_dim, _stride    Megatron's: the split dimension of the parameter, and 1
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from megalora.comm import sum_bucket
+from megalora.lora.slices import Slice
 from megalora.lora.spec import SHARDINGS, Adapted, FactorName
 from megalora.lora.trained_weight import TrainedWeight
 
@@ -75,6 +77,24 @@ class FactorShard:
         """The tensor's view of ``values[parameter]``, which is the parameter's data, its gradient
         or an optimizer moment."""
         return values[self.parameter][self.index]
+
+    @property
+    def slice(self) -> Slice:
+        """The elements of the whole tensor that this rank holds."""
+        shape = list(self.parameter.data[self.index].shape)
+        if self.split_dim is None or self.num_shards == 1:
+            return Slice.whole(tuple(shape))
+        numel = math.prod(shape)
+        shape[self.split_dim] *= self.num_shards
+        return Slice(tuple(shape), self.split_dim, self.num_shards, self.shard, 0, numel)
+
+    @property
+    def first_element(self) -> int:
+        """Where its elements begin in the flattened parameter, of which they are one run."""
+        whole = self.parameter.data
+        part = whole[self.index]
+        assert part.is_contiguous(), self.name
+        return int(part.storage_offset()) - int(whole.storage_offset())
 
     def cut(self, whole: Tensor) -> Tensor:
         """This rank's part of the whole tensor."""

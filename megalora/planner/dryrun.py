@@ -42,7 +42,7 @@ def dry_run(
 ) -> RankCount:
     """Build this rank of the initialised world on the meta device.
 
-    ``host.fake_world`` makes a world of any size in which this process is any rank; nothing is
+    ``fake_world`` makes a world of any size in which this process is any rank; nothing is
     communicated.
 
     Args:

@@ -11,10 +11,11 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from megalora.adapters.files import AVERAGE
+from megalora.adapters.files import AVERAGE_KEY
+from megalora.adapters.saved_tensors import SavedTensors
 from megalora.adapters.training_state import SavedState
 from megalora.lora.adapted_model import AdaptedModel
-from megalora.lora.gather import read_tensors
+from megalora.train.read_shards import read_shards
 
 
 class Average:
@@ -58,6 +59,6 @@ def average_of(model: AdaptedModel, decay: float, state: SavedState | None) -> A
     average = Average(model.parameters, decay)
     # An imported adapter is a beginning; a checkpoint of the run has averaged already.
     if state is not None and state.imported_from is None:
-        with torch.no_grad():
-            read_tensors(state.folder / AVERAGE, model.shards, average.values)
+        with SavedTensors(state.folder) as saved:
+            read_shards(saved, AVERAGE_KEY, model.shards, average.values)
     return average

@@ -43,7 +43,7 @@ from megalora.train.probe import Probe
 from megalora.train.relora import Cycles
 from megalora.train.run_files import CONFIG, MANIFEST
 from megalora.train.run_folder import opened
-from megalora.train.saver import Progress, Saver, is_due
+from megalora.train.saver import Progress, Saver, is_due, saving
 from megalora.train.signals import Stopped, terminated
 from megalora.train.trace import Trace, tracing
 from megalora.train.trackers import check_installed
@@ -185,9 +185,11 @@ def _fit(run: Run, probe: Probe, at: Start) -> Path | None:
         cycles = Cycles(run, at.state)
         _open(run, metrics, now, at.shown, compared, cycles)
         average = average_of(run.model, config.train.ema_decay, at.state)
-        saver = Saver(run, probe, at.samples, at.identity, serve, cycles, average)
         answers = Answers(run, at.questions, at.tokenizer)
-        _train_to_the_end(run, now, metrics, stop, saver, answers, trace)
+        with saving(
+            run, probe, at.samples, at.identity, serve, cycles, average, metrics.say
+        ) as saver:
+            _train_to_the_end(run, now, metrics, stop, saver, answers, trace)
         run.pulse.at(now.step, "close")
     metrics.say(closing(now.step, num_steps, now.saved, now.best, config))
     return now.saved
@@ -207,6 +209,7 @@ def _train_to_the_end(
     config = run.config
     num_steps = run.batches.num_steps
     while True:
+        saver.take_note(now)
         # Collective: every rank leaves the loop at the same step.
         stopped = stop() and run.batches.may_stop(now.step)
         # Before the first step and after the last one too; a stopped run has no time for it.
@@ -228,6 +231,8 @@ def _train_to_the_end(
             saver.save(now)
             metrics.restart_clock()
         if done:
+            run.pulse.at(now.step, "save")
+            saver.finish(now)
             break
         run.pulse.at(now.step, "merge")
         # Behind the checkpoint of this step, which still has the adapter by itself.

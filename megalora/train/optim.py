@@ -2,7 +2,8 @@
 DistributedOptimizer, on adapters only."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,11 +19,10 @@ from torch import Tensor, nn
 
 from megalora import host
 from megalora.adapters.files import STATE_KEYS
-from megalora.comm import sum_bucket
 from megalora.config import TrainConfig
 from megalora.lora.spec import FACTORS
 from megalora.model.hf_weights import quiet
-from megalora.parallel import Groups, megatron_groups
+from megalora.parallel import megatron_groups
 
 
 def wrap_chunks(chunks: list[Any]) -> list[DistributedDataParallel]:
@@ -186,46 +186,50 @@ def _parts(optimizer: Any) -> list[Any]:
     return [part for part in parts if hasattr(part, "model_param_group_index_map")]
 
 
-def optimizer_state(
-    optimizer: Any, key: str, parameters: list[nn.Parameter], groups: Groups
-) -> dict[nn.Parameter, Tensor]:
-    """One of ``STATE_KEYS`` for this rank's parameters, whole again over data parallelism, in
-    float32.
+@dataclass(frozen=True)
+class OwnedRun:
+    """Elements ``[start, end)`` of a flattened parameter, which this rank's optimizer updates for
+    all data-parallel replicas."""
 
-    Each data-parallel rank owns a slice of every flat buffer; the others' slices are added as
-    zeros, which is exact.
-    """
-    # Zeros where other ranks own a slice: sums put the whole together.
-    state = {p: torch.zeros(p.shape, dtype=torch.float32, device=p.device) for p in parameters}
+    parameter: nn.Parameter
+    start: int
+    end: int
+    part: Any
+    """Megatron's optimizer of dense or of expert parameters."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Float32 master and moments by ``STATE_KEYS``, each ``[end - start]``: the optimizer's
+        own."""
+        state = self.part._get_main_param_and_optimizer_states(self.parameter)
+        return {key: state[key].detach().view(-1) for key in STATE_KEYS}
+
+
+def owned_runs(optimizer: Any) -> list[OwnedRun]:
+    """What this rank's optimizer owns; the ranks of a data-parallel group together have all of each
+    parameter once."""
+    runs: list[OwnedRun] = []
     for part in _parts(optimizer):
         for parameter in part.model_param_group_index_map:
             owned = part._get_model_param_range_map(parameter)["param"]
-            value = part._get_main_param_and_optimizer_states(parameter)[key]
-            state[parameter].view(-1)[owned.start : owned.end] = value.detach()
-    # Dense parameters are split over data-parallel ranks, experts over their own.
-    for group, allreduce in ((groups.dp_cp, True), (groups.edp, False)):
-        sum_bucket([t for p, t in state.items() if p.allreduce is allreduce], group)  # type: ignore
-    return state
+            runs.append(OwnedRun(parameter, owned.start, owned.end, part))
+    return runs
 
 
 @torch.no_grad()
-def load_optimizer_state(
-    optimizer: Any, state: Mapping[str, Mapping[nn.Parameter, Tensor]], step: int
-) -> None:
-    """The inverse of ``optimizer_state``: every rank takes its slices. ``step`` counts finished
-    optimizer steps."""
+def begin_state(optimizer: Any, step: int) -> None:
+    """Make the moments where no step has made them yet, and set the count of finished steps, by
+    which Adam corrects them. Moments that are there stay as they are."""
     for part in _parts(optimizer):
-        # Moments exist from the first step on; before it they must be made to be filled.
-        part._init_optimizer_states_with_dummy_values()
-        for parameter in part.model_param_group_index_map:
-            owned = part._get_model_param_range_map(parameter)["param"]
-            tensors: dict[str, Tensor] = {}
-            for key in STATE_KEYS:
-                tensors[key] = state[key][parameter].view(-1)[owned.start : owned.end]
-            part._set_main_param_and_optimizer_states(
-                parameter, {**tensors, "step": torch.tensor(float(step))}
-            )
         for group in part.optimizer.param_groups:
-            # Fused Adams keep the count here.
+            # The same condition as in torch's AdamW: a kernel reads the count where it is fused.
+            device = host.device() if group.get("fused") else torch.device("cpu")
+            for master in group["params"]:
+                state = part.optimizer.state[master]
+                if "exp_avg" not in state:
+                    state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+                    state["exp_avg"] = torch.zeros_like(master)
+                    state["exp_avg_sq"] = torch.zeros_like(master)
+                state["step"].fill_(step)
+            # Fused Adams of others keep the count here.
             if "step" in group:
                 group["step"] = step

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
 
 from megalora.adapters.cycles import keep_cycles, read_cycles, save_cycle, state_folder
 from megalora.adapters.files import STATE_KEYS
@@ -23,7 +22,7 @@ from megalora.lora.factors import LoRAFactors
 from megalora.lora.gather import gather_tensors
 from megalora.lora.refold import refold
 from megalora.train.assemble import Run
-from megalora.train.optim import load_optimizer_state
+from megalora.train.optim import begin_state, owned_runs
 
 
 class Cycles:
@@ -97,18 +96,15 @@ class Cycles:
             for module in chunk.modules():
                 if isinstance(module, LoRAFactors):
                     module.reset_parameters(cycle=self.count)
-        values: dict[str, dict[nn.Parameter, Tensor]] = {key: {} for key in STATE_KEYS}
-        for parameter in run.model.parameters:
-            # A copy: making the optimizer's state takes a step with the old moments.
-            fresh = parameter.detach().float().clone()
-            values["param"][parameter] = fresh
-            for key in STATE_KEYS[1:]:
-                values[key][parameter] = torch.zeros_like(fresh)
         # Masters, moments and the count of steps, by which Adam corrects its first moments.
-        load_optimizer_state(run.optimizer, values, step=0)
+        begin_state(run.optimizer, step=0)
         with torch.no_grad():
-            for parameter, fresh in values["param"].items():
-                parameter.copy_(fresh)
+            for owned in owned_runs(run.optimizer):
+                state = owned.state()
+                fresh = owned.parameter.detach().view(-1)[owned.start : owned.end]
+                state["param"].copy_(fresh)
+                for key in STATE_KEYS[1:]:
+                    state[key].zero_()
         # B is zero once more, so that A has no gradient yet.
         run.stepper.b_has_moved = False
         if run.stepper.check is not None:

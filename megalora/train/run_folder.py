@@ -17,9 +17,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from megalora.first_rank import on_first_rank
+from megalora.first_rank import on_every_rank, on_first_rank
 from megalora.train.checkpoint.identity import KEPT
-from megalora.train.checkpoint.writer import recover
+from megalora.train.checkpoint.writer import make_run_folder, recover
 
 LOCK = ".lock"
 SUCCESSION_S = 60.0
@@ -73,7 +73,10 @@ def opened(run: Path, job: str | None = None) -> Iterator[Opened]:
         return answer
 
     try:
-        yield on_first_rank(take, f"checkpoint.dir={run} cannot be used")
+        answer = on_first_rank(take, f"checkpoint.dir={run} cannot be used")
+        # Every rank writes its part of a checkpoint.
+        on_every_rank(lambda: _check_seen(run), f"checkpoint.dir={run} cannot be used")
+        yield answer
     except BaseException:
         # A typing error in checkpoint.dir must leave no folder behind.
         if held and is_new:
@@ -82,6 +85,16 @@ def opened(run: Path, job: str | None = None) -> Iterator[Opened]:
     finally:
         for descriptor in held:
             os.close(descriptor)
+
+
+def _check_seen(run: Path) -> None:
+    """Raise ``ValueError`` where this rank does not see the first rank's run folder."""
+    if not (run / LOCK).is_file():
+        raise ValueError(
+            f"checkpoint.dir={run} is not the same folder on every node: {socket.gethostname()}"
+            " does not see what the first rank has written there, and every rank writes its part of"
+            " a checkpoint. Choose a folder that all nodes share."
+        )
 
 
 def _leave_nothing(run: Path) -> None:
@@ -99,7 +112,7 @@ def take_lock(run: Path, job: str | None) -> tuple[int, Opened]:
     if run.exists() and not run.is_dir():
         raise ValueError(f"checkpoint.dir={run} is a file; choose a folder")
     while True:
-        run.mkdir(parents=True, exist_ok=True)
+        make_run_folder(run)
         descriptor = os.open(run / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             notes = _lock(descriptor, run, job)

@@ -1,17 +1,25 @@
 """Save the checkpoints of a run, and remember how far it has come."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from megalora.adapters.best_loss import BestLoss, Evaluations
+from megalora.first_rank import any_rank
+from megalora.parallel import host_group
 from megalora.train.assemble import Run
 from megalora.train.average import Average
+from megalora.train.checkpoint.background import Background, Save
 from megalora.train.checkpoint.identity import Identity, Samples
-from megalora.train.checkpoint.save import Beside, save_checkpoint
+from megalora.train.checkpoint.save import Beside, CheckpointWriter
 from megalora.train.drift import DriftCheck
 from megalora.train.probe import Probe
 from megalora.train.relora import Cycles
+
+CLOSE_S = 60.0
+SHORT_CLOSE_S = 5.0
+"""Seconds that a run with a mistake waits for saves that have begun, and one that has crashed."""
 
 
 @dataclass
@@ -23,8 +31,9 @@ class Progress:
     step: int
     """Finished steps."""
     saved: Path | None
-    """The newest checkpoint."""
+    """The newest checkpoint that is whole."""
     saved_step: int = -1
+    """The last step whose save has begun."""
     evaluations: Evaluations = field(default_factory=Evaluations)
 
     @property
@@ -39,13 +48,18 @@ def is_due(step: int, every: int) -> bool:
 
 
 class Saver:
-    """Saves checkpoints, each only if replicas agree."""
+    """Saves checkpoints while training goes on, each only if replicas agree."""
 
     def __init__(
         self, run: Run, probe: Probe, samples: Samples, identity: Identity,
         serve: Callable[[Path], None], cycles: Cycles, average: Average | None,
+        say: Callable[[str], None], writer: CheckpointWriter,
     ) -> None:  # fmt: skip
-        """``serve``: called with each new checkpoint; the others as in ``save_checkpoint``."""
+        """
+        Args:
+            serve: called with each new checkpoint.
+            say: called with lines for the user.
+        """
         self.run = run
         self.cycles = cycles
         self.average = average
@@ -53,6 +67,9 @@ class Saver:
         self.samples = samples
         self.identity = identity
         self.serve = serve
+        self.say = say
+        self.writer = writer
+        self.background = Background(say)
         model = run.model
         self.drift = DriftCheck(model.adapted, model.shards, run.groups, model.whole)
 
@@ -71,14 +88,62 @@ class Saver:
             self.drift.run(now.step, now.saved)
 
     def save(self, now: Progress) -> None:
-        """Write a checkpoint and hand its adapter to the server; collective."""
+        """Begin to save this step; collective. Returns when everything is copied that training
+        changes."""
         run = self.run
+        writer = self.writer
         # The probe runs before the files are written, because they hold what it says.
         probed = self.probe.run(run.stepper)
         beside = Beside(run.stepper.kept.get("start"), self.cycles.count, self.average)
-        now.saved = save_checkpoint(
-            now.step, now.evaluations, self.samples, self.identity, run.config, run.model,
-            run.optimizer, probed, beside,
-        )  # fmt: skip
+        snapshot = self.background.snapshot(now.step)
+        writer.take(snapshot, beside)
+        texts = writer.texts(
+            now.step, now.evaluations, self.samples, self.identity, probed, self.cycles.count
+        )
+        self.background.begin(Save(now.step, lambda: writer.write(snapshot, texts), snapshot))
         now.saved_step = now.step
+
+    def take_note(self, now: Progress) -> None:
+        """See which saves have ended, on all ranks alike: their checkpoints are whole, or the run
+        ends with what has failed; call it once a step. Collective while a save is under way."""
+        pending = self.background.pending
+        while pending:
+            error = pending[0].error
+            # Contact to a rank is lost, or a bug of ours: the others may never hear of it.
+            if error is not None and not isinstance(error, ValueError):
+                raise error
+            # Ranks end at different times, and must take note at the same step.
+            if any_rank([not pending[0].done])[0]:
+                return
+            self._end(pending.pop(0), now)
+
+    def finish(self, now: Progress) -> None:
+        """Wait for all saves; collective."""
+        self.background.finish()
+        self.take_note(now)
+
+    def _end(self, save: Save, now: Progress) -> None:
+        if save.error is not None:
+            raise save.error
+        now.saved = self.writer.folder(save.step)
         self.serve(now.saved)
+
+
+@contextmanager
+def saving(
+    run: Run, probe: Probe, samples: Samples, identity: Identity,
+    serve: Callable[[Path], None], cycles: Cycles, average: Average | None,
+    say: Callable[[str], None],
+) -> Iterator[Saver]:  # fmt: skip
+    """A run's ``Saver``, as long as the block runs; its arguments. Saves that have begun are ended
+    also where the block fails."""
+    with host_group() as group:
+        writer = CheckpointWriter(run.config, run.model, run.optimizer, group)
+        saver = Saver(run, probe, samples, identity, serve, cycles, average, say, writer)
+        try:
+            yield saver
+        except BaseException as error:
+            # A mistake is raised on all ranks, whose threads end together.
+            wait_s = CLOSE_S if isinstance(error, ValueError) else SHORT_CLOSE_S
+            saver.background.finish(wait_s)
+            raise

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megalora.adapters.export import export
-from megalora.adapters.files import LORA_SECTION, OPTIMIZER, STATE_JSON, WEIGHTS
+from megalora.adapters.files import LORA_SECTION, STATE_JSON, WEIGHTS
 from megalora.adapters.read.adapter import read_adapter
 from megalora.adapters.resumable import import_adapter
 from megalora.adapters.trained import trained_form
@@ -22,6 +22,7 @@ from tests.adapters.adapters import CASES, EXPERTS, ranks_of, train
 from tests.adapters.folders import assert_same_files, factors_of, remove_tensors
 from tests.adapters.stock import loaded_by_peft, read_logits
 from tests.peft_warnings import IGNORED
+from tests.whole_state import whole_state
 
 pytestmark = IGNORED
 
@@ -63,7 +64,7 @@ def test_an_imported_adapter_is_what_was_trained(
     assert ranks_of(again) == ranks_of(trained.adapted)
 
     masters = {}
-    state = load_file(tmp_path / "imported" / OPTIMIZER)
+    state = whole_state(tmp_path / "imported")
     for name, tensor in state.items():
         if name.startswith("param."):
             masters[name.removeprefix("param.")] = tensor
@@ -93,7 +94,7 @@ def test_an_expert_without_adapter_can_learn_after_import(
     # The expert's A has as many rows as its rank.
     said = "2 rows of A are zeros (1 of 8 linears whole); drawn anew, B zero"
     assert said in "\n".join(imported.notes)
-    masters = load_file(tmp_path / "imported" / OPTIMIZER)
+    masters = whole_state(tmp_path / "imported")
     module = "model.layers.1.mlp.experts.5.down_proj"
     a = masters[f"param.{tensor_name(module, 'A')}"]
     b = masters[f"param.{tensor_name(module, 'B')}"]

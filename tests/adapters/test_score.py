@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from megalora.adapters.export import export
-from megalora.adapters.files import CONFIG, OPTIMIZER, STATE_JSON, WEIGHTS
+from megalora.adapters.files import CONFIG, STATE_JSON, WEIGHTS
 from megalora.adapters.inspect import describe
 from megalora.adapters.merge import merge
 from megalora.adapters.read.adapter import read_adapter
@@ -30,6 +30,7 @@ from megalora.tiny import make_tiny
 from megalora.verify.peft import verify_peft
 from tests.parity.built import random_factors
 from tests.peft_warnings import IGNORED
+from tests.whole_state import whole_state
 
 pytestmark = IGNORED
 SCORE = "base_model.model.score.weight"
@@ -205,7 +206,7 @@ def test_an_adapter_of_peft_is_imported_with_its_head(tiny: Path, tmp_path: Path
     imported = import_adapter(tmp_path / "theirs", tmp_path / "ours", str(tiny))
     assert imported.num_tensors == 4 * 2 * 2 + 1
     theirs = load_file(tmp_path / "theirs" / WEIGHTS)[SCORE]
-    masters = load_file(tmp_path / "ours" / OPTIMIZER)
+    masters = whole_state(tmp_path / "ours")
     assert torch.equal(masters[f"param.{SCORE}"], theirs)
     assert not masters[f"exp_avg.{SCORE}"].any()
     assert json.loads((tmp_path / "ours" / STATE_JSON).read_text())["num_scores"] == 3

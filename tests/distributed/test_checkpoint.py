@@ -15,11 +15,12 @@ from safetensors.torch import load_file
 
 from megalora.config import CheckpointConfig, RunConfig
 from megalora.train import loop, signals
-from megalora.train.checkpoint import save
-from megalora.train.checkpoint.writer import write_atomically
+from megalora.train.checkpoint.snapshot import Snapshot
+from megalora.train.checkpoint.writer import write_together
 from megalora.train.loop import train
 from tests.distributed.ranks import run_ranks
 from tests.parity.runs import make_config, records
+from tests.whole_state import whole_state
 
 
 def with_checkpoints(config: RunConfig, **options) -> RunConfig:
@@ -33,12 +34,12 @@ def names_in(folder: Path, pattern: str = "*") -> list[str]:
 
 def same_files(one: Path, other: Path) -> None:
     """The same tensors, bit for bit, in the adapter's file and in the optimizer's."""
-    for file in ("adapter_model.safetensors", "training_state/optimizer.safetensors"):
-        a = load_file(one / file)
-        b = load_file(other / file)
+    for of in (lambda folder: load_file(folder / "adapter_model.safetensors"), whole_state):
+        a = of(one)
+        b = of(other)
         assert a.keys() == b.keys()
         for name, t in a.items():
-            assert torch.equal(t, b[name]), (file, name)
+            assert torch.equal(t, b[name]), name
 
 
 @pytest.mark.parametrize(
@@ -154,19 +155,19 @@ def test_sigterm_on_one_rank_saves_on_all(tiny, chats, tmp_path):
     assert state["step"] == 3
 
 
-def _train_on_a_full_disk(config: RunConfig) -> str:
-    """From the second save on no file may grow past 100 kB: a real write error in the middle of the
-    tensors."""
-    write_adapter = save.write_adapter
+def _train_on_a_full_disk(config: RunConfig, rank: int) -> str:
+    """From the second save on no file of one rank may grow past 100 kB: a real write error in the
+    middle of the tensors."""
+    write = Snapshot.write
     count = iter(range(100))
 
-    def save_adapter(*args):
-        if next(count) == 1:
+    def save_snapshot(*args):
+        if next(count) == 1 and torch.distributed.get_rank() == rank:
             # Python ignores the signal SIGXFSZ, so the write fails with OSError instead.
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-        return write_adapter(*args)
+        return write(*args)
 
-    save.write_adapter = save_adapter
+    Snapshot.write = save_snapshot
     try:
         train(config)
     except ValueError as error:
@@ -176,10 +177,11 @@ def _train_on_a_full_disk(config: RunConfig) -> str:
 
 @pytest.mark.slow
 def test_a_full_disk_leaves_the_previous_checkpoint_whole(tiny, chats, tmp_path):
+    """On the rank that does not write the adapter: every rank hears of it."""
     config = with_checkpoints(
         make_config(tiny, chats, tmp_path / "run", {"ep": 2}, steps=2), every=1
     )
-    messages = run_ranks(_train_on_a_full_disk, 2, config)
+    messages = run_ranks(_train_on_a_full_disk, 2, config, 1)
     for message in messages:
         assert message.startswith("could not save step_000002; earlier checkpoints are whole (")
     # Nothing half-written stays beside it, under this or any temporary name.
@@ -233,25 +235,27 @@ def test_a_checkpoint_of_another_folder_does_not_mix_into_a_used_one(tiny, chats
 
 
 def _killed_while_writing(target: Path) -> None:
-    def write(folder: Path) -> None:
+    def own(folder: Path) -> None:
         (folder / "half").write_text("half")
         os.kill(os.getpid(), signal.SIGKILL)
 
-    write_atomically(target, write)
+    write_together(target, own, lambda folder, made: None)
+
+
+def _write_file(target: Path, text: str) -> None:
+    write_together(
+        target, lambda folder: (folder / "file").write_text(text), lambda folder, made: None
+    )
 
 
 def test_a_killed_save_leaves_the_previous_one(tmp_path):
     """SIGKILL gives a process no time to clean up: the next save must do without its help."""
-    write_atomically(
-        tmp_path / "step_000001", lambda folder: (folder / "file").write_text("one") and None
-    )
+    _write_file(tmp_path / "step_000001", "one")
     with pytest.raises(Exception, match="SIGKILL"):
         run_ranks(_killed_while_writing, 1, tmp_path / "step_000002")
     assert (tmp_path / "latest").read_text() == "step_000001\n"
     assert not (tmp_path / "step_000002").exists()
-    write_atomically(
-        tmp_path / "step_000002", lambda folder: (folder / "file").write_text("two") and None
-    )
+    _write_file(tmp_path / "step_000002", "two")
     assert (tmp_path / "latest").read_text() == "step_000002\n"
     assert (tmp_path / "step_000002/file").read_text() == "two"
     # What the killed save left under a temporary name was removed by the one that went through.

@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from megalora.adapters.files import OPTIMIZER, PROBE
+from megalora.adapters.files import PROBE
 from megalora.adapters.resumable import import_adapter
 from megalora.config import CheckpointConfig, LoRAConfig
 from megalora.tiny import make_tiny
@@ -19,6 +18,7 @@ from megalora.train.loop import train
 from tests.distributed.ranks import run_ranks
 from tests.parity.runs import make_config, records
 from tests.peft_warnings import IGNORED
+from tests.whole_state import whole_state
 
 pytestmark = IGNORED
 LAYOUTS = {1: {}, 2: {"tp": 2, "ep": 2}, 4: {"tp": 2, "pp": 2, "etp": 2}}
@@ -71,10 +71,10 @@ def test_training_goes_on_from_it_under_every_layout(
             config, checkpoint=CheckpointConfig(dir=str(run), resume=str(tmp_path / "imported"))
         )
         run_ranks(train, world, config)
-        found[world] = (records(run, "loss"), load_file(run / "step_000002" / OPTIMIZER))
+        found[world] = (records(run, "loss"), whole_state(run / "step_000002"))
         check_probe(tiny, run / "step_000002")
     losses, state = found.pop(1)
-    start = load_file(tmp_path / "imported" / OPTIMIZER)
+    start = whole_state(tmp_path / "imported")
     assert state.keys() == start.keys()
     for name, t in start.items():
         if name.startswith("param."):

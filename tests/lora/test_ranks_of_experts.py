@@ -7,11 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from megalora.adapters.export import export
-from megalora.adapters.files import OPTIMIZER
 from megalora.config import LoRAConfig
 from megalora.lora.section import adapted_of, differing, lora_section, settings
 from megalora.lora.select import resolve
@@ -25,6 +23,7 @@ from tests.lora.shapes import MOE_SHAPE, adapt, refusal
 from tests.parity.built import adapter_of
 from tests.parity.everything import config_of
 from tests.parity.models import shape_of
+from tests.whole_state import whole_state
 
 FEW = LoRAConfig(
     rank=3, alpha=9.0,
@@ -152,7 +151,7 @@ def test_zeros_stay_and_peft_has_the_same_adapter(tiny: Path, chats: Path, tmp_p
     options: dict[str, Any] = {"steps": 4, "weight_decay": 0.1, "ema_decay": 0.5, "lr": 1e-2}
     start, last = resume_elsewhere(tiny, chats, tmp_path, FEW, **options)
     adapted = resolve(FEW, open_folder(tiny).shape)
-    state = load_file(last / OPTIMIZER)
+    state = whole_state(last)
     factors = {}
     for name, value in state.items():
         if name.startswith("param."):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megalora.adapters.export import export
-from megalora.adapters.files import CARD, LORA_SECTION, OPTIMIZER, STATE_KEYS, WEIGHTS
+from megalora.adapters.files import CARD, LORA_SECTION, STATE_KEYS, WEIGHTS
 from megalora.adapters.resumable import import_adapter
 from megalora.adapters.write.form import write_adapter
 from megalora.config import LoRAConfig, RunConfig
@@ -38,6 +38,7 @@ from tests.parity.built import (
 )
 from tests.parity.compare import of_largest
 from tests.parity.everything import config_of
+from tests.whole_state import whole_state
 
 LAYER_0 = "base_model.model.model.layers.0.mlp.experts."
 # One scale, 3, so that export folds none into a B.
@@ -114,7 +115,7 @@ def test_an_import_recognises_sharing(tiny: Path, tmp_path: Path, folder: Path) 
     assert "share_outer: true" in (tmp_path / "imported" / LORA_SECTION).read_text()
     assert "experts share A of gate and up and B of down: lora.share_outer" in imported.notes
     _, factors = random_factors(SHARED, tiny)
-    state = load_file(tmp_path / "imported" / OPTIMIZER)
+    state = whole_state(tmp_path / "imported")
     for name, factor in factors.items():
         # Of up the padding to gate's rank is gone.
         assert torch.equal(state[f"param.{name}"], factor), name
@@ -166,7 +167,7 @@ def test_an_expert_without_a_row_learns_beside_what_the_others_use(
 
     edit_tensors(folder, silence)
     import_adapter(folder, tmp_path / "imported", str(tiny))
-    state = load_file(tmp_path / "imported" / OPTIMIZER)
+    state = whole_state(tmp_path / "imported")
     assert not state[f"param.{name}"][2].any()
     _, factors = random_factors(SHARED, tiny)
     shared = f"{LAYER_0}down_proj.lora_B.weight"
@@ -250,7 +251,7 @@ def test_resumes_in_another_layout_and_is_exported(tiny: Path, chats: Path, tmp_
     options: dict[str, Any] = {"steps": 4, "loraplus_lr_ratio": 4.0}
     start, last = resume_elsewhere(tiny, chats, tmp_path, SHARED, **options)
     # A master and two moments for all experts of a layer.
-    state = load_file(last / OPTIMIZER)
+    state = whole_state(last)
     names = {f"{key}.{LAYER_0}gate_proj.lora_A.weight" for key in STATE_KEYS}
     assert names == {name for name in state if "layers.0." in name and "gate_proj.lora_A" in name}
     export(last, tmp_path / "peft", engine="peft")

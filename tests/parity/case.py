@@ -42,6 +42,7 @@ from tests.parity.models import adapter
 from tests.parity.plain_head import with_whole_logits
 from tests.parity.routed import ROUTED, with_routes
 from tests.parity.runs import make_config, records
+from tests.whole_state import whole_state
 
 LR = 1e-4
 EPS = 1e-5
@@ -303,7 +304,7 @@ def read_run(run: Path) -> Expected:
     gradients = load_file(run / "gradients.safetensors")
     losses = records(run, "loss")
     # Masters and moments of the last step; float32, also where the model is bfloat16.
-    state = load_file(run / f"step_{len(losses):06d}/training_state/optimizer.safetensors")
+    state = whole_state(run / f"step_{len(losses):06d}")
     by_step = []
     for step in range(len(losses)):
         # "0.NAME", as ``recorded_step`` writes them.

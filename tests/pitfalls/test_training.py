@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from megalora.adapters.training_state import read_state
@@ -17,16 +17,17 @@ from megalora.lora.init import initial_a
 from megalora.lora.select import plan
 from megalora.train.checkpoint.load import load_checkpoint
 from megalora.train.loop import train
-from megalora.train.optim import STATE_KEYS, optimizer_state
+from megalora.train.optim import STATE_KEYS
 from tests.distributed.ranks import run_ranks
 from tests.parity.built import built, first_gradients, random_adapter, whole_adapter
 from tests.parity.everything import LORA, config_of
 from tests.parity.runs import records
+from tests.whole_state import RANK_0, change_state, gathered_state, whole_state
 
 
 def trained(run: Path, step: int = 2) -> dict[str, Tensor]:
     """Masters and moments as the checkpoint holds them."""
-    return load_file(run / f"step_{step:06d}/training_state/optimizer.safetensors")
+    return whole_state(run / f"step_{step:06d}")
 
 
 def test_07_every_expert_is_adapted_and_trains(everything, chats, tmp_path) -> None:
@@ -85,7 +86,7 @@ def state_after_load(config: RunConfig, checkpoint: Path) -> dict[str, Tensor]:
         parameters = run.model.parameters
         whole = {}
         for key in STATE_KEYS:
-            state = optimizer_state(run.optimizer, key, parameters, run.model.groups)
+            state = gathered_state(run.optimizer, key, parameters, run.model.groups)
             # Rank 0 alone gets the whole tensors.
             tensors = gather_tensors(run.model.shards, state, run.model.groups) or {}
             for name, t in tensors.items():
@@ -140,18 +141,22 @@ def test_08_a_checkpoint_means_the_same_to_every_layout(everything, chats, tmp_p
 def test_08_a_missing_or_cut_tensor_is_an_error(everything, chats, tmp_path) -> None:
     config = config_of(everything, chats, tmp_path / "run", {}, steps=1)
     run_ranks(train, 1, config)
-    path = tmp_path / "run/step_000001/training_state/optimizer.safetensors"
-    whole = load_file(path)
+    checkpoint = tmp_path / "run/step_000001"
+    whole = load_file(checkpoint / RANK_0)
     # A first moment of one expert: adapter_model.safetensors does not have it, so nothing but the
     # optimizer's file could bring it back.
     of_expert_5 = [name for name in whole if ".experts.5.down_proj.lora_A" in name]
     [name] = [name for name in of_expert_5 if name.startswith("exp_avg.")]
-    missing = dict(whole)
-    del missing[name]
-    # down_proj's A is [rank, 80]: half of its columns, as a lost shard would leave.
-    cut = {**whole, name: whole[name][:, :40].contiguous()}
-    for damaged in (missing, cut):
-        save_file(damaged, path)
+
+    def lose(state: dict[str, Tensor]) -> None:
+        del state[name]
+
+    def cut(state: dict[str, Tensor]) -> None:
+        # down_proj's A is [rank, 80]: half of its elements, as a lost shard would leave.
+        state[name] = whole[name][: whole[name].numel() // 2].clone()
+
+    for damage in (lose, cut):
+        change_state(checkpoint, damage)
         resumed = replace(
             config, checkpoint=CheckpointConfig(dir=str(tmp_path / "run"), resume=True)
         )

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from megalora import host
 from megalora.config import LoRAConfig, ModelConfig, ParallelConfig
 from megalora.hf.json_file import read_hf_config
 from megalora.lora.select import resolve
@@ -15,6 +14,7 @@ from megalora.lora.whole import with_biases, with_trained
 from megalora.model.families import FAMILIES, layer_projections
 from megalora.model.fields import model_shape
 from megalora.planner.dryrun import RankCount, dry_run
+from megalora.planner.fake_world import fake_world
 from megalora.planner.layouts import ParallelLayout
 from megalora.planner.memory import memory_of
 from megalora.planner.models import read_architecture
@@ -146,7 +146,7 @@ def test_bytes_of_a_rank(
     hf = read_architecture(MODELS / f"{name}.yaml")
     parallel = ParallelConfig(**sizes)
     for rank in ranks:
-        with host.fake_world(rank, world):
+        with fake_world(rank, world):
             found = dry_run(hf, lora, parallel, ModelConfig(path="planned"))
         assert_agrees(found, hf, lora, parallel, world, rank)
 
@@ -174,7 +174,7 @@ def test_shared_experts_dense_layers_biases_and_float32(
         names.remove("gate")
     lora = LoRAConfig(rank=3, target_modules=names)
     for rank in range(world):
-        with host.fake_world(rank, world):
+        with fake_world(rank, world):
             found = dry_run(hf, lora, parallel, ModelConfig(path="planned", dtype="float32"))
         assert_agrees(found, hf, lora, parallel, world, rank, dtype="float32")
 
@@ -195,7 +195,7 @@ def test_every_family(family: str, sizes: dict) -> None:
             names.add(projection.name)
     lora = LoRAConfig(rank=3, target_modules=sorted(names))
     for rank in range(4):
-        with host.fake_world(rank, 4):
+        with fake_world(rank, 4):
             found = dry_run(hf, lora, parallel, ModelConfig(path="planned"))
         assert_agrees(found, hf, lora, parallel, 4, rank)
 
@@ -206,7 +206,7 @@ def test_tied_embeddings(sizes: dict, tiny_dense: Path) -> None:
     hf = read_hf_config(tiny_dense) | {"tie_word_embeddings": True}
     parallel = ParallelConfig(**sizes)
     for rank in range(parallel.pp):
-        with host.fake_world(rank, parallel.pp):
+        with fake_world(rank, parallel.pp):
             found = dry_run(hf, ALL, parallel, ModelConfig(path="planned"))
         assert_agrees(found, hf, ALL, parallel, parallel.pp, rank)
 
@@ -218,7 +218,7 @@ def test_a_score_head(sizes: dict, tied: bool, tiny_dense: Path) -> None:
     hf = read_hf_config(tiny_dense) | {"tie_word_embeddings": tied}
     parallel = ParallelConfig(**sizes)
     for rank in range(2):
-        with host.fake_world(rank, 2):
+        with fake_world(rank, 2):
             found = dry_run(hf, ALL, parallel, ModelConfig(path="planned"), num_scores=3)
         assert_agrees(found, hf, ALL, parallel, 2, rank, num_scores=3)
 
@@ -241,7 +241,7 @@ def test_what_is_trained_of_the_base(lora: LoRAConfig, tied: bool, sizes: dict, 
     parallel = ParallelConfig(**sizes)
     world = parallel.tp * parallel.pp
     for rank in range(world):
-        with host.fake_world(rank, world):
+        with fake_world(rank, world):
             found = dry_run(hf, lora, parallel, ModelConfig(path="planned"))
         assert_agrees(found, hf, lora, parallel, world, rank)
 
@@ -252,7 +252,7 @@ def test_biased_attention(lora: LoRAConfig, tiny: Path) -> None:
     hf = read_hf_config(tiny) | {"attention_bias": True}
     parallel = ParallelConfig(tp=2)
     for rank in range(2):
-        with host.fake_world(rank, 2):
+        with fake_world(rank, 2):
             found = dry_run(hf, lora, parallel, ModelConfig(path="planned"))
         assert_agrees(found, hf, lora, parallel, 2, rank)
 

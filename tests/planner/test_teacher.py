@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megalora import host
 from megalora.bench.live import LiveTensors
 from megalora.config import LoRAConfig, ModelConfig, ObjectiveConfig, ParallelConfig
 from megalora.data.logits_header import Header, is_logits_folder, write_header
@@ -23,6 +22,7 @@ from megalora.model.second_model import cut_second
 from megalora.model.vocab_logits import Reader, logprob
 from megalora.planner.cost import REFERENCE, step_time
 from megalora.planner.dryrun import second_model_bytes
+from megalora.planner.fake_world import fake_world
 from megalora.planner.layouts import ParallelLayout, check, enumerate_layouts
 from megalora.planner.memory import TEACHER, memory_of_model
 from megalora.planner.models import load_shape
@@ -62,7 +62,7 @@ def test_weights_of_a_second_model(arch: str, sizes: dict, tmp_path: Path) -> No
     work = replace(WORK, teacher=found)
     assert found is not None and found.shape is not None
     for rank in range(4):
-        with host.fake_world(rank, 4):
+        with fake_world(rank, 4):
             cut = cut_second(p, found.shape, "teacher")
             built = second_model_bytes(hf, cut, ModelConfig(path="planned"))
         assert memory_of_model(planned, layout, work, rank // 2)[TEACHER] == built > 0

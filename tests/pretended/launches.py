@@ -231,6 +231,7 @@ def count_all() -> dict[str, Cell]:
     recorder = Recorder()
     install(recorder)  # before anything of Megatron is imported
     from megalora import host
+    from megalora.planner.fake_world import fake_world
 
     host.install()
     recorder.answers["check_coverage"] = all_there
@@ -246,7 +247,7 @@ def count_all() -> dict[str, Cell]:
         for which, cell in cells.items():
             found[f"{name} {which}"] = cell
     for adapted in (False, True):
-        with pretended_gpu(recorder), host.fake_world(0, 1):
+        with pretended_gpu(recorder), fake_world(0, 1):
             cells = of_loss(recorder, adapted)
         for which, cell in cells.items():
             found[f"loss {'adapters' if adapted else 'base'} {which}"] = cell

@@ -28,11 +28,11 @@ from megalora.model.fields import model_shape
 from megalora.planner.microbatch import ranks_per_token
 from megalora.train.assemble import Inputs, Run, assemble, build_for_training
 from megalora.train.drift import DriftCheck
-from megalora.train.optim import optimizer_state
 from megalora.train.probe import Probe
 from tests.pretended.device import pretended_gpu
 from tests.pretended.recorder import NAME, Recorder, on_gpu
 from tests.pretended.scenarios import Scenario
+from tests.whole_state import gathered_state
 
 
 class Tokenizer:
@@ -199,4 +199,4 @@ def _between_steps(scenario: Scenario, recorder: Recorder, made: Run) -> None:
     # Both moments of Adam go the same way; one stands for them.
     with recorder.phase("save"):
         gather_tensors(model.shards, {p: p.data for p in model.parameters}, made.groups)
-        optimizer_state(made.optimizer, "exp_avg", model.parameters, made.groups)
+        gathered_state(made.optimizer, "exp_avg", model.parameters, made.groups)

@@ -4,36 +4,46 @@ are loaded."""
 import json
 import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from megalora.adapters.files import CONFIG, OPTIMIZER, RNG, STATE_JSON, WEIGHTS
+from megalora.adapters.files import CONFIG, INDEX, STATE, STATE_JSON, STATE_KEYS, WEIGHTS
+from megalora.adapters.saved_tensors import SavedTensors, digest_fault
+from megalora.adapters.state_index import Index, Indexed, Piece, rank_file, write_index
+from megalora.adapters.write.stream import write_tensors
 from megalora.config import CheckpointConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
+from megalora.lora.slices import Slice
+from megalora.train.checkpoint.pieces import Block
+from megalora.train.checkpoint.snapshot import Snapshot
 from megalora.train.checkpoint.where import Found, _find
+from megalora.train.checkpoint.writer import write_together
 
-TENSORS = (WEIGHTS, OPTIMIZER, RNG)
-"""The files of a checkpoint that hold tensors."""
 # Only that the sections are there is checked before two runs are compared.
 SECTIONS = {"model": {}, "data": {}, "train": {}, "lora": {}}
 
 
-def filled(step: int, mark: float | None = None) -> Callable[[Path], None]:
-    """Writes a checkpoint of ``step`` whose tensors all hold ``mark``, which tells two saves of one
-    step apart."""
+def save_filled(target: Path, mark: float | None = None) -> None:
+    """Save a checkpoint, as a run of one rank does, whose tensors all hold ``mark``, which tells
+    two saves of one step apart; by default the step."""
+    step = int(target.name.removeprefix("step_"))
+    # 400 bytes: enough that a cut file loses some of them.
+    values = torch.full((100,), float(step) if mark is None else mark)
+    piece = Slice.whole((100,))
+    snapshot = Snapshot()
+    blocks = [Block(key, values, (("a", piece),)) for key in STATE_KEYS]
+    snapshot.take(blocks, {"cpu": torch.zeros(16, dtype=torch.uint8)})
 
-    value = float(step)
-    if mark is not None:
-        value = mark
+    def own(folder: Path) -> tuple[int, str]:
+        (folder / STATE).mkdir()
+        return snapshot.write(folder / STATE / rank_file(0))
 
-    def write(folder: Path) -> None:
+    def rest(folder: Path, made: list[tuple[int, str]]) -> None:
+        write_tensors(folder / WEIGHTS, {"a": values}, [("a", values)], {"format": "pt"})
         (folder / CONFIG).write_text("{}")
-        (folder / "training_state").mkdir()
-        for name in TENSORS:
-            # 400 bytes: enough that a cut file loses some of them.
-            save_file({"a": torch.full((100,), value)}, folder / name)
+        tensors = {"a": Indexed((100,), STATE_KEYS, (Piece(0, piece),))}
+        write_index(folder / INDEX, Index(1, {rank_file(0): made[0]}, tensors))
         state = {
             "step": step,
             "num_samples": 7,
@@ -43,15 +53,18 @@ def filled(step: int, mark: float | None = None) -> Callable[[Path], None]:
         }
         (folder / STATE_JSON).write_text(json.dumps(state))
 
-    return write
+    write_together(target, own, rest)
 
 
 def mark_of(folder: Path) -> float:
     """What all tensors of a checkpoint hold; an assertion fails where they differ, or a file cannot
     be read."""
-    values = set()
-    for name in TENSORS:
-        values.update(load_file(folder / name)["a"].tolist())
+    values = set(load_file(folder / WEIGHTS)["a"].tolist())
+    with SavedTensors(folder) as saved:
+        assert saved.index is not None
+        assert digest_fault(folder, saved.index, rank_file(0)) is None
+        for key in STATE_KEYS:
+            values.update(saved.whole(key, "a", (100,)).tolist())
     # Files of two saves in one folder would be a checkpoint that never was.
     assert len(values) == 1, values
     return values.pop()

@@ -7,11 +7,10 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from megalora.adapters.files import AVERAGE, OPTIMIZER
+from megalora.adapters.files import AVERAGE_KEY
 from megalora.config import CheckpointConfig, TrainConfig
 from megalora.config.train import Relora
 from megalora.hf.json_file import read_hf_config
@@ -25,6 +24,7 @@ from megalora.train.loop import train
 from tests.distributed.ranks import run_ranks
 from tests.parity.built import built
 from tests.parity.runs import make_config
+from tests.whole_state import INDEX, tensors_of, whole_state
 
 DECAY = 0.7
 STEPS = 4
@@ -46,7 +46,7 @@ def run(
 def adapter_at(out: Path, step: int) -> dict[str, Tensor]:
     """Float32 factors of a checkpoint by name."""
     found = {}
-    for name, value in load_file(out / f"step_{step:06d}" / OPTIMIZER).items():
+    for name, value in whole_state(out / f"step_{step:06d}").items():
         if name.startswith("param."):
             found[name.removeprefix("param.")] = value
     return found
@@ -66,7 +66,7 @@ def test_the_average_and_its_adapter(tiny: Path, chats: Path, tmp_path: Path) ->
         for name, value in adapter_at(out, step).items():
             expected[name] = DECAY * expected[name] + (1 - DECAY) * value.double()
     checkpoint = out / f"step_{STEPS:06d}"
-    found = load_file(checkpoint / AVERAGE)
+    found = tensors_of(checkpoint, AVERAGE_KEY)
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(found[name].double(), value, rtol=1e-6, atol=1e-7)
@@ -85,13 +85,14 @@ def test_a_resumed_run_goes_on_averaging(tiny: Path, chats: Path, tmp_path: Path
     through = run(tiny, chats, tmp_path / "through", 1, {})
     run(tiny, chats, tmp_path / "half", 2, {"tp": 2, "ep": 2}, steps=2)
     half = run(tiny, chats, tmp_path / "half", 2, {"pp": 2}, resume=True)
-    found = load_file(half / f"step_{STEPS:06d}" / AVERAGE)
-    for name, value in load_file(through / f"step_{STEPS:06d}" / AVERAGE).items():
+    found = tensors_of(half / f"step_{STEPS:06d}", AVERAGE_KEY)
+    for name, value in tensors_of(through / f"step_{STEPS:06d}", AVERAGE_KEY).items():
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=3e-5)
     with pytest.raises(Exception, match=f"train.ema_decay={DECAY}, this run has 0.9"):
         run_ranks(train, 1, _with_other_decay(tiny, chats, half))
-    (half / f"step_{STEPS:06d}" / AVERAGE).unlink()
-    with pytest.raises(Exception, match="average.safetensors"):
+    index = half / f"step_{STEPS:06d}" / INDEX
+    index.write_text(index.read_text().replace(f',"{AVERAGE_KEY}"', ""))
+    with pytest.raises(Exception, match=r"index.json has no average"):
         run(tiny, chats, half, 1, {}, steps=STEPS + 1, resume=str(half / f"step_{STEPS:06d}"))
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megalora.adapters.files import OPTIMIZER, WEIGHTS
+from megalora.adapters.files import WEIGHTS
 from megalora.adapters.read.adapter import read_adapter
 from megalora.adapters.trained import trained_form
 from megalora.adapters.training_state import read_state
@@ -20,10 +20,10 @@ from megalora.lora.factors import LoRAFactors
 from megalora.lora.spec import Adapted
 from megalora.model.fields import model_shape
 from megalora.train.loop import train
-from megalora.train.optim import optimizer_state
 from tests.distributed.ranks import run_ranks
 from tests.parity.built import built
 from tests.parity.runs import make_config, records
+from tests.whole_state import gathered_state, whole_state
 
 NAMES = ["o_proj", "gate_proj", "up_proj", "down_proj", "gate"]
 LORA = LoRAConfig(rank=4, alpha=8.0, target_modules=NAMES, init="olora")
@@ -59,7 +59,7 @@ def errors_in_the_model(config: RunConfig) -> dict[str, float]:
         for step in range(STEPS):
             run.step(step, LR)
         trained = [shard.parameter for shard in run.model.trained]
-        masters = optimizer_state(run.optimizer, "param", trained, run.groups)
+        masters = gathered_state(run.optimizer, "param", trained, run.groups)
         values = {**run.model.values(), **masters}
         whole = {shard.name: shard.of(values) for shard in run.model.shards}
         for chunk in run.model.chunks:
@@ -132,7 +132,7 @@ def test_files_and_losses_are_those_of_float32(
     shape = model_shape(read_hf_config(tiny))
     adapted = read_state(folder).trained(shape)
     masters: dict[str, Tensor] = {}
-    for name, tensor in load_file(folder / OPTIMIZER).items():
+    for name, tensor in whole_state(folder).items():
         if name.startswith("param."):
             masters[name.removeprefix("param.")] = tensor
     file = load_file(folder / WEIGHTS)

@@ -16,9 +16,8 @@ from megalora.train.checkpoint.writer import (
     point_latest_at,
     recover,
     remove,
-    write_atomically,
 )
-from tests.train.folders import copied, filled, found, mark_of
+from tests.train.folders import copied, found, mark_of, save_filled
 
 # Names of Python's audit events; opening a file for writing is one more.
 CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.truncate"}
@@ -84,7 +83,7 @@ class Crash:
         self.kill = kill
         try:
             yield
-        except (KilledError, OSError):
+        except (KilledError, OSError, ValueError):
             assert self.count >= k, "the action itself is broken"
         finally:
             self.k = 0
@@ -105,7 +104,7 @@ def saved(run: Path, *steps: int, latest: int | None = None) -> Path:
     """A run folder with checkpoints of these steps."""
     run.mkdir()
     for step in steps:
-        write_atomically(run / checkpoint_name(step), filled(step))
+        save_filled(run / checkpoint_name(step))
     if latest is not None:
         point_latest_at(run / checkpoint_name(latest))
     return run
@@ -113,7 +112,7 @@ def saved(run: Path, *steps: int, latest: int | None = None) -> Path:
 
 def again(run: Path, step: int) -> Callable[[], None]:
     """The save under test, whose checkpoint is told from an earlier one of its step by ``NEW``."""
-    return lambda: write_atomically(run / checkpoint_name(step), filled(step, NEW))
+    return lambda: save_filled(run / checkpoint_name(step), NEW)
 
 
 # Steps that are there, the one that latest names (None: the last), the step that is saved, and the
@@ -168,11 +167,12 @@ def test_every_crash_point_of_a_save(
 
 def test_every_crash_point_of_forgetting_and_of_recovering(tmp_path: Path) -> None:
     start = saved(tmp_path / "start", 1, 2)
-    write_atomically(start / "step_000003", filled(3))
+    save_filled(start / "step_000003")
     # A save that never ended, and a replacement that was killed just before the new checkpoint took
     # the old one's place.
-    (start / ".step_000004.tmp").mkdir()
-    filled(4)(start / ".step_000004.tmp")
+    save_filled(start / "step_000004")
+    (start / "step_000004").rename(start / ".step_000004.tmp")
+    point_latest_at(start / "step_000003")
     (start / "step_000003").rename(start / ".step_000003.old")
 
     def forget_and_recover(run: Path) -> None:

@@ -15,6 +15,7 @@ from megalora.train.loop import train
 from tests.distributed.ranks import run_ranks
 from tests.parity.built import built
 from tests.parity.runs import make_config, records
+from tests.whole_state import whole_state
 
 DORA = LoRAConfig(
     rank=4, alpha=12.0, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], use_dora=True
@@ -22,7 +23,6 @@ DORA = LoRAConfig(
 ON_EXPERTS = LoRAConfig(rank=4, alpha=12.0, use_dora=True)
 IN_PARTS = LoRAConfig(rank=4, alpha=12.0, use_dora=["q_proj", "up_proj", "down_proj"])
 WEIGHTS = "adapter_model.safetensors"
-OPTIMIZER = "training_state/optimizer.safetensors"
 
 
 def resumed(config: RunConfig, out: Path, at: Path) -> RunConfig:
@@ -69,7 +69,7 @@ def test_magnitudes_are_float32_in_a_bfloat16_run(tiny: Path, chats: Path, tmp_p
     )
     run_ranks(train, 2, config)
     tensors = load_file(tmp_path / "step_000001" / WEIGHTS)
-    masters = load_file(tmp_path / "step_000001" / OPTIMIZER)
+    masters = whole_state(tmp_path / "step_000001")
     magnitudes = 0
     for name, tensor in tensors.items():
         if not name.endswith("lora_magnitude_vector"):

@@ -9,7 +9,6 @@ from unittest import mock
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from megalora.config import CheckpointConfig, RunConfig
 from megalora.train import optim
@@ -29,6 +28,7 @@ from tests.parity.case import (
 from tests.parity.grid import SHORT, Case
 from tests.parity.models import make_model
 from tests.parity.runs import make_config
+from tests.whole_state import gathered_state, whole_state
 
 LAYOUTS = [
     Case(2, tp=2, ep=2),
@@ -70,7 +70,7 @@ def after_three_steps(config: RunConfig) -> tuple[int, dict[str, list[torch.Tens
             clip_and_step(run.optimizer)
         found: dict[str, list[torch.Tensor]] = {}
         for key in ("param", "exp_avg", "exp_avg_sq"):
-            state = optim.optimizer_state(run.optimizer, key, run.model.parameters, run.groups)
+            state = gathered_state(run.optimizer, key, run.model.parameters, run.groups)
             found[key] = [value.clone() for value in state.values()]
         return kernel.call_count, found
 
@@ -120,9 +120,8 @@ def test_a_run_changes_from_one_to_the_other(
     else:
         run_ranks(train, 2, half)
         run_ranks(fused, 2, train, resumed)
-    name = "step_000004/training_state/optimizer.safetensors"
-    expected = load_file(tmp_path / "whole" / name)
-    found = load_file(tmp_path / "again" / name)
+    expected = whole_state(tmp_path / "whole/step_000004")
+    found = whole_state(tmp_path / "again/step_000004")
     assert found.keys() == expected.keys()
     for tensor, value in expected.items():
         # Steps of up to 1e-3 an element, which a count that begins anew makes larger by a third;

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from megalora import host
-from megalora.adapters.files import OPTIMIZER, RNG, STATE_JSON
+from megalora.adapters.files import STATE_JSON
 from megalora.config import CheckpointConfig, LoRAConfig, RunConfig
 from megalora.data.digest import samples_digest
 from megalora.data.splits import load_data
@@ -25,6 +25,7 @@ from megalora.train.loop import train
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_guards import said_by
 from tests.parity.runs import make_config, records
+from tests.whole_state import change_state, whole_state
 
 
 @pytest.fixture(scope="module")
@@ -197,19 +198,21 @@ def test_generators_of_another_kind_of_device_are_left_with_a_line(
     would raise."""
     folder = tmp_path / "gpu"
     shutil.copytree(done, folder)
-    path = folder / "run/step_000001" / RNG
-    states = load_file(path)
-    for name in states:
-        if name != "0.cpu":
-            states[name] = torch.zeros(16, dtype=torch.uint8)
-    save_file({**states, "0.cuda": torch.zeros(16, dtype=torch.uint8)}, path)
+
+    def as_on_a_gpu(states: dict[str, torch.Tensor]) -> None:
+        for name in states:
+            if name.startswith("rng.") and name != "rng.cpu":
+                states[name] = torch.zeros(16, dtype=torch.uint8)
+        states["rng.cuda"] = torch.zeros(16, dtype=torch.uint8)
+
+    change_state(folder / "run/step_000001", as_on_a_gpu)
     (said,) = run_ranks(said_by, 1, run_config(folder, resume=True, steps=2))
     line = "step_000001 was saved on GPUs, this run is on the CPU: dropout masks are drawn anew"
     assert line in said
     assert "finished at step 2" in said
     # And it has trained: parameters have moved.
-    before = load_file(folder / "run/step_000001" / OPTIMIZER)
-    after = load_file(folder / "run/step_000002" / OPTIMIZER)
+    before = whole_state(folder / "run/step_000001")
+    after = whole_state(folder / "run/step_000002")
     moved = []
     for name in before:
         if name.startswith("param.") and not torch.equal(after[name], before[name]):

@@ -8,11 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from megalora.adapters.files import AVERAGE, AVERAGED, OPTIMIZER
+from megalora.adapters.files import AVERAGE_KEY, AVERAGED
 from megalora.config import CheckpointConfig
 from megalora.data.splits import load_data
 from megalora.evaluate.judge import judge
@@ -35,6 +34,7 @@ from tests.parity.grid import SHORT, Case
 from tests.parity.models import make_model
 from tests.peft_warnings import IGNORED
 from tests.train.test_score_head import SCORE, config_of, in_peft, padded
+from tests.whole_state import tensors_of, whole_state
 
 pytestmark = [pytest.mark.slow, IGNORED]
 DECAY = 0.7
@@ -64,7 +64,7 @@ def test_experts_that_share_factors(case: Case, chats: Path, tmp_path: Path) -> 
 def masters(checkpoint: Path) -> dict[str, Tensor]:
     """Float32 parameters of a checkpoint by name."""
     found = {}
-    for name, value in load_file(checkpoint / OPTIMIZER).items():
+    for name, value in whole_state(checkpoint).items():
         if name.startswith("param."):
             found[name.removeprefix("param.")] = value
     return found
@@ -88,7 +88,7 @@ def test_an_averaged_head(tiny: Path, chats: Path, tmp_path: Path) -> None:
         now = masters(tmp_path / f"run/step_{step:06d}")[SCORE]
         expected = DECAY * expected + (1 - DECAY) * now.double()
     checkpoint = tmp_path / f"run/step_{STEPS:06d}"
-    found = load_file(checkpoint / AVERAGE)[SCORE]
+    found = tensors_of(checkpoint, AVERAGE_KEY)[SCORE]
     torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-8)
     # Another head than the last step's.
     assert (expected - masters(checkpoint)[SCORE].double()).abs().max() > 1e-3

@@ -28,6 +28,7 @@ from tests.paired import labelled_of, pairs_of
 from tests.parity.built import adapter_of, built, first_gradients
 from tests.parity.runs import make_config, records
 from tests.peft_warnings import IGNORED
+from tests.whole_state import whole_state
 
 pytestmark = IGNORED
 
@@ -108,9 +109,8 @@ def test_the_checkpoint_is_a_classifier_to_transformers_and_peft(
     _, held_out = load_data(trained.data, tokenizer, objective=trained.objective)
     assert held_out is not None
     rows = [sample.input_ids[:-1].tolist() for sample in held_out.samples]
-    master = folder / "training_state" / "optimizer.safetensors"
     weights = Path(trained.checkpoint.dir) / "weights.safetensors"
-    _masters(master, weights)
+    _masters(folder, weights)
     # A row of seven sequences on one rank, and on four.
     for parallel, world in (({}, 1), ({"tp": 2, "pp": 2}, 4)):
         config = replace(trained, parallel=replace(trained.parallel, **parallel))
@@ -127,9 +127,9 @@ def test_the_checkpoint_is_a_classifier_to_transformers_and_peft(
     assert (torch.tensor(probe["scores"]) - theirs).abs().max() < 1e-5
 
 
-def _masters(optimizer: Path, out: Path) -> None:
+def _masters(folder: Path, out: Path) -> None:
     masters = {}
-    for name, tensor in load_file(optimizer).items():
+    for name, tensor in whole_state(folder).items():
         if name.startswith("param."):
             masters[name.removeprefix("param.")] = tensor
     save_file(masters, out)
@@ -149,7 +149,7 @@ def test_loss_and_gradients_are_those_of_peft(
     folder = tmp_path / "run" / "step_000001"
     # B is zero in a fresh adapter: A would have no gradient.
     weights = tmp_path / "weights.safetensors"
-    _masters(folder / "training_state" / "optimizer.safetensors", weights)
+    _masters(folder, weights)
     random_b(weights, folder)
     ((loss, gradients),) = run_ranks(first_gradients, 1, config, weights)
     model = in_peft(tiny, folder, objective.num_scores, torch.float64)
@@ -271,9 +271,8 @@ def test_a_run_resumes_at_another_layout(
     assert records(tmp_path / "half", "loss") == pytest.approx(
         records(tmp_path / "through", "loss"), rel=1e-5
     )
-    name = "step_000004/training_state/optimizer.safetensors"
-    ours = load_file(tmp_path / "half" / name)
-    theirs = load_file(tmp_path / "through" / name)
+    ours = whole_state(tmp_path / "half/step_000004")
+    theirs = whole_state(tmp_path / "through/step_000004")
     for key in ("param", "exp_avg", "exp_avg_sq"):
         wanted = theirs[f"{key}.{SCORE}"]
         assert wanted.abs().max() > 0

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from megalora.adapters.files import OPTIMIZER, START
+from megalora.adapters.files import START_KEY
 from megalora.adapters.resumable import import_adapter
 from megalora.config import CheckpointConfig, ObjectiveConfig, RunConfig
 from megalora.evaluate.judge import judge
@@ -27,6 +26,7 @@ from tests.distributed.ranks import run_ranks
 from tests.paired import pairs_of
 from tests.parity.built import built
 from tests.parity.runs import make_config, records
+from tests.whole_state import INDEX, tensors_of, whole_state
 
 OF_START = ObjectiveConfig(name="dpo", beta=0.3, reference="start")
 OF_BASE = replace(OF_START, reference="base")
@@ -64,9 +64,9 @@ def test_an_imported_adapter_is_the_reference(
     assert records(tmp_path / "start", "eval_margin")[-1] > 1e-2
     # What was imported, and not what the step has made of it.
     checkpoint = tmp_path / "start" / "step_000001"
-    began = load_file(checkpoint / START)
-    masters = load_file(imported / OPTIMIZER)
-    moved = load_file(checkpoint / OPTIMIZER)
+    began = tensors_of(checkpoint, START_KEY)
+    masters = whole_state(imported)
+    moved = whole_state(checkpoint)
     assert {f"param.{name}" for name in began} == {n for n in masters if n.startswith("param.")}
     for name, value in began.items():
         assert torch.equal(value, masters[f"param.{name}"]), name
@@ -79,7 +79,7 @@ def test_the_base_is_another_reference(
 ) -> None:
     run_ranks(train, 1, continued(tiny, chats, tmp_path / "base", imported, OF_BASE))
     assert abs(records(tmp_path / "base", "loss")[0] - math.log(2)) > 1e-3
-    assert not (tmp_path / "base" / "step_000001" / START).exists()
+    assert not tensors_of(tmp_path / "base/step_000001", START_KEY)
     assert "objective.reference=start compares with that" in capfd.readouterr().out
     fresh = make_config(
         tiny, pairs_of(chats), tmp_path / "fresh", {}, objective=OF_START, eval=9, steps=1
@@ -112,10 +112,11 @@ def test_a_resumed_run_keeps_its_start(
         records(tmp_path / "half", "eval_margin")[-1], rel=1e-4
     )
     # Refused where there is none, and in the middle of a run.
-    (tmp_path / "half" / "step_000004" / START).unlink()
-    with pytest.raises(ValueError, match=r"has no training_state/start.safetensors"):
+    index = tmp_path / "half/step_000004" / INDEX
+    index.write_text(index.read_text().replace(f',"{START_KEY}"', ""))
+    with pytest.raises(ValueError, match=r"index.json has no start"):
         plan_of(Request(target=str(tmp_path / "half")))
-    with pytest.raises(ValueError, match=r"not a whole checkpoint: it has no .*start.safetensors"):
+    with pytest.raises(ValueError, match=r"not a whole checkpoint: .*index.json has no start"):
         read_whole(tmp_path / "half" / "step_000004", "it")
     other = continued(tiny, chats, tmp_path / "through", True, OF_BASE, steps=5)
     with pytest.raises(Exception, match="objective.reference=start, this run has base"):

@@ -9,19 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
 
-from megalora.adapters.files import OPTIMIZER, RNG, STATE_JSON, WEIGHTS
+from megalora.adapters.files import INDEX, STATE_JSON, WEIGHTS
 from megalora.adapters.training_state import read_state
-from megalora.train.checkpoint.writer import write_atomically
-from tests.train.folders import filled, found
+from tests.train.folders import found, save_filled
+from tests.whole_state import RANK_0, whole_state
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """Steps 2, 4 and 6; ``latest`` names 6."""
     for step in (2, 4, 6):
-        write_atomically(tmp_path / f"run/step_{step:06d}", filled(step))
+        save_filled(tmp_path / f"run/step_{step:06d}")
     return tmp_path / "run"
 
 
@@ -72,7 +71,7 @@ def test_latest_may_be_a_folder(run: Path) -> None:
 def test_newest_is_the_one_that_was_saved_last(run: Path) -> None:
     """After a roll-back to step 2, step 3 is newer than 4 and 6, which belong to what was given
     up."""
-    write_atomically(run / "step_000003", filled(3))
+    save_filled(run / "step_000003")
     (run / "latest").unlink()
     assert found(run).state.step == 3
 
@@ -93,7 +92,7 @@ def test_a_job_s_own_restart_goes_on_whatever_resume_says(run: Path, tmp_path: P
         found(run, resume=False)
     # torchrun repeats the command as it was given, but the folder has got checkpoints since.
     elsewhere = tmp_path / "elsewhere"
-    write_atomically(elsewhere / "step_000001", filled(1))
+    save_filled(elsewhere / "step_000001")
     for resume in (False, str(elsewhere / "step_000001")):
         assert found(run, resume=resume, restarted=True).state.step == 6
     # A job that died before its first save begins anew.
@@ -103,8 +102,9 @@ def test_a_job_s_own_restart_goes_on_whatever_resume_says(run: Path, tmp_path: P
 # As a full disk, an interrupted copy or a careless clean-up leave it.
 DAMAGES = {
     "state.json gone": lambda folder: (folder / STATE_JSON).unlink(),
-    "optimizer gone": lambda folder: (folder / OPTIMIZER).unlink(),
-    "generators gone": lambda folder: (folder / RNG).unlink(),
+    "index gone": lambda folder: (folder / INDEX).unlink(),
+    "a rank's file gone": lambda folder: (folder / RANK_0).unlink(),
+    "a rank's file cut": lambda folder: os.truncate(folder / RANK_0, 1000),
     "weights cut": lambda folder: os.truncate(folder / WEIGHTS, 300),
     "weights empty": lambda folder: os.truncate(folder / WEIGHTS, 0),
     "state.json cut": lambda folder: os.truncate(folder / STATE_JSON, 20),
@@ -126,7 +126,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_line(run: Path, damage: str)
 
 def test_never_a_fresh_start_beside_checkpoints(run: Path) -> None:
     for folder in run.glob("step_*"):
-        (folder / OPTIMIZER).unlink()
+        (folder / RANK_0).unlink()
     with pytest.raises(
         ValueError,
         match="none of its 3 checkpoints is whole .*step_000002 is not a whole checkpoint",
@@ -236,4 +236,4 @@ def test_a_right_state_is_read(tmp_path: Path) -> None:
 
 def test_the_tensors_of_the_helper_are_what_it_says(run: Path) -> None:
     # A checkpoint is marked by its step, on which the tests of crashes rely.
-    assert float(load_file(run / "step_000004" / OPTIMIZER)["a"][0]) == 4
+    assert float(whole_state(run / "step_000004")["param.a"][0]) == 4

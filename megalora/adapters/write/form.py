@@ -19,7 +19,9 @@ an adapter that was trained so can be written so.
 
 import json
 import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megalora.adapters.as_plain import as_plain, plain_form
+from megalora.adapters.as_plain import Get, as_plain, plain_form, plain_source
 from megalora.adapters.files import CONFIG, LORA, PART_DORA, WEIGHTS
 from megalora.adapters.read.stacked import DOWN, GATE_UP, pack, stacked_factors
 from megalora.adapters.write.engines import FileFormat
@@ -115,33 +117,34 @@ def padded(pairs: list[Pair]) -> list[str]:
     return sorted({written.projection.hf for written, own in pairs if own is None})
 
 
-def peft_tensors(pairs: list[Pair], trained: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The file's tensors from the trained ones, padded and folded as ``pairs`` say."""
-    # Of the matrices: a magnitude is float32 whatever they are.
-    dtype = next(value.dtype for value in trained.values() if value.dim() > 1)
-    tensors: dict[str, Tensor] = {}
+def peft_tensors(pairs: list[Pair], get: Get, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of the file, from the trained tensors that ``get`` returns by name, padded and
+    folded as ``pairs`` say.
+
+    Args:
+        dtype: dtype of the matrices.
+    """
     for written, own in pairs:
         for expert, module in enumerate(written.hf_modules()):
             for factor in written.factors:
                 name = tensor_name(module, factor)
                 # Neither has ranks to pad, and C's scale is its linear's.
                 if factor in ("M", "C"):
-                    tensors[name] = trained[name]
+                    yield name, get(name)
                     continue
                 if own is None:
-                    tensors[name] = torch.zeros(written.shape(factor), dtype=dtype)
+                    yield name, torch.zeros(written.shape(factor), dtype=dtype)
                     continue
                 # Zero rows below A [r, in], zero columns beside B [out, r]; B takes the scale.
                 missing = written.rank - own.rank
                 # What experts share becomes a copy in each: ``F.pad`` makes a new tensor.
-                value = trained[own.tensor_name(factor, expert)]
+                value = get(own.tensor_name(factor, expert))
                 if factor == "A":
-                    tensors[name] = F.pad(value, (0, 0, 0, missing))
+                    yield name, F.pad(value, (0, 0, 0, missing))
                     continue
                 if own.scale != written.scale:
                     value = value * (own.scale / written.scale)
-                tensors[name] = F.pad(value, (0, missing))
-    return tensors
+                yield name, F.pad(value, (0, missing))
 
 
 @dataclass(frozen=True)
@@ -280,8 +283,30 @@ def write_adapter(
     added as zeros (``padded``). ``metadata`` is written into the file with the weights."""
     tensors, config, zeros = adapter_contents(adapted, shape, trained, base, layout)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt", **metadata})
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    write_config(folder, config)
     return zeros
+
+
+def write_config(folder: Path, config: dict[str, Any]) -> None:
+    """Write ``adapter_config.json``."""
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def checkpoint_form(
+    adapted: list[Adapted], shape: ModelShape, get: Get, dtype: torch.dtype, base: str
+) -> tuple[Iterator[tuple[str, Tensor]], dict[str, Any]]:
+    """What the two files of a checkpoint hold: (name, tensor) of each, made one after the other,
+    and the config.
+
+    Args:
+        get: returns a trained tensor by HF name.
+        dtype: dtype of the matrices.
+    """
+    plain, get_plain = plain_source(adapted, get)
+    pairs = export_form(plain, shape)
+    written = [as_written for as_written, _ in pairs]
+    config = _config(written, plain, module_entries(written, shape), shape, base)
+    return chain(peft_tensors(pairs, get_plain, dtype), whole_tensors(shape, get, plain)), config
 
 
 def adapter_contents(
@@ -293,7 +318,7 @@ def adapter_contents(
     # Stacked, experts have entries and tensors of their own; all else is written as always.
     linears = [a for a in adapted if not (layout == "stacked" and a.projection.is_expert)]
     pairs = export_form(linears, shape, uniform=layout in ("uniform", "shared_outer"))
-    tensors = peft_tensors(pairs, trained)
+    tensors = dict(peft_tensors(pairs, trained.__getitem__, matrix_dtype(trained)))
     written = [as_written for as_written, _ in pairs]
     entries = module_entries(written, shape)
     if layout == "shared_outer":
@@ -302,7 +327,19 @@ def adapter_contents(
         of_experts, more = _stacked(adapted, shape, trained)
         tensors = tensors | of_experts
         entries = entries + more
-    tensors |= whole_tensors(shape, trained, adapted)
+    tensors |= whole_tensors(shape, trained.__getitem__, adapted)
+    return tensors, _config(written, adapted, entries, shape, base), padded(pairs)
+
+
+def matrix_dtype(trained: Mapping[str, Tensor]) -> torch.dtype:
+    """Dtype of an adapter's matrices: a magnitude is float32 whatever they are."""
+    return next(value.dtype for value in trained.values() if value.dim() > 1)
+
+
+def _config(
+    written: list[Adapted], adapted: list[Adapted], entries: list[_Entry], shape: ModelShape, base: str
+) -> dict[str, Any]:
+    """``adapter_config.json`` of linears as they are written, and of what is trained whole."""
     # PEFT has DoRA on all that a folder adapts, zeros included, or on nothing.
     peft_type = PART_DORA if in_parts(written) else LORA
     has_dora = has_magnitudes(written)
@@ -310,7 +347,7 @@ def adapter_contents(
     config |= whole_options(shape, adapted)
     if has_biases(written):
         config["lora_bias"] = True
-    return tensors, config, padded(pairs)
+    return config
 
 
 def _number(alpha: float) -> float | int:

@@ -7,11 +7,12 @@ A tied embedding is one weight here. PEFT makes a copy of it for each name, unle
 ``ensure_weight_tying`` and the weight under both names.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
 
+from megalora.adapters.as_plain import Get
 from megalora.hf.tensor_names import bias_name, weight_name
 from megalora.lora.spec import Adapted
 from megalora.lora.trained_weight import trained_weights
@@ -20,20 +21,20 @@ from megalora.model.shape import ModelShape
 
 
 def whole_tensors(
-    shape: ModelShape, trained: Mapping[str, Tensor], written: Sequence[Adapted]
-) -> dict[str, Tensor]:
-    """The file's tensors of all that is trained beside factors. ``written``: what it adapts."""
-    tensors: dict[str, Tensor] = {}
+    shape: ModelShape, get: Get, written: Sequence[Adapted]
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of the file for all that is trained beside factors, from trained tensors by
+    name. ``written``: what the file adapts."""
     adapted = {a.hf_module() for a in written if not a.num_experts}
     for weight in trained_weights(shape):
         name = weight.tensor
         if weight.is_bias:
             name = bias_name(weight.module, is_adapted=weight.module in adapted)
-        tensors[name] = trained[weight.tensor].contiguous()
+        value = get(weight.tensor).contiguous()
+        yield name, value
         if weight.tied and not weight.tokens:
             # A copy, because a file holds no tensor under two names.
-            tensors[weight_name(LM_HEAD)] = trained[weight.tensor].clone()
-    return tensors
+            yield weight_name(LM_HEAD), value.clone()
 
 
 def whole_options(shape: ModelShape, written: Sequence[Adapted]) -> dict[str, Any]:

@@ -1,47 +1,52 @@
-"""Save a checkpoint: what a run needs to continue, and what PEFT and servers load."""
+"""Save a checkpoint: what a run needs to continue, and what PEFT and servers load.
+
+Every rank copies what it owns to host memory (``snapshot.py``), and training goes on. A thread on
+each rank then writes the rank's own file, sends the first rank what it needs for the adapter
+(``assembled.py``), and the first rank puts the folder in place (``writer.py``).
+"""
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from safetensors.torch import save_file
-from torch import Tensor
+from safetensors import safe_open
 
 from megalora import host
+from megalora.adapters.as_plain import Get
 from megalora.adapters.best_loss import BestLoss, Evaluations
-from megalora.adapters.cycles import keep_cycles, read_cycles, state_folder, summed
+from megalora.adapters.cycles import cycle_file, keep_cycles, state_folder
 from megalora.adapters.files import (
-    AVERAGE,
+    AVERAGE_KEY,
     AVERAGED,
-    OPTIMIZER,
+    INDEX,
     PROBE,
-    RNG,
-    START,
     STATE,
     STATE_JSON,
     STATE_KEYS,
 )
 from megalora.adapters.latest import BEST, checkpoints
-from megalora.adapters.write.form import write_adapter
+from megalora.adapters.state_index import Index, rank_file, write_index
 from megalora.config import CheckpointConfig, RunConfig
-from megalora.first_rank import on_first_rank
+from megalora.first_rank import is_first_rank, on_first_rank
 from megalora.lora.adapted_model import AdaptedModel
-from megalora.lora.gather import gather_tensors
 from megalora.lora.section import settings
-from megalora.lora.spec import has_start
 from megalora.train.average import Average
+from megalora.train.checkpoint.adapter_file import AdapterFile
+from megalora.train.checkpoint.assembled import Table, table_of
 from megalora.train.checkpoint.identity import Identity, Samples
+from megalora.train.checkpoint.pieces import OwnedPieces
+from megalora.train.checkpoint.snapshot import Snapshot
 from megalora.train.checkpoint.writer import (
     checkpoint_name,
     point_best,
     remove,
-    write_atomically,
+    write_together,
 )
-from megalora.train.optim import optimizer_state
 from megalora.train.references import Start
 
 
@@ -57,114 +62,149 @@ class Beside:
     """Of the adapter."""
 
 
-def save_checkpoint(
-    step: int, evaluations: Evaluations, samples: Samples, identity: Identity, config: RunConfig,
-    model: AdaptedModel, optimizer: Any, probe: dict[str, Any], beside: Beside | None = None,
-) -> Path:  # fmt: skip
-    """Write ``step_N`` into the run folder and point ``latest`` at it; collective. A failure leaves
-    earlier ones whole.
+@dataclass(frozen=True)
+class Texts:
+    """What the first rank writes beside tensors."""
 
-    Args:
-        evaluations: what is known of the run's evaluations so far.
-        samples: number and digest of the training samples.
-        identity: data and base, which must be the same when the run is resumed.
-        probe: log-probabilities of the adapter as it is, for servers (``probe.py``).
-        beside: what the run keeps beside its adapter.
-    """
-    run = Path(config.checkpoint.dir)
-    # All collectives come before the first rank begins to write: it may fail, the others wait.
-    weights = gather_tensors(model.shards, model.values(), model.groups)
-    state = _whole_optimizer_state(model, optimizer)
-    rng = _all_generators()
-    beside = beside or Beside()
-    copies = _gather_copies(beside, model)
-    cycles = beside.cycles
-
-    summary = {
-        "step": step, "num_samples": samples.count, "world_size": dist.get_world_size(),
-        "saved_at": time.time(),
-        "evaluated_step": evaluations.last_step, "best": asdict(evaluations.best),
-        "identity": identity.as_json(samples.digest), "config": asdict(config),
-        "adapted": settings(model.adapted), **_of_cycles(config, cycles),
-    }  # fmt: skip
-
-    def write(folder: Path) -> None:
-        # Only called on the first rank, which has the whole tensors.
-        assert weights is not None
-        (folder / STATE).mkdir()
-        # Files for PEFT and servers first, then what only a resumed run reads.
-        _write_sum(folder, run, cycles, config, model, weights)
-        (folder / PROBE).write_text(json.dumps(probe) + "\n")
-        save_file(state, folder / OPTIMIZER)
-        save_file(rng, folder / RNG)
-        for name, tensors in copies.items():
-            save_file(tensors, folder / name)
-        if AVERAGE in copies:
-            _write_average(folder, config, model, copies[AVERAGE], weights)
-        (folder / STATE_JSON).write_text(json.dumps(summary, indent=1) + "\n")
-
-    target = run / checkpoint_name(step)
-    _publish(target, write, lambda: tidy(target, evaluations.best, config.checkpoint))
-    return target
+    state: dict[str, Any]
+    """Content of state.json."""
+    probe: dict[str, Any]
+    """Log-probabilities of the adapter as it is, for servers (``probe.py``)."""
+    best: BestLoss
 
 
-def _gather_copies(beside: Beside, model: AdaptedModel) -> dict[Path, dict[str, Tensor]]:
-    """File in a checkpoint -> its whole tensors, of what has the adapter's shapes; without tensors
-    on other ranks than the first. Collective."""
-    # Every rank enters the same collectives: what is kept follows from the config.
-    copies: dict[Path, dict[str, Tensor]] = {}
-    if beside.start is not None:
-        copies[START] = gather_tensors(model.trained, beside.start, model.groups) or {}
-    if beside.average is not None:
-        values = beside.average.values
-        copies[AVERAGE] = gather_tensors(model.shards, values, model.groups) or {}
-    return copies
+class CheckpointWriter:
+    """Writes ``step_N`` folders of one run."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        model: AdaptedModel,
+        optimizer: Any,
+        group: dist.ProcessGroup | None,
+    ) -> None:
+        """``group``: all ranks, over the host, which nothing else uses; None for one rank."""
+        self.config = config
+        self.model = model
+        self.group = group
+        self.pieces = OwnedPieces(model, optimizer)
+        self.run = Path(config.checkpoint.dir)
+        self._table: Table | None = None
+        self._has_table = False
+        self._adapter: AdapterFile | None = None
+        base = config.model.path
+        self._average = AdapterFile(model.adapted, model.shape, base, AVERAGE_KEY)
+
+    def folder(self, step: int) -> Path:
+        """The checkpoint of a step."""
+        return self.run / checkpoint_name(step)
+
+    def take(self, snapshot: Snapshot, beside: Beside) -> None:
+        """Begin to copy everything that is saved; training may go on behind it."""
+        average = beside.average.values if beside.average is not None else None
+        snapshot.take(self.pieces.blocks(beside.start, average), host.rng_state())
+
+    def texts(
+        self,
+        step: int,
+        evaluations: Evaluations,
+        samples: Samples,
+        identity: Identity,
+        probe: dict[str, Any],
+        cycles: int,
+    ) -> Texts:
+        """What the first rank writes beside tensors, as it is now.
+
+        Args:
+            evaluations: what is known of the run's evaluations so far.
+            samples: number and digest of the training samples.
+            identity: data and base, which must be the same when the run is resumed.
+            cycles: adapters that are merged into the base.
+        """
+        state = {
+            "step": step, "num_samples": samples.count, "world_size": dist.get_world_size(),
+            "saved_at": time.time(),
+            "evaluated_step": evaluations.last_step, "best": asdict(evaluations.best),
+            "identity": identity.as_json(samples.digest), "config": asdict(self.config),
+            "adapted": settings(self.model.adapted), **_of_cycles(self.config, cycles),
+        }  # fmt: skip
+        return Texts(state, probe, evaluations.best)
+
+    def write(self, snapshot: Snapshot, texts: Texts) -> None:
+        """Write the folder and point ``latest`` at it; collective over the group. A failure leaves
+        earlier ones whole.
+
+        Raises:
+            ValueError: on every rank, where one cannot write.
+        """
+        snapshot.wait()
+        # Of the first save of this process: which elements a rank owns does not change.
+        if not self._has_table:
+            self._table = table_of(snapshot, self.pieces.dtypes, self.group)
+            self._has_table = True
+        target = self.folder(texts.state["step"])
+        name = rank_file(dist.get_rank())
+
+        def own(folder: Path) -> tuple[int, str]:
+            # Whichever rank comes first makes it.
+            (folder / STATE).mkdir(exist_ok=True)
+            return snapshot.write(folder / STATE / name)
+
+        def rest(folder: Path, made: list[tuple[int, str]]) -> None:
+            self._write_rest(folder, snapshot, texts, made)
+
+        write_together(target, own, rest, self.group)
+        # A message of its own: the new checkpoint is whole, whatever becomes of older ones.
+        on_first_rank(
+            lambda: tidy(target, texts.best, self.config.checkpoint),
+            f"saved {target.name}, but could not point at the best checkpoint or remove older ones",
+            self.group,
+        )
+
+    def _write_rest(
+        self, folder: Path, snapshot: Snapshot, texts: Texts, made: list[tuple[int, str]]
+    ) -> None:
+        """The adapter's files, which all ranks send, and all else that the first rank writes."""
+        cycles = texts.state["cycles"]
+        # Its form changes with every merge.
+        if self._adapter is None or self._adapter.cycles != cycles:
+            model = self.model
+            base = self.config.model.path
+            self._adapter = AdapterFile(model.adapted, model.shape, base, STATE_KEYS[0], cycles)
+        fault: Exception | None = None
+        with ExitStack() as files:
+            fault = self._adapter.write(
+                folder, self._table, snapshot.held.get(STATE_KEYS[0], []), self.pieces.dtypes,
+                self.group, lambda: _earlier(self.run, cycles, files),
+            )  # fmt: skip
+        if self.config.train.ema_decay:
+            averaged = folder / AVERAGED
+            held = snapshot.held.get(AVERAGE_KEY, [])
+            failed = self._average.write(
+                averaged, self._table, held, self.pieces.dtypes, self.group
+            )
+            fault = fault or failed
+        if fault is not None:
+            raise fault
+        if not is_first_rank():
+            return
+        assert self._table is not None
+        files_made = {rank_file(rank): file for rank, file in enumerate(made)}
+        index = Index(len(made), files_made, self._table.tensors)
+        write_index(folder / INDEX, index)
+        keep_cycles(self.run, state_folder(folder), cycles)
+        (folder / PROBE).write_text(json.dumps(texts.probe) + "\n")
+        (folder / STATE_JSON).write_text(json.dumps(texts.state, indent=1) + "\n")
 
 
-def _publish(target: Path, write: Callable[[Path], None], tidy_up: Callable[[], None]) -> None:
-    """Write the checkpoint on the first rank, then look after the others; collective."""
-    on_first_rank(
-        lambda: write_atomically(target, write),
-        f"could not save {target.name}; earlier checkpoints are whole",
-    )
-    # A message of its own: the new checkpoint is whole, whatever becomes of older ones.
-    on_first_rank(
-        tidy_up,
-        f"saved {target.name}, but could not point at the best checkpoint or remove older ones",
-    )
-
-
-def _write_sum(
-    folder: Path,
-    run: Path,
-    cycles: int,
-    config: RunConfig,
-    model: AdaptedModel,
-    weights: dict[str, Tensor],
-) -> None:
-    """Write the adapter that fits the base as published: with those of earlier cycles added, which
-    the training state keeps apart."""
-    adapted = model.adapted
-    if cycles:
-        earlier = read_cycles(run, cycles, adapted)
-        adapted, weights = summed(adapted, earlier, weights)
-    write_adapter(folder, adapted, model.shape, weights, config.model.path)
-    keep_cycles(run, state_folder(folder), cycles)
-
-
-def _write_average(
-    folder: Path,
-    config: RunConfig,
-    model: AdaptedModel,
-    averaged: dict[str, Tensor],
-    weights: dict[str, Tensor],
-) -> None:
-    """Write the average as an adapter of its own, in the adapter's dtype."""
-    (folder / AVERAGED).mkdir()
-    rounded: dict[str, Tensor] = {}
-    for name, value in averaged.items():
-        rounded[name] = value.to(weights[name].dtype)
-    write_adapter(folder / AVERAGED, model.adapted, model.shape, rounded, config.model.path)
+def _earlier(run: Path, cycles: int, files: ExitStack) -> Sequence[Get]:
+    """Functions that return the factors of earlier cycles by name, from files that ``files``
+    closes."""
+    opened: list[Get] = []
+    for number in range(cycles):
+        path = str(cycle_file(run, number))
+        opened.append(files.enter_context(safe_open(path, framework="pt")).get_tensor)
+    return opened
 
 
 def _of_cycles(config: RunConfig, cycles: int) -> dict[str, int]:
@@ -172,38 +212,6 @@ def _of_cycles(config: RunConfig, cycles: int) -> dict[str, int]:
     relora = config.train.relora
     # Without merges a run is in its first cycle to its end.
     return {"cycles": cycles, "cycle_start": cycles * relora.every if relora else 0}
-
-
-def _all_generators() -> dict[str, Tensor]:
-    """The state of every rank's generators by ``RANK.name``, on every rank; collective."""
-    mine = {name: state.cpu() for name, state in host.rng_state().items()}
-    of_ranks: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(of_ranks, mine)
-    states: dict[str, Tensor] = {}
-    for rank, of_rank in enumerate(of_ranks):
-        for name, state in of_rank.items():
-            states[f"{rank}.{name}"] = state
-    return states
-
-
-def _whole_optimizer_state(model: AdaptedModel, optimizer: Any) -> dict[str, Tensor]:
-    """Float32 masters and Adam's moments by ``KEY.tensor name`` on rank 0, empty elsewhere;
-    collective."""
-    state: dict[str, Tensor] = {}
-    # One at a time, because each is as large as the adapters in float32.
-    trained = model.trained
-    parameters = list(dict.fromkeys(shard.parameter for shard in trained))
-    for key in STATE_KEYS:
-        values = optimizer_state(optimizer, key, parameters, model.groups)
-        whole = gather_tensors(trained, values, model.groups) or {}
-        for name, tensor in whole.items():
-            state[f"{key}.{name}"] = tensor
-    # What is not trained has no moments, and is its own master. All ranks have such, or none.
-    if has_start(model.adapted):
-        whole = gather_tensors(model.frozen, model.values(), model.groups) or {}
-        for name, tensor in whole.items():
-            state[f"{STATE_KEYS[0]}.{name}"] = tensor
-    return state
 
 
 def tidy(newest: Path, best: BestLoss, options: CheckpointConfig) -> None:

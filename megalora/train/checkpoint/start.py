@@ -4,13 +4,13 @@ Every checkpoint has it, so that a resumed run does not take the adapter it resu
 start, whatever the layout and wherever the checkpoint was copied to.
 """
 
-import torch
 from torch import Tensor, nn
 
-from megalora.adapters.files import START
+from megalora.adapters.files import START_KEY
+from megalora.adapters.saved_tensors import SavedTensors
 from megalora.adapters.training_state import SavedState
 from megalora.lora.adapted_model import AdaptedModel
-from megalora.lora.gather import read_tensors
+from megalora.train.read_shards import read_shards
 from megalora.train.references import Start
 
 
@@ -28,6 +28,6 @@ def start_of(state: SavedState | None, model: AdaptedModel) -> Start:
         start[shard.parameter] = shard.parameter.data.clone()
     # A fresh run and an imported adapter begin here; a run's own checkpoint lies behind its start.
     if state is not None and state.imported_from is None:
-        with torch.no_grad():
-            read_tensors(state.folder / START, model.trained, start)
+        with SavedTensors(state.folder) as saved:
+            read_shards(saved, START_KEY, model.trained, start)
     return start

@@ -5,8 +5,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megalora.adapters.cycles import cycle_file
-from megalora.adapters.files import AVERAGE, CONFIG, OPTIMIZER, RNG, START, STATE, WEIGHTS
+from megalora.adapters.files import (
+    AVERAGE,
+    AVERAGE_KEY,
+    CONFIG,
+    INDEX,
+    OPTIMIZER,
+    RNG,
+    START,
+    START_KEY,
+    STATE,
+    STATE_KEYS,
+    WEIGHTS,
+)
 from megalora.adapters.latest import LATEST, checkpoints, latest_adapter, read_latest, taken_note
+from megalora.adapters.state_index import read_index
 from megalora.adapters.training_state import SavedState, read_state
 from megalora.config import RunConfig
 from megalora.first_rank import on_first_rank
@@ -132,16 +145,18 @@ def read_whole(folder: Path, what: str) -> SavedState:
         state = read_state(folder)
     except ValueError as error:
         raise ValueError(f"{what} is not a checkpoint: {error}") from None
-    tensors: list[str | Path] = [WEIGHTS, OPTIMIZER]
+    tensors: list[str | Path] = [WEIGHTS]
     for number in range(state.cycles):
         tensors.append(cycle_file(Path(STATE), number))
-    # An imported adapter comes without generators.
-    if state.imported_from is None:
-        tensors.append(RNG)
+    keys = [STATE_KEYS[0]]
     if (state.config.get("objective") or {}).get("reference") == "start":
-        tensors.append(START)
+        keys.append(START_KEY)
     if state.config.get("train", {}).get("ema_decay"):
-        tensors.append(AVERAGE)
+        keys.append(AVERAGE_KEY)
+    if (folder / INDEX).is_file():
+        _check_indexed(folder, keys, what)
+    else:
+        tensors += _old_files(state, keys)
     for name in [CONFIG, *tensors]:
         path = folder / name
         if not path.is_file():
@@ -149,6 +164,40 @@ def read_whole(folder: Path, what: str) -> SavedState:
         if name in tensors:
             _check_whole(path, what)
     return state
+
+
+def _check_indexed(folder: Path, keys: list[str], what: str) -> None:
+    """Raise ``ValueError`` unless the ranks' files are there at full length, with these keys."""
+    try:
+        index = read_index(folder)
+    except ValueError as error:
+        raise ValueError(f"{what} is not a whole checkpoint: {error}") from None
+    for name, (num_bytes, _) in index.files.items():
+        path = folder / STATE / name
+        if not path.is_file():
+            raise ValueError(f"{what} is not a whole checkpoint: it has no {STATE}/{name}")
+        if path.stat().st_size != num_bytes:
+            raise ValueError(
+                f"{what} is not a whole checkpoint: {path} has {path.stat().st_size:,} bytes, not"
+                f" the {num_bytes:,} of {INDEX.name}"
+            )
+    there = {key for tensor in index.tensors.values() for key in tensor.keys}
+    for key in keys:
+        if key not in there:
+            raise ValueError(f"{what} is not a whole checkpoint: {INDEX} has no {key}")
+
+
+def _old_files(state: SavedState, keys: list[str]) -> list[Path]:
+    """Files of tensors in a checkpoint of format 1."""
+    files = [OPTIMIZER]
+    # An imported adapter comes without generators.
+    if state.imported_from is None:
+        files.append(RNG)
+    if START_KEY in keys:
+        files.append(START)
+    if AVERAGE_KEY in keys:
+        files.append(AVERAGE)
+    return files
 
 
 def _check_whole(path: Path, what: str) -> None:

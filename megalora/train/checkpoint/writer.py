@@ -2,7 +2,7 @@
 
 A save changes the run folder in this order, and forces each step to disk before the next:
 
-1. ``.step_N.tmp`` is filled.
+1. ``.step_N.tmp`` is filled: each rank writes its own file, the first rank all others.
 2. Where step N is there already (a run rolled back and trained again), ``latest`` is pointed at
    an earlier checkpoint and the old folder is renamed to ``.step_N.old``.
 3. ``.step_N.tmp`` is renamed to ``step_N``.
@@ -20,9 +20,13 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import torch.distributed as dist
+from safetensors import SafetensorError
+
 from megalora.adapters.best_loss import BestLoss
 from megalora.adapters.latest import BEST, LATEST, checkpoints, read_latest
 from megalora.atomic_folder import force_to_disk, force_tree_to_disk
+from megalora.first_rank import is_first_rank, on_every_rank, on_first_rank
 
 _LEFT_OVER = re.compile(r"\.(step_\d{6,18})\.(tmp|old|gone)")
 
@@ -57,21 +61,53 @@ def _point(name: str, target: Path) -> None:
     force_to_disk(target.parent)
 
 
-def write_atomically(target: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` fill a folder beside ``target``, then put it in place; ``latest`` follows.
+def write_together[T](
+    target: Path,
+    own: Callable[[Path], T],
+    rest: Callable[[Path, list[T]], None],
+    group: dist.ProcessGroup | None = None,
+) -> None:
+    """Let all ranks fill a folder beside ``target``, then put it in place; ``latest`` follows.
+    Collective.
 
-    A failure leaves what was there before.
+    Args:
+        own: writes a rank's own file into the folder and forces it to disk.
+        rest: called on every rank with what ``own`` returned on each; the first rank writes all
+            else.
+        group: of the world's ranks; None for the world's own.
+    Raises:
+        ValueError: on every rank, when one cannot write. What was there before is still there.
     """
-    _make_run_folder(target.parent)
+    failure = f"could not save {target.name}; earlier checkpoints are whole"
+    temporary = on_first_rank(lambda: _begin(target), failure, group)
+    try:
+        made = on_every_rank(lambda: own(temporary), failure, group)
+        fault: Exception | None = None
+        try:
+            rest(temporary, made)
+        except (OSError, ValueError, SafetensorError) as error:
+            fault = error
+        on_first_rank(lambda: _finish(temporary, target, fault), failure, group)
+    except BaseException:
+        if is_first_rank():
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _begin(target: Path) -> Path:
+    """An empty folder beside ``target``. The run folder must be there: a new one in its place
+    would lack the run's config and its earlier checkpoints."""
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
-    try:
-        write(temporary)
-        force_tree_to_disk(temporary)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    return temporary
+
+
+def _finish(temporary: Path, target: Path, fault: Exception | None) -> None:
+    """Put a filled folder in place, unless it could not be filled."""
+    if fault is not None:
+        raise fault
+    force_tree_to_disk(temporary)
     # A folder cannot be renamed onto one that has content.
     old = target.with_name(f".{target.name}.old")
     if target.exists():
@@ -106,10 +142,12 @@ def recover(run: Path) -> None:
         (run / f".{name}.tmp").unlink(missing_ok=True)
 
 
-def _make_run_folder(run: Path) -> None:
-    if not run.is_dir():
-        run.mkdir(parents=True, exist_ok=True)
-        force_to_disk(run.parent)
+def make_run_folder(run: Path) -> None:
+    """Make the run folder and those above it where they are missing; a loss of power keeps them."""
+    missing = [folder for folder in (run, *run.parents) if not folder.exists()]
+    run.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        force_to_disk(folder.parent)
 
 
 def _put_aside(target: Path, old: Path) -> None:
