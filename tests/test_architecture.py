@@ -37,6 +37,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "user_error", "paths", "digests", "environment", "progress_bar", "atomic_folder", "comm",
         "cpu_device", "wording", "staged", "rendezvous", "first_rank", "megatron_patches", "host",
         "launching", "file_lock", "machine_folder", "versions", "tiny_folder", "thread_work",
+        "fake_world",
     ),
     ("config",),
     ("parallel",),

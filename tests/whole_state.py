@@ -1,4 +1,4 @@
-"""Read a checkpoint's training state as docs/checkpoints.md describes it, with none of our code;
+"""Read a checkpoint's training state as docs/runs.md describes it, with none of our code;
 damage it; and gather what ranks hold."""
 
 import hashlib

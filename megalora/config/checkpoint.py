@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 from megalora.config.checks import require
 from megalora.paths import expand
@@ -14,8 +15,10 @@ ADAPTER_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 class CheckpointConfig:
     dir: str = "runs/default"
     """The run folder. One run writes to it; a second one is refused at its start."""
-    every: int = 0
-    """Number of steps between checkpoints. 0 saves only at the end and on SIGTERM."""
+    every: int | Literal["auto"] = 0
+    """Number of steps between checkpoints. 0 saves only at the end and on SIGTERM. ``auto`` begins
+    one at every step where the last is on disk and saving has taken no more than a twentieth of the
+    time since; it needs ``checkpoint.keep``."""
     keep: int = 0
     """Number of checkpoints to keep; older ones are deleted. 0 keeps all."""
     keep_best: bool = False
@@ -23,6 +26,10 @@ class CheckpointConfig:
     ``checkpoint.every``, and to keep the one of the lowest loss beside the ``checkpoint.keep``
     newest ones. The file ``best`` names it, so that ``RUN/best`` is an adapter to every command.
     Needs ``data.eval`` and ``train.eval_every``."""
+    on_error: Literal["stop", "continue"] = "stop"
+    """What a run does when a checkpoint cannot be written, such as on a full disk: ``stop`` with
+    the reason, or ``continue`` with a line and try again at the next one. Earlier checkpoints stay
+    whole. Where the last one of a run fails, the run fails."""
     resume: bool | str = False
     """true resumes from the newest checkpoint in ``checkpoint.dir`` if there is one; a path resumes
     from that checkpoint, or from the latest one of that run folder."""
@@ -49,7 +56,13 @@ class CheckpointConfig:
             " and begin with a letter or a digit",
         )
         for name in ("every", "keep"):
+            value = getattr(self, name)
             require(
-                getattr(self, name) >= 0,
-                f"checkpoint.{name} must not be negative, got {getattr(self, name)}",
+                value == "auto" or value >= 0,
+                f"checkpoint.{name} must not be negative, got {value}",
             )
+        require(
+            self.every != "auto" or self.keep > 0,
+            "checkpoint.every=auto saves as often as the disk allows: set checkpoint.keep, the"
+            " number of checkpoints to keep",
+        )

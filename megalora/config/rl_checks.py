@@ -107,8 +107,9 @@ def _check_steps(config: Sections) -> None:
         ("train.eval_every", train.eval_every),
         ("checkpoint.every", config.checkpoint.every),
     ):
+        # "auto" saves at any step.
         require(
-            value % every == 0,
+            (1 if value == "auto" else value) % every == 0,
             f"{name}={value} must be a multiple of rl.steps_per_rollout={every}: a run evaluates,"
             " saves and stops where it would sample anew",
         )

@@ -45,8 +45,8 @@ def dry_run_command(
     planned = memory_of(shape, config.lora, layout, work, stage)
     buffer_bytes = _buffer_bytes(shape, p, stage, rank)
     # Late: a mistake above is answered without the ten seconds that importing Megatron takes.
+    from megalora.fake_world import fake_world
     from megalora.planner.dryrun import dry_run
-    from megalora.planner.fake_world import fake_world
 
     with fake_world(rank, gpus):
         built = dry_run(hf, config.lora, p, config.model, shape.num_scores)
@@ -85,8 +85,8 @@ def _teacher_bytes(config: RunConfig, layout: ParallelLayout, work: Workload, ra
     if work.teacher is None or work.teacher.model is None:
         return 0
     # Late, as above.
+    from megalora.fake_world import fake_world
     from megalora.planner.dryrun import second_model_bytes
-    from megalora.planner.fake_world import fake_world
 
     parallel = second_layout(work.teacher, layout).parallel
     # In a world of its own: groups of the first model may be of other sizes.

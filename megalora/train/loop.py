@@ -223,7 +223,7 @@ def _train_to_the_end(
         done = stopped or is_over or now.step >= num_steps
         saving = is_best and config.checkpoint.keep_best
         if now.step > 0 and now.step != now.saved_step:
-            saving |= done or is_due(now.step, config.checkpoint.every)
+            saving |= done or saver.due(now.step)
         # Replicas that differ must not be saved.
         saver.check_replicas(now, saving)
         if saving:

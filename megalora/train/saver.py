@@ -10,7 +10,7 @@ from megalora.first_rank import any_rank
 from megalora.parallel import host_group
 from megalora.train.assemble import Run
 from megalora.train.average import Average
-from megalora.train.checkpoint.background import Background, Save
+from megalora.train.checkpoint.background import Background, Pace, Save
 from megalora.train.checkpoint.identity import Identity, Samples
 from megalora.train.checkpoint.save import Beside, CheckpointWriter
 from megalora.train.drift import DriftCheck
@@ -72,6 +72,7 @@ class Saver:
         self.background = Background(say)
         model = run.model
         self.drift = DriftCheck(model.adapted, model.shards, run.groups, model.whole)
+        self.pace = Pace()
 
     def count_step(self, now: Progress) -> None:
         """Take note of a step that has been taken."""
@@ -92,6 +93,7 @@ class Saver:
         changes."""
         run = self.run
         writer = self.writer
+        self.pace.begin()
         # The probe runs before the files are written, because they hold what it says.
         probed = self.probe.run(run.stepper)
         beside = Beside(run.stepper.kept.get("start"), self.cycles.count, self.average)
@@ -102,6 +104,16 @@ class Saver:
         )
         self.background.begin(Save(now.step, lambda: writer.write(snapshot, texts), snapshot))
         now.saved_step = now.step
+        self.pace.end()
+
+    def due(self, step: int) -> bool:
+        """Whether ``checkpoint.every`` has a save here, on all ranks alike; collective where that
+        is "auto"."""
+        every = self.run.config.checkpoint.every
+        if every != "auto":
+            return is_due(step, every)
+        # Clocks of ranks differ.
+        return not any_rank([bool(self.background.pending) or self.pace.rests])[0]
 
     def take_note(self, now: Progress) -> None:
         """See which saves have ended, on all ranks alike: their checkpoints are whole, or the run
@@ -124,7 +136,12 @@ class Saver:
 
     def _end(self, save: Save, now: Progress) -> None:
         if save.error is not None:
-            raise save.error
+            may_fail = self.run.config.checkpoint.on_error == "continue"
+            # The adapter of the last step is what the run was for.
+            if not may_fail or now.step == save.step:
+                raise save.error
+            self.say(f"{save.error}; training goes on")
+            return
         now.saved = self.writer.folder(save.step)
         self.serve(now.saved)
 

@@ -20,7 +20,7 @@ from megalora.train.checkpoint.writer import write_together
 from megalora.train.loop import train
 from tests.distributed.ranks import run_ranks
 from tests.parity.runs import make_config, records
-from tests.whole_state import whole_state
+from tests.whole_state import RANK_0, whole_state
 
 
 def with_checkpoints(config: RunConfig, **options) -> RunConfig:
@@ -128,6 +128,19 @@ def test_resume_refuses_another_run(tiny, chats, tmp_path):
         run_ranks(train, 1, changed)
     with pytest.raises(Exception, match="is not a checkpoint: it has no training_state/state.json"):
         run_ranks(train, 1, with_checkpoints(config, resume=str(tmp_path / "step_7")))
+
+
+def test_a_changed_byte_is_not_trained_on(tiny, chats, tmp_path):
+    """On a disk that returns other bytes than were written; on two ranks, of which one reads it."""
+    config = make_config(tiny, chats, tmp_path, {}, steps=1)
+    run_ranks(train, 1, config)
+    path = tmp_path / "step_000001" / RANK_0
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.write_bytes(content)
+    longer = replace(config, train=replace(config.train, steps=2))
+    with pytest.raises(Exception, match="rank_00000.safetensors is damaged: its SHA-256"):
+        run_ranks(train, 2, with_checkpoints(longer, resume=True))
 
 
 def _train_until_sigterm(config: RunConfig) -> str:

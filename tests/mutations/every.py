@@ -41,6 +41,7 @@ from tests.mutations.rl_bugs import RL_BUGS
 from tests.mutations.rl_reward_bugs import RL_REWARD_BUGS
 from tests.mutations.row_bugs import ROW_BUGS
 from tests.mutations.run_bugs import RUN_BUGS
+from tests.mutations.saving_bugs import SAVING_BUGS
 from tests.mutations.score_bugs import SCORE_BUGS
 from tests.mutations.serve_bugs import SERVE_BUGS
 from tests.mutations.shared_bugs import SHARED_BUGS
@@ -54,6 +55,7 @@ from tests.mutations.whole_plan_bugs import WHOLE_PLAN_BUGS
 
 EVERY_BUG = (
     MODEL_BUGS
+    + SAVING_BUGS
     + KERNEL_BUGS
     + PLANNER_BUGS
     + PLAN_BUGS

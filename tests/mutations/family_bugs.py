@@ -211,7 +211,7 @@ FAMILY_BUGS: tuple[Bug, ...] = (
     bug(
         0,
         "patterns of an adapter's file without the names that PEFT looks up",
-        "megalora/adapters/write/form.py",
+        "megalora/adapters/write/peft_config.py",
         'return f"({re.escape(name)}|{re.escape(other)})"',
         "return re.escape(name)",
         f"{MIXTRAL_TEST} stock_peft_reads_ranks",
@@ -219,7 +219,7 @@ FAMILY_BUGS: tuple[Bug, ...] = (
     bug(
         0,
         "an adapter's file without Mixtral's names for patterns",
-        "megalora/adapters/write/form.py",
+        "megalora/adapters/write/peft_config.py",
         'return f"({re.escape(name)}|{re.escape(other)})"',
         "return re.escape(other)",
         f"{MIXTRAL_TEST} stock_peft_reads_ranks",

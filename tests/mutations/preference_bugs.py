@@ -192,8 +192,8 @@ PREFERENCE_BUGS: tuple[Bug, ...] = (
     bug(
         0,
         "a checkpoint without its start",
-        "megalora/train/checkpoint/save.py",
-        "if beside.start is not None:",
+        "megalora/train/checkpoint/pieces.py",
+        "if start is not None:",
         "if False:",
         f"{OF_START} imported_adapter",
     ),

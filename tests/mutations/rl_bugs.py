@@ -392,7 +392,7 @@ RL_BUGS: tuple[Bug, ...] = (
         0,
         "rl: a run may be saved in the middle of a rollout",
         "megalora/config/rl_checks.py",
-        "value % every == 0,",
+        '(1 if value == "auto" else value) % every == 0,',
         "True,",
         f"{OF_CONFIG} middle",
     ),
@@ -416,11 +416,13 @@ RL_BUGS: tuple[Bug, ...] = (
         0,
         "rl: a resumed run has moments of the checkpoint, and a fresh adapter",
         "megalora/train/checkpoint/load.py",
-        "        read_tensors(state.folder / OPTIMIZER, model.trained, values[key]",
-        '        if key == "param":\n            values[key].update(model.values())\n'
-        "            continue\n"
-        "        read_tensors(state.folder / OPTIMIZER, model.trained, values[key]",
+        "        read_shards(saved, STATE_KEYS[0], model.shards, model.values())\n",
+        "",
         f"{OF_COMPLAINTS} test_09",
+        (
+            "values.copy_(saved.read(block.key, name, part))",
+            'values.copy_(saved.read(block.key, name, part) if block.key != "param" else values)',
+        ),
     ),
     bug(
         0,

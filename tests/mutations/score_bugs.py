@@ -171,8 +171,8 @@ SCORE_BUGS: tuple[Bug, ...] = (
         0,
         "a head that is not saved",
         "megalora/adapters/write/whole.py",
-        "        tensors[name] = trained[weight.tensor].contiguous()\n",
-        "        pass\n",
+        "        yield name, value\n",
+        "",
         f"{OF_FILES} verifies",
     ),
     bug(

@@ -270,8 +270,8 @@ WAIT_BUGS: tuple[Bug, ...] = (
         0,
         "a count of steps that begins anew under one kernel",
         OPTIM,
-        '"step": torch.tensor(float(step))',
-        '"step": torch.tensor(0.0)',
+        'state["step"].fill_(step)',
+        'state["step"].fill_(0)',
         "tests/train/test_fused.py changes",
     ),
     bug(

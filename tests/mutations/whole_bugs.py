@@ -164,7 +164,7 @@ WHOLE_BUGS: tuple[Bug, ...] = (
         0,
         "a tied head that is not in the file",
         WRITE,
-        "            tensors[weight_name(LM_HEAD)] = trained[weight.tensor].clone()\n",
+        "            yield weight_name(LM_HEAD), value.clone()\n",
         "            pass\n",
         f"{RUNS} stock_peft_computes",
     ),

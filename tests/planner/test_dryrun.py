@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from megalora.config import LoRAConfig, ModelConfig, ParallelConfig
+from megalora.fake_world import fake_world
 from megalora.hf.json_file import read_hf_config
 from megalora.lora.select import resolve
 from megalora.lora.trained_weight import trained_weights
@@ -14,7 +15,6 @@ from megalora.lora.whole import with_biases, with_trained
 from megalora.model.families import FAMILIES, layer_projections
 from megalora.model.fields import model_shape
 from megalora.planner.dryrun import RankCount, dry_run
-from megalora.planner.fake_world import fake_world
 from megalora.planner.layouts import ParallelLayout
 from megalora.planner.memory import memory_of
 from megalora.planner.models import read_architecture

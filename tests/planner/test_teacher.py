@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megalora.bench.live import LiveTensors
 from megalora.config import LoRAConfig, ModelConfig, ObjectiveConfig, ParallelConfig
 from megalora.data.logits_header import Header, is_logits_folder, write_header
+from megalora.fake_world import fake_world
 from megalora.hf.json_file import read_hf_config
 from megalora.model.divergence import Divergence, distance_from, distance_from_top
 from megalora.model.fields import model_shape
@@ -22,7 +23,6 @@ from megalora.model.second_model import cut_second
 from megalora.model.vocab_logits import Reader, logprob
 from megalora.planner.cost import REFERENCE, step_time
 from megalora.planner.dryrun import second_model_bytes
-from megalora.planner.fake_world import fake_world
 from megalora.planner.layouts import ParallelLayout, check, enumerate_layouts
 from megalora.planner.memory import TEACHER, memory_of_model
 from megalora.planner.models import load_shape

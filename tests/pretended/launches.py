@@ -231,7 +231,7 @@ def count_all() -> dict[str, Cell]:
     recorder = Recorder()
     install(recorder)  # before anything of Megatron is imported
     from megalora import host
-    from megalora.planner.fake_world import fake_world
+    from megalora.fake_world import fake_world
 
     host.install()
     recorder.answers["check_coverage"] = all_there

@@ -19,7 +19,6 @@ from megalora.config import RunConfig
 from megalora.data.chat import Encoded
 from megalora.data.splits import Split
 from megalora.lora.adapted_model import AdaptedModel
-from megalora.lora.gather import gather_tensors
 from megalora.lora.select import resolve
 from megalora.lora.spec import Adapted
 from megalora.model.build import make_chunks
@@ -27,12 +26,13 @@ from megalora.model.dispatcher import AllToAllDispatcher, Splits
 from megalora.model.fields import model_shape
 from megalora.planner.microbatch import ranks_per_token
 from megalora.train.assemble import Inputs, Run, assemble, build_for_training
+from megalora.train.checkpoint.pieces import OwnedPieces
+from megalora.train.checkpoint.snapshot import Snapshot
 from megalora.train.drift import DriftCheck
 from megalora.train.probe import Probe
 from tests.pretended.device import pretended_gpu
 from tests.pretended.recorder import NAME, Recorder, on_gpu
 from tests.pretended.scenarios import Scenario
-from tests.whole_state import gathered_state
 
 
 class Tokenizer:
@@ -196,7 +196,7 @@ def _between_steps(scenario: Scenario, recorder: Recorder, made: Run) -> None:
         made.stepper.evaluate(made.batches.of_eval())
     with recorder.phase("probe"):
         probe.run(made.stepper)
-    # Both moments of Adam go the same way; one stands for them.
+    pieces = OwnedPieces(model, made.optimizer)
     with recorder.phase("save"):
-        gather_tensors(model.shards, {p: p.data for p in model.parameters}, made.groups)
-        gathered_state(made.optimizer, "exp_avg", model.parameters, made.groups)
+        # What the training thread does of it.
+        Snapshot().take(pieces.blocks(), {})

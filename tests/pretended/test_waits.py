@@ -53,19 +53,13 @@ def build(replicas: int, linears: int) -> dict[str, int]:
     }
 
 
-def whole_run(
-    replicas: int, linears: int, passes: int, first_rank: bool
-) -> dict[str, dict[str, int]]:
+def whole_run(replicas: int, linears: int, passes: int) -> dict[str, dict[str, int]]:
     """Every phase of a run on a rank.
 
     Args:
         passes: forward passes through MoE layers that exchange rows, in a step and in an
             evaluation; half as many in a probe.
     """
-
-    saved = {"exchange of objects: megalora/lora/gather.py:_send_to_first": 1}
-    if first_rank:
-        saved["copy to the host: megalora/lora/gather.py:_send_to_first"] = 1
 
     def exchanged(times: int) -> dict[str, int]:
         return splits(times) if passes else {}
@@ -80,7 +74,8 @@ def whole_run(
         "probe": (
             {"values to the host: megalora/train/probe.py:Probe.run": 1} | exchanged(passes // 2)
         ),
-        "save": saved,
+        # Copies to page-locked memory that nobody but the saving thread waits for.
+        "save": {},
     }
 
 
@@ -110,7 +105,7 @@ STEPS: dict[str, dict[str, int]] = {
 }
 # Six adapted modules each: qkv, proj, router, the experts' gate_up and down, head. With expert
 # parallelism Megatron keeps one buffer for dense parameters and one for the experts'.
-RUNS = {"one_gpu": whole_run(1, 6, 0, True), "tp2_ep2": whole_run(2, 6, 2, False)}
+RUNS = {"one_gpu": whole_run(1, 6, 0), "tp2_ep2": whole_run(2, 6, 2)}
 
 
 # One rank, every kind of parallel rank, and a row cut by context parallelism; the others take a

@@ -165,6 +165,13 @@ def test_every_crash_point_of_a_save(
     assert mark_of(run / checkpoint_name(step)) == NEW
 
 
+def test_a_removed_run_folder_is_not_made_anew(tmp_path: Path) -> None:
+    """It would lack the run's config and its earlier checkpoints."""
+    with pytest.raises(ValueError, match="could not save step_000001; earlier checkpoints are"):
+        save_filled(tmp_path / "gone/step_000001")
+    assert not list(tmp_path.iterdir())
+
+
 def test_every_crash_point_of_forgetting_and_of_recovering(tmp_path: Path) -> None:
     start = saved(tmp_path / "start", 1, 2)
     save_filled(start / "step_000003")

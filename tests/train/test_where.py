@@ -19,6 +19,7 @@ from tests.whole_state import RANK_0, whole_state
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """Steps 2, 4 and 6; ``latest`` names 6."""
+    (tmp_path / "run").mkdir()
     for step in (2, 4, 6):
         save_filled(tmp_path / f"run/step_{step:06d}")
     return tmp_path / "run"
@@ -92,6 +93,7 @@ def test_a_job_s_own_restart_goes_on_whatever_resume_says(run: Path, tmp_path: P
         found(run, resume=False)
     # torchrun repeats the command as it was given, but the folder has got checkpoints since.
     elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
     save_filled(elsewhere / "step_000001")
     for resume in (False, str(elsewhere / "step_000001")):
         assert found(run, resume=resume, restarted=True).state.step == 6

@@ -181,7 +181,7 @@ def loads_in_peft(layout: str, adapted: list[Adapted], shape: ModelShape) -> boo
 
 def _dora_beside(adapted: list[Adapted], shape: ModelShape) -> bool:
     """Whether DoRA is on an MLP of a model with experts: PEFT 0.21 can name its linears as
-    parameters alone there (``form.module_entries``), and has no DoRA on parameters."""
+    parameters alone there (``peft_config.module_entries``), and has no DoRA on parameters."""
     for a in adapted:
         if "M" in a.factors and shape.moe_layers and a.projection not in ATTENTION:
             return True

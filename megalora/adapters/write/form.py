@@ -20,7 +20,7 @@ an adapter that was trained so can be written so.
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -34,10 +34,16 @@ from megalora.adapters.as_plain import Get, as_plain, plain_form, plain_source
 from megalora.adapters.files import CONFIG, LORA, PART_DORA, WEIGHTS
 from megalora.adapters.read.stacked import DOWN, GATE_UP, pack, stacked_factors
 from megalora.adapters.write.engines import FileFormat
+from megalora.adapters.write.peft_config import (
+    Entry,
+    module_entries,
+    peft_config,
+    plain_number,
+)
 from megalora.adapters.write.stacks import factors_of, share_outer
 from megalora.adapters.write.whole import whole_options, whole_tensors
-from megalora.hf.tensor_names import experts_block, within_layer
-from megalora.lora.section import most_common, without_noise
+from megalora.hf.tensor_names import experts_block
+from megalora.lora.section import most_common
 from megalora.lora.spec import (
     PLAIN,
     Adapted,
@@ -49,7 +55,7 @@ from megalora.lora.spec import (
 )
 from megalora.lora.trained_weight import trained_weights
 from megalora.model.families import layer_projections
-from megalora.model.projections import DENSE_MLP, SHARED_EXPERT, SHARED_EXPERTS, Projection
+from megalora.model.projections import Projection
 from megalora.model.shape import ModelShape
 
 type Pair = tuple[Adapted, Adapted | None]
@@ -147,110 +153,14 @@ def peft_tensors(pairs: list[Pair], get: Get, dtype: torch.dtype) -> Iterator[tu
                 yield name, F.pad(value, (0, missing))
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """Settings of one module or parameter in the config: its target, and the keys under which
-    patterns find it."""
-
-    target: str
-    is_parameter: bool
-    name: str
-    """Entries of one name share a key in patterns where all agree, else each gets its own."""
-    short: str
-    """Regular expression for it in every layer. PEFT anchors keys at the end of the name."""
-    full: str
-    """Regular expression for it in its own layer alone."""
-    rank: int
-    alpha: float
-    decides_default: bool
-    """Whether PEFT reads its rank and scale from r and lora_alpha alone."""
-
-
-def module_entries(written: list[Adapted], shape: ModelShape) -> list[_Entry]:
-    """In a MoE model PEFT reads gate_proj, up_proj and down_proj as the experts' fused parameters,
-    so those of dense MLP layers and of shared experts are named as parameters, which
-    ``target_parameters`` can do."""
-    entries = []
-    for a in written:
-        beside = (
-            bool(shape.moe_layers) and a.projection in DENSE_MLP + SHARED_EXPERT + SHARED_EXPERTS
-        )
-        # PEFT has no expert number in the name it looks up, and ends the router's and other
-        # parameters' with ".weight".
-        end = r"(\.weight)?" if beside or a.projection.kind == "router" else ""
-        # PEFT looks up what transformers calls the linear, vLLM what it is published as.
-        published = a.projection.hf.format(layer=a.layer, expert=0)
-        loaded = a.projection.loaded.format(layer=a.layer, expert=0)
-        full = _either(published, loaded).replace(r"experts\.0\.", r"experts\.(\d+\.)?") + end
-        target = a.name
-        short = _either(a.name, a.projection.role) + end
-        if beside:
-            target = f"{within_layer(a.projection.hf)}.weight"
-            short = re.escape(within_layer(a.projection.hf)) + end
-        # PEFT reads neither pattern for the fused parameter: these must be the default.
-        fused = a.projection.kind == "expert_column"
-        entries.append(_Entry(target, beside, a.name, short, full, a.rank, _number(a.alpha), fused))
-    return entries
-
-
-def _either(name: str, other: str) -> str:
-    """A regular expression for both names, which may be the same."""
-    if name == other:
-        return re.escape(name)
-    return f"({re.escape(name)}|{re.escape(other)})"
-
-
-def peft_config(
-    entries: list[_Entry],
-    base: str,
-    *,
-    use_dora: bool = False,
-    peft_type: str = LORA,
-) -> dict[str, Any]:
-    """``adapter_config.json``; what deviates from r and lora_alpha becomes a pattern.
-
-    Args:
-        peft_type: one of ``files.py``.
-    """
-    default = [e for e in entries if e.decides_default] or entries
-    rank, alpha = most_common([(e.rank, e.alpha) for e in default])
-    settings: dict[str, set[tuple[int, float]]] = {}
-    targets: set[str] = set()
-    parameters: set[str] = set()
-    for e in entries:
-        settings.setdefault(e.name, set()).add((e.rank, e.alpha))
-        if e.is_parameter:
-            parameters.add(e.target)
-        else:
-            targets.add(e.target)
-    # Where all layers agree, one key serves for all of them.
-    rank_pattern: dict[str, int] = {}
-    alpha_pattern: dict[str, float] = {}
-    for e in entries:
-        key = e.short if len(settings[e.name]) == 1 else e.full
-        if e.rank != rank:
-            rank_pattern[key] = e.rank
-        if e.alpha != alpha:
-            alpha_pattern[key] = e.alpha
-    return {
-        "peft_type": peft_type, "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
-        "inference_mode": True,
-        "r": rank, "lora_alpha": alpha, "lora_dropout": 0.0, "use_rslora": False,
-        "use_dora": use_dora,
-        "fan_in_fan_out": False, "init_lora_weights": True, "modules_to_save": None,
-        "target_modules": sorted(targets), "target_parameters": sorted(parameters) or None,
-        "rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern,
-    }  # fmt: skip
-
-
 def _stacked(
     adapted: list[Adapted], shape: ModelShape, trained: dict[str, Tensor]
-) -> tuple[dict, list[_Entry]]:
+) -> tuple[dict, list[Entry]]:
     """Tensors and config entries of all experts."""
     experts = [a for a in adapted if a.projection.is_expert]
     scale = most_common([a.scale for a in experts])
     tensors: dict[str, Tensor] = {}
-    entries: list[_Entry] = []
+    entries: list[Entry] = []
     by_layer: dict[int, list[Adapted]] = {}
     for a in experts:
         assert a.layer is not None
@@ -266,9 +176,9 @@ def _stacked(
             tensors[tensor_name(module, "A")], tensors[tensor_name(module, "B")] = pack(a, b)
             full = re.escape(f"{where}.{parameter}")
             name = f"experts.{parameter}"
-            alpha = _number(scale * rank)
+            alpha = plain_number(scale * rank)
             entries.append(
-                _Entry(
+                Entry(
                     f"mlp.{name}", True, name, re.escape(name), full, rank, alpha, parameter == DOWN
                 )
             )
@@ -337,7 +247,11 @@ def matrix_dtype(trained: Mapping[str, Tensor]) -> torch.dtype:
 
 
 def _config(
-    written: list[Adapted], adapted: list[Adapted], entries: list[_Entry], shape: ModelShape, base: str
+    written: list[Adapted],
+    adapted: list[Adapted],
+    entries: list[Entry],
+    shape: ModelShape,
+    base: str,
 ) -> dict[str, Any]:
     """``adapter_config.json`` of linears as they are written, and of what is trained whole."""
     # PEFT has DoRA on all that a folder adapts, zeros included, or on nothing.
@@ -348,9 +262,3 @@ def _config(
     if has_biases(written):
         config["lora_bias"] = True
     return config
-
-
-def _number(alpha: float) -> float | int:
-    """An alpha as JSON should show it: 32, not 32.000000000000004 or 32.0."""
-    alpha = without_noise(alpha)
-    return int(alpha) if alpha.is_integer() else alpha

@@ -5,6 +5,6 @@ step_000050/
   probe.json              log-probabilities that a server must repeat
   training_state/
     state.json            step, config, world
-    optimizer.safetensors float32 masters and Adam moments under HF names, whole tensors
-    rng.safetensors       every rank's generators (dropout)
+    index.json            which rank's file holds which part of each tensor (``state_index.py``)
+    rank_00000.safetensors  float32 masters, Adam moments and generators of one rank
 """

@@ -1,5 +1,6 @@
 """Write checkpoints in a thread while training goes on."""
 
+import math
 import queue
 import threading
 import time
@@ -7,6 +8,32 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from megalora.train.checkpoint.snapshot import Snapshot
+
+REST = 20
+"""``checkpoint.every=auto`` begins a save at the earliest after so many times as long as the loop
+stood still for the one before."""
+
+
+class Pace:
+    """How often saves may begin where the disk alone decides (``checkpoint.every=auto``)."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._begun = -math.inf
+        self._blocked_s = 0.0
+
+    def begin(self) -> None:
+        """The loop stops for a save."""
+        self._begun = self._clock()
+
+    def end(self) -> None:
+        """The loop goes on."""
+        self._blocked_s = self._clock() - self._begun
+
+    @property
+    def rests(self) -> bool:
+        """Whether it is too early for another one."""
+        return self._clock() - self._begun < REST * self._blocked_s
 
 
 @dataclass

@@ -1,0 +1,76 @@
+"""Bugs in saving and loading what each rank owns. The same form as ``bugs.py``."""
+
+from tests.mutations.bugs import Bug, bug
+
+CHECKPOINT = "megalora/train/checkpoint"
+SLICES = "megalora/lora/slices.py"
+READER = "megalora/adapters/saved_tensors.py"
+WRITER = f"{CHECKPOINT}/writer.py"
+SLICES_TEST = "tests/lora/test_slices.py"
+READER_TEST = "tests/adapters/test_saved_tensors.py"
+THREAD_TEST = "tests/train/test_background.py"
+CRASHES = "tests/train/test_crash_points.py"
+RESUMES = "tests/distributed/test_checkpoint.py"
+LAYOUTS = "tests/pitfalls/test_training.py test_08_a_checkpoint_means"
+
+SAVING_BUGS: tuple[Bug, ...] = (
+    bug(0, "a slice off by one where it is cut otherwise", SLICES,
+        "yield source_place + first - a,", "yield source_place + max(first - a - 1, 0),",
+        f"{SLICES_TEST} in_common"),
+    bug(0, "a part of columns read as rows", SLICES,
+        "stride = math.prod(self.shape[self.dim :])", "stride = math.prod(self.shape)",
+        f"{SLICES_TEST} in_common"),
+    bug(0, "an element that is in no piece passes", SLICES, "if first > place:", "if False:",
+        f"{READER_TEST} not_whole"),
+    bug(0, "a piece twice passes", SLICES, "if first < place:", "if False:",
+        f"{READER_TEST} not_whole"),
+    bug(0, "the end of a tensor need not be there", SLICES, "if place != total:", "if False:",
+        f"{READER_TEST} not_whole"),
+    bug(0, "a digest is not compared", READER, "if digest.hexdigest() != expected:", "if False:",
+        f"{READER_TEST} changed_byte"),
+    bug(0, "digests are not checked when a run resumes", f"{CHECKPOINT}/load.py",
+        "            _check_digests(saved, saved.index)\n", "            pass\n",
+        f"{RESUMES} changed_byte"),
+    bug(0, "every rank's file is opened", READER,
+        "if next(overlaps(piece, wanted), None) is None:", "if False:",
+        f"{READER_TEST} have_something"),
+    bug(0, "a rank's file cut short passes", f"{CHECKPOINT}/where.py",
+        "if path.stat().st_size != num_bytes:", "if False:",
+        "tests/train/test_where.py passed_over"),
+    bug(0, "tensor-parallel replicas save the same elements", f"{CHECKPOINT}/pieces.py",
+        "if is_replica and not replicas:", "if False:", LAYOUTS),
+    bug(0, "the second tensor of a parameter saved as the first", f"{CHECKPOINT}/pieces.py",
+        "yield shard.name, part.part(begin - first, stop - first)",
+        "yield shard.name, part.part(0, stop - begin)", LAYOUTS),
+    bug(0, "a save takes the memory of one that is being written",
+        f"{CHECKPOINT}/background.py", "for _ in range(2):", "for _ in range(3):",
+        f"{THREAD_TEST} when_its_save_began"),
+    bug(0, "a snapshot that is what is being trained", f"{CHECKPOINT}/snapshot.py",
+        "content = memoryview(self._buffer.numpy())",
+        "[p.copy_(s) for p, s in zip(self._places, self._sources)]\n"
+        "        content = memoryview(self._buffer.numpy())",
+        f"{THREAD_TEST} when_its_save_began",
+        ("        states = list(generators.values())\n",
+         "        self._sources = [block.tensor for block in ordered]\n"
+         "        states = list(generators.values())\n")),
+    bug(0, "a failed save that nobody hears of", "megalora/train/saver.py",
+        "if not may_fail or now.step == save.step:", "if False:", f"{THREAD_TEST} becomes_of"),
+    bug(0, "an adapter that could not be saved at the end, in silence", "megalora/train/saver.py",
+        "if not may_fail or now.step == save.step:", "if not may_fail:",
+        f"{THREAD_TEST} becomes_of"),
+    bug(0, "latest before the step that it names", WRITER,
+        "    temporary.rename(target)\n    force_to_disk(target.parent)\n"
+        "    point_latest_at(target)\n",
+        "    point_latest_at(target)\n    temporary.rename(target)\n"
+        "    force_to_disk(target.parent)\n",
+        f"{CRASHES} of_a_save"),
+    bug(0, "a run folder made anew without its config", WRITER,
+        "    temporary.mkdir()\n    return", "    temporary.mkdir(parents=True)\n    return",
+        f"{CRASHES} removed_run_folder"),
+    bug(0, "an adapter's file with tensors at the wrong places",
+        "megalora/adapters/write/stream.py",
+        "(-tensors[name].element_size(), name)", "(tensors[name].element_size(), name)",
+        "tests/adapters/test_stream.py save_file"),
+    bug(0, "generators of the first rank for all", f"{CHECKPOINT}/load.py",
+        "saved.generators(rank)", "saved.generators(0)", f"{RESUMES} bit_for_bit"),
+)  # fmt: skip
