@@ -18,8 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from megalora import host
 from megalora.bench.live import LiveTensors
+from megalora.fake_world import fake_world
 from megalora.model.head import Head
 from megalora.model.vocab_logits import logprob
 
@@ -78,7 +78,7 @@ def peak_bytes(
     """Most bytes that forward and backward of ``loss`` add, on the first of ``sizes.tp`` ranks."""
     options: Any = {"dtype": torch.bfloat16}
     own_vocab = sizes.vocab // sizes.tp
-    with host.fake_world(0, sizes.tp), FakeTensorMode():
+    with fake_world(0, sizes.tp), FakeTensorMode():
         operands = Operands(
             torch.empty(sizes.tokens, sizes.hidden, requires_grad=True, **options),
             torch.empty(own_vocab, sizes.hidden, **options),

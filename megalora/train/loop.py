@@ -27,7 +27,6 @@ from megalora.train.about import shown_samples, write_about
 from megalora.train.announce import closing, opening, reference_notes
 from megalora.train.answers import Answers, questions_of
 from megalora.train.assemble import Inputs, MakeBatches, Run, assemble
-from megalora.train.average import average_of
 from megalora.train.bad_steps import is_finite
 from megalora.train.batches import Batches
 from megalora.train.checkpoint.identity import Identity, Samples, identify
@@ -184,11 +183,9 @@ def _fit(run: Run, probe: Probe, at: Start) -> Path | None:
             metrics.say(note)
         cycles = Cycles(run, at.state)
         _open(run, metrics, now, at.shown, compared, cycles)
-        average = average_of(run.model, config.train.ema_decay, at.state)
         answers = Answers(run, at.questions, at.tokenizer)
-        with saving(
-            run, probe, at.samples, at.identity, serve, cycles, average, metrics.say
-        ) as saver:
+        saver_of = saving(run, probe, at.samples, at.identity, serve, cycles, at.state, metrics.say)
+        with saver_of as saver:
             _train_to_the_end(run, now, metrics, stop, saver, answers, trace)
         run.pulse.at(now.step, "close")
     metrics.say(closing(now.step, num_steps, now.saved, now.best, config))
@@ -227,11 +224,9 @@ def _train_to_the_end(
         # Replicas that differ must not be saved.
         saver.check_replicas(now, saving)
         if saving:
-            run.pulse.at(now.step, "save")
             saver.save(now)
             metrics.restart_clock()
         if done:
-            run.pulse.at(now.step, "save")
             saver.finish(now)
             break
         run.pulse.at(now.step, "merge")

@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megalora.adapters.best_loss import BestLoss, Evaluations
+from megalora.adapters.training_state import SavedState
 from megalora.first_rank import any_rank
 from megalora.parallel import host_group
 from megalora.train.assemble import Run
-from megalora.train.average import Average
+from megalora.train.average import Average, average_of
 from megalora.train.checkpoint.background import Background, Pace, Save
 from megalora.train.checkpoint.identity import Identity, Samples
 from megalora.train.checkpoint.save import Beside, CheckpointWriter
@@ -94,6 +95,7 @@ class Saver:
         run = self.run
         writer = self.writer
         self.pace.begin()
+        run.pulse.at(now.step, "save")
         # The probe runs before the files are written, because they hold what it says.
         probed = self.probe.run(run.stepper)
         beside = Beside(run.stepper.kept.get("start"), self.cycles.count, self.average)
@@ -131,6 +133,7 @@ class Saver:
 
     def finish(self, now: Progress) -> None:
         """Wait for all saves; collective."""
+        self.run.pulse.at(now.step, "save")
         self.background.finish()
         self.take_note(now)
 
@@ -149,11 +152,16 @@ class Saver:
 @contextmanager
 def saving(
     run: Run, probe: Probe, samples: Samples, identity: Identity,
-    serve: Callable[[Path], None], cycles: Cycles, average: Average | None,
+    serve: Callable[[Path], None], cycles: Cycles, state: SavedState | None,
     say: Callable[[str], None],
 ) -> Iterator[Saver]:  # fmt: skip
     """A run's ``Saver``, as long as the block runs; its arguments. Saves that have begun are ended
-    also where the block fails."""
+    also where the block fails.
+
+    Args:
+        state: the checkpoint to go on from, which has the average of the adapter.
+    """
+    average = average_of(run.model, run.config.train.ema_decay, state)
     with host_group() as group:
         writer = CheckpointWriter(run.config, run.model, run.optimizer, group)
         saver = Saver(run, probe, samples, identity, serve, cycles, average, say, writer)

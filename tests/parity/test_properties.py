@@ -15,8 +15,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megalora import host
 from megalora.config import ParallelConfig
+from megalora.fake_world import fake_world
 from megalora.hf.json_file import read_hf_config
 from megalora.model.fields import model_shape
 from megalora.model.shape import ModelShape
@@ -171,7 +171,7 @@ def test_megatron_lays_out_what_the_config_accepts(data: st.DataObject) -> None:
     assume(refusal(world, sizes) is None)
     parallel = ParallelConfig(**sizes)
     rank = data.draw(st.integers(0, world - 1), "rank")
-    with host.fake_world(rank, world), parallel_groups(parallel) as groups:
+    with fake_world(rank, world), parallel_groups(parallel) as groups:
         dp, edp = parallel.data_parallel_sizes(world)
         expected = {
             "tp": parallel.tp,
