@@ -42,7 +42,7 @@ setup: $(READY)  ## The environment in .venv: Python 3.12 and requirements-dev.l
 $(READY): requirements-dev.lock pyproject.toml kernels/pyproject.toml | $(filter .tools/%,$(UV))
 	@echo "installing $$(grep -c == requirements-dev.lock) packages into $(VENV)"
 	@$(UV) venv --quiet --allow-existing --python 3.12 $(VENV)
-	@$(UV) pip install --quiet --compile-bytecode --python $(BIN)/python --no-deps -r requirements-dev.lock
+	@$(UV) pip install --quiet --compile-bytecode --python $(BIN)/python --no-deps --require-hashes -r requirements-dev.lock
 	@$(UV) pip install --quiet --python $(BIN)/python --no-deps --target $(VENV)/oracles $(BITSANDBYTES)
 	@$(UV) pip install --quiet --python $(BIN)/python --no-deps -e kernels -e .
 	@touch $@
@@ -115,8 +115,9 @@ format: $(READY)  ## Rewrite the code as ruff wants it
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
+# Each pin with the digests of its files, as the package index names them: what is installed is what was locked.
 # requirements.lock is what users install; requirements-dev.lock adds tools, with the same versions of all else.
-COMPILE = $(UV) pip compile --quiet --no-header --no-annotate --no-emit-package megalora-kernels
+COMPILE = $(UV) pip compile --quiet --no-header --no-annotate --generate-hashes --no-emit-package megalora-kernels
 
 lock: | $(filter .tools/%,$(UV))  ## Resolve pyproject.toml anew into requirements.lock and requirements-dev.lock
 	@$(COMPILE) -o requirements.lock pyproject.toml

@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from megalora.json_text import read_json
+
 SETTLED_NS = 2 * 10**9
 """A file must have been left alone for this long for its digest to be kept."""
 BLOCK_BYTES = 16 * 2**20
@@ -29,8 +31,8 @@ class Digests:
     def load(cls, path: Path) -> "Digests":
         """Read what ``save`` wrote; no digests where the file is missing or damaged."""
         try:
-            known = json.loads(path.read_bytes())
-        except (OSError, ValueError, RecursionError):
+            known = read_json(path)
+        except (OSError, ValueError):
             # Without them, files are read again, which only takes time.
             return cls()
         if not isinstance(known, dict):

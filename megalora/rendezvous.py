@@ -17,6 +17,8 @@ from typing import NamedTuple
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+from megalora.json_text import parse_json
+
 POLL_S = 0.02
 """Seconds between two looks into the store."""
 
@@ -67,7 +69,7 @@ def agree_on_attempt(store: dist.Store, rank: int, world_size: int, timeout_s: f
         if rank == 0:
             published = _publish(store, world_size, published)
         if store.check(["roster"]):
-            roster = json.loads(store.get("roster"))
+            roster = parse_json(store.get("roster"))
             name = _name(roster)
             # Another attempt's roster may still stand there, of another size even.
             if len(roster) == world_size and roster[rank] == nonce:

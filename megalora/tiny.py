@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from megalora import tiny_folder
+from megalora.json_text import read_json
 from megalora.model.families import FAMILIES
 from megalora.progress_bar import no_progress_bar
 
@@ -242,7 +243,7 @@ def _add_legacy_names(path: Path) -> None:
     transformers 4 reads no others, and falls back to its defaults (128 experts, rope_theta 1e4)
     without a word; transformers 5 takes both.
     """
-    config = json.loads(path.read_text())
+    config = read_json(path)
     config["rope_theta"] = config["rope_parameters"]["rope_theta"]
     if "num_experts" in FAMILIES[config["model_type"]].num_experts_names:
         # transformers 5 writes Qwen3-MoE's under its new name alone

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from megalora.json_text import read_json
 from megalora.wording import shorten
 
 MARKER = "megalora_tiny.json"
@@ -29,7 +30,7 @@ def check_not_in_use(out: Path, arguments: dict[str, Any]) -> None:
     """
     check_folder(out)
     try:
-        before = json.loads((out / MARKER).read_text())
+        before = read_json(out / MARKER)
     except (OSError, ValueError):
         # There is no model yet, or one that was not finished.
         return

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from megalora.wording import printable
+
 MISTAKE = 2
 """Exit code of a user's mistake, argparse's too."""
 LOST_PEER = 3
@@ -39,7 +41,8 @@ def guarded(action: Callable[[list[str]], None], arguments: list[str]) -> None:
             # torchrun ends this rank meanwhile if rank 0 has the same mistake to report.
             time.sleep(PATIENCE_S)
             who = f"megalora (rank {rank})"
-        print(f"{who}: {error}{_whose(error)}", file=sys.stderr)
+        # It may name what a file or a server says.
+        print(printable(f"{who}: {error}{_whose(error)}"), file=sys.stderr)
         _leave_mark()
         sys.exit(MISTAKE)
     except KeyboardInterrupt:

@@ -1,6 +1,7 @@
 """Shorten lists of names and values of others for messages."""
 
 import itertools
+import re
 import reprlib
 from collections.abc import Iterable, Sized
 from typing import Any, Protocol
@@ -26,6 +27,17 @@ def shorten(value: Any) -> str:
     """A value from a user's file in one short line, whatever its size: long texts, lists and
     objects are cut."""
     return _SHORT.repr(value)
+
+
+_ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-Z\\-_])")
+"""Sequences with which a terminal is told to clear itself, to colour, to change its title."""
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def printable(text: str) -> str:
+    """A text of others without what a terminal would obey: escape sequences, and all control
+    characters but tabs and line feeds."""
+    return _CONTROL.sub("", _ESCAPES.sub("", text))
 
 
 # Limits in characters, but for the last two: numbers of items.

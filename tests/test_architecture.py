@@ -36,8 +36,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     (
         "user_error", "paths", "digests", "environment", "progress_bar", "atomic_folder", "comm",
         "cpu_device", "wording", "staged", "rendezvous", "first_rank", "megatron_patches", "host",
-        "launching", "file_lock", "machine_folder", "versions", "tiny_folder", "thread_work",
-        "fake_world",
+        "json_text", "launching", "file_lock", "machine_folder", "versions", "tiny_folder",
+        "thread_work", "fake_world",
     ),
     ("config",),
     ("parallel",),
@@ -74,8 +74,8 @@ WITHOUT_TORCH = (
     "megalora/lora/whole.py",
     "megalora/lora/factor_checks.py",
     "megalora/lora/select.py",
-    "megalora/lora/modules.py", "megalora/lora/patterns.py", "megalora/lora/ranks.py",
-    "megalora/wording.py",
+    "megalora/lora/modules.py", "megalora/hf/patterns.py", "megalora/lora/ranks.py",
+    "megalora/wording.py", "megalora/json_text.py",
     "megalora/paths.py", "megalora/launching.py", "megalora/user_error.py", "megalora/preflight.py",
     "megalora/hf/__init__.py", "megalora/hf/folder.py", "megalora/hf/json_file.py",
     "megalora/hf/safetensors.py", "megalora/hf/hub.py",
@@ -102,6 +102,7 @@ WITHOUT_TORCH = (
     "megalora/rl/__init__.py", "megalora/rl/user_function.py", "megalora/rl/rewards/",
     "megalora/rl/episode.py", "megalora/rl/new_text.py", "megalora/rl/conversation.py",
     "megalora/rl/environment.py", "megalora/data/conversation.py", "megalora/data/template.py",
+    "megalora/data/template_budget.py",
 )  # fmt: skip
 """What checks a config answers in a fraction of a second: importing Megatron takes ten."""
 TAKE_SECONDS = {"torch", "transformers", "megatron", "peft", "datasets"}
@@ -327,6 +328,31 @@ def test_no_module_imports_itself_round_about() -> None:
     assert edges["megalora.model.families.family"] == {
         "megalora.model.families.rules", "megalora.model.projections", "megalora.model.shape",
     }  # fmt: skip
+
+
+PARSE_JSON_THEMSELVES = {
+    "megalora/json_text.py",
+    # A text between quotes that a template has printed, which may hold control characters.
+    "megalora/data/marks.py",
+    # Packages of their own, which cannot import megalora: what they read, megalora has written.
+    "megalora/serve/vllm_cpu/vllm_cpu_moe_lora/wire.py", "kernels/megalora_kernels/tuned_table.py",
+}  # fmt: skip
+
+
+def test_json_is_parsed_in_one_place() -> None:
+    """Within the limits of ``json_text.py``: a second reader would have none."""
+    parsers = {"json.load", "json.loads", "json.JSONDecoder"}
+    found = set()
+    for name, path in FILES.items():
+        # httpx has a reader of its own, ``response.json()``.
+        calls = {
+            ast.unparse(node.func)
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Call)
+        }
+        if calls & parsers or any(call.endswith(".json") for call in calls):
+            found.add(name)
+    assert found == PARSE_JSON_THEMSELVES
 
 
 def test_no_file_is_too_long() -> None:

@@ -30,6 +30,9 @@ for _extra, _requirements in EXTRAS.items():
 TOOLS = {Requirement(tool).name for tool in PROJECT["dependency-groups"]["dev"]}
 NOT_INDEXED = {"megalora-kernels"}
 """Installed from its wheel, so in no lock."""
+PIN = r"[a-z0-9-]+==[\w.+]+( ; .*)? \\"
+DIGEST = r"    --hash=sha256:[0-9a-f]{64}( \\)?"
+"""The two kinds of lines of a lock."""
 SELF = ("--no-emit-package", "megalora-kernels", "pyproject.toml")
 
 
@@ -39,11 +42,14 @@ def canonical(name: str) -> str:
 
 
 def pins(lock: Path) -> dict[str, str]:
-    """Name -> version of every line of a lock."""
+    """Name -> version of every package of a lock."""
     found = {}
     for line in lock.read_text().splitlines():
+        # Digests follow on lines of their own.
+        if line.startswith(" "):
+            continue
         # After " ;" comes for which machines the line is.
-        name, version = line.split(" ;")[0].split("==")
+        name, version = line.removesuffix(" \\").split(" ;")[0].split("==")
         found[name] = version
     return found
 
@@ -72,7 +78,20 @@ def test_users_get_no_tools_and_developers_get_users_versions() -> None:
 def test_a_lock_names_no_host(lock: str) -> None:
     """An index of one company or machine would fail for everyone else."""
     for line in (ROOT / lock).read_text().splitlines():
-        assert re.fullmatch(r"[a-z0-9-]+==[\w.+]+( ; .*)?", line), line
+        assert re.fullmatch(PIN, line) or re.fullmatch(DIGEST, line), line
+
+
+@pytest.mark.parametrize("lock", ["requirements.lock", "requirements-dev.lock"])
+def test_every_pin_has_digests(lock: str) -> None:
+    """Without one of them ``--require-hashes`` would install nothing."""
+    without = []
+    lines = (ROOT / lock).read_text().splitlines()
+    for line, after in zip(lines, [*lines[1:], ""], strict=True):
+        if not line.startswith(" ") and not re.fullmatch(DIGEST, after):
+            without.append(line)
+    assert not without
+    makefile = (ROOT / "Makefile").read_text()
+    assert "--no-deps --require-hashes -r requirements-dev.lock" in makefile
 
 
 def names_of(requirements: list[str]) -> set[str]:

@@ -118,7 +118,8 @@ def read_config(adapter: Path) -> dict[str, Any]:
         return {**configs[0], "peft_type": PART_DORA}
     check_adapter_folder(adapter)
     path = adapter / CONFIG
-    config = read_json_object(path)
+    # Numbers are checked with the names of their keys (``read/options.py``).
+    config = read_json_object(path, exact_numbers=False)
     if config.get("peft_type") not in (LORA, PART_DORA):
         raise ValueError(
             f"{path}: peft_type is {shorten(config.get('peft_type'))}; megalora reads LORA only"

@@ -63,7 +63,7 @@ def add_lm_head(folder: Path, shards: dict[str, Shard]) -> None:
 def untie(folder: Path, shards: dict[str, Shard]) -> None:
     """Say in the result's config and index that lm_head is a weight of its own."""
     path = folder / "config.json"
-    config = read_json_object(path) | {"tie_word_embeddings": False}
+    config = read_json_object(path, exact_numbers=False) | {"tie_word_embeddings": False}
     path.write_text(json.dumps(config, indent=2) + "\n")
     if not (folder / INDEX).is_file():
         return  # a single file needs no index

@@ -69,7 +69,7 @@ def with_entry(
 def make_classifier(folder: Path, adapter: Adapter, shard: str, added: Stored) -> None:
     """Say in a merged folder's config and index that it is a classifier of so many labels."""
     path = folder / "config.json"
-    config = read_json_object(path)
+    config = read_json_object(path, exact_numbers=False)
     # The number of labels is that of their names.
     names = _label_names(adapter)
     config |= {

@@ -121,7 +121,8 @@ def read_state(folder: Path) -> SavedState:
     if not path.is_file():
         raise ValueError(f"it has no {STATE_JSON}")
     try:
-        state = read_json_object(path)
+        # Numbers are checked below, with the names of their keys.
+        state = read_json_object(path, exact_numbers=False)
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror})") from None
     known = {

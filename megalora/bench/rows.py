@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from megalora.config.checks import require
+from megalora.json_text import read_json
 
 Routing = Literal["balanced", "natural"]
 Weights = Literal["auto", "random", "real"]
@@ -168,8 +169,8 @@ def load_rows(path: Path) -> list[Row]:
     if not path.exists():
         return []
     try:
-        return [_row(row) for row in json.loads(path.read_text())["rows"]]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        return [_row(row) for row in read_json(path, exact_numbers=False)["rows"]]
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} does not hold this version's benchmark results ({type(error).__name__}:"
             f" {error}).\n  Move it away, or choose another folder."
@@ -177,7 +178,7 @@ def load_rows(path: Path) -> list[Row]:
 
 
 def load_measured(path: Path) -> Measured:
-    return Measured(**json.loads(path.read_text()))
+    return Measured(**read_json(path, exact_numbers=False))
 
 
 def write_json(content: Any, path: Path) -> None:

@@ -1,6 +1,5 @@
 """Answer by a running server: OpenAI's chat completions, streamed as server-sent events."""
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -8,8 +7,11 @@ from typing import Any
 import httpx
 
 from megalora.chat.session import Message
+from megalora.json_text import parse_json
+from megalora.serve.body import AS_SENT, read_body, read_lines
 from megalora.serve.errors import ServerError, ServerUnreachable, refusal
 from megalora.serve.vllm import Client
+from megalora.wording import printable
 
 _FIELDS = {"max_new_tokens": "max_tokens"}
 """Names that differ from those of ``Sampling``."""
@@ -43,7 +45,9 @@ class RemoteEngine:
         self.base = bases[0] if bases else None
         self.has_adapter = model not in bases
         # Connecting is quick or hopeless; a piece of an answer may wait behind other requests.
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        headers = dict(AS_SENT)
+        if key:
+            headers["Authorization"] = f"Bearer {key}"
         self._http = httpx.Client(timeout=httpx.Timeout(timeout_s, connect=10.0), headers=headers)
 
     @property
@@ -69,9 +73,9 @@ class RemoteEngine:
             ) as response:
                 # A refusal comes as one JSON object, not as events.
                 if response.status_code != 200:
-                    text = response.read().decode(errors="replace")
+                    text = read_body(response, doing).decode(errors="replace")
                     raise refusal(doing, response.status_code, text)
-                yield from pieces(response.iter_lines())
+                yield from pieces(read_lines(response, doing))
         except httpx.HTTPError as error:
             raise ServerUnreachable(f"{doing}: {self.url} does not answer ({error})") from error
 
@@ -99,12 +103,16 @@ def pieces(lines: Iterator[str]) -> Iterator[str]:
         if data == "[DONE]":
             return
         try:
-            event = json.loads(data)
+            event = parse_json(data)
             if "error" in event:
-                raise ServerError(f"the server failed: {event['error'].get('message', data)}")
+                said = " ".join(printable(str(event["error"].get("message", data))).split())
+                raise ServerError(f"the server failed: {said[:500]}")
             # The last event may have counts in place of choices.
             for choice in event["choices"]:
-                if text := choice["delta"].get("content"):
+                text = choice["delta"].get("content")
+                if text is not None and not isinstance(text, str):
+                    raise TypeError
+                if text:
                     yield text
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, ServerError):

@@ -3,11 +3,13 @@
 import sys
 
 from megalora.chat.session import Session, Stopped
+from megalora.wording import printable
 
 
 def write(text: str) -> None:
     """Print at once: an answer comes piece by piece."""
-    sys.stdout.write(text)
+    # A model writes what it likes, and a server too.
+    sys.stdout.write(printable(text))
     sys.stdout.flush()
 
 

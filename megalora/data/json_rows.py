@@ -4,7 +4,6 @@ The list is read whole, because nothing in the file says where a row begins: it 
 times the file's size in memory. Errors name the file and the line that is wrong.
 """
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megalora.data.chunk import CHUNK_BYTES, CHUNK_ROWS, Chunk, Reader, Row
-from megalora.data.messages import KeyOccursTwice, unique_keys
+from megalora.json_text import NotJson, parse_json
 from megalora.wording import typed
 
 
@@ -102,20 +101,13 @@ def _parsed(text: str, path: Path, line: int | None = None) -> Any:
     Args:
         line: the text's line; None for a whole file, where the parser knows the line.
     """
-    where = f"{path}:{line}" if line else f"{path}"
     try:
-        return json.loads(text, object_pairs_hook=unique_keys)
-    except json.JSONDecodeError as error:
-        where = f"{path}:{line or error.lineno}"
-        reason = f"{error.msg}, column {error.colno}"
-        raise ValueError(f"{where}: not valid JSON ({reason})") from error
-    except RecursionError:
-        raise ValueError(f"{where}: lists or objects are nested too deeply to be read") from None
-    except KeyOccursTwice as error:
-        raise ValueError(f"{where}: {error}; keep one") from error
-    except ValueError as error:
-        # Python's limit on the digits of a number.
-        raise ValueError(f"{where}: holds a number of too many digits ({error})") from error
+        # Numbers as they are: a column that nobody reads may hold ids of 64 bits, or NaN.
+        return parse_json(text, exact_numbers=False)
+    except NotJson as error:
+        number = line or error.line
+        where = f"{path}:{number}" if number else f"{path}"
+        raise ValueError(f"{where}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -152,8 +144,8 @@ def _has_objects_in_lines(path: Path) -> bool:
     with _reading(path), path.open("rb") as file:
         # The first line alone decides: a list over many lines begins with a bracket.
         try:
-            first = json.loads(file.readline().decode("utf-8-sig"))
-        except (ValueError, RecursionError):
+            first = parse_json(file.readline(), exact_numbers=False)
+        except NotJson:
             return False
         return isinstance(first, dict) and any(map(_holds_something, file))
 

@@ -6,10 +6,10 @@ empty lists. Both count as absent here, so that a template sees what was meant.
 
 import json
 import math
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from megalora.json_text import parse_json
 from megalora.wording import typed
 
 Message = dict[str, Any]
@@ -224,26 +224,9 @@ def function_of(call: dict[str, Any]) -> dict[str, Any]:
     return inner if isinstance(inner, dict) else call
 
 
-class KeyOccursTwice(ValueError):
-    """A JSON object has a key twice: one of the values would be lost."""
-
-
-def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object's keys and values, or ``KeyOccursTwice``; for json's ``object_pairs_hook``."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        counts = Counter(key for key, _ in pairs)
-        ((key, _),) = counts.most_common(1)
-        raise KeyOccursTwice(f"a key occurs twice in an object: {typed(key)}")
-    return found
-
-
 def parsed_json(text: str) -> Any:
     """The value of a JSON text; raises ``ValueError``, also where a key occurs twice."""
-    try:
-        return json.loads(text, object_pairs_hook=unique_keys)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
+    return parse_json(text, exact_numbers=False)
 
 
 def arguments_as_objects(messages: Sequence[Message]) -> list[Message]:

@@ -5,6 +5,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from megalora.data.conversation import Conversation
+from megalora.data.template_budget import TemplateExceeds, render
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,6 +36,8 @@ class ChatTemplate:
                 "text a token covers.\n  Save it with a tokenizer.json (transformers' fast format)."
             )
         self.tokenizer = tokenizer
+        named = f" of {tokenizer.name_or_path}" if tokenizer.name_or_path else ""
+        self._name = f"the chat template{named}"
         self.specials = set(tokenizer.all_special_tokens)
         # Not all of them are among the named ones: <|im_start|> is none of bos, eos and pad.
         for token in tokenizer.added_tokens_decoder.values():
@@ -66,7 +69,7 @@ class ChatTemplate:
             RefusedByTemplate: the template raised an error, of whatever kind: it is the
                 template's own program that failed on these messages.
         """
-        return self._rendered(conversation, add_generation_prompt=generation_prompt)[0]
+        return self._rendered(conversation, generation_prompt=generation_prompt)[0]
 
     def prompt_tokens(self, conversation: Conversation) -> list[int]:
         """Tokens of the conversation up to where the assistant's next answer begins.
@@ -85,27 +88,33 @@ class ChatTemplate:
         trims offsets (Llama 3), its ``char_to_token`` finds nothing there and every token up to
         the end of the conversation is marked.
         """
-        return self._rendered(conversation, return_assistant_tokens_mask=True)
+        return self._rendered(conversation, spans=True)
 
-    def _rendered(self, conversation: Conversation, **how: Any) -> tuple[str, Any]:
+    def _rendered(
+        self, conversation: Conversation, *, generation_prompt: bool = False, spans: bool = False
+    ) -> tuple[str, Any]:
         """The text, and the spans of ``{% generation %}`` blocks where they are asked for."""
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        options: dict[str, Any] = {**self._special_names, **conversation.options, **how}
+        arguments: dict[str, Any] = {
+            **self._special_names,
+            **conversation.options,
+            "messages": conversation.messages,
+            "tools": conversation.tools,
+            "documents": conversation.documents,
+            "add_generation_prompt": generation_prompt,
+        }
         try:
-            texts, blocks = render_jinja_template(  # type: ignore[misc]
-                [conversation.messages],  # type: ignore[list-item]
-                tools=conversation.tools,  # type: ignore[arg-type]
-                documents=conversation.documents,  # type: ignore[arg-type]
-                chat_template=self.source(conversation),
-                **options,
-            )
+            return render(self.source(conversation), arguments, spans=spans)
+        except TemplateExceeds as error:
+            raise TemplateExceeds(
+                f"{self._name} {error}, for one"
+                " conversation; mend the template, or use another model's"
+            ) from None
         except Exception as error:
-            reason = str(error) or type(error).__name__
+            # Errors of syntax have several lines.
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise RefusedByTemplate(
-                f"the chat template refuses these messages ({reason}); change the row's messages"
+                f"{self._name} refuses these messages ({reason}); change the row's messages"
             ) from error
-        return str(texts[0]), blocks[0] if blocks else []
 
     def check_options(self, conversation: Conversation) -> None:
         """Raise ``ValueError`` for an option that the template does not read."""

@@ -28,6 +28,7 @@ from megalora.data.tokens import DamagedStore, TokenStore
 from megalora.data.unused_stores import mark_used
 from megalora.digests import Digests
 from megalora.file_lock import locked
+from megalora.json_text import read_json
 from megalora.machine_folder import folder_of_this_machine
 from megalora.paths import expand
 
@@ -144,7 +145,7 @@ def _raise_refusal_since(since: float, folder: Path, source: str) -> None:
     them would read all rows up to that one for the same answer."""
     path = _refusal_file(folder)
     if path.is_file() and path.stat().st_mtime >= since:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         if content["source"] == source:
             raise ValueError(content["message"])
 

@@ -22,6 +22,7 @@ import numpy as np
 
 from megalora.data.chat import Encoded, Rollout
 from megalora.data.encode_rows import SAMPLE, TOKEN, digest_of, names_of_floats, unpack
+from megalora.json_text import read_json
 
 HEADER = "header.json"
 TOKENS = "tokens.bin"
@@ -61,11 +62,11 @@ class Header:
     def read(cls, folder: Path) -> Self:
         """Raises ``DamagedStore`` for a header that is not whole."""
         try:
-            content = json.loads((folder / HEADER).read_bytes())
+            content = read_json(folder / HEADER)
             # The digest is that of all other fields.
             expected = content.pop("sha256")
             is_whole = expected == _digest(content)
-        except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DamagedStore(f"{folder / HEADER} cannot be read ({error})") from None
         if not is_whole:
             raise DamagedStore(f"{folder / HEADER} was changed after it was written")

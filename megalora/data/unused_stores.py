@@ -4,7 +4,6 @@ A store was last used when it was last opened: ``mark_used`` sets the time of it
 that a run may not write to, that stays the time at which the store was built.
 """
 
-import json
 import math
 import os
 import re
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from megalora.data.tokens import HEADER
 from megalora.file_lock import locked
+from megalora.json_text import read_json
 
 # A store is named after its digest; one that is being built, or was left by a killed process, has
 # the name of ``whole_or_gone``.
@@ -90,9 +90,9 @@ def _source_of(folder: Path) -> str:
         return "unfinished"
     # Without the header's digest: a name for a list need not be proof against damage.
     try:
-        header = json.loads((folder / HEADER).read_bytes())
+        header = read_json(folder / HEADER)
         return str(header["source"])
-    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         return "unknown"
 
 

@@ -22,6 +22,7 @@ from megalora.data.sources import locate
 from megalora.evaluate.rules import rule_of
 from megalora.generate.options import Sampling
 from megalora.hf.tensor_names import SCORE, parse_weight
+from megalora.json_text import parse_json
 from megalora.model.account import open_folder
 from megalora.paths import check_file_to_write
 from megalora.preflight import check_teacher
@@ -60,7 +61,7 @@ class Request:
 
     @classmethod
     def from_json(cls, text: str) -> "Request":
-        return cls(**json.loads(text))
+        return cls(**parse_json(text))
 
 
 @dataclass(frozen=True)

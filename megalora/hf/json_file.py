@@ -1,11 +1,9 @@
-"""Read JSON files that others wrote: one object per file, of a reasonable size."""
+"""Read the JSON files of Hugging Face folders: one object per file, of a reasonable size."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-LARGEST_JSON = 2**26
-"""Limit in bytes. The index of a model with 36,000 tensors has 3 MB."""
+from megalora.json_text import read_json
 
 
 def read_hf_config(folder: Path) -> dict[str, Any]:
@@ -13,7 +11,7 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} is not a Hugging Face model folder: it has no config.json")
-    return read_json_object(path)
+    return read_json_object(path, exact_numbers=False)
 
 
 def stored_dtype(hf: dict[str, Any]) -> str | None:
@@ -21,28 +19,14 @@ def stored_dtype(hf: dict[str, Any]) -> str | None:
     return hf.get("dtype") or hf.get("torch_dtype")
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; a ``ValueError`` names the file and the place."""
-    size = path.stat().st_size
-    # Python's objects take many times the memory of their text.
-    if size > LARGEST_JSON:
-        raise ValueError(
-            f"{path}: {size / 1e6:,.0f} MB; megalora reads JSON files of up to"
-            f" {LARGEST_JSON / 1e6:,.0f} MB"
-        )
-    try:
-        content = json.loads(path.read_bytes())
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path}:{error.lineno}: not valid JSON ({error.msg}, column {error.colno})"
-        ) from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 ({error.reason}, byte {error.start + 1})") from None
-    except RecursionError:
-        raise ValueError(f"{path}: not readable (nested too deeply)") from None
-    except ValueError as error:
-        # An integer of more digits than Python converts.
-        raise ValueError(f"{path}: not readable ({error})") from None
+def read_json_object(path: Path, *, exact_numbers: bool = True) -> dict[str, Any]:
+    """The object in a JSON file; a ``ValueError`` names the file and the place.
+
+    Args:
+        exact_numbers: as for ``parse_json``; false for files that hold more than is read, such as
+            tokenizer_config.json with a length of 10**30.
+    """
+    content = read_json(path, exact_numbers=exact_numbers)
     if not isinstance(content, dict):
         raise ValueError(f"{path}: must be a JSON object, got {type(content).__name__}")
     return content

@@ -6,6 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megalora.json_text import parse_json
+
+LARGEST_HEADER = 100_000_000
+"""Limit in bytes, that of the safetensors library."""
 _ITEM_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8,
     "U32": 4, "U16": 2, "U8": 1,
@@ -40,22 +44,7 @@ def read_header(shard: Path) -> tuple[dict[str, Any], list[Stored]]:
     """
     num_bytes = shard.stat().st_size
     try:
-        with shard.open("rb") as file:
-            start = file.read(8)
-            # "version https://git-lfs.github.com/spec/v1": a clone without Git LFS has such files.
-            if start == b"version ":
-                raise ValueError(
-                    "it is a pointer of Git LFS, in place of the file: run git lfs pull"
-                )
-            length = int.from_bytes(start, "little")
-            if not 2 <= length <= num_bytes - 8:
-                raise ValueError(
-                    f"its header would have {length:,} bytes, the file has {num_bytes:,}"
-                )
-            header = json.loads(file.read(length))
-        if not isinstance(header, dict):
-            raise ValueError("its header is not a JSON object")
-        first_byte = 8 + length
+        header, first_byte = _header_of(shard, num_bytes)
         tensors = []
         for name, entry in header.items():
             if name != "__metadata__":
@@ -69,12 +58,30 @@ def read_header(shard: Path) -> tuple[dict[str, Any], list[Stored]]:
             end += tensor.num_bytes
         if end != num_bytes:
             raise ValueError(f"its tensors end at byte {end:,}, the file at {num_bytes:,}")
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         # Broken JSON is a ValueError, too.
         raise ValueError(
             f"{shard} is not a whole safetensors file ({error}); download it again"
         ) from None
     return header, tensors
+
+
+def _header_of(shard: Path, num_bytes: int) -> tuple[dict[str, Any], int]:
+    """The header of a file of ``num_bytes``, and the byte at which tensors begin."""
+    with shard.open("rb") as file:
+        start = file.read(8)
+        # "version https://git-lfs.github.com/spec/v1": a clone without Git LFS has such files.
+        if start == b"version ":
+            raise ValueError("it is a pointer of Git LFS, in place of the file: run git lfs pull")
+        length = int.from_bytes(start, "little")
+        if not 2 <= length <= num_bytes - 8:
+            raise ValueError(f"its header would have {length:,} bytes, the file has {num_bytes:,}")
+        if length > LARGEST_HEADER:
+            raise ValueError(f"its header would have {length:,} bytes, more than 100 MB")
+        header = parse_json(file.read(length))
+    if not isinstance(header, dict):
+        raise ValueError("its header is not a JSON object")
+    return header, 8 + length
 
 
 def _stored(name: str, entry: Any, first_byte: int) -> Stored:

@@ -44,7 +44,7 @@ def _tokens(folder: Path, option: str) -> dict[int, str]:
             f"{option}={folder} has no {TOKENIZER}, by which the vocabularies of teacher and model"
             " are compared; save the tokenizer there with transformers"
         )
-    content = read_json_object(file)
+    content = read_json_object(file, exact_numbers=False)
     found: dict[int, str] = {}
     try:
         vocabulary = content["model"]["vocab"]

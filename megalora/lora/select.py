@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megalora.config import LoRAConfig, ParallelConfig, TrainConfig
+from megalora.hf.patterns import Pattern, end_pattern
 from megalora.hf.tensor_names import within_layer
 from megalora.lora.factor_checks import check_bias, check_expert_ranks, check_init
 from megalora.lora.modules import projection_places
-from megalora.lora.patterns import Pattern, end_pattern
 from megalora.lora.ranks import ranks_and_alpha
 from megalora.lora.spec import (
     PLAIN,

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from megalora.config import LoRAConfig
+from megalora.hf.patterns import end_pattern
 from megalora.hf.tensor_names import EMBED_TOKENS, SCORE, within_layer
-from megalora.lora.patterns import end_pattern
 from megalora.lora.spec import Adapted, in_parts
 from megalora.lora.trained_weight import biases, savable, trained_weights
 from megalora.model.projections import HEAD

@@ -70,6 +70,7 @@ QUANTISED = "quantization_config"
 _QUANTISED_OTHERWISE = ("compression_config", "quantization")
 """Fields of quantised models that are not read: compressed-tensors wrote the first before it had
 the name of all others, MLX writes the second."""
+MAX_EXPERT_BLOCKS = 1_000_000
 _TOGETHER = ("architectures", "layer_types")
 """Fields whose right values depend on others of the file."""
 
@@ -106,6 +107,12 @@ def check_sizes(hf: Mapping[str, Any]) -> None:
             f" for each of num_attention_heads={heads}"
         )
     experts = max(counts, default=0)
+    # Every linear of every expert is a row of some table.
+    if experts * hf["num_hidden_layers"] > MAX_EXPERT_BLOCKS:
+        raise ValueError(
+            f"config.json: {experts:,} experts in each of {hf['num_hidden_layers']:,} layers; they"
+            f" must be {MAX_EXPERT_BLOCKS:,} in all at most"
+        )
     if experts and hf["num_experts_per_tok"] > experts:
         raise ValueError(
             f"config.json: num_experts_per_tok={hf['num_experts_per_tok']} is more than"

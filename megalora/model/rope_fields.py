@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from megalora.wording import shorten
+
 DEFAULT_THETA = 10_000.0
 """Base that transformers takes where a config names none."""
 _SPELLINGS = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
@@ -98,7 +100,7 @@ def read_rope(hf: Mapping[str, Any]) -> Rope:
     missing = [name for name in _REQUIRED.get(kind, ()) if name not in settings]
     if missing:
         raise ValueError(
-            f"config.json: {where} of type {kind!r} must have {', '.join(missing)}; it is {found}"
+            f"config.json: {where} of type {shorten(kind)} must have {', '.join(missing)}; it is {shorten(found)}"
         )
     return Rope(kind, theta, settings)
 
@@ -109,7 +111,7 @@ def _dictionary(hf: Mapping[str, Any], name: str) -> dict[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise ValueError(f"config.json has {name}={value!r}; it must be an object or null")
+        raise ValueError(f"config.json has {name}={shorten(value)}; it must be an object or null")
     return value
 
 
@@ -127,14 +129,15 @@ def _kind(where: str, found: Mapping[str, Any]) -> str:
     kind = named[0] if named else "default"
     if kind in _BY_LENGTH:
         raise ValueError(
-            f"config.json: {where} is of type {kind!r}, whose frequencies depend on the length of"
-            " each input, which megalora does not compute. To train within the length the model"
+            f"config.json: {where} is of type {shorten(kind)}, whose frequencies depend on the"
+            " length of each input, which megalora does not compute. To train within the length the model"
             f" was made for, remove {where} (keep rope_theta); for more, choose a kind whose"
             " frequencies are fixed, such as yarn, and serve with the same"
         )
     if kind not in SETTINGS:
         raise ValueError(
-            f"config.json: {where} is of type {kind!r}; megalora computes {', '.join(SETTINGS)}"
+            f"config.json: {where} is of type {shorten(kind)}; megalora computes"
+            f" {', '.join(SETTINGS)}"
         )
     return kind
 
@@ -144,7 +147,7 @@ def check_whole_heads(hf: Mapping[str, Any]) -> None:
     for value in _partial_factors(hf):
         if value != 1:
             raise ValueError(
-                f"config.json has partial_rotary_factor={value!r}; models of this family rotate"
+                f"config.json has partial_rotary_factor={shorten(value)}; models of this family rotate"
                 " whole heads (transformers ignores the field or fails on it), so remove it or set"
                 " it to 1.0"
             )
@@ -171,7 +174,7 @@ def rotary_dim(hf: Mapping[str, Any], head_dim: int, default: float) -> int:
     features = share * head_dim if _is_number(share) else 0
     if not 0 < features <= head_dim or features % 2:
         raise ValueError(
-            f"config.json has partial_rotary_factor={share!r}; it must be a number above 0 and at"
+            f"config.json has partial_rotary_factor={shorten(share)}; it must be a number above 0 and at"
             f" most 1 that turns an even number of a head's {head_dim} features"
         )
     return int(features)
@@ -196,7 +199,9 @@ def _theta(hf: Mapping[str, Any], *places: Mapping[str, Any]) -> float:
     # Where only null is named, null is what is reported.
     for value in found or named:
         if not _is_number(value) or value <= 1:
-            raise ValueError(f"config.json has rope_theta={value!r}; it must be a number above 1")
+            raise ValueError(
+                f"config.json has rope_theta={shorten(value)}; it must be a number above 1"
+            )
     if len(set(found)) > 1:
         raise ValueError(
             f"config.json names several rope_theta: {', '.join(map(str, found))}; keep the one the"
@@ -224,7 +229,7 @@ def _check_setting(where: str, kind: str, name: str, value: Any) -> None:
     if name not in SETTINGS[kind]:
         known = ", ".join(SETTINGS[kind]) or "rope_theta alone"
         raise ValueError(
-            f"config.json: {where} has {name}={value!r}, which type {kind!r} does not read"
+            f"config.json: {where} has {name}={shorten(value)}, which type {shorten(kind)} does not read"
             f" ({known}){_INSTEAD.get(name, '')}"
         )
     if name == "truncate":
@@ -243,7 +248,7 @@ def _check_setting(where: str, kind: str, name: str, value: Any) -> None:
         fits = _is_number(value) and value >= at_least
         wanted = f"a number of at least {at_least}"
     if not fits:
-        raise ValueError(f"config.json: {where} has {name}={value!r}; it must be {wanted}")
+        raise ValueError(f"config.json: {where} has {name}={shorten(value)}; it must be {wanted}")
 
 
 def _is_number(value: Any) -> bool:

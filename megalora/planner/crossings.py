@@ -5,12 +5,13 @@ The table is that of ``megalora_kernels.tuned_table``, of which this reads ``lay
 importing that package imports torch, which a plan does without.
 """
 
-import json
 import os
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from megalora.json_text import read_json
 
 DEFAULT_ROWS = 1024.0
 """``megalora_kernels.tuned.RULE_VENDOR_FROM``: where no table says otherwise."""
@@ -68,7 +69,7 @@ def crossings_of(gpu: str) -> Crossings:
         return NO_TABLE
     layers = []
     try:
-        for row in json.loads(path.read_text())["layers"]:
+        for row in read_json(path)["layers"]:
             if row["dtype"] == "bfloat16":
                 layers.append((row["hidden"], row["intermediate"], row["R"], _rows(row)))
     # ValueError: not JSON, not text, or rows that are not a number.

@@ -1,13 +1,13 @@
 """Find the machine to plan for: a well-known GPU, or a file that ``megalora bench --calibrate``
 wrote."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from megalora.config.checks import require
+from megalora.json_text import read_json
 from megalora.paths import expand
 from megalora.planner.hardware import (
     KINDS,
@@ -113,9 +113,9 @@ _NEEDED = (
 def _read(path: Path) -> dict[str, Any]:
     """The content of a calibration file, with its keys and its format checked."""
     try:
-        content = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a calibration file ({error})") from None
+        content = read_json(path)
+    except ValueError as error:
+        raise ValueError(f"not a calibration file: {error}") from None
     # A list or a number is JSON too; it has none of the keys.
     there = content if isinstance(content, dict) else {}
     missing = [key for key in _NEEDED if key not in there]

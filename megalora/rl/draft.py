@@ -1,7 +1,6 @@
 """Gather a completion from vLLM's streamed answers: what has come stays where one breaks off, and
 the next is asked for the rest."""
 
-import json
 import math
 from collections.abc import AsyncIterator, Collection, Sequence
 from typing import Any
@@ -9,9 +8,11 @@ from typing import Any
 import httpx
 import numpy as np
 
+from megalora.json_text import NotJson, parse_json
 from megalora.rl.episode import Sampled
 from megalora.rl.reported_routes import ReportedRoutes
-from megalora.serve.answers import COMPLETION
+from megalora.serve.answers import COMPLETION, numbers_or_null, whole_numbers
+from megalora.serve.body import pieces_of
 from megalora.serve.errors import ServerError, ServerUnreachable, refusal
 
 STREAM_INTERVAL = 32
@@ -88,7 +89,8 @@ class Draft:
             (choice,) = part["choices"]
             model = part["model"]
             tokens = choice["token_ids"]
-            logprobs = choice["logprobs"]["token_logprobs"]
+            tokens = whole_numbers(tokens or [])
+            logprobs = numbers_or_null(choice["logprobs"]["token_logprobs"])
             reason = choice["finish_reason"]
         except (KeyError, TypeError, ValueError) as error:
             raise ServerError(
@@ -97,7 +99,10 @@ class Draft:
             ) from None
         if model != ident:
             raise ServerError(f"{where} was asked, and {model} has answered")
-        tokens = tokens or []
+        if len(self.tokens) + len(tokens) > self.max_new_tokens:
+            raise ServerError(
+                f"{where}: more than the {self.max_new_tokens} tokens that were asked for"
+            )
         if len(tokens) != len(logprobs):
             raise ServerError(
                 f"{where}: {len(tokens)} tokens with {len(logprobs)} log-probabilities"
@@ -145,12 +150,15 @@ async def parts_of(response: httpx.Response, doing: str) -> AsyncIterator[dict[s
     """Parts of an answer, streamed or whole; see ``parts``."""
     if response.headers.get("content-type", "").startswith("application/json"):
         try:
-            yield json.loads(await response.aread())
-        except ValueError:
-            raise ServerError(f"{doing}: the answer is no JSON; is it vLLM?") from None
+            whole = parse_json(b"".join([piece async for piece in pieces_of(response, doing)]))
+        except NotJson:
+            whole = None
+        if not isinstance(whole, dict):
+            raise ServerError(f"{doing}: the answer is no object of JSON; is it vLLM?")
+        yield whole
         return
     # To the end of the stream, so that the connection can be used again.
-    async for part in parts(lines_of(response.aiter_bytes()), doing):
+    async for part in parts(lines_of(pieces_of(response, doing)), doing):
         yield part
 
 
@@ -161,8 +169,8 @@ async def lines_of(content: AsyncIterator[bytes]) -> AsyncIterator[str]:
     async for piece in content:
         *lines, rest = (rest + piece).split(b"\n")
         for line in lines:
-            yield line.decode().rstrip("\r")
-    yield rest.decode()
+            yield line.decode(errors="replace").rstrip("\r")
+    yield rest.decode(errors="replace")
 
 
 async def parts(lines: AsyncIterator[str], doing: str) -> AsyncIterator[dict[str, Any]]:
@@ -182,14 +190,16 @@ async def parts(lines: AsyncIterator[str], doing: str) -> AsyncIterator[dict[str
         if not text or text == "[DONE]":
             continue
         try:
-            part = json.loads(text) if kind == "data" else None
-        except ValueError:
+            part = parse_json(text) if kind == "data" else None
+        except NotJson:
             part = None
         if not isinstance(part, dict):
             raise ServerError(f"{doing}: the answer is no stream of JSON; is it vLLM?")
         # The status was sent with the first part; what goes wrong later stands in a part.
         if "error" in part:
-            raise failed(doing, int(part["error"].get("code") or 500), text)
+            error = part["error"]
+            code = error.get("code") if isinstance(error, dict) else None
+            raise failed(doing, code if type(code) is int and code else 500, text)
         yield part
 
 

@@ -21,6 +21,7 @@ from megalora.rl.draft import Draft, failed, parts_of
 from megalora.rl.episode import Sampled
 from megalora.rl.reported_routes import ReportedRoutes
 from megalora.serve.api import is_local
+from megalora.serve.body import AS_SENT, pieces_of
 from megalora.serve.errors import AdapterNotFound, ServeError, ServerUnreachable
 
 FIRST_REST_S = 1.0
@@ -52,7 +53,7 @@ class _Server:
             base_url=url,
             timeout=httpx.Timeout(silence_s, connect=10.0),
             limits=httpx.Limits(max_connections=None, keepalive_expiry=2.0),
-            headers=headers,
+            headers={**AS_SENT, **headers},
             verify=url.startswith("https:"),
             trust_env=not is_local(url),
         )
@@ -217,7 +218,8 @@ class Servers:
                 "POST", "/v1/completions", json=draft.body(ident)
             ) as response:
                 if response.status_code != 200:
-                    text = (await response.aread()).decode(errors="replace")
+                    pieces = [piece async for piece in pieces_of(response, doing)]
+                    text = b"".join(pieces).decode(errors="replace")
                     raise failed(doing, response.status_code, text)
                 async for part in parts_of(response, doing):
                     reason = draft.take(part, ident, version, where)

@@ -37,7 +37,7 @@ def read_adapter_files(folder: Path) -> AdapterFiles:
     """
     try:
         files, _ = find_weight_files(folder)
-        config = read_json_object(folder / CONFIG)
+        config = read_json_object(folder / CONFIG, exact_numbers=False)
         # A server reads the folder on its own: what is checked and copied must be what it reads.
         if [path.name for path in files] == [WEIGHTS]:
             return AdapterFiles(folder, config, AdapterWeights(folder))

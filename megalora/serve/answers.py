@@ -1,10 +1,13 @@
 """Read vLLM's answers to ``/v1/completions``, and write the fields of requests for them."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from megalora.serve.api import Served
+from megalora.serve.errors import ServerError
+from megalora.wording import printable, typed
 
 TOKENS_AT_ONCE = 128
 """vLLM's limit on ``logprob_token_ids``."""
@@ -45,24 +48,72 @@ COMPLETION = {"logprobs": 0, "return_token_ids": True}
 of the chosen tokens."""
 
 
+def _read[**P, T](read: Callable[P, T]) -> Callable[P, T]:
+    """Have a reader raise ``ServerError`` for an answer of another shape than vLLM's."""
+
+    @functools.wraps(read)
+    def reading(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return read(*args, **kwargs)
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise ServerError(
+                f"the server's answer is not vLLM's ({type(error).__name__}:"
+                f" {printable(str(error))[:100]}); is it vLLM 0.32?"
+            ) from None
+
+    return reading
+
+
+def _numbers(values: Any) -> list[float]:
+    """A list of numbers; raises ``TypeError`` for another value."""
+    if not isinstance(values, list):
+        raise TypeError(f"a list of numbers is {typed(values)}")
+    for value in values:
+        if type(value) not in (int, float):
+            raise TypeError(f"a number is {typed(value)}")
+    return values
+
+
+def whole_numbers(values: Any) -> list[int]:
+    """A list of integers, as token ids are; raises ``TypeError`` for another value."""
+    if not isinstance(values, list) or any(type(value) is not int for value in values):
+        raise TypeError(f"a list of token ids is {typed(values)}")
+    return values
+
+
+def numbers_or_null(values: Any) -> list[Any]:
+    """A list of numbers, of which some may be null; raises ``TypeError`` for another value."""
+    given = [value for value in values if value is not None] if isinstance(values, list) else values
+    _numbers(given)
+    return values
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"a text is {typed(value)}")
+    return value
+
+
+@_read
 def completion(served: Served, answer: dict[str, Any]) -> Completion:
     """The completion in an answer to a request with the fields ``COMPLETION``."""
     choice = answer["choices"][0]
     return Completion(
-        model=answer["model"],
+        model=_text(answer["model"]),
         version=served.version,
-        tokens=choice["token_ids"],
-        logprobs=choice["logprobs"]["token_logprobs"],
-        text=choice["text"],
-        finish_reason=choice["finish_reason"],
+        tokens=whole_numbers(choice["token_ids"]),
+        logprobs=_numbers(choice["logprobs"]["token_logprobs"]),
+        text=_text(choice["text"]),
+        finish_reason=_text(choice["finish_reason"]),
     )
 
 
+@_read
 def scores(answer: dict[str, Any]) -> list[float]:
     """The scores in an answer to ``Api.scores``."""
     (row,) = answer["data"]
     # vLLM calls them so with any activation.
-    return row["probs"]
+    return _numbers(row["probs"])
 
 
 def prompt_fields(tokens: Sequence[int]) -> dict[str, Any]:
@@ -71,6 +122,7 @@ def prompt_fields(tokens: Sequence[int]) -> dict[str, Any]:
     return {"prompt": [*tokens], "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
 
 
+@_read
 def prompt_logprobs(answer: dict[str, Any], tokens: Sequence[int]) -> list[float]:
     """Log-probabilities of ``tokens[1:]``, from the answer to ``prompt_fields``."""
     # Nothing stands before the first token, so that it has none.
@@ -79,7 +131,7 @@ def prompt_logprobs(answer: dict[str, Any], tokens: Sequence[int]) -> list[float
     for row, token in zip(rows, tokens[1:], strict=True):
         # A row has the token of the prompt, and the most likely one if that is another.
         found.append(row[str(token)]["logprob"])
-    return found
+    return _numbers(found)
 
 
 def prefix_fields(tokens: Sequence[int], start: int) -> dict[str, Any]:
@@ -107,6 +159,7 @@ def prefix_fields(tokens: Sequence[int], start: int) -> dict[str, Any]:
     }
 
 
+@_read
 def prefix_logprobs(answer: dict[str, Any], tokens: Sequence[int], start: int) -> list[float]:
     """Log-probabilities from the answer to ``prefix_fields``."""
     choices = sorted(answer["choices"], key=lambda choice: choice["index"])
@@ -116,4 +169,4 @@ def prefix_logprobs(answer: dict[str, Any], tokens: Sequence[int], start: int) -
     for choice, token in zip(choices, wanted, strict=True):
         (logprobs,) = choice["logprobs"]["top_logprobs"]
         found.append(logprobs[f"token_id:{token}"])
-    return found
+    return _numbers(found)

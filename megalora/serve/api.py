@@ -1,13 +1,14 @@
 """Call vLLM's HTTP routes, one method each, and raise its refusals as typed errors."""
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 
+from megalora.json_text import NotJson, parse_json
+from megalora.serve.body import AS_SENT, read_body
 from megalora.serve.errors import (
     RequestRefused,
     RuntimeUpdatesOff,
@@ -15,6 +16,7 @@ from megalora.serve.errors import (
     ServerUnreachable,
     refusal,
 )
+from megalora.wording import printable, typed
 
 IDLE_CONNECTION_S = 2.0
 """vLLM closes idle connections after 5 s; a request sent at that moment would be lost."""
@@ -51,7 +53,8 @@ class Api:
 
     def __init__(self, url: str, *, timeout: float, api_key: str | None) -> None:
         self.url = url.rstrip("/")
-        headers = {}
+        self.timeout = timeout
+        headers = dict(AS_SENT)
         if api_key:
             headers["Authorization"] = f"Bearer {api_key}"
         self._http = httpx.Client(
@@ -72,7 +75,9 @@ class Api:
     def health(self) -> bool:
         """Whether the server answers and its engine lives."""
         try:
-            return self._http.get("/health").status_code == 200
+            # Closed unread: the status says it.
+            with self._http.stream("GET", "/health") as response:
+                return response.status_code == 200
         except httpx.HTTPError:
             return False
 
@@ -87,9 +92,9 @@ class Api:
 
     def _listed(self) -> tuple[list[Served], dict[str, str]]:
         """Models, and ids by the plain names beside them."""
-        answer = self._call("listing models", lambda: self._http.get("/v1/models"), again=True)
+        body = self._call("listing models", "/v1/models", again=True)
         try:
-            return _sorted(answer.json()["data"])
+            return _sorted(parse_json(body)["data"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ServerError(
                 f"{self.url} answers, but not as vLLM does ({type(error).__name__}); is it another"
@@ -99,63 +104,65 @@ class Api:
     def load_adapter(self, model: str, path: str) -> str:
         """The server's words for what it has loaded."""
         body = {"lora_name": model, "lora_path": path}
-        answer = self._call(
-            f"loading {model}",
-            lambda: self._http.post("/v1/load_lora_adapter", json=body),
-            loading=True,
-        )
-        return answer.text
+        answer = self._call(f"loading {model}", "/v1/load_lora_adapter", body, loading=True)
+        return answer.decode(errors="replace")
 
     def unload_adapter(self, model: str) -> None:
         body = {"lora_name": model}
-        self._call(
-            f"unloading {model}", lambda: self._http.post("/v1/unload_lora_adapter", json=body)
-        )
+        self._call(f"unloading {model}", "/v1/unload_lora_adapter", body)
 
     def completion(self, model: str, fields: dict[str, Any]) -> dict[str, Any]:
         """vLLM's answer to ``/v1/completions``."""
         body = fields | {"model": model}
-        send = lambda: self._http.post("/v1/completions", json=body)  # noqa: E731
-        return self._asked(model, "completions", send)
+        return self._asked(model, "completions", "/v1/completions", body)
 
     def scores(self, model: str, tokens: list[int]) -> dict[str, Any]:
         """vLLM's answer to ``/classify`` for one text: scores as the head gives them."""
         body = {"model": model, "input": [tokens], "use_activation": False}
-        send = lambda: self._http.post("/classify", json=body)  # noqa: E731
-        return self._asked(model, "scores", send)
+        return self._asked(model, "scores", "/classify", body)
 
-    def _asked(self, model: str, what: str, send: Callable[[], httpx.Response]) -> dict[str, Any]:
+    def _asked(self, model: str, what: str, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """The answer of a route that vLLM has for one kind of model alone."""
         try:
-            return self._call(f"asking {model}", send, again=True).json()
+            answer = parse_json(self._call(f"asking {model}", path, body, again=True))
+        except NotJson as error:
+            raise ServerError(
+                f"asking {model}: {self.url} answers, but not as vLLM: {error}"
+            ) from None
         except RuntimeUpdatesOff:
             raise RequestRefused(
                 f"asking {model}: the server at {self.url} gives no {what}. Classifiers need a"
                 " server of their own, as megalora serve starts it for them"
             ) from None
+        if not isinstance(answer, dict):
+            raise ServerError(f"asking {model}: {self.url} answers {typed(answer)}; is it vLLM?")
+        return answer
 
     def _call(
         self,
         doing: str,
-        send: Callable[[], httpx.Response],
+        path: str,
+        body: dict[str, Any] | None = None,
         *,
         loading: bool = False,
         again: bool = False,
-    ) -> httpx.Response:
-        """The answer to a request.
+    ) -> bytes:
+        """The body of the answer to a request.
 
         Args:
             doing: what the request does, as error messages begin.
+            path: the route.
+            body: JSON to post; None to get.
             loading: the request loads an adapter, see ``errors.refusal``.
             again: asking twice does no harm, so that a request may be repeated after the server has
                 closed the connection under it.
         """
         try:
-            response = send()
+            status, answer = self._sent(doing, path, body)
         except httpx.RemoteProtocolError as error:
             # Once: the second time, the connection is a new one.
             if again:
-                return self._call(doing, send, loading=loading)
+                return self._call(doing, path, body, loading=loading)
             raise ServerUnreachable(
                 f"{doing}: {self.url} closed the connection ({error}); see the server's log"
             ) from error
@@ -167,9 +174,15 @@ class Api:
             raise ServerUnreachable(
                 f"{doing}: {self.url} does not answer ({error}); is the server running?"
             ) from error
-        if response.status_code != 200:
-            raise refusal(doing, response.status_code, response.text, loading=loading)
-        return response
+        if status != 200:
+            raise refusal(doing, status, answer.decode(errors="replace"), loading=loading)
+        return answer
+
+    def _sent(self, doing: str, path: str, body: dict[str, Any] | None) -> tuple[int, bytes]:
+        """Status and body of the answer to a request."""
+        method = "GET" if body is None else "POST"
+        with self._http.stream(method, path, json=body) as response:
+            return response.status_code, read_body(response, doing, self.timeout)
 
 
 def _sorted(cards: list[dict[str, Any]]) -> tuple[list[Served], dict[str, str]]:
@@ -189,6 +202,11 @@ def _sorted(cards: list[dict[str, Any]]) -> tuple[list[Served], dict[str, str]]:
 
 def _served(card: dict[str, Any]) -> Served:
     """A model of ``/v1/models``."""
+    # Names are printed, and are part of paths: none has a control character.
+    for key in ("id", "root", "parent"):
+        value = card.get(key)
+        if value is not None and (not isinstance(value, str) or printable(value) != value):
+            raise ValueError(f"{key} {value!r}")
     name, at, version = card["id"].rpartition("@")
     # Adapters name the model that they belong to. A base model's id may have an @ as well.
     is_base = card.get("parent") is None

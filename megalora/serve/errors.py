@@ -4,8 +4,10 @@ Programs decide by class, people read one line. All are ``ValueError``: an adapt
 option is wrong, and the message says which.
 """
 
-import json
 import re
+
+from megalora.json_text import parse_json
+from megalora.wording import printable
 
 
 class ServeError(ValueError):
@@ -134,14 +136,20 @@ def refusal(doing: str, status: int, body: str, *, loading: bool = False) -> Ser
 def _parse(body: str) -> tuple[str, str]:
     """(message, type); a route that is not there answers ``{"detail": "Not Found"}``."""
     try:
-        answer = json.loads(body)
+        answer = parse_json(body)
         if "detail" in answer:
-            return str(answer["detail"]), str(answer["detail"])
-        message = str(answer["error"]["message"]).strip()
+            detail = _one_line(str(answer["detail"]))
+            return detail, detail
+        message = _one_line(str(answer["error"]["message"]))
         wrapped = _WRAPPING.match(message)
         if wrapped:
             message = (wrapped[1] or wrapped[2] or "").strip()
         return message, str(answer["error"]["type"])
     except (ValueError, KeyError, TypeError):
         # Not vLLM's: a proxy's page, of which the beginning has to do.
-        return " ".join(body.split())[:200], ""
+        return _one_line(body[:10_000])[:200], ""
+
+
+def _one_line(text: str) -> str:
+    """A text of the server's without line ends and what a terminal would obey."""
+    return " ".join(printable(text).split())

@@ -14,7 +14,6 @@ rounding, and the proof fails. Nor does bfloat16 tell small losses: one of 8 exp
 relative error of 0.2.
 """
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from typing import Any
 from megalora.adapters.files import PROBE, read_config
 from megalora.adapters.read.options import has_score
 from megalora.hf.folder import local_folder
+from megalora.json_text import read_json
 from megalora.serve.vllm import Client
 
 RELATIVE = 0.25
@@ -165,7 +165,7 @@ def read_probe(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        probe = json.loads(path.read_text())
+        probe = read_json(path)
         tokens = probe["tokens"]
         has_dtype = isinstance(probe["dtype"], str)
         if "scores" in probe:

@@ -98,7 +98,12 @@ def has_chat_template(base: Path, extra: Sequence[str]) -> bool:
         return True
     # Where transformers 4 keeps it.
     settings = base / "tokenizer_config.json"
-    return settings.is_file() and bool(read_json_object(settings).get("chat_template"))
+    return settings.is_file() and _names_template(settings)
+
+
+def _names_template(settings: Path) -> bool:
+    # Its model_max_length is 10**30 where nobody has said one.
+    return bool(read_json_object(settings, exact_numbers=False).get("chat_template"))
 
 
 def request_to_try(url: str, model: str, *, chat: bool, key: bool, scores: bool = False) -> str:

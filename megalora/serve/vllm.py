@@ -238,7 +238,8 @@ class Client:
         """The id that answered, and its log-probabilities."""
         if "lm_head" not in (self._limits.target_modules or ()):
             _, answer = self._ask(name, answers.prompt_fields(tokens))
-            return answer["model"], answers.prompt_logprobs(answer, tokens)
+            logprobs = answers.prompt_logprobs(answer, tokens)
+            return str(answer.get("model")), logprobs
         # With lm_head wrapped, vLLM gives prompt_logprobs of two requests at once the wrong
         # adapters, which kills the CPU build. All parts must come from one version.
         model = self.resolve(name)

@@ -23,6 +23,8 @@ from typing import Any
 
 import numpy as np
 
+from megalora.json_text import parse_json
+
 FILE = "expert_tokens.bin"
 MOST_RECORDS = 1000
 """A longer run keeps every second, third, ... of its logged steps."""
@@ -106,7 +108,7 @@ def read_expert_tokens(path: Path) -> Recorded:
     """Read the file of a run; raises ``ValueError`` where it is not one."""
     content = path.read_bytes()
     try:
-        header: Any = json.loads(content.partition(b"\n")[0])
+        header: Any = parse_json(content.partition(b"\n")[0])
         layers = [int(layer) for layer in header["layers"]]
         num_experts = int(header["experts"])
     except (ValueError, KeyError, TypeError):

@@ -1,7 +1,6 @@
 """Report a run's progress on the first rank: a progress bar or a line per step, the run's logs, and
 a loss curve as PNG."""
 
-import json
 import resource
 import time
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from megalora import host
 from megalora.config import LogConfig
+from megalora.json_text import parse_json
 from megalora.train.expert_tokens import ExpertTokens, evenness
 from megalora.train.run_logs import (
     METRICS_FILE,
@@ -232,7 +232,10 @@ def plot_losses(folder: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
+    rows: list[dict[str, Any]] = []
+    for line in (folder / METRICS_FILE).read_text().splitlines():
+        # A loss may be NaN, which Python writes as such.
+        rows.append(parse_json(line, exact_numbers=False))
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for key, style, label in (("loss", "-", "training"), ("eval_loss", "o", "evaluation")):
         # A record has the one or the other.

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from megalora.first_rank import on_every_rank, on_first_rank
+from megalora.json_text import parse_json
 from megalora.train.checkpoint.identity import KEPT
 from megalora.train.checkpoint.writer import make_run_folder, recover
 
@@ -201,7 +202,7 @@ def _this_process(job: str | None) -> Holder:
 def _read(descriptor: int) -> Holder | None:
     """Who wrote the lock file; None where nobody has, or where its content is not ours."""
     try:
-        holder = Holder(**json.loads(os.pread(descriptor, 4096, 0)))
+        holder = Holder(**parse_json(os.pread(descriptor, 4096, 0)))
     except (ValueError, TypeError):
         return None
     texts = (holder.host, holder.since, holder.born, holder.job or "")

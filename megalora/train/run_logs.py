@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from megalora.json_text import parse_json
+
 METRICS_FILE = "metrics.jsonl"
 """File in the run folder with one record a line."""
 ANSWERS_FILE = "answers.jsonl"
@@ -220,8 +222,9 @@ def keep_records(
 def record_of(line: str) -> dict[str, Any] | None:
     """A line of such a file; None for what is not a record of a step."""
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
+        # A loss may be NaN, which Python writes as such.
+        record = parse_json(line, exact_numbers=False)
+    except ValueError:
         return None
     if not isinstance(record, dict):
         return None

@@ -220,9 +220,12 @@ def test_values_that_mean_nothing(trained: Trained, case: str) -> None:
     ("content", "message"),
     [
         # Python's parser recurses, converts digits in quadratic time, and reads a file whole.
-        ('{"a": ' * 100_000, "not readable (nested too deeply)"),
-        ("[" * 200_000, "not readable (nested too deeply)"),
-        ('{"lora_alpha": 1' + "0" * 5000 + "}", "not readable (Exceeds the limit (4300 digits)"),
+        ('{"a": ' * 100_000, "lists or objects are nested more than 100 deep"),
+        ("[" * 200_000, "lists or objects are nested more than 100 deep"),
+        (
+            '{"lora_alpha": 1' + "0" * 5000 + "}",
+            "holds a number of too many digits (Exceeds the limit (4300 digits)",
+        ),
         ('{"r": "' + "x" * 2**26 + '"}', "67 MB; megalora reads JSON files of up to 67 MB"),
     ],
     ids=["objects", "lists", "digits", "size"],

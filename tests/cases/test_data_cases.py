@@ -105,11 +105,11 @@ def test_two_answers_in_a_row_without_an_end_of_turn(load):
             r"rows.jsonl: row 2: message 2 holds half a character \('\\ude00'",
         ),
         ('{"id": ' + "7" * 4400 + "}", r"rows.jsonl:2: holds a number of too many digits \("),
-        ("[" * 100_000, r"rows.jsonl:2: lists or objects are nested too deeply to be read"),
+        ("[" * 100_000, r"rows.jsonl:2: lists or objects are nested more than 100 deep"),
         (
             '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content":'
             ' "yo", "x": ' + "[" * 300 + "]" * 300 + "}]}",
-            r"rows.jsonl: row 2: message 2: nested deeper than 100 levels",
+            r"rows.jsonl:2: lists or objects are nested more than 100 deep",
         ),
         (
             (

@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 
-from megalora.lora.patterns import MAX_EXPANDED, Pattern
+from megalora.hf.patterns import MAX_EXPANDED, Pattern
 
 NAMES = ["model.layers.2.mlp.gate", "model.layers.0.mlp.shared_expert.down_proj", "lm_head",
          "model.embed_tokens"]  # fmt: skip

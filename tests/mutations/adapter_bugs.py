@@ -6,7 +6,7 @@ COPIES, RULES, WEIGHTS, BANKS, OPTIONS, ADAPTER = (
     f"megalora/adapters/read/{name}.py"
     for name in ("copies", "rules", "weights", "banks", "options", "adapter")
 )
-PATTERNS = "megalora/lora/patterns.py"
+PATTERNS = "megalora/hf/patterns.py"
 COPIES_TEST, STOCK, BANKS_TEST, WEIGHTS_TEST, OPTIONS_TEST = (
     f"tests/adapters/test_{name}.py"
     for name in ("copies", "stock_peft", "banks", "weights", "options")

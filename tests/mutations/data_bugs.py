@@ -7,6 +7,7 @@ MESSAGES, MARKS, REACH, SPANS, TURNS, CHAT, COLUMNS = (
     for name in ("messages", "marks", "reach", "spans", "turns", "chat", "columns")
 )
 JSON_ROWS = "megalora/data/json_rows.py"
+JSON_TEXT = "megalora/json_text.py"
 PROBE = "megalora/data/probe_text.py"
 CASES = "tests/cases/test_data_cases.py"
 TOOL_CASES = "tests/cases/test_tool_cases.py"
@@ -218,9 +219,9 @@ DATA_BUGS: tuple[Bug, ...] = (
     bug(
         0,
         "of a key that occurs twice the last value counts",
-        JSON_ROWS,
-        "json.loads(text, object_pairs_hook=unique_keys)",
-        "json.loads(text)",
+        JSON_TEXT,
+        "    if len(found) < len(pairs):\n",
+        "    if False:\n",
         "tests/data/test_sources.py test_unreadable_files",
     ),
     bug(
@@ -283,9 +284,8 @@ DATA_BUGS: tuple[Bug, ...] = (
         0,
         "a number of too many digits without its line",
         JSON_ROWS,
-        '        raise ValueError(f"{where}: holds a number of too many digits ({error})") from'
-        " error\n",
-        "        raise\n",
+        "        number = line or error.line\n",
+        "        number = error.line\n",
         f"{CASES} test_lone_surrogate_and_what_is_like_it",
     ),
     bug(

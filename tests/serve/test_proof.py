@@ -95,7 +95,7 @@ def test_without_a_training_side_it_must_act() -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "is damaged (JSONDecodeError"),
+        ("{", "is damaged (NotJson"),
         ('{"tokens": [1, 2], "dtype": "float32"}', "is damaged (KeyError: 'logprobs')"),
         # The first token has no log-probability: there must be one less than tokens.
         (

@@ -207,8 +207,8 @@ def test_a_wrong_state_names_file_and_key(
         (b"[1]", "must be a JSON object, got list"),
         (b"null", "must be a JSON object"),
         (b"\xff\xfe", "not UTF-8|not valid JSON"),
-        (b'{"step": ' * 100_000, "nested too deep|not valid JSON"),
-        (b'{"a":' + b"[" * 100_000, "nested too deep"),
+        (b'{"step": ' * 100_000, "nested more than 100 deep|not valid JSON"),
+        (b'{"a":' + b"[" * 100_000, "nested more than 100 deep"),
     ],
 )
 def test_what_is_not_json_is_a_line(content: bytes, message: str, tmp_path: Path) -> None:

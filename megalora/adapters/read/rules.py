@@ -7,8 +7,8 @@ from typing import Any
 
 from megalora.adapters.files import CONFIG
 from megalora.adapters.read.options import check_types
+from megalora.hf.patterns import Pattern, end_pattern, endings, ends_in
 from megalora.hf.tensor_names import is_of_experts
-from megalora.lora.patterns import Pattern, end_pattern, endings, ends_in
 from megalora.lora.spec import lora_scale
 
 _LAYER = r".*?\.[^.]*\.(?P<layer>\d+)\."

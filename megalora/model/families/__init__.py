@@ -21,6 +21,7 @@ from megalora.model.families import (
 from megalora.model.families.family import Family
 from megalora.model.projections import Projection
 from megalora.model.shape import ModelShape
+from megalora.wording import shorten
 
 FAMILIES: dict[str, Family] = {
     module.FAMILY.model_type: module.FAMILY
@@ -34,9 +35,9 @@ def family_of(hf: Mapping[str, Any]) -> Family:
     know."""
     # A file without model_type is rejected in the same words.
     kind = hf.get("model_type", "nothing")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise ValueError(
-            f"model_type {kind!r} is not supported; megalora knows {', '.join(FAMILIES)}"
+            f"model_type {shorten(kind)} is not supported; megalora knows {', '.join(FAMILIES)}"
         )
     return FAMILIES[kind]
 

@@ -5,6 +5,8 @@ from typing import Any
 
 from megalora.model.families.family import Config, ExtraTensor
 from megalora.model.families.rules import (
+    MAX_EXPERTS,
+    MAX_LAYERS,
     Rule,
     flag,
     layer_numbers,
@@ -17,7 +19,7 @@ from megalora.model.projections import ATTENTION, DENSE_MLP, MOE, SHARED_EXPERT,
 from megalora.model.shape import ModelShape
 
 SIZES: dict[str, Rule] = {
-    "num_hidden_layers": whole(1),
+    "num_hidden_layers": whole(1, MAX_LAYERS),
     "num_attention_heads": whole(1),
     "num_key_value_heads": or_null(whole(1)),
     "hidden_size": whole(1),
@@ -31,7 +33,7 @@ MORE_SIZES: dict[str, Rule] = {
     "tie_word_embeddings": or_null(flag),
 }
 EXPERT_SIZES: dict[str, Rule] = {
-    "num_experts": whole(0),
+    "num_experts": whole(0, MAX_EXPERTS),
     "num_experts_per_tok": whole(1),
     "moe_intermediate_size": whole(1),
 }

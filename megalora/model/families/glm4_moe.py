@@ -6,13 +6,13 @@ from typing import Any
 
 from megalora.model.families import decoder
 from megalora.model.families.family import Config, ExtraTensor, Family, PeftSupport
-from megalora.model.families.rules import flag, only, or_null, positive, whole
+from megalora.model.families.rules import MAX_EXPERTS, flag, only, or_null, positive, whole
 from megalora.model.projections import ATTENTION, DENSE_MLP, MOE, SHARED_EXPERTS, Projection
 from megalora.model.rope_fields import rotary_dim
 from megalora.model.shape import ModelShape
 
 _EXPERT_SIZES = {
-    "n_routed_experts": whole(1),
+    "n_routed_experts": whole(1, MAX_EXPERTS),
     "num_experts_per_tok": whole(1),
     "moe_intermediate_size": whole(1),
     "n_shared_experts": whole(1),

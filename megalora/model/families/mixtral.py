@@ -12,11 +12,11 @@ from typing import Any
 
 from megalora.model.families import decoder
 from megalora.model.families.family import Config, Family
-from megalora.model.families.rules import only, or_null, whole
+from megalora.model.families.rules import MAX_EXPERTS, only, or_null, whole
 from megalora.model.projections import ATTENTION, MOE, Projection
 from megalora.model.shape import ModelShape
 
-_EXPERT_SIZES = {"num_local_experts": whole(1), "num_experts_per_tok": whole(1)}
+_EXPERT_SIZES = {"num_local_experts": whole(1, MAX_EXPERTS), "num_experts_per_tok": whole(1)}
 _PUBLISHED_LEAVES = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2", "gate": "gate"}
 
 

@@ -3,11 +3,11 @@ allenai/OLMoE-1B-7B-0924."""
 
 from megalora.model.families import decoder
 from megalora.model.families.family import Config, ExtraTensor, Family, LayerParts
-from megalora.model.families.rules import only, or_null, whole
+from megalora.model.families.rules import MAX_EXPERTS, only, or_null, whole
 from megalora.model.shape import ModelShape
 
 # intermediate_size is that of an expert: the family has no dense MLP.
-_EXPERT_SIZES = {"num_experts": whole(1), "num_experts_per_tok": whole(1)}
+_EXPERT_SIZES = {"num_experts": whole(1, MAX_EXPERTS), "num_experts_per_tok": whole(1)}
 _WIDE_NORMS = (
     ExtraTensor(
         "self_attn.q_norm.weight",

@@ -12,15 +12,22 @@ from typing import Any
 type Rule = Callable[[Any], str | None]
 
 
-def whole(least: int, *, even: bool = False) -> Rule:
-    """A whole number of at least ``least``."""
-    wanted = f"{'an even' if even else 'a whole'} number of at least {least}"
+MAX_LAYERS = 10_000
+MAX_EXPERTS = 100_000
+"""Published models have up to some 130 layers and 400 experts in each."""
+LARGEST_SIZE = 2**31 - 1
+"""Sizes are checked before a loop or an allocation takes them; no model has a larger one."""
+
+
+def whole(least: int, most: int = LARGEST_SIZE, *, even: bool = False) -> Rule:
+    """A whole number of at least ``least`` and at most ``most``."""
+    wanted = f"{'an even' if even else 'a whole'} number of at least {least} and at most {most}"
 
     def rule(value: Any) -> str | None:
         # Python counts true as 1, JSON does not.
         if isinstance(value, bool) or not isinstance(value, int):
             return wanted
-        if value < least or (even and value % 2 != 0):
+        if not least <= value <= most or (even and value % 2 != 0):
             return wanted
         return None
 

@@ -12,12 +12,12 @@
 Blocks run over the flattened matrix, so where B does not divide K they go over the ends of rows.
 """
 
-import json
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megalora.json_text import parse_json
 from megalora.model.quantised.nibbles import high_first
 from megalora.model.quantised.part import Part, Stored, covering, group_of
 
@@ -60,7 +60,7 @@ def _absmax(stored: Stored, blocks: slice, state: dict[str, Any]) -> Tensor:
 
 def _state(stored: Stored, size: tuple[int, int]) -> dict[str, Any]:
     """What ``quant_state`` says; raises ``ValueError`` where it does not fit the matrix."""
-    state = json.loads(bytes(stored[STATE][...].tolist()))
+    state = parse_json(bytes(stored[STATE][...].tolist()))
     if state.get("quant_type") != "nf4" or state.get("shape") != list(size):
         raise ValueError(
             f"its quant_state is of a {state.get('quant_type')} matrix {state.get('shape')}, not of"

@@ -2,13 +2,16 @@
 dtypes and shapes."""
 
 import fnmatch
-import re
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from megalora.hf.patterns import Pattern
+
 Form = Literal["fp8", "nf4", "int4", "gptq", "awq", "nvfp4", "nvfp4_modelopt", "mxfp4"]
 FLOATS = ("F32", "BF16", "F16")
+QUANTISED = "quantization_config"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,11 +90,17 @@ class _Form:
     parts: _Parts
 
 
+@functools.lru_cache(maxsize=1024)
+def _expression(expression: str) -> Pattern:
+    """Compiled once, and matched within a time limit: a folder's config says it."""
+    return Pattern(f"{QUANTISED}: ignore", expression)
+
+
 def _names(entry: str, module: str) -> bool:
     """Whether an entry of a config's list means a module: some neighbouring parts of its name, a
     pattern with ``*`` or, after ``re:``, a regular expression."""
     if entry.startswith("re:"):
-        return re.match(entry.removeprefix("re:"), module) is not None
+        return _expression(entry.removeprefix("re:")).match(module) is not None
     if "*" in entry:
         return fnmatch.fnmatchcase(module, entry)
     # With its dots, so that ``gate`` does not mean gate_proj.

@@ -1,10 +1,10 @@
 """Compare what a server says that it has taken, and what it does with it, with what was sent."""
 
-import json
 import math
 from dataclasses import dataclass
 from typing import Any
 
+from megalora.json_text import parse_json
 from megalora.serve.errors import ServerError
 from megalora.serve.proof import RELATIVE, Proof
 
@@ -36,7 +36,7 @@ def acknowledged(said: str, described: dict[str, Any], where: str) -> Timing:
     """
     expected = {key: described[key] for key in _ACKNOWLEDGED}
     try:
-        taken = json.loads(said)
+        taken = parse_json(said)
         found = {key: taken[key] for key in _ACKNOWLEDGED}
         timing = Timing(float(taken["arrive_s"]), float(taken["load_s"]))
     except (ValueError, KeyError, TypeError):
