@@ -78,3 +78,29 @@ def test_aliases_and_merged_sections_still_work(tmp_path: Path) -> None:
     config = load_config(path)
     assert config.lora.exclude_modules == config.lora.target_modules == ["q_proj", "k_proj"]
     assert config.log.every == 7
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "PGPASSWORD", "SLURM_JWT", "ANYTHING"],
+)
+def test_a_secret_of_the_environment_is_not_written_down(
+    minimal: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv(name, "s3cret")
+    monkeypatch.setenv("A_NAME", name)
+    # By its name, and by one that is put together.
+    for spelled in (name, "${oc.env:A_NAME}"):
+        said = refusal(minimal, f"checkpoint.dir=${{oc.env:{spelled}}}")
+        assert "is not read: configs are kept with every checkpoint" in said
+        assert "s3cret" not in said and "\n" not in said
+
+
+def test_a_folder_of_the_environment_is_read(
+    minimal: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_RUNS_DIR", "/runs")
+    given = "checkpoint.dir=${oc.env:MY_RUNS_DIR}/${oc.env:SLURM_JOB_ID,local}"
+    assert load_config(minimal, [given]).checkpoint.dir == "/runs/local"
+    missing = refusal(minimal, "checkpoint.dir=${oc.env:SLURM_JOB_ID}")
+    assert "there is no environment variable SLURM_JOB_ID" in missing

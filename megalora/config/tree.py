@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
+import megalora.config.env_names  # noqa: F401  restricts ${oc.env:NAME}
 from megalora.config.checks import require
 from megalora.config.yaml_limits import check_yaml
 from megalora.paths import expand

@@ -23,7 +23,7 @@ from megalora.model.families import family_of
 from megalora.model.families.family import Family
 from megalora.model.families.rules import Rule
 from megalora.model.quantised.config import read_scheme
-from megalora.model.quantised.scheme import Scheme
+from megalora.model.quantised.scheme import QUANTISED, Scheme
 from megalora.model.rope_fields import ROPE_FIELDS, check_whole_heads, read_rope
 from megalora.model.shape import ModelShape
 
@@ -66,7 +66,6 @@ _GENERATION = (
     "cache_implementation", "use_model_defaults", "generation_config",
 )  # fmt: skip
 HARMLESS = frozenset((*_BOOKKEEPING, *_HOW_IT_RUNS, *_GENERATION))
-QUANTISED = "quantization_config"
 _QUANTISED_OTHERWISE = ("compression_config", "quantization")
 """Fields of quantised models that are not read: compressed-tensors wrote the first before it had
 the name of all others, MLX writes the second."""

@@ -100,7 +100,8 @@ def read_rope(hf: Mapping[str, Any]) -> Rope:
     missing = [name for name in _REQUIRED.get(kind, ()) if name not in settings]
     if missing:
         raise ValueError(
-            f"config.json: {where} of type {shorten(kind)} must have {', '.join(missing)}; it is {shorten(found)}"
+            f"config.json: {where} of type {shorten(kind)} must have {', '.join(missing)};"
+            f" it is {shorten(found)}"
         )
     return Rope(kind, theta, settings)
 
@@ -130,8 +131,8 @@ def _kind(where: str, found: Mapping[str, Any]) -> str:
     if kind in _BY_LENGTH:
         raise ValueError(
             f"config.json: {where} is of type {shorten(kind)}, whose frequencies depend on the"
-            " length of each input, which megalora does not compute. To train within the length the model"
-            f" was made for, remove {where} (keep rope_theta); for more, choose a kind whose"
+            " length of each input, which megalora does not compute. To train within the length the"
+            f" model was made for, remove {where} (keep rope_theta); for more, choose a kind whose"
             " frequencies are fixed, such as yarn, and serve with the same"
         )
     if kind not in SETTINGS:
@@ -147,9 +148,9 @@ def check_whole_heads(hf: Mapping[str, Any]) -> None:
     for value in _partial_factors(hf):
         if value != 1:
             raise ValueError(
-                f"config.json has partial_rotary_factor={shorten(value)}; models of this family rotate"
-                " whole heads (transformers ignores the field or fails on it), so remove it or set"
-                " it to 1.0"
+                f"config.json has partial_rotary_factor={shorten(value)}; models of this family"
+                " rotate whole heads (transformers ignores the field or fails on it), so remove it"
+                " or set it to 1.0"
             )
 
 
@@ -174,8 +175,8 @@ def rotary_dim(hf: Mapping[str, Any], head_dim: int, default: float) -> int:
     features = share * head_dim if _is_number(share) else 0
     if not 0 < features <= head_dim or features % 2:
         raise ValueError(
-            f"config.json has partial_rotary_factor={shorten(share)}; it must be a number above 0 and at"
-            f" most 1 that turns an even number of a head's {head_dim} features"
+            f"config.json has partial_rotary_factor={shorten(share)}; it must be a number above 0"
+            f" and at most 1 that turns an even number of a head's {head_dim} features"
         )
     return int(features)
 
@@ -229,8 +230,8 @@ def _check_setting(where: str, kind: str, name: str, value: Any) -> None:
     if name not in SETTINGS[kind]:
         known = ", ".join(SETTINGS[kind]) or "rope_theta alone"
         raise ValueError(
-            f"config.json: {where} has {name}={shorten(value)}, which type {shorten(kind)} does not read"
-            f" ({known}){_INSTEAD.get(name, '')}"
+            f"config.json: {where} has {name}={shorten(value)}, which type {shorten(kind)} does not"
+            f" read ({known}){_INSTEAD.get(name, '')}"
         )
     if name == "truncate":
         fits = isinstance(value, bool)

@@ -10,6 +10,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from megalora.config import ParallelConfig, RunConfig
+from megalora.config.yaml_limits import check_yaml
 from megalora.hf.json_file import read_hf_config
 from megalora.model.fields import check_fields, model_shape
 from megalora.model.shape import ModelShape
@@ -24,8 +25,10 @@ def read_architecture(path: Path) -> dict[str, Any]:
             f"{path}: no such file; configs/models/*.yaml are the architectures that come along"
         )
     try:
+        check_yaml(path.read_text(encoding="utf-8"))
         fields = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+    # ValueError: not UTF-8, too large, or a number that is none.
+    except (YAMLError, OmegaConfBaseException, ValueError, OSError) as error:
         raise ValueError(
             f"{path}: not a YAML file of a model's config.json ({str(error).splitlines()[0]})"
         ) from None

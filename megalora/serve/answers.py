@@ -164,7 +164,7 @@ def prefix_logprobs(answer: dict[str, Any], tokens: Sequence[int], start: int) -
     """Log-probabilities from the answer to ``prefix_fields``."""
     choices = sorted(answer["choices"], key=lambda choice: choice["index"])
     # Prefix k ends with token start + k; the token behind it was asked for.
-    wanted = tokens[start + 1 : start + 1 + len(choices)]
+    wanted = tokens[start + 1 : start + 1 + TOKENS_AT_ONCE]
     found = []
     for choice, token in zip(choices, wanted, strict=True):
         (logprobs,) = choice["logprobs"]["top_logprobs"]

@@ -23,7 +23,7 @@ from typing import Any
 from megalora.adapters.files import PROBE, read_config
 from megalora.adapters.read.options import has_score
 from megalora.hf.folder import local_folder
-from megalora.json_text import read_json
+from megalora.json_text import parse_json
 from megalora.serve.vllm import Client
 
 RELATIVE = 0.25
@@ -165,7 +165,7 @@ def read_probe(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        probe = read_json(path)
+        probe = parse_json(path.read_bytes())
         tokens = probe["tokens"]
         has_dtype = isinstance(probe["dtype"], str)
         if "scores" in probe:

@@ -21,6 +21,7 @@ from tests.mutations.generate_bugs import GENERATE_BUGS
 from tests.mutations.gpu_bugs import GPU_BUGS
 from tests.mutations.head_bugs import HEAD_BUGS
 from tests.mutations.head_plan_bugs import HEAD_PLAN_BUGS
+from tests.mutations.hostile_bugs import HOSTILE_BUGS
 from tests.mutations.install_bugs import INSTALL_BUGS
 from tests.mutations.kernel_bugs import KERNEL_BUGS
 from tests.mutations.kto_bugs import KTO_BUGS
@@ -71,6 +72,7 @@ EVERY_BUG = (
     + RUN_BUGS
     + GPU_BUGS
     + WAIT_BUGS
+    + HOSTILE_BUGS
     + TUNE_BUGS
     + COMPILED_BUGS
     + DOCS_BUGS
