@@ -5,6 +5,8 @@ import math
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
+from megalora.json_text import parse_json
+
 SHOWN = 8
 """Number of ranks that a line names."""
 
@@ -34,7 +36,7 @@ class Beat:
 
     @staticmethod
     def decode(written: bytes) -> "Beat":
-        return Beat(**json.loads(written))
+        return Beat(**parse_json(written))
 
 
 class Verdict(NamedTuple):
@@ -52,7 +54,7 @@ class Verdict(NamedTuple):
 
     @staticmethod
     def decode(written: bytes) -> "Verdict":
-        return Verdict(**json.loads(written))
+        return Verdict(**parse_json(written))
 
 
 class Judge:
