@@ -538,7 +538,7 @@ RL_BUGS: tuple[Bug, ...] = (
         0,
         "answers: lines that end at any separator of Unicode",
         "megalora/rl/draft.py",
-        "parts(lines_of(response.aiter_bytes()), doing)",
+        "parts(lines_of(pieces_of(response, doing)), doing)",
         "parts(response.aiter_lines(), doing)",
         "tests/rl/test_servers.py each_server_gets_half",
     ),

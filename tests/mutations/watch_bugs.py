@@ -37,8 +37,8 @@ WATCH_BUGS: tuple[Bug, ...] = (
         0,
         "the shortest limit counts",
         JUDGE,
-        "limit_s = max(beat.limit_s",
-        "limit_s = min(beat.limit_s",
+        "limit_s = max(limit_s, math.inf if",
+        "limit_s = min(limit_s or math.inf, math.inf if",
         f"{TESTS} longest_limit",
     ),
     bug(
@@ -62,7 +62,7 @@ WATCH_BUGS: tuple[Bug, ...] = (
         "a first step has a limit",
         PULSE,
         "if longest_s is None or self.phase in UNLIMITED:",
-        "if self.phase in UNLIMITED:\n            return math.inf\n        if longest_s is None:\n"
+        "if self.phase in UNLIMITED:\n            return None\n        if longest_s is None:\n"
         "            return self.floor_s\n        if False:",
         f"{TESTS} limits_of_phases",
     ),

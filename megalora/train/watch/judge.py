@@ -22,8 +22,8 @@ class Beat:
     """Number of phases begun; a rank that works begins another."""
     step: int = 0
     phase: str = "load"
-    limit_s: float = math.inf
-    """Seconds that the phase may take."""
+    limit_s: float | None = None
+    """Seconds that the phase may take; None where nothing is known."""
     place: str = ""
     """Where the main thread is: file, line and function."""
     waits: bool = False
@@ -126,7 +126,9 @@ class Judge:
         overdue = (now_s - self._heard_s[rank] > self.blink_s / 2 for rank in present)
         if not present or any(overdue):
             return None
-        limit_s = max(beat.limit_s for beat in present.values())
+        limit_s = 0.0
+        for beat in present.values():
+            limit_s = max(limit_s, math.inf if beat.limit_s is None else beat.limit_s)
         stuck_s = now_s - self._moved_s
         if stuck_s <= limit_s:
             return None

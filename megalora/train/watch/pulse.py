@@ -39,9 +39,9 @@ class Pulse:
         self.moves += 1
 
     @property
-    def limit_s(self) -> float:
-        """Seconds that the present phase may take; infinite where nothing is known."""
+    def limit_s(self) -> float | None:
+        """Seconds that the present phase may take; None where nothing is known."""
         longest_s = self._longest_s.get(self.phase)
         if longest_s is None or self.phase in UNLIMITED:
-            return math.inf
+            return None
         return max(self.floor_s, FACTOR * longest_s)
