@@ -93,6 +93,7 @@ WITHOUT_TORCH = (
     "megalora/model/quantised/scheme.py", "megalora/model/quantised/settings.py",
     "megalora/model/second_model.py", "megalora/hf/vocabulary.py",
     "megalora/model/projections.py", "megalora/model/formats/", "megalora/model/families/",
+    "megalora/model/held.py",
     "megalora/train/__init__.py", "megalora/train/__main__.py", "megalora/train/on_ranks.py",
     "megalora/train/run_files.py",
     "megalora/train/run_logs.py", "megalora/train/expert_tokens.py", "megalora/report/",

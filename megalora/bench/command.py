@@ -19,7 +19,7 @@ from megalora.planner.gpus import find_machine
 from megalora.planner.hardware import Machine
 from megalora.planner.layouts import ParallelLayout
 from megalora.planner.memory import CONTEXT
-from megalora.planner.models import shape_in
+from megalora.planner.models import find_architecture, held_by_config, shape_in
 from megalora.planner.prices import BEHIND_WAITS
 from megalora.planner.search import evaluate, search
 from megalora.planner.weights import PlannedModel
@@ -130,6 +130,7 @@ def workload(config: RunConfig, imbalance: float, machine: Machine) -> Workload:
     return replace(
         Workload.of(config, imbalance), sequence_length=length,
         crossings=crossings_of(machine.name), on_cpu=machine.is_cpu,
+        held=held_by_config(config.model, find_architecture(config.model.path)),
     )  # fmt: skip
 
 

@@ -29,10 +29,12 @@ from megalora.bench.samples import full_samples
 from megalora.bench.timers import Timeline, attach
 from megalora.config import RunConfig
 from megalora.lora.adapted_model import AdaptedModel
+from megalora.model.account import open_folder
 from megalora.model.build import build_model, build_random
 from megalora.model.fields import model_shape
+from megalora.model.held import held_in
 from megalora.planner.layouts import ParallelLayout
-from megalora.planner.models import find_architecture
+from megalora.planner.models import find_architecture, held_by_config
 from megalora.planner.weights import PlannedModel
 from megalora.train.assemble import Inputs, Run, assemble
 from megalora.train.teacher import SecondModel
@@ -61,11 +63,14 @@ def training(config: RunConfig, options: BenchOptions) -> Iterator[Run]:
             make_even(model.chunks, model.groups)
 
     if has_weights(config, options):
-        make_base = partial(build_model, folder=Path(config.model.path))
+        folder = Path(config.model.path)
+        make_base = partial(build_model, folder=folder)
+        held = held_in(config.model, open_folder(folder))
     else:
+        held = held_by_config(config.model, hf)
         make_base = partial(build_random, hf, seed=config.train.seed)
     inputs = Inputs(shape, list(model.adapted), tokenizer, split, None)
-    with assemble(config, inputs, make_base=make_base, prepare=prepare) as run:
+    with assemble(config, inputs, make_base=make_base, prepare=prepare, held=held) as run:
         teacher = run.stepper.teacher
         # Its weights are always read, and it routes like the model.
         if isinstance(teacher, SecondModel) and options.routing == "balanced":

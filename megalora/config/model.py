@@ -24,6 +24,15 @@ class ModelConfig:
     ``flash3`` and ``flash4`` have torch use Flash Attention 3 or 4 in its place, where they are
     installed."""
 
+    weight_format: Literal["auto", "plain", "fp8", "nf4"] = "auto"
+    """How frozen linears lie in memory. ``plain``: in ``dtype``. ``fp8``, ``nf4``: as codes with
+    scales, decoded layer by layer when they are computed with; nf4 quantises a plain model as it is
+    read. ``auto``: as codes where the folder stores fp8 blocks or nf4, otherwise plain. Nothing is
+    quantised a second time (docs/quantised.md)."""
+    quantised_parts: Literal["linears", "experts"] = "linears"
+    """Linears that may be codes: all of the decoder layers, or those of routed experts alone. Never
+    router, norms, embedding and lm_head."""
+
     def __post_init__(self) -> None:
         # Frozen, so not by assignment.
         object.__setattr__(self, "path", expand(self.path, "model.path"))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megalora_kernels import Scratch
 from torch import Tensor, nn
 
 from megalora import host
@@ -20,6 +21,9 @@ from megalora.lora.shards import FactorShard
 from megalora.lora.spec import Adapted, has_start
 from megalora.lora.trained_weight import TrainedWeight, trained_weights
 from megalora.model.build import MakeBase
+from megalora.model.formats import BOTH_PLAIN, ExpertFormats, LayerFormats
+from megalora.model.formats.coded import Coded
+from megalora.model.held import Held, held_formats
 from megalora.model.shape import ModelShape
 from megalora.parallel import Groups
 
@@ -60,10 +64,28 @@ class AdaptedModel:
         return {parameter: parameter.data for parameter in self.parameters}
 
 
+def with_held(
+    formats: LayerFormats, held: Held, shape: ModelShape, parallel: ParallelConfig
+) -> LayerFormats:
+    """Formats in which the held weights are codes, decoded into the memory of one ``Scratch`` for
+    each of gate_up, down and dense linears."""
+    found: dict[int, ExpertFormats] = dict(formats)
+    for layer, modules in held_formats(held, shape, parallel, formats, Scratch).items():
+        linears: dict[str, Coded] = {}
+        experts: dict[str, Coded] = {}
+        for module, how in modules.items():
+            if module.startswith("mlp.experts."):
+                experts[module.rpartition(".")[2]] = how
+            else:
+                linears[module] = how
+        found[layer] = found.get(layer, BOTH_PLAIN)._replace(linears=linears, **experts)
+    return found
+
+
 def adapt_base(
     make_base: MakeBase, shape: ModelShape, adapted: list[Adapted], groups: Groups,
     *, model: ModelConfig, parallel: ParallelConfig, lora: LoRAConfig, seed: int,
-    rows_per_expert: float = 0.0, keeps_base: bool = False,
+    rows_per_expert: float = 0.0, keeps_base: bool = False, held: Held | None = None,
 ) -> AdaptedModel:  # fmt: skip
     """Make the base of this rank and put its adapters in, without any communication.
 
@@ -72,6 +94,7 @@ def adapt_base(
         seed: seed of the initial adapters.
         rows_per_expert: as in ``expert_formats``.
         keeps_base: as in ``unfreeze``.
+        held: weights that stay codes.
     """
     dtype = getattr(torch, model.dtype)
     # Formats come first: weights are loaded to where they stay, with or without room beside them.
@@ -83,6 +106,8 @@ def adapt_base(
         device=host.device(),
         rows_per_expert=rows_per_expert,
     )
+    if held is not None:
+        formats = with_held(formats, held, shape, parallel)
     chunks = make_base(model, parallel, shape, formats=formats)
     shards = inject(
         chunks, adapted, shape, lora, groups, seed=seed, dtype=dtype, keeps_base=keeps_base

@@ -15,6 +15,7 @@ from torch.distributed import ProcessGroup
 from megalora.comm import gather_seq, scatter_seq
 from megalora.lora.factors import LoRAFactors
 from megalora.lora.magnitude import scale_rows
+from megalora.model.coded_linear import base_weight_of
 
 
 class _DenseLoRA(nn.Module):
@@ -28,7 +29,7 @@ class _DenseLoRA(nn.Module):
         self.dropout = dropout
         # A function, because the parameter may still be moved or replaced.
         # Of ``base``, not of ``self``, which would keep itself alive through its factors.
-        factors.base_weight = lambda: base.weight
+        factors.base_weight = lambda: base_weight_of(base)
         self.adds_bias = False
         """Whether to add the bias here, behind the magnitudes, where the base would have."""
         if len(factors.lora_M) and not base.skip_bias_add:

@@ -102,7 +102,7 @@ class ExpertsLoRA(nn.Module):
             if factors is not None:
                 base.check_room(name, sum(a.product_rank for a in factors.adapted))
                 # Looked up when it is needed: the parameter may still be moved or replaced.
-                factors.base_weight = partial(getattr, base, name)
+                factors.base_weight = partial(base.weight, name)
 
     def forward(self, x: Tensor, routing: Routing, probs: Tensor) -> tuple[Tensor, None]:
         """x ``[T, H]`` as the dispatcher delivers it, probs ``[M]``; returns ``[T, H]``, None."""

@@ -239,7 +239,8 @@ class LoRAFactors(nn.Module):
             weight = weight[place]
         # Side by side within each row group, as in ``stacked_b``.
         blocks = weight.unflatten(0, (self.row_groups, -1)).split(self.block_rows, dim=1)
-        return blocks[self.names.index(name)].flatten(0, 1)
+        # A copy: what is decoded from codes gives way to the next weight.
+        return blocks[self.names.index(name)].flatten(0, 1).clone()
 
     def _for_each_expert(self, parameter: Tensor, factor: FactorName) -> Tensor:
         """``[E/ep, ...]`` of a factor's parameter."""

@@ -99,7 +99,8 @@ def unused_note(base: BaseFolder) -> str | None:
 
 
 def quantised_note(scheme: Scheme | None, dtype: str) -> str | None:
-    """A line for the user about a base whose linears are stored quantised; None for a plain one."""
+    """A line for the user about a base whose linears are stored quantised and decoded as they are
+    read; None for a plain one."""
     if scheme is None:
         return None
     return (

@@ -8,12 +8,11 @@ import torch
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import LocalSpecProvider
-from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
 from megatron.core.tensor_parallel.layers import RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -30,6 +29,7 @@ from torch import Tensor, nn
 
 from megalora import host
 from megalora.model.attention import DocumentAttention
+from megalora.model.coded_linear import CodedColumnParallelLinear, CodedRowParallelLinear
 from megalora.model.dispatcher import RoutedMoELayer
 from megalora.model.experts import FusedExperts
 from megalora.model.families.family import LayerParts
@@ -67,6 +67,13 @@ class BiasedRowParallelLinear(RowParallelLinear):
         super().__init__(*args, bias=True, **kwargs)
 
 
+class CodedBiasedRowParallelLinear(CodedRowParallelLinear):
+    """``BiasedRowParallelLinear`` on codes."""
+
+    def __init__(self, *args: Any, bias: bool, **kwargs: Any) -> None:
+        super().__init__(*args, bias=True, **kwargs)
+
+
 class TorchBackend(LocalSpecProvider):
     """Megatron's local back end with our norm, attention and experts."""
 
@@ -86,6 +93,30 @@ class TorchBackend(LocalSpecProvider):
         return FusedExperts
 
 
+class Linears:
+    """Megatron's linears of one layer, on codes where its formats say so."""
+
+    def __init__(self, backend: TorchBackend, formats: ExpertFormats) -> None:
+        self.backend = backend
+        self.formats = formats.linears
+
+    def column(self, module: str) -> Any:
+        """The class of a column-parallel linear, or what makes it."""
+        if module in self.formats:
+            return partial(CodedColumnParallelLinear, how=self.formats[module])
+        return self.backend.column_parallel_linear()
+
+    def row(self, module: str, plain: Any = None) -> Any:
+        """The same of a row-parallel one; ``plain``: its class where it is plain, and None for
+        Megatron's."""
+        if module not in self.formats:
+            return plain or self.backend.row_parallel_linear()
+        how = self.formats[module]
+        if plain is BiasedRowParallelLinear:
+            return partial(CodedBiasedRowParallelLinear, how=how)
+        return partial(CodedRowParallelLinear, how=how)
+
+
 def layer_spec(
     config: Any,
     num_experts: int | None,
@@ -102,7 +133,7 @@ def layer_spec(
         num_experts: experts of the layer; None for a dense MLP.
         o_bias: whether attention's output projection has a bias.
         parts: modules that the family has in place of ours.
-        formats: how the experts' weights lie in memory.
+        formats: how its weights lie in memory.
         attention: ``model.attention`` of the config.
     """
     # Families without norms on q and k get modules that pass them through.
@@ -114,6 +145,7 @@ def layer_spec(
         q_norm = parts.q_norm or norm
         k_norm = parts.k_norm or norm
     output: Any = BiasedRowParallelLinear if o_bias else backend.row_parallel_linear()
+    linears = Linears(backend, formats)
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -122,9 +154,9 @@ def layer_spec(
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=backend.column_parallel_linear(),
+                    linear_qkv=linears.column("self_attention.linear_qkv"),
                     core_attention=backend.core_attention(),
-                    linear_proj=output,
+                    linear_proj=linears.row("self_attention.linear_proj", output),
                     q_layernorm=q_norm,
                     k_layernorm=k_norm,
                 ),
@@ -139,15 +171,20 @@ def layer_spec(
 
 def _mlp(backend: TorchBackend, num_experts: int | None, formats: ExpertFormats) -> Any:
     """A dense MLP, or an MoE layer with its router, experts and shared expert."""
+    linears = Linears(backend, formats)
     if num_experts is None:
-        return get_mlp_module_spec_for_backend(backend=backend)
+        fc1 = linears.column("mlp.linear_fc1")
+        fc2 = linears.row("mlp.linear_fc2")
+        submodules = MLPSubmodules(linear_fc1=fc1, linear_fc2=fc2)
+        return partial(MLP.as_mlp_submodule, submodules=submodules)
     # An MoE layer's linears are those of its shared expert; routed experts have fused tensors.
-    linears = MLPSubmodules(
-        linear_fc1=backend.column_parallel_linear(), linear_fc2=backend.row_parallel_linear()
+    of_shared = MLPSubmodules(
+        linear_fc1=linears.column("mlp.shared_experts.linear_fc1"),
+        linear_fc2=linears.row("mlp.shared_experts.linear_fc2"),
     )
     experts = partial(backend.grouped_mlp_modules(True), formats=formats)
     # Megatron only builds it where the config gives the shared expert a size.
-    shared = partial(SharedExpertMLP, submodules=linears)
+    shared = partial(SharedExpertMLP, submodules=of_shared)
     return partial(
         RoutedMoELayer,
         submodules=MoESubmodules(experts=experts, router=FrozenRouter, shared_experts=shared),
@@ -164,7 +201,7 @@ def block_spec(
     attention: str = "auto",
 ) -> TransformerBlockSubmodules:
     """The decoder layers of this pipeline stage and chunk. ``config.moe_layer_freq`` says which are
-    MoE, ``formats`` in which layers the experts' weights are not plain."""
+    MoE, ``formats`` in which layers weights are not plain."""
     # Formats and frequencies are of layers of the whole model, counted from 0.
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
     count = get_num_layers_to_build(config, vp_stage=vp_stage)

@@ -13,8 +13,10 @@ from megalora import host
 from megalora.config import ModelConfig, ParallelConfig
 from megalora.model.account import open_folder
 from megalora.model.backend import block_spec
+from megalora.model.base_weights import BaseWeights
 from megalora.model.families import FAMILIES
 from megalora.model.formats import ALL_PLAIN, LayerFormats
+from megalora.model.held_loading import load_held, randomise_held
 from megalora.model.hf_weights import load_weights, open_architecture, quiet
 from megalora.model.rope_fields import read_rope
 from megalora.model.rotary import frequencies, install_rotary, softmax_scale
@@ -55,7 +57,9 @@ def build_model(
     )
     chunks = make_chunks(base.hf, config, parallel, shape, formats=formats)
     _mark_unwritten(chunks)
-    load_weights(base, chunks, getattr(torch, config.dtype))
+    dtype = getattr(torch, config.dtype)
+    load_weights(base, chunks, dtype)
+    load_held(BaseWeights(base, dtype), chunks, shape)
     dist.barrier()
     # Megatron makes router weights on the host.
     for chunk in chunks:
@@ -90,6 +94,7 @@ def build_random(
                     parameter.fill_(1)
                 else:
                     parameter.normal_(std=0.02, generator=generator)
+    randomise_held(chunks, shape, generator)
     return chunks
 
 

@@ -13,6 +13,12 @@ from torch import Tensor, nn
 
 from megalora import host
 from megalora.model.formats import BOTH_PLAIN, ExpertFormats, WeightFormat
+from megalora.model.held_codes import HeldCodes
+
+
+def as_matrix(stored: Tensor | AugmentedWeight) -> Tensor:
+    """``[E, N, K]``: the weight, which loading writes to."""
+    return stored.weight if isinstance(stored, AugmentedWeight) else stored
 
 
 class FusedExperts(MegatronModule):
@@ -44,12 +50,16 @@ class FusedExperts(MegatronModule):
             "down": (num_local_experts, hidden, features),
         }
         self.stored: dict[str, Any] = {}
-        """Weights as the kernels take them; the parameters are views of these."""
+        """Plain weights as the kernels take them; the parameters are views of these."""
         # Allocated first and registered as views: loading writes to where the weights stay.
         for weight, of_weight in sizes.items():
             how: WeightFormat = getattr(formats, weight)
             self.stored[weight] = how.allocate(of_weight, config.params_dtype, host.device())
-            matrix = how.matrix(self.stored[weight])
+            if isinstance(self.stored[weight], HeldCodes):
+                # A module of this name, in place of a parameter.
+                self.add_module(weight, self.stored.pop(weight))
+                continue
+            matrix = as_matrix(self.stored[weight])
             self.register_parameter(weight, nn.Parameter(matrix, requires_grad=False))
         self.recompute = False
         """Compute gate_up again in backward instead of keeping it."""
@@ -57,22 +67,30 @@ class FusedExperts(MegatronModule):
     def check_room(self, name: str, rank: int) -> None:
         """Raise ``RuntimeError`` where weight ``name`` has room, but not for an adapter of this
         rank."""
-        stored = self.stored[name]
-        if isinstance(stored, AugmentedWeight) and stored.room < rank:
+        stored = self._operand(name)
+        room = stored.room if isinstance(stored, AugmentedWeight) else 0
+        if 0 < room < rank:
             raise RuntimeError(
-                f"{name} was built with room for rank {stored.room}, its adapter has {rank}. This"
+                f"{name} was built with room for rank {room}, its adapter has {rank}. This"
                 " is a bug; please report it."
             )
 
     def _operand(self, name: str) -> Any:
         """Weight ``name`` as the kernels take it."""
-        stored = self.stored[name]
         parameter = getattr(self, name)
+        if isinstance(parameter, HeldCodes):
+            return parameter.operand()
+        stored = self.stored[name]
         if not isinstance(stored, AugmentedWeight):
             # The parameter may have been moved or replaced since it was made, ``stored`` was not.
             return parameter
         assert parameter.data_ptr() == stored.weight.data_ptr(), f"{name} left its buffer"
         return stored
+
+    def weight(self, name: str) -> Tensor:
+        """``[E/ep, N, K]``; of codes, valid until another weight is decoded."""
+        found = getattr(self, name)
+        return found.decoded() if isinstance(found, HeldCodes) else found
 
     def forward(self, x_TH: Tensor, routing: Routing, probs_M: Tensor) -> tuple[Tensor, None]:
         return self.compute(x_TH, routing, probs_M), None

@@ -63,6 +63,10 @@ logging.disable(_loud)
 AutoMapping.register_module_type("RMSNorm", "replicated")
 AutoMapping.register_module_type("FrozenRouter", "replicated")
 AutoMapping.register_module_type("BiasedRowParallelLinear", "row")
+# Of those on codes Bridge fills the bias alone.
+AutoMapping.register_module_type("CodedColumnParallelLinear", "column")
+AutoMapping.register_module_type("CodedRowParallelLinear", "row")
+AutoMapping.register_module_type("CodedBiasedRowParallelLinear", "row")
 
 
 class FusedExpertsMapping(MegatronParamMapping):

@@ -17,6 +17,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor, nn
 
+from megalora.model.formats import ALL_PLAIN
+
 WHOLE = {
     "tensor_model_parallel_size": 1,
     "pipeline_model_parallel_size": 1,
@@ -93,7 +95,8 @@ def host_norm(
 
 def _specs(config: Any) -> Any:
     """The spec that the layers of the built model were made from."""
-    return config.transformer_layer_spec(config, vp_stage=None)
+    # Plain: codes are decoded before they come here.
+    return config.transformer_layer_spec(config, vp_stage=None, formats=ALL_PLAIN)
 
 
 def _whole(config: Any) -> Any:

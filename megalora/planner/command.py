@@ -6,8 +6,8 @@ from pathlib import Path
 
 from megalora.config.checks import require
 from megalora.config.file import load_config
-from megalora.model.account import quantised_note
 from megalora.model.fields import scheme_of
+from megalora.model.held import held_note
 from megalora.paths import prepare_file
 from megalora.planner import report
 from megalora.planner.gpu_counts import fits_from, words_of
@@ -107,7 +107,7 @@ def _say_question(question: Question, gpus: str, say: Callable[[str], None]) -> 
         f" {work.dtype}, LoRA rank {config.lora.rank} on {config.lora.target_modules}"
     )
     scheme = scheme_of(find_architecture(config.model.path))
-    if note := quantised_note(scheme, work.dtype):
+    if note := held_note(work.held, scheme, work.dtype):
         say(note)
     rates = f"rates {question.machine.note}"
     # A dense model routes nothing.

@@ -12,8 +12,8 @@ from megalora.lora.whole import with_trained
 from megalora.model.fields import model_shape
 from megalora.model.shape import ModelShape
 from megalora.planner.layouts import ParallelLayout, check
-from megalora.planner.memory import TEACHER, memory_of
-from megalora.planner.models import find_architecture
+from megalora.planner.memory import DECODED, TEACHER, memory_of
+from megalora.planner.models import find_architecture, held_by_config
 from megalora.planner.teacher_bytes import second_layout
 from megalora.planner.weights import chunks_of, router_buffer_bytes, token_buffer_bytes
 from megalora.planner.workload import Workload
@@ -38,7 +38,7 @@ def dry_run_command(
     layout = ParallelLayout.of(config, gpus)
     shape = replace(model_shape(hf), num_scores=config.objective.num_scores)
     shape = with_trained(config.lora, shape)
-    work = Workload.of(config)
+    work = replace(Workload.of(config), held=held_by_config(config.model, hf))
     check(shape, layout, work)
     # Pipeline stages are consecutive blocks of ranks.
     stage = rank // (gpus // p.pp)
@@ -59,6 +59,7 @@ def dry_run_command(
         ("base weights", built.base_bytes, planned["weights"]),
         ("adapters", built.adapter_bytes, planned["adapters"]),
         ("buffers", built.buffer_bytes, buffer_bytes),
+        *([("decoded", built.scratch_bytes, planned[DECODED])] if work.held else []),
     ]
     if work.teacher is not None:
         rows.append(("teacher", of_teacher, planned[TEACHER]))

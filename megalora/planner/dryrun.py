@@ -14,6 +14,7 @@ from megalora.config import LoRAConfig, ModelConfig, ParallelConfig
 from megalora.lora.select import resolve
 from megalora.lora.whole import check_apart, with_biases, with_trained
 from megalora.model.fields import model_shape
+from megalora.planner.models import held_by_config
 
 
 @dataclass(frozen=True)
@@ -21,11 +22,13 @@ class RankCount:
     """Bytes and shapes of one rank's model as built."""
 
     base_bytes: int
-    """Frozen parameters of the base."""
+    """Frozen parameters of the base, and its codes and scales."""
     adapter_bytes: int
     """Adapters' parameters, and a score head."""
     buffer_bytes: int
     """Registered buffers: those of routers with a correction bias (GLM)."""
+    scratch_bytes: int
+    """Memory that weights are decoded into."""
     num_tensors: int
     """HF adapter tensors of which this rank holds a part."""
     shapes: dict[str, tuple[int, ...]]
@@ -68,7 +71,7 @@ def dry_run(
     with parallel_groups(parallel) as groups, _meta_device():
         made = adapt_base(
             partial(make_chunks, hf), shape, adapted, groups,
-            model=model, parallel=parallel, lora=lora, seed=0,
+            model=model, parallel=parallel, lora=lora, seed=0, held=held_by_config(model, hf),
         )  # fmt: skip
         return _count(made.chunks, len({shard.name for shard in made.shards}))
 
@@ -90,8 +93,12 @@ def second_model_bytes(hf: Mapping[str, Any], parallel: ParallelConfig, model: M
 
 def _count(chunks: list[Any], num_tensors: int) -> RankCount:
     """Add up the parameters and buffers of this rank's model chunks."""
+    # Late, as above.
+    from megalora.model.held_codes import HeldCodes
+
     base_bytes = 0
     adapter_bytes = 0
+    scratches: dict[int, int] = {}
     buffer_bytes = 0
     shapes: dict[str, tuple[int, ...]] = {}
     for i, chunk in enumerate(chunks):
@@ -103,9 +110,15 @@ def _count(chunks: list[Any], num_tensors: int) -> RankCount:
                 adapter_bytes += parameter.nbytes
             else:
                 base_bytes += parameter.nbytes
-        for buffer in chunk.buffers():
-            buffer_bytes += buffer.nbytes
-    return RankCount(base_bytes, adapter_bytes, buffer_bytes, num_tensors, shapes)
+        codes = 0
+        for module in chunk.modules():
+            if isinstance(module, HeldCodes):
+                codes += module.num_bytes
+                scratches[id(module.scratch)] = module.scratch.num_bytes
+        base_bytes += codes
+        buffer_bytes += sum(buffer.nbytes for buffer in chunk.buffers()) - codes
+    scratch_bytes = sum(scratches.values())
+    return RankCount(base_bytes, adapter_bytes, buffer_bytes, scratch_bytes, num_tensors, shapes)
 
 
 def _meta_device() -> Any:

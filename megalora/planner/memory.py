@@ -26,6 +26,7 @@ from megalora.planner.adapter_count import (
     with_base_value,
 )
 from megalora.planner.hardware import Basis
+from megalora.planner.held_bytes import held_bytes
 from megalora.planner.layouts import ParallelLayout
 from megalora.planner.microbatch import STATISTIC
 from megalora.planner.pass_bytes import (
@@ -66,6 +67,7 @@ ROOM = "room for adapters"
 START = "adapter at the start"
 AVERAGE = "average of adapters"
 TEACHER = "teacher"
+DECODED = "decoded weights"
 BASE_VALUES = "the base's own values"
 CONTEXT_BYTES = 3 * 2**29
 """CUDA context, cuBLAS workspaces and NCCL's buffers: 1.5 GiB."""
@@ -202,7 +204,7 @@ def _state(
     every microbatch and recomputation."""
     p = layout.parallel
     e = work.element_bytes
-    copied = (work.holds_start, work.averaged, work.asks_base)
+    copied = (work.holds_start, work.averaged, work.asks_base, work.held)
     # Everything that decides about these bytes; a search asks for each key dozens of times.
     key = ("state", p, layout.num_ranks, copied, e, stage, has_room(model, layout, work))
     if key in model.memo:
@@ -221,30 +223,35 @@ def _state(
         count = adapter_parameters(model, p, chunk)
         counts.append(count)
         adapters += count.elements
-        # Each chunk has buffers of its own, a dense one and one of experts, padded at their ends.
         padded += sum(buffers(count, layout))
         optimizer += optimizer_bytes(count, layout, work)
-    # Frozen factors lie outside of Megatron's buffers, with neither gradients nor moments.
+    # Frozen factors lie outside of Megatron's buffers.
     held = adapters + frozen_elements(model, p, chunks)
+    codes = held_bytes(work.held, model, p, chunks, e)
     always: tuple[Part, ...] = (
-        Part("weights", base * e, "measured"),
-        Part(ROOM, room_bytes(model, layout, work, chunks), "assumed"),
+        Part("weights", base * e - codes.plain + codes.codes, "measured"),
+        Part(ROOM, room_bytes(model, layout, work, chunks, codes.room), "assumed"),
         Part("adapters", held * e + magnitude_bytes(model, p, chunks, e), "measured"),
         # Megatron keeps parameters, too, in a buffer of the size of that of their gradients.
         Part("buffer padding", (padded - adapters) * e, "measured"),
         Part("gradients", padded * GRADIENT, "measured"),
         Part("optimizer", optimizer, "measured"),
+        *_decoded(work, codes.scratch),
     )
     if work.averaged:
         always += (Part(AVERAGE, adapters * STATISTIC, "measured"),)
     if work.holds_start:
         always += (Part(START, adapters * e, "measured"),)
-    # Passes of the base switch it on in place of what is trained of it.
     if work.asks_base and put_aside:
         always += (Part(BASE_VALUES, put_aside * e, "measured"),)
     step = Part("optimizer step", step_bytes(model, p, chunks), "measured", "step")
     model.memo[key] = chunks, always, step
     return chunks, always, step
+
+
+def _decoded(work: Workload, num_bytes: int) -> tuple[Part, ...]:
+    """Memory that weights are decoded into; without codes there is none."""
+    return () if work.held is None else (Part(DECODED, num_bytes, "measured"),)
 
 
 def fullest_stage(model: PlannedModel, layout: ParallelLayout, work: Workload) -> MemoryPlan:

@@ -1,6 +1,7 @@
 """Read architectures for planning without a download: a Hugging Face ``config.json`` as YAML, as in
 ``configs/models``."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,11 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from megalora.config import ParallelConfig, RunConfig
+from megalora.config import ModelConfig, ParallelConfig, RunConfig
 from megalora.config.yaml_limits import check_yaml
 from megalora.hf.json_file import read_hf_config
-from megalora.model.fields import check_fields, model_shape
+from megalora.model.fields import check_fields, model_shape, scheme_of
+from megalora.model.held import Held, held_of
 from megalora.model.shape import ModelShape
 from megalora.planner.weights import layer_parameters
 
@@ -54,6 +56,12 @@ SAME_SIZES = {
 }
 """Models of the same architecture as one of ``ARCHITECTURES``. Their rotary base and their longest
 text differ, which a plan does not count."""
+
+
+def held_by_config(model: ModelConfig, hf: Mapping[str, Any]) -> Held | None:
+    """Weights that stay codes, as far as ``config.json`` says; raises ``ValueError`` as
+    ``held_of`` does."""
+    return held_of(model, scheme_of(hf, model.path), model_shape(dict(hf)))
 
 
 def find_architecture(path: str) -> dict[str, Any]:

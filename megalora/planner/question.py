@@ -13,7 +13,7 @@ from megalora.model.shape import ModelShape
 from megalora.planner.crossings import crossings_of
 from megalora.planner.gpus import find_machine, with_ranks_per_node
 from megalora.planner.hardware import Machine
-from megalora.planner.models import shape_in
+from megalora.planner.models import find_architecture, held_by_config, shape_in
 from megalora.planner.packing import packing_of
 from megalora.planner.workload import Workload
 
@@ -110,6 +110,7 @@ class Question:
             Workload.of(config, options.imbalance),
             crossings=crossings_of(machine.name),
             on_cpu=machine.is_cpu,
+            held=held_by_config(config.model, find_architecture(config.model.path)),
             packing=packing_of(config, options.mean_length),
         )
         return cls(config, shape, work, machine, options.samples)

@@ -134,9 +134,17 @@ def has_room(model: PlannedModel, layout: ParallelLayout, work: Workload) -> boo
 
 
 def room_bytes(
-    model: PlannedModel, layout: ParallelLayout, work: Workload, chunks: list[Chunk]
+    model: PlannedModel,
+    layout: ParallelLayout,
+    work: Workload,
+    chunks: list[Chunk],
+    beside_decoded: int = 0,
 ) -> int:
-    """Bytes by which the experts' augmented weights exceed plain ones."""
+    """Bytes by which the experts' augmented weights exceed plain ones.
+
+    Args:
+        beside_decoded: those of the memory that codes are decoded into.
+    """
     s = model.shape
     p = layout.parallel
     if not has_room(model, layout, work):
@@ -148,13 +156,13 @@ def room_bytes(
         "mlp.experts.gate_up": (experts, 2 * i, s.hidden),
         "mlp.experts.down": (experts, s.hidden, i),
     }
-    total = 0
+    total = beside_decoded
     for layer, number in _layers_of(model, chunks):
         modules = model.modules_of(layer)
         for name, sizes in weights.items():
             rank = stacked_rank(modules.get(name, []))
-            # A weight without an adapter stays plain.
-            if rank:
+            # A weight without an adapter stays plain, and codes have no room beside them.
+            if rank and (work.held is None or (layer, name) not in work.held.modules):
                 total += number * Augmented(rank).num_bytes(sizes, work.element_bytes)
                 total -= number * PLAIN.num_bytes(sizes, work.element_bytes)
     return total

@@ -6,6 +6,7 @@ from typing import Literal
 
 from megalora.config import RunConfig
 from megalora.config.checks import require
+from megalora.model.held import Held
 from megalora.planner.crossings import NO_TABLE, Crossings
 from megalora.planner.packing import Packing
 from megalora.planner.teacher import PlannedTeacher, teacher_of
@@ -46,6 +47,8 @@ class Workload:
     crossings: Crossings = NO_TABLE
     """From how many rows per expert the GPU runs experts on torch's grouped GEMM, with adapters
     beside the weights."""
+    held: Held | None = None
+    """Weights that stay codes in memory; None: all lie there in ``dtype``."""
     on_cpu: bool = False
     """Whether ranks compute on the CPU, where a dropout mask is as wide as an activation."""
 

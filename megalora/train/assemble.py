@@ -26,9 +26,11 @@ from megalora.lora.coverage import GradientCheck
 from megalora.lora.magnitude import refresh_norms
 from megalora.lora.select import plan
 from megalora.lora.spec import Adapted
+from megalora.model.account import open_folder
 from megalora.model.attention import activate
 from megalora.model.balance import Balance
 from megalora.model.build import MakeBase, build_model
+from megalora.model.held import Held, held_in
 from megalora.model.recompute import apply_recompute
 from megalora.model.replay import Replay
 from megalora.model.shape import ModelShape
@@ -189,6 +191,7 @@ def assemble(
     prepare: Callable[[AdaptedModel], None] | None = None,
     resumed: bool = False,
     make_batches: MakeBatches = Batches,
+    held: Held | None = None,
 ) -> Iterator[Run]:
     """The run of ``config`` on the ranks of the initialised world, for one block; collective.
 
@@ -199,6 +202,7 @@ def assemble(
             change what the model does.
         resumed: as in ``build_adapted``.
         make_batches: makes the rows of the samples.
+        held: weights of ``make_base`` that stay codes; without it the folder and the config say.
 
     Raises:
         ValueError: for anything in the config, the data or the base that the user can mend.
@@ -206,7 +210,7 @@ def assemble(
     inputs = inputs or Inputs.read(config)
     with parallel_groups(config.parallel, config.train.seed) as groups:
         model = build_for_training(
-            config, inputs.shape, inputs.adapted, groups, make_base, resumed=resumed,
+            config, inputs.shape, inputs.adapted, groups, make_base, resumed=resumed, held=held,
             keeps_base=config.objective.asks_base,
         )  # fmt: skip
         # Before the optimizer, which copies the adapters into its float32 masters.
@@ -234,6 +238,7 @@ def build_for_training(
     *,
     resumed: bool = False,
     keeps_base: bool = False,
+    held: Held | None = None,
 ) -> AdaptedModel:
     """The base with adapters and recomputation on this rank, without an optimizer; collective.
 
@@ -248,11 +253,13 @@ def build_for_training(
     # First of all: reading the base may take minutes.
     activate(config.model.attention)
     if make_base is None:
-        make_base = partial(build_model, folder=local_folder(config.model.path))
+        folder = local_folder(config.model.path)
+        make_base = partial(build_model, folder=folder)
+        held = held_in(config.model, open_folder(folder))
     model = build_adapted(
         make_base, shape, adapted, groups, resumed=resumed,
         model=config.model, parallel=config.parallel, lora=config.lora, seed=config.train.seed,
-        rows_per_expert=shape.rows_per_expert(config), keeps_base=keeps_base,
+        rows_per_expert=shape.rows_per_expert(config), keeps_base=keeps_base, held=held,
     )  # fmt: skip
     # After the adapters are in: recomputation wraps layers from outside, adapters included.
     apply_recompute(model.chunks, config.train.recompute)

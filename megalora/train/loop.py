@@ -20,7 +20,6 @@ from megalora.first_rank import check_agreement, on_first_rank
 from megalora.hf.folder import local_folder
 from megalora.lora.coverage import write_manifest
 from megalora.lora.select import plan
-from megalora.model.account import open_folder, quantised_note, unused_note
 from megalora.serve.live_sync import serving
 from megalora.train import duration
 from megalora.train.about import shown_samples, write_about
@@ -36,6 +35,7 @@ from megalora.train.checkpoint.save import restore_best
 from megalora.train.checkpoint.start import start_of
 from megalora.train.checkpoint.where import find_checkpoint
 from megalora.train.expert_tokens import ExpertTokens
+from megalora.train.held_notes import notes_of_base, rounded_names
 from megalora.train.metrics import Metrics
 from megalora.train.optim import learning_rate
 from megalora.train.probe import Probe
@@ -111,7 +111,7 @@ def train(
         num_scores = config.objective.num_scores
         shape, adapted = plan(config.lora, config.parallel, folder, config.train, num_scores)
         identity = identify(config, folder)
-        notes = [*run_folder.notes, *found.notes, *_notes_of_base(config, folder)]
+        notes = [*run_folder.notes, *found.notes, *notes_of_base(config, folder)]
         if found.state:
             notes += check_same_run(found.state, config, identity, adapted, shape)
         notes += reference_notes(config.objective, found.state)
@@ -135,12 +135,6 @@ def train(
             shown = shown_samples(splits[0].samples, tokenizer)
             start = Start(identity, samples, found.state, notes, shown, tokenizer, questions)
             return _fit(run, probe, start)
-
-
-def _notes_of_base(config: RunConfig, folder: Path) -> list[str]:
-    base = open_folder(folder)
-    notes = (unused_note(base), quantised_note(base.scheme, config.model.dtype))
-    return [note for note in notes if note is not None]
 
 
 def _fit(run: Run, probe: Probe, at: Start) -> Path | None:
@@ -270,7 +264,11 @@ def _compare_layers(run: Run, *, is_over: bool) -> list[str]:
         return []
     folder = local_folder(config.model.path)
     dtype = getattr(torch, config.model.dtype)
-    return [check_layers(run.model.chunks, run.model.groups, folder, dtype)]
+    return [
+        check_layers(
+            run.model.chunks, run.model.groups, folder, dtype, rounded_names(config.model, folder)
+        )
+    ]
 
 
 def _open(
@@ -346,5 +344,6 @@ def _check_first_loss(run: Run, step: int, adapter: Path | None) -> str:
     folder = local_folder(config.model.path)
     dtype = config.model.dtype
     return compare_losses(
-        ours, batch, folder=folder, adapter=adapter, dtype=dtype, shape=run.model.shape
-    )
+        ours, batch, folder=folder, adapter=adapter, dtype=dtype, shape=run.model.shape,
+        nf4=rounded_names(config.model, folder),
+    )  # fmt: skip

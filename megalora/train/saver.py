@@ -15,6 +15,7 @@ from megalora.train.checkpoint.background import Background, Pace, Save
 from megalora.train.checkpoint.identity import Identity, Samples
 from megalora.train.checkpoint.save import Beside, CheckpointWriter
 from megalora.train.drift import DriftCheck
+from megalora.train.held_check import HeldCheck
 from megalora.train.probe import Probe
 from megalora.train.relora import Cycles
 
@@ -72,6 +73,7 @@ class Saver:
         self.writer = writer
         self.background = Background(say)
         model = run.model
+        self.codes = HeldCheck(model.chunks)
         self.drift = DriftCheck(model.adapted, model.shards, run.groups, model.whole)
         self.pace = Pace()
 
@@ -81,6 +83,7 @@ class Saver:
         # Behind the optimizer, before anything is saved of this step.
         if self.average is not None:
             self.average.update()
+        self.codes.run_once()
 
     def check_replicas(self, now: Progress, saving: bool) -> None:
         """Compare replicas where that is due: before saving, in the first step, every so often."""

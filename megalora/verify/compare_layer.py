@@ -5,7 +5,7 @@
 
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,12 +47,13 @@ class LayerComparison:
     dtype: torch.dtype
     config: Any
     alone: dist.ProcessGroup | None
+    nf4: Collection[str] = ()
     largest: float = 0.0
     routing: list[_Routing] = field(default_factory=list)
 
     def open(self) -> dict[int, str]:
         """Make the reference; return the last layer of each kind with the kind's name."""
-        self.reference = Reference(self.folder, self.dtype)
+        self.reference = Reference(self.folder, self.dtype, nf4=self.nf4)
         self.compared = FAMILIES[self.reference.config.model_type].compared
         # Each layer overwrites the one before it of its kind.
         last_of_kind: dict[Any, int] = {}

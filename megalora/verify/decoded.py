@@ -1,5 +1,6 @@
 """Give transformers' loader the quantised weights of a folder as if they were stored plain."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ from megalora.hf.json_file import read_hf_config
 from megalora.model.account import open_folder
 from megalora.model.base_weights import BaseWeights
 from megalora.model.fields import QUANTISED
+from megalora.model.stored_tensors import Place
 
 
 class Decoded:
@@ -30,6 +32,14 @@ class Decoded:
         return list(self.size)
 
 
+def base_size(place: Place) -> tuple[int, int]:
+    """Rows and columns of a plain matrix."""
+    rows, columns = place.tensor.shape[-2:]
+    if place.rows is not None:
+        rows = place.rows[1] - place.rows[0]
+    return rows, columns
+
+
 class QuantisedWeights(NamedTuple):
     """Quantised weights of a folder."""
 
@@ -39,19 +49,23 @@ class QuantisedWeights(NamedTuple):
     """Stored names of the tensors that stand for them, and of those that are not read."""
 
 
-def quantised_weights(folder: Path) -> QuantisedWeights:
+def quantised_weights(folder: Path, nf4: Collection[str] = ()) -> QuantisedWeights:
     """The only tensors that are not read by transformers' own code: our decoders, which tests hold
     against the libraries that define each form."""
     # A folder of plain weights is not opened by our reading at all.
-    if not read_hf_config(folder).get(QUANTISED):
+    if not (read_hf_config(folder).get(QUANTISED) or nf4):
         return QuantisedWeights({}, set())
     base = open_folder(folder)
-    assert base.scheme is not None
-    weights = BaseWeights(base)
+    weights = BaseWeights(base, nf4=nf4)
     found = QuantisedWeights({}, set())
     for name, place in base.places.items():
+        if name in nf4:
+            size = base_size(place)
+            found.weights[name] = Decoded(weights, name, size)
+            found.parts.add(place.tensor.name)
         if place.quantised is None:
             continue
+        assert base.scheme is not None
         found.weights[name] = Decoded(weights, name, place.quantised.size)
         module = place.tensor.name.removesuffix(base.scheme.marker)
         for ending in (*place.quantised.parts, *base.scheme.unread):

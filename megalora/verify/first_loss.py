@@ -16,6 +16,7 @@ The tolerance, relative to the loss, is what rounding explains with room to spar
 """
 
 import math
+from collections.abc import Collection
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -37,14 +38,16 @@ _HEADROOM = 1.2
 
 
 def compare_losses(
-    ours: float, batch: Batch, *, folder: Path, adapter: Path | None, dtype: str, shape: ModelShape
-) -> str:
+    ours: float, batch: Batch, *, folder: Path, adapter: Path | None, dtype: str, shape: ModelShape,
+    nf4: Collection[str] = (),
+) -> str:  # fmt: skip
     """Compare every rank's loss of the batch with transformers'; collective over the world.
 
     Args:
         ours: this rank's mean loss over the target tokens of ``batch``, which is the same on all
             ranks.
         adapter: a PEFT folder to put on the base, None where B is zero.
+        nf4: names of plain matrices that the run has quantised.
     Returns: a line for the user.
     Raises: ``RuntimeError`` on every rank when a loss is off; ``ValueError`` when the model does
         not fit the host's memory.
@@ -52,7 +55,7 @@ def compare_losses(
     losses: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(losses, ours)
     reference = on_first_rank(
-        lambda: reference_loss(batch, folder, adapter, dtype, shape),
+        lambda: reference_loss(batch, folder, adapter, dtype, shape, nf4),
         f"train.check_base=loss: transformers cannot read {folder}",
     )
     worst = max(range(len(losses)), key=lambda rank: _relative(losses[rank], reference))
@@ -81,8 +84,9 @@ def _relative(loss: float, reference: float) -> float:
 
 @torch.no_grad()
 def reference_loss(
-    batch: Batch, folder: Path, adapter: Path | None, dtype: str, shape: ModelShape
-) -> float:
+    batch: Batch, folder: Path, adapter: Path | None, dtype: str, shape: ModelShape,
+    nf4: Collection[str] = (),
+) -> float:  # fmt: skip
     """Mean cross entropy over the batch's target tokens, by stock transformers on the host."""
     needed = shape.num_parameters() * {"float32": 4, "bfloat16": 2}[dtype] * _HEADROOM
     # Too much would end the process without a word, and with it the run.
@@ -93,7 +97,7 @@ def reference_loss(
             f" memory on the first rank, which has {free / 2**30:.1f} GiB free. Set"
             " train.check_base=layer, or check a smaller model of the family."
         )
-    model: Any = load_stock(folder, getattr(torch, dtype)).eval()
+    model: Any = load_stock(folder, getattr(torch, dtype), nf4=nf4).eval()
     if adapter is not None:
         # Late: only a run that is resumed needs PEFT.
         from peft import PeftModel

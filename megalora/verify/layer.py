@@ -10,7 +10,7 @@ out: the base is compared.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,21 @@ from megalora.verify.loaded import Loaded
 from megalora.verify.records import Inputs
 
 
-def check_layers(chunks: Sequence[Any], groups: Groups, folder: Path, dtype: torch.dtype) -> str:
+def check_layers(
+    chunks: Sequence[Any],
+    groups: Groups,
+    folder: Path,
+    dtype: torch.dtype,
+    nf4: Collection[str] = (),
+) -> str:
     """Compare one layer of each kind, embedding and head with transformers'; collective over the
     world.
 
     Args:
         chunks: this rank's model chunks, with or without adapters.
         dtype: the run's dtype; both sides take weights rounded to it.
+        nf4: names of plain matrices that the run has quantised, as transformers' side is given
+            them.
 
     Returns: a line for the user.
     Raises: ``ValueError`` on every rank, with the layer and the module that differ first.
@@ -41,7 +49,7 @@ def check_layers(chunks: Sequence[Any], groups: Groups, folder: Path, dtype: tor
     with first_rank_alone() as alone, torch.no_grad():
         # Methods of ``first`` run on the first rank alone, inside ``agreed``; those of ``loaded``
         # are collective and must be reached by all ranks, with the same arguments.
-        first = LayerComparison(folder, dtype, chunks[0].config, alone)
+        first = LayerComparison(folder, dtype, chunks[0].config, alone, nf4=nf4)
         labels = agreed(first.open)
         loaded = Loaded(chunks, groups, labels)
         inputs = Inputs.make(*agreed(first.sizes))

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megalora import host
+from megalora.model.held_codes import HeldCodes
 from megalora.model.score_head import ScoreHead
 from megalora.parallel import Groups
 
@@ -52,6 +53,22 @@ def plain_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
+class DecodedExperts:
+    """Experts' weights that are decoded one at a time."""
+
+    def __init__(self, held: HeldCodes) -> None:
+        self.held = held
+        self.shape = held.sizes
+        self.dtype = held.dtype
+
+    def __getitem__(self, expert: int) -> Tensor:
+        return self.held.own_copy(expert)
+
+    def detach(self) -> "DecodedExperts":
+        """As tensors are asked for it."""
+        return self
+
+
 class Loaded:
     """Base tensors of the wanted layers and of both ends on all ranks, and who holds which part.
     Collective to make."""
@@ -59,7 +76,7 @@ class Loaded:
     def __init__(self, chunks: Sequence[Any], groups: Groups, layers: Iterable[int]) -> None:
         self.groups = groups
         self.rank = dist.get_rank()
-        self.held: dict[str, Tensor] = {}
+        self.held: dict[str, Any] = {}
         self.places: dict[str, Place] = {}
         self.floats: dict[str, dict[str, dict[str, float]]] = {}
         """Modules' attributes that are floats, such as a norm's epsilon: prefix -> module ->
@@ -106,8 +123,10 @@ class Loaded:
     def _take(self, prefix: str, module: nn.Module, gated: bool) -> None:
         """Base tensors and floats of a module; ``gated``: whether fc1 is gate above up."""
         tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        self._take_codes(prefix, module, gated)
         for full, tensor in tensors.items():
-            if ".lora_" in full or ".trained_biases." in full:
+            is_trained = ".lora_" in full or ".trained_biases." in full
+            if is_trained or full.endswith((".codes", ".scale_bits")):
                 continue
             name = plain_name(full)
             key = f"{prefix}.{name}"
@@ -130,10 +149,28 @@ class Loaded:
             floats[plain_name(path)] = own
         self.floats[prefix] = floats
 
+    def _take_codes(self, prefix: str, module: nn.Module, gated: bool) -> None:
+        """Weights that are codes, under the names that they have in a plain model."""
+        for path, part in module.named_modules():
+            if not isinstance(part, HeldCodes):
+                continue
+            name = plain_name(path)
+            if name.startswith(EXPERTS):
+                dim, blocks = (0, 2) if name.endswith("gate_up") else (1, 1)
+                key = f"{prefix}.{name}"
+                values: Any = DecodedExperts(part)
+                self._hold(key, values, dim, blocks, self.groups.etp, experts=True)
+                continue
+            linear = name.removesuffix(".held")
+            dim = 1 if linear.endswith(("linear_proj", "linear_fc2")) else 0
+            blocks = 2 if gated and linear.endswith("linear_fc1") else 1
+            values = part.own_copy(0)
+            self._hold(f"{prefix}.{linear}.weight", values, dim, blocks, self.groups.tp)
+
     def _hold(
         self,
         name: str,
-        tensor: Tensor,
+        tensor: Any,
         dim: int | None,
         blocks: int,
         group: Any,

@@ -15,7 +15,7 @@ head only some rows are read, of routed experts only some experts.
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,9 +98,15 @@ class Reference:
     parameters."""
 
     def __init__(
-        self, folder: Path, dtype: torch.dtype, compute: torch.dtype = torch.float32
+        self,
+        folder: Path,
+        dtype: torch.dtype,
+        compute: torch.dtype = torch.float32,
+        nf4: Collection[str] = (),
     ) -> None:
-        """Weights are rounded to ``dtype``, then computed with in ``compute``."""
+        """Weights are rounded to ``dtype``, then computed with in ``compute``. ``nf4``: names of
+        plain matrices that are quantised first."""
+        self.nf4 = nf4
         self.folder = folder
         self.dtype = dtype
         self.compute = compute
@@ -130,7 +136,7 @@ class Reference:
             download_kwargs={"local_files_only": True},
         )
         self.stored: dict[str, dict[str, Any]] = {}
-        decoded = quantised_weights(self.folder)
+        decoded = quantised_weights(self.folder, self.nf4)
         for file in files or []:
             handle: Any = safe_open(file, framework="pt")
             for stored_name in handle.keys():  # noqa: SIM118 - not a dict

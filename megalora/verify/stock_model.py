@@ -5,6 +5,7 @@ weights as codes, and takes ragged blocks of fp8 for blocks of another size. So 
 plain, and it gets the matrices that training gets, by their published names.
 """
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +22,20 @@ from megalora.model.fields import QUANTISED
 from megalora.progress_bar import no_progress_bar
 
 
-def load_stock(folder: Path, dtype: torch.dtype | str, **options: Any) -> Any:
+def load_stock(
+    folder: Path, dtype: torch.dtype | str, *, nf4: Collection[str] = (), **options: Any
+) -> Any:
     """transformers' model of a base folder, on the host.
 
     Args:
         dtype: of its weights; ``auto`` takes the one that ``config.json`` names.
+        nf4: names of plain matrices that are quantised and decoded first.
         options: ``num_labels`` makes a classifier.
     """
     base = open_folder(folder)
     is_classifier = "num_labels" in options
     with no_progress_bar():
-        if base.scheme is None:
+        if base.scheme is None and not nf4:
             made_by: Any = AutoModelForCausalLM
             if is_classifier:
                 made_by = AutoModelForSequenceClassification
@@ -43,7 +47,7 @@ def load_stock(folder: Path, dtype: torch.dtype | str, **options: Any) -> Any:
         if isinstance(dtype, str):
             dtype = getattr(torch, stored_dtype(base.hf) or "bfloat16")
         config = plain_config(folder, **options)
-        weights: dict[str, Tensor] = dict(BaseWeights(base, dtype))  # pyright: ignore
+        weights: dict[str, Tensor] = dict(BaseWeights(base, dtype, nf4))  # pyright: ignore
         # None: nothing is read from the folder.
         return made_by.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
 

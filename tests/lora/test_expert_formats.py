@@ -9,7 +9,7 @@ import torch
 from megalora.config import LoRAConfig, RunConfig
 from megalora.lora import adapted_model, experts
 from megalora.lora.gather import gather_tensors
-from megalora.model.experts import FusedExperts
+from megalora.model.experts import FusedExperts, as_matrix
 from megalora.model.formats import ExpertFormats
 from megalora.model.formats.augmented import Augmented
 from megalora.model.formats.plain import PLAIN
@@ -128,7 +128,7 @@ def test_a_format_knows_its_bytes(how: Any) -> None:
     # [experts, out, in]
     sizes = (3, 24, 40)
     stored = how.allocate(sizes, torch.bfloat16, torch.device("cpu"))
-    matrix = how.matrix(stored)
+    matrix = as_matrix(stored)
     assert matrix.shape == sizes and matrix.dtype == torch.bfloat16
     # bfloat16 has 2 bytes.
     assert matrix.untyped_storage().nbytes() == how.num_bytes(sizes, 2)

@@ -21,6 +21,7 @@ from tests.mutations.generate_bugs import GENERATE_BUGS
 from tests.mutations.gpu_bugs import GPU_BUGS
 from tests.mutations.head_bugs import HEAD_BUGS
 from tests.mutations.head_plan_bugs import HEAD_PLAN_BUGS
+from tests.mutations.held_bugs import HELD_BUGS
 from tests.mutations.hostile_bugs import HOSTILE_BUGS
 from tests.mutations.install_bugs import INSTALL_BUGS
 from tests.mutations.kernel_bugs import KERNEL_BUGS
@@ -64,6 +65,7 @@ EVERY_BUG = (
     + WHOLE_PLAN_BUGS
     + BASE_BUGS
     + QUANTISED_BUGS
+    + HELD_BUGS
     + FAMILY_BUGS
     + LAYER_BUGS
     + DATA_BUGS

@@ -191,7 +191,7 @@ QUANTISED_BUGS: tuple[Bug, ...] = (
         0,
         "plan does not say what a quantised base takes",
         "megalora/planner/command.py",
-        "if note := quantised_note(scheme, work.dtype):",
+        "if note := held_note(work.held, scheme, work.dtype):",
         "if note := quantised_note(None, work.dtype):",
         f"{_TRAINING} test_plan_counts_plain_weights_and_says_so",
     ),

@@ -66,7 +66,7 @@ def test_one_rank_s_mistake_stops_all(world, parallel, spoil, where, everything)
 def _failing(base: Path, error: type[Exception]) -> str:
     """The reference cannot be made on the first rank."""
 
-    def broken(*_: Any) -> None:
+    def broken(*_: Any, **__: Any) -> None:
         raise error("the disk went away")
 
     # In a forked rank, for good.

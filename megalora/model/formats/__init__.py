@@ -1,4 +1,4 @@
-"""How frozen expert weights lie in memory: chosen before a model is built, so that weights are
+"""How frozen weights lie in memory: chosen before a model is built, so that weights are
 loaded to where they stay."""
 
 from collections.abc import Mapping
@@ -8,6 +8,8 @@ from megalora.model.formats.plain import PLAIN
 
 if TYPE_CHECKING:
     import torch
+
+    from megalora.model.formats.coded import Coded
 
 type Sizes = tuple[int, int, int]
 """``(E, N, K)`` of a weight on one rank: experts, outputs, inputs."""
@@ -21,24 +23,23 @@ class WeightFormat(Protocol):
         ...
 
     def allocate(self, sizes: Sizes, dtype: "torch.dtype", device: "torch.device") -> Any:
-        """What the kernels take as the weight; its values are not set yet."""
-        ...
-
-    def matrix(self, stored: Any) -> "torch.Tensor":
-        """The weight ``[E, N, K]`` inside ``stored``: a view, which loading writes to."""
+        """What holds the weight, whose values are not set yet: a tensor, ``AugmentedWeight`` or
+        ``HeldCodes``."""
         ...
 
 
 class ExpertFormats(NamedTuple):
-    """Formats of the two fused weights of one layer's experts."""
+    """Formats of one layer's weights: the two fused ones of its experts, and linears."""
 
     gate_up: WeightFormat = PLAIN
     down: WeightFormat = PLAIN
+    linears: Mapping[str, "Coded"] = {}
+    """Megatron's module -> format, of dense linears that are not plain."""
 
 
 BOTH_PLAIN = ExpertFormats()
 
 type LayerFormats = Mapping[int, ExpertFormats]
-"""Layer -> formats of its experts, where they are not both plain."""
+"""Layer -> formats of its weights, where they are not all plain."""
 
 ALL_PLAIN: LayerFormats = {}

@@ -35,6 +35,3 @@ class Augmented:
         from megalora_kernels import AugmentedWeight
 
         return AugmentedWeight.empty(sizes, self.rank, dtype=dtype, device=device)
-
-    def matrix(self, stored: "AugmentedWeight") -> "torch.Tensor":
-        return stored.weight

@@ -22,8 +22,5 @@ class Plain:
 
         return torch.empty(*sizes, dtype=dtype, device=device)
 
-    def matrix(self, stored: "torch.Tensor") -> "torch.Tensor":
-        return stored
-
 
 PLAIN = Plain()

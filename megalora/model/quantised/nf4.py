@@ -25,7 +25,20 @@ STATE = "weight.quant_state.bitsandbytes__nf4"
 
 
 def decode(stored: Stored, part: Part, size: tuple[int, int]) -> Tensor:
-    """``part`` of the matrix in float32; ``size`` is [N, K].
+    """``part`` of the matrix in float32; ``size`` is [N, K]. Raises ``ValueError`` as ``codes_of``
+    does."""
+    codes, block_of, absmax, _ = codes_of(stored, part, size)
+    return stored["weight.quant_map"][...].float()[codes.long()] * absmax[block_of]
+
+
+def codes_of(
+    stored: Stored, part: Part, size: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
+    """Codes of a part, one to a byte, and their scales.
+
+    Returns:
+        uint8 ``[n, k]``, the place ``[n, k]`` of each code's scale, the scales in float32, and what
+        ``quant_state`` says.
 
     Raises:
         ValueError: ``quant_state`` is of another matrix, or does not fit the tensors.
@@ -41,8 +54,7 @@ def decode(stored: Stored, part: Part, size: tuple[int, int]) -> Tensor:
     codes = codes[first % 2 :][: end - first].view(n1 - n0, columns)
     absmax = _absmax(stored, covering(first, end, state["blocksize"]), state)
     block_of = group_of(first, end, state["blocksize"]).view(n1 - n0, columns)
-    values = stored["weight.quant_map"][...].float()[codes[:, k0:k1].long()]
-    return values * absmax[block_of[:, k0:k1]]
+    return codes[:, k0:k1], block_of[:, k0:k1], absmax, state
 
 
 def _absmax(stored: Stored, blocks: slice, state: dict[str, Any]) -> Tensor:

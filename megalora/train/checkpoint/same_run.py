@@ -27,6 +27,7 @@ ADDED = {
     "data.too_long": "left_out", "objective.name": "sft", "objective.reference": "base",
     "lora.share_outer": False, "lora.use_dora": False, "lora.init": "lora", "lora.lora_bias": False,
     "lora.modules_to_save": [], "lora.trainable_token_indices": [], "lora.bias": "none",
+    "model.weight_format": "auto", "model.quantised_parts": "linears",
     "train.relora": None, "train.ema_decay": 0.0,
     "objective.num_labels": None, "objective.labels": None,
     "rl.group_size": 8, "rl.steps_per_rollout": 1,

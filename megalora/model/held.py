@@ -1,0 +1,194 @@
+"""Decide which weights of a base stay codes in memory. No torch.
+
+    weight_format   folder         what is held as codes
+    plain           any            nothing: quantised weights are decoded as they are read
+    auto            fp8 or nf4     what the folder stores as such codes
+                    any other      nothing
+    fp8             fp8            what the folder stores as such codes
+    nf4             nf4            its codes, and what it stores plain quantised while it is read
+                    plain          all, quantised while it is read
+
+``quantised_parts`` says whether these are the linears of routed experts alone. Router, norms,
+embedding and lm_head are never among them.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from megalora.config import ModelConfig, ParallelConfig
+from megalora.model.account import BaseFolder, quantised_note
+from megalora.model.families import layer_projections
+from megalora.model.formats.coded import Coded, HeldForm, grain_of
+from megalora.model.projections import Projection
+from megalora.model.quantised.scheme import Scheme
+from megalora.model.shape import ModelShape
+
+_READABLE: tuple[HeldForm, ...] = ("fp8", "nf4")
+
+
+@dataclass(frozen=True)
+class Held:
+    """Weights of a model that stay codes."""
+
+    form: HeldForm
+    block: tuple[int, int]
+    """Rows and columns of a published block; of nf4 it is not used."""
+    modules: frozenset[tuple[int, str]]
+    """(layer, Megatron's module) of each."""
+
+
+def modules_of(shape: ModelShape, layer: int) -> dict[str, list[Projection]]:
+    """Megatron's modules of a layer that may be held as codes -> their projections in row order."""
+    found: dict[str, list[Projection]] = {}
+    for projection in layer_projections(shape, layer):
+        if projection.kind != "router":
+            found.setdefault(projection.module, []).append(projection)
+    return found
+
+
+def weight_names(projections: list[Projection], layer: int, num_experts: int) -> list[str]:
+    """Published names of the weights that a module is made of."""
+    names: list[str] = []
+    for projection in projections:
+        experts = range(num_experts) if projection.is_expert else [None]
+        for expert in experts:
+            names.append(f"{projection.hf.format(layer=layer, expert=expert)}.weight")
+    return names
+
+
+def held_of(
+    config: ModelConfig,
+    scheme: Scheme | None,
+    shape: ModelShape,
+    is_stored: Callable[[str], bool] | None = None,
+) -> Held | None:
+    """What of a model is held as codes; None where all weights are plain.
+
+    Args:
+        scheme: how the folder quantises its linears; None for a plain folder.
+        is_stored: whether the folder stores the weight of this published name as codes. None: as
+            ``config.json`` says, of experts by the first.
+    Raises:
+        ValueError: ``model.weight_format`` asks for what would quantise anew.
+    """
+    form = _form(config, scheme)
+    if form is None:
+        return None
+    num_experts = shape.num_experts if is_stored else 1
+
+    def says(name: str) -> bool:
+        return scheme is not None and scheme.leaves_out(name.removesuffix(".weight")) is None
+
+    stored = is_stored or says
+    # A folder's plain weights are quantised where nf4 was asked for by name.
+    quantises = config.weight_format == "nf4"
+    found: set[tuple[int, str]] = set()
+    for layer in range(shape.num_layers):
+        for module, projections in modules_of(shape, layer).items():
+            if config.quantised_parts == "experts" and not projections[0].is_expert:
+                continue
+            names = weight_names(projections, layer, num_experts)
+            if quantises or all(map(stored, names)):
+                found.add((layer, module))
+    if not found:
+        return None
+    return Held(form, (1, 1) if scheme is None else scheme.block, frozenset(found))
+
+
+def held_in(config: ModelConfig, base: BaseFolder) -> Held | None:
+    """``held_of`` of a folder, by what it stores."""
+    return held_of(
+        config, base.scheme, base.shape, lambda name: base.places[name].quantised is not None
+    )
+
+
+def held_note(held: Held | None, scheme: Scheme | None, dtype: str) -> str | None:
+    """A line for the user about how a base lies in memory; None where it is plain as it is
+    stored."""
+    if held is None:
+        return quantised_note(scheme, dtype)
+    parts = "experts" if all(".experts." in module for _, module in held.modules) else "linears"
+    how = f"held as {held.form} codes and decoded when they are computed with"
+    if scheme is None:
+        how = f"quantised to {held.form} as they are read, {how}"
+    stored = "" if scheme is None else f" ({scheme.title})"
+    return f"the base{stored}: {len(held.modules):,} fused weights of {parts} are {how}"
+
+
+def rounded_names(held: Held | None, base: BaseFolder) -> frozenset[str]:
+    """Published names of matrices that the folder stores plain and that are held as nf4."""
+    found: set[str] = set()
+    if held is not None and held.form == "nf4":
+        for layer, module in held.modules:
+            projections = modules_of(base.shape, layer)[module]
+            names = weight_names(projections, layer, base.shape.num_experts)
+            found.update(name for name in names if base.places[name].quantised is None)
+    return frozenset(found)
+
+
+def _form(config: ModelConfig, scheme: Scheme | None) -> HeldForm | None:
+    """The codes that are held; None for none."""
+    asked = config.weight_format
+    stored = None if scheme is None else scheme.form
+    if asked == "plain":
+        return None
+    if asked == "auto":
+        # Others are decoded: what they mean has no codes of these two forms.
+        return next((form for form in _READABLE if form == stored), None)
+    if stored == asked or (asked == "nf4" and stored is None):
+        return asked
+    what = "plain" if scheme is None else f"quantised as {scheme.title}"
+    raise ValueError(
+        f"model.weight_format={asked}, and the weights of {config.path} are {what}: they would be"
+        " quantised anew, into other values. Use model.weight_format=auto"
+        + (", or nf4, which quantises a plain model as it is read" if scheme is None else "")
+    )
+
+
+def coded(
+    held: Held, shape: ModelShape, p: ParallelConfig, layer: int, module: str
+) -> tuple[Coded, tuple[int, int, int]]:
+    """(format, sizes on a rank) of a held module; without room and memory to decode into."""
+    projections = modules_of(shape, layer)[module]
+    first = projections[0]
+    rows, columns = first.features(shape)
+    kind = first.kind
+    experts = shape.num_experts // p.ep if first.is_expert else 1
+    ranks = p.etp if first.is_expert else p.tp
+    if kind.endswith("row"):
+        part = (rows, columns // ranks)
+        sizes = (experts, *part)
+    elif len(projections) == 3:
+        # Queries, keys and values lie head by head.
+        heads = shape.num_heads // ranks
+        kv_heads = max(shape.num_kv_heads, ranks) // ranks
+        part = (shape.head_dim, columns)
+        sizes = (experts, (heads + 2 * kv_heads) * shape.head_dim, columns)
+    else:
+        part = (rows // ranks, columns)
+        sizes = (experts, len(projections) * part[0], columns)
+    return Coded(held.form, grain_of(held.form, held.block, *part)), sizes
+
+
+def held_formats(
+    held: Held, shape: ModelShape, p: ParallelConfig, rooms: Mapping[int, Any], make_scratch: Any
+) -> dict[int, dict[str, Coded]]:
+    """Layer -> module -> format, for every held module of the model.
+
+    Args:
+        rooms: layer -> formats of its experts (``LayerFormats``), whose room decoded values get.
+        make_scratch: makes the memory that layers share: one each for gate_up, for down and for
+            dense linears.
+    """
+    scratches: dict[str, Any] = {}
+    formats: dict[int, dict[str, Coded]] = {}
+    for layer, module in sorted(held.modules):
+        how, _ = coded(held, shape, p, layer, module)
+        place = module.rpartition(".")[2] if ".experts." in module else "dense"
+        if place not in scratches:
+            scratches[place] = make_scratch()
+        rank = getattr(getattr(rooms.get(layer), place, None), "rank", 0)
+        how = replace(how, rank=rank, scratch=scratches[place])
+        formats.setdefault(layer, {})[module] = how
+    return formats

@@ -1,0 +1,194 @@
+"""Fill codes and scales of a rank from a base folder: of every matrix its own part alone is read.
+
+A matrix is quantised whole, or was when it was published, and cut afterwards: blocks that a cut
+divides become several with the same scale. Every layout then has the same values, bit for bit.
+
+Shape legend: N, K rows and columns of a whole matrix   n, k of a part   p, q rows and columns of a
+scale in memory   P, Q those of a published block
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from megalora_kernels import NF4, pack_nf4
+from torch import Tensor, nn
+
+from megalora.model.base_weights import BaseWeights
+from megalora.model.formats.coded import NF4_BLOCK
+from megalora.model.held import modules_of
+from megalora.model.held_codes import HeldCodes
+from megalora.model.projections import Projection
+from megalora.model.quantised import nf4
+from megalora.model.quantised.part import Part, Stored, covering
+from megalora.model.quantised.to_nf4 import quantise
+from megalora.model.shape import ModelShape
+from megalora.parallel import megatron_groups
+
+
+class _Run(NamedTuple):
+    """Rows of a matrix that lie together in a rank's weight."""
+
+    name: str
+    """Published name of the matrix."""
+    size: tuple[int, int]
+    part: Part
+    expert: int
+    """Place among those of the rank; 0 for a dense linear."""
+    first_row: int
+
+
+def held_modules(
+    chunks: list[nn.Module], shape: ModelShape
+) -> Iterator[tuple[int, str, HeldCodes]]:
+    """(layer, Megatron's module, its codes) of every weight that is held, before adapters are
+    in."""
+    for chunk in chunks:
+        for layer in chunk.decoder.layers:  # pyright: ignore
+            number = layer.layer_number - 1
+            for module in modules_of(shape, number):
+                found = layer.get_submodule(module.rpartition(".")[0])
+                found = getattr(found, module.rpartition(".")[2])
+                found = getattr(found, "held", found)
+                if isinstance(found, HeldCodes):
+                    yield number, module, found
+
+
+@torch.no_grad()
+def load_held(weights: BaseWeights, chunks: list[nn.Module], shape: ModelShape) -> None:
+    """Fill every held weight of this rank.
+
+    Raises:
+        ValueError: a stored matrix has another codebook or block size than what is held.
+    """
+    for layer, module, held in held_modules(chunks, shape):
+        projections = modules_of(shape, layer)[module]
+        held.mark_unwritten()
+        for run in _runs(projections, shape, layer, held):
+            codes, scales = _read(weights, run, held)
+            rows = slice(run.first_row, run.first_row + len(codes))
+            p, q = held.how.grain
+            if held.how.form == "nf4":
+                codes = pack_nf4(codes, q)
+            held.codes[run.expert, rows].copy_(codes)
+            held.scales[run.expert, rows.start // p : rows.stop // p].copy_(scales)
+        if problem := held.problem():
+            raise ValueError(
+                f"{weights.folder}: {problem} in {module} of layer {layer}; download the model"
+                " again"
+            )
+
+
+@torch.no_grad()
+def randomise_held(chunks: list[nn.Module], shape: ModelShape, generator: torch.Generator) -> None:
+    """Codes drawn from all that are numbers, with scales that make values near 0.02."""
+    for _, _, held in held_modules(chunks, shape):
+        held.codes.random_(generator=generator)
+        size = 0.02
+        if held.how.form == "fp8":
+            # Bytes without the highest bit of the exponent: below 2, and never NaN.
+            held.codes.bitwise_and_(0b10111111)
+        held.scales.fill_(size)
+        held.scratch.forget()
+
+
+def _runs(
+    projections: list[Projection], shape: ModelShape, layer: int, held: HeldCodes
+) -> Iterator[_Run]:
+    """All runs of a module on this rank, in the order of its rows."""
+    first = projections[0]
+    groups = megatron_groups()
+    group = groups.expt_tp if first.is_expert else groups.tp
+    count = held.sizes[0]
+    for place in range(count):
+        expert = groups.ep.rank() * count + place if first.is_expert else None
+        at = 0
+        for projection, n0, n1 in _rows(projections, shape, group.rank(), group.size()):
+            size = projection.features(shape)
+            columns = (0, size[1])
+            if first.kind.endswith("row"):
+                width = size[1] // group.size()
+                columns = (group.rank() * width, (group.rank() + 1) * width)
+            name = f"{projection.hf.format(layer=layer, expert=expert)}.weight"
+            yield _Run(name, size, Part(n0, n1, *columns), place, at)
+            at += n1 - n0
+        assert at == held.sizes[1], f"{first.module}: {at} rows of {held.sizes[1]}"
+
+
+def _rows(
+    projections: list[Projection], shape: ModelShape, rank: int, ranks: int
+) -> Iterator[tuple[Projection, int, int]]:
+    """(projection, first row, row after the last) of a rank's fused weight, from the top."""
+    if projections[0].kind.endswith("row"):
+        yield projections[0], 0, projections[0].features(shape)[0]
+        return
+    if len(projections) < 3:
+        for projection in projections:
+            rows = projection.features(shape)[0] // ranks
+            yield projection, rank * rows, (rank + 1) * rows
+        return
+    q, k, v = projections
+    # With more ranks than key/value heads neighbouring groups share a head.
+    groups = max(shape.num_kv_heads, ranks)
+    q_rows = shape.num_heads // groups * shape.head_dim
+    for group in range(rank * groups // ranks, (rank + 1) * groups // ranks):
+        yield q, group * q_rows, (group + 1) * q_rows
+        head = group * shape.num_kv_heads // groups
+        for projection in (k, v):
+            yield projection, head * shape.head_dim, (head + 1) * shape.head_dim
+
+
+def _read(weights: BaseWeights, run: _Run, held: HeldCodes) -> tuple[Tensor, Tensor]:
+    """(codes ``[n, k]``, one to a byte, scales ``[n / p, k / q]``) of a run."""
+    stored = weights.stored(run.name)
+    if stored is None:
+        return _quantised(weights, run.name, run.size, run.part, held.how.grain[1])
+    if held.how.form == "fp8":
+        return _fp8(stored, run.part, held.how.grain, weights.block)
+    try:
+        return _nf4(stored, run, held.how.grain[1])
+    except ValueError as error:
+        raise ValueError(f"{weights.folder}: {run.name}: {error}") from None
+
+
+def _fp8(
+    stored: Stored, part: Part, grain: tuple[int, int], block: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    n0, n1, k0, k1 = part
+    # Scales of every block that the part touches, of which a fine grid repeats some.
+    touched = stored["weight_scale_inv"][covering(n0, n1, block[0]), covering(k0, k1, block[1])]
+    rows = torch.arange(n0, n1, grain[0]) // block[0] - n0 // block[0]
+    columns = torch.arange(k0, k1, grain[1]) // block[1] - k0 // block[1]
+    codes = stored["weight"][n0:n1, k0:k1].view(torch.uint8)
+    return codes, touched.float()[rows][:, columns]
+
+
+def _nf4(stored: Stored, run: _Run, q: int) -> tuple[Tensor, Tensor]:
+    codes, block_of, absmax, state = nf4.codes_of(stored, run.part, run.size)
+    if state["blocksize"] % NF4_BLOCK:
+        raise ValueError(
+            f"it is quantised in blocks of {state['blocksize']}, and in memory blocks have"
+            f" {NF4_BLOCK}: use model.weight_format=plain"
+        )
+    if not torch.equal(stored["weight.quant_map"][...].float(), torch.tensor(NF4)):
+        raise ValueError("its quant_map is not that of nf4: use model.weight_format=plain")
+    # All of a block of memory lies in one published block.
+    return codes, absmax[block_of[:, ::q]]
+
+
+def _quantised(
+    weights: BaseWeights, name: str, size: tuple[int, int], part: Part, q: int
+) -> tuple[Tensor, Tensor]:
+    """Quantise a plain matrix to nf4, as bitsandbytes does where 64 divides its columns, and cut.
+
+    Only the part is read, with its columns widened to whole blocks.
+
+    Returns:
+        codes ``[n, k]`` of the part, one to a byte, and float32 scales ``[n, k / q]``.
+    """
+    n0, n1, k0, k1 = part
+    first = k0 // NF4_BLOCK * NF4_BLOCK
+    end = min(size[1], -(-k1 // NF4_BLOCK) * NF4_BLOCK)
+    codes, absmax = quantise(weights.part(name, Part(n0, n1, first, end)))
+    blocks = (torch.arange(k0, k1, q) - first) // NF4_BLOCK
+    return codes[:, k0 - first : k1 - first], absmax[:, blocks]

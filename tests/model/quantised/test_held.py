@@ -1,0 +1,213 @@
+"""Weights that stay codes in memory have the values of the decoded plain folder on every rank, bit
+for bit, train as it does, and take the bytes that the planner says."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megalora.config import LoRAConfig, ModelConfig, ParallelConfig
+from megalora.config.train import Relora
+from megalora.fake_world import fake_world
+from megalora.hf.json_file import read_hf_config
+from megalora.lora.adapted_model import with_held
+from megalora.model.account import open_folder
+from megalora.model.build import build_model
+from megalora.model.formats import ALL_PLAIN
+from megalora.model.held import held_in, held_of
+from megalora.model.held_codes import HeldCodes
+from megalora.model.held_loading import held_modules
+from megalora.model.quantised.to_nf4 import quantise
+from megalora.parallel import parallel_groups
+from megalora.planner.dryrun import dry_run
+from megalora.planner.layouts import ParallelLayout
+from megalora.planner.memory import DECODED, memory_of
+from megalora.planner.models import held_by_config
+from megalora.planner.workload import Workload
+from megalora.train.held_check import HeldCheck
+from megalora.train.loop import train
+from tests.distributed.ranks import run_ranks
+from tests.model.quantised.test_training import LORA, SIZES, assert_same, both
+from tests.oracles.base import make_base, rewrite
+from tests.oracles.bitsandbytes_apart import functional
+from tests.parity.runs import make_config
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A plain base of values that bfloat16 has, as published models are."""
+    folder = make_base(tmp_path_factory.mktemp("base") / "base", **SIZES)
+    return rewrite(folder, lambda tensors: {n: t.bfloat16().float() for n, t in tensors.items()})
+
+
+def test_codes_and_scales_are_those_of_bitsandbytes() -> None:
+    g = torch.Generator().manual_seed(0)
+    w = (torch.randn(96, 192, generator=g) * 0.02).bfloat16()
+    # A block of zeros, and a value between two codes.
+    w[0, :64] = 0
+    w[1, :2] = torch.tensor([1.0, (0.07958029955625534 + 0.16093020141124725) / 2])
+    bnb = functional()
+    packed, state = bnb.quantize_4bit(w, blocksize=64, quant_type="nf4")
+    codes, absmax = quantise(w)
+    # bitsandbytes has the first of two codes in the high nibble.
+    both_nibbles = torch.stack([packed.flatten() >> 4, packed.flatten() & 15], 1)
+    assert torch.equal(codes.flatten(), both_nibbles.flatten())
+    assert torch.equal(absmax.flatten(), state.absmax)
+
+
+def compare(quantised: Path, plain: Path, layout: dict[str, int], weight_format: str) -> list[str]:
+    """Modules of this rank that are codes, each of whose values is compared."""
+    parallel = ParallelConfig(**layout)
+    with parallel_groups(parallel):
+        opened = open_folder(quantised)
+        shape = opened.shape
+        config = ModelConfig(
+            path=str(quantised),
+            dtype="float32",
+            weight_format=weight_format,  # type: ignore
+        )
+        held = held_in(config, opened)
+        assert held is not None
+        formats = with_held(ALL_PLAIN, held, shape, parallel)
+        coded = build_model(config, parallel, shape, quantised, formats=formats)
+        wanted = build_model(config, parallel, shape, plain)
+        check = HeldCheck(coded)
+        found = []
+        for layer, module, codes in held_modules(coded, shape):
+            # Layers of a stage are counted from its first one.
+            layers = wanted[0].decoder.layers  # pyright: ignore
+            (its,) = [one for one in layers if one.layer_number - 1 == layer]
+            weight = its.get_parameter(module if ".experts." in module else f"{module}.weight")
+            values = codes.decoded() if ".experts." in module else codes.decoded()[0]
+            assert torch.equal(values, weight), f"{module} of layer {layer}"
+            found.append(module)
+        # As Megatron's Float16Module does.
+        for chunk in coded:
+            chunk.bfloat16()
+        check.run()
+        spoil(coded)
+        with pytest.raises(RuntimeError, match=r"the codes of 1 of \d+ frozen weights are not"):
+            check.run()
+        return found
+
+
+def spoil(chunks: list[Any]) -> None:
+    """Change one scale by its last bit."""
+    for module in chunks[0].modules():
+        if isinstance(module, HeldCodes):
+            module.scale_bits.view(-1)[-1] += 1
+            return
+
+
+# Cuts inside blocks of fp8 (96 of 192 rows and columns) and of nf4 (96 columns), pipeline stages,
+# experts on two ranks.
+@pytest.mark.parametrize(
+    ("form", "layout", "world"),
+    [
+        ("fp8", {"tp": 2, "etp": 2}, 2),
+        ("nf4", {"tp": 2, "etp": 1, "ep": 2}, 2),
+        ("plain", {"tp": 2, "etp": 2}, 2),
+        pytest.param("nf4 nested", {"tp": 2, "etp": 2, "pp": 2}, 4, marks=pytest.mark.slow),
+    ],
+)
+def test_values_of_every_part(
+    base: Path, tmp_path: Path, form: str, layout: dict[str, int], world: int
+) -> None:
+    quantised, plain = both(base, tmp_path, "nf4" if form == "plain" else form)
+    weight_format = "auto"
+    if form == "plain":
+        quantised = base
+        weight_format = "nf4"
+    for found in run_ranks(compare, world, quantised, plain, layout, weight_format):
+        # Two layers, each with two fused weights of experts and two of attention.
+        assert len(found) == 2 * 4 // layout.get("pp", 1)
+        assert len(set(found)) == 4
+
+
+@pytest.mark.slow
+def test_a_plain_base_trains_as_its_nf4_values(base: Path, chats: Path, tmp_path: Path) -> None:
+    """DoRA and recomputation, with the comparison of layers before step 1; and the codes are not
+    written to."""
+    _, plain = both(base, tmp_path, "nf4")
+    lora = replace(LORA, use_dora=True)
+    found = []
+    for folder, how in ((base, {"weight_format": "nf4"}), (plain, {})):
+        out = tmp_path / f"run{len(found)}"
+        config = make_config(
+            folder, chats, out, {"tp": 2, "etp": 2}, "full",
+            lora=lora, steps=2, eval=4, check_base="layer",
+        )  # fmt: skip
+        config = replace(config, model=replace(config.model, **how))
+        run_ranks(train, 2, config)
+        found.append(out)
+    assert_same(*(read(out) for out in found), 1e-6)
+
+
+def read(out: Path) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    from tests.parity.runs import records
+
+    adapter: dict[str, Tensor] = load_file(out / "step_000002/adapter_model.safetensors")
+    return {
+        "loss": records(out, "loss"), "grad norm": records(out, "grad_norm"), "adapter": adapter,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("weight_format", "parts", "layout", "rank"),
+    [
+        ("nf4", "linears", {"tp": 2, "pp": 2, "ep": 2}, 3),
+        ("nf4", "experts", {"ep": 4}, 0),
+    ],
+)
+def test_the_plan_is_what_is_built(
+    base: Path, weight_format: Any, parts: Any, layout: dict[str, int], rank: int
+) -> None:
+    hf = read_hf_config(base)
+    model = ModelConfig(path=str(base), weight_format=weight_format, quantised_parts=parts)
+    parallel = ParallelConfig(**layout)
+    with fake_world(rank, 4):
+        built = dry_run(hf, LORA, parallel, model)
+    held = held_by_config(model, hf)
+    work = Workload(sequence_length=64, global_batch_size=64, held=held)
+    shape = open_folder(base).shape
+    stage = rank // (4 // parallel.pp)
+    said = memory_of(shape, LORA, ParallelLayout(parallel=parallel, num_ranks=4), work, stage)
+    assert built.base_bytes == said["weights"]
+    assert built.scratch_bytes == said[DECODED]
+    without = memory_of(
+        shape, LORA, ParallelLayout(parallel=parallel, num_ranks=4),
+        replace(work, held=None), stage,
+    )  # fmt: skip
+    assert without["weights"] > said["weights"]
+
+
+def test_what_would_be_quantised_anew_is_refused(base: Path) -> None:
+    shape = open_folder(base).shape
+    config = ModelConfig(path="base", weight_format="fp8")
+    with pytest.raises(ValueError, match="weight_format=fp8, and the weights of base are plain"):
+        held_of(config, None, shape)
+    scheme = held_scheme("awq")
+    with pytest.raises(ValueError, match="quantised as awq: they would be quantised anew"):
+        held_of(replace(config, weight_format="nf4"), scheme, shape)
+    # Decoded, as before.
+    assert held_of(replace(config, weight_format="auto"), scheme, shape) is None
+    assert held_of(replace(config, weight_format="plain"), held_scheme("fp8"), shape) is None
+
+
+def held_scheme(form: Any) -> Any:
+    from megalora.model.quantised.scheme import Scheme
+
+    return Scheme(form=form, title=form, block=(128, 128))
+
+
+def test_cycles_that_merge_are_refused(base: Path, chats: Path, tmp_path: Path) -> None:
+    config = make_config(base, chats, tmp_path / "run", {}, lora=LoRAConfig(rank=2), steps=4)
+    config = replace(config, model=replace(config.model, weight_format="nf4"))
+    config = replace(config, train=replace(config.train, relora=Relora(every=2, warmup=0)))
+    with pytest.raises(Exception, match=r"held as nf4 codes.*model.weight_format=plain"):
+        run_ranks(train, 1, config)

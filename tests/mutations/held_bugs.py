@@ -1,0 +1,109 @@
+"""Bugs in weights that stay codes in memory. The same form as ``bugs.py``."""
+
+from tests.mutations.bugs import Bug, bug
+
+_KERNEL = "tests/kernels/test_coded_weight.py"
+_HELD = "tests/model/quantised/test_held.py"
+_PARTS = f"{_HELD} test_values_of_every_part"
+_LAYOUT = "kernels/megalora_kernels/quantised_weight.py"
+_CODED = "kernels/megalora_kernels/coded_weight.py"
+_LOADING = "megalora/model/held_loading.py"
+
+HELD_BUGS: tuple[Bug, ...] = (
+    bug(
+        0,
+        "the scale of held fp8 is dropped",
+        _LAYOUT,
+        "torch.mul(values, scale, out=out)",
+        "out.copy_(values)",
+        f"{_KERNEL} test_a_value_is",
+    ),
+    bug(
+        0,
+        "held nf4 has neighbours in a byte",
+        _LAYOUT,
+        "packed[..., : columns - h] |= blocks[..., h:] << 4",
+        "packed = (blocks[..., 0::2] | blocks[..., 1::2] << 4).clone()",
+        f"{_KERNEL} test_a_value_is",
+    ),
+    bug(
+        0,
+        "a layer computes with the weight that was decoded last",
+        _CODED,
+        "if self.owner is not owner:",
+        "if self.owner is None:",
+        f"{_KERNEL} test_a_layer_beside_another_rank",
+    ),
+    bug(
+        0,
+        "an adapter of another layer beside the weight",
+        _CODED,
+        "                buffer.zero_()\n",
+        "                pass\n",
+        f"{_KERNEL} test_output_and_gradients",
+    ),
+    bug(
+        0,
+        "the decoded weight is kept for backward",
+        "kernels/megalora_kernels/engine.py",
+        "return None if isinstance(self.given, AugmentedWeight) else self.given",
+        "return self.w_ENK",
+        f"{_KERNEL} test_what_is_kept",
+    ),
+    bug(
+        0,
+        "gate and up share scales",
+        _LOADING,
+        "held.scales[run.expert, rows.start // p : rows.stop // p].copy_(scales)",
+        "held.scales[run.expert, : len(scales)].copy_(scales)",
+        _PARTS,
+    ),
+    bug(
+        0,
+        "a cut within a block of fp8 takes the first block's scale",
+        _LOADING,
+        "rows = torch.arange(n0, n1, grain[0]) // block[0] - n0 // block[0]",
+        "rows = torch.arange(n0, n1, grain[0]) // block[0] * 0",
+        _PARTS,
+    ),
+    bug(
+        0,
+        "a shard is quantised instead of the matrix",
+        _LOADING,
+        "first = k0 // NF4_BLOCK * NF4_BLOCK",
+        "first = k0",
+        _PARTS,
+    ),
+    bug(
+        0,
+        "a cast reaches the scales",
+        "megalora/model/held_codes.py",
+        "n // p, k // q, dtype=torch.int32, device=device)",
+        "n // p, k // q, dtype=torch.float32, device=device)",
+        _PARTS,
+    ),
+    bug(
+        0,
+        "codes that were written to are not noticed",
+        "megalora/train/held_check.py",
+        "bit_hash(module.scale_bits)])",
+        "bit_hash(whole)])",
+        _PARTS,
+    ),
+    bug(
+        0,
+        "scales are not counted",
+        "megalora/model/formats/coded.py",
+        "n * width + n // p * (k // q) * SCALE_BYTES",
+        "n * width",
+        f"{_HELD} test_the_plan_is",
+    ),
+    bug(
+        0,
+        "AWQ is quantised again to nf4",
+        "megalora/model/held.py",
+        'if stored == asked or (asked == "nf4" and stored is None):',
+        'if stored == asked or asked == "nf4":',
+        f"{_HELD} test_what_would_be",
+    ),
+)
