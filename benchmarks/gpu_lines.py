@@ -218,6 +218,19 @@ def of_calibration(record: dict[str, Any]) -> list[Line]:
     return [Line("calibration", counts, f"host {1e6 * layer:.0f} us a layer", "ok")]
 
 
+def of_coded(record: dict[str, Any]) -> list[Line]:
+    """Return the time of each way to compute with codes, over that of plain weights."""
+    lines = []
+    for row in record["rows"]:
+        name = f"codes: {row['case']}: {row['arm']}"
+        if row["status"] != "ok":
+            lines.append(Line(name, "-", "", f"FAILED: {row['status']}"))
+            continue
+        beside = f"{number(row['over_plain'], 2)} times plain weights"
+        lines.append(Line(name, f"{row['us']:.0f} us", beside, "ok"))
+    return lines + failures_of("codes", [], record["not_reached"])
+
+
 def of_layouts(record: dict[str, Any]) -> list[Line]:
     """Return each layout's speed, and the planner's errors for it."""
     lines = []

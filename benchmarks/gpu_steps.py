@@ -108,7 +108,7 @@ STEPS = (
         interpreted=False, least_s=75,
     ),
     Step(
-        "long", 60, "speed of attention by document, the chunked loss, memory at 32k tokens",
+        "long", 58, "speed of attention by document, the chunked loss, memory at 32k tokens",
         "gpu_long.json", program("gpu_long", "--only", "speed", "loss", "memory", "flash4"),
         modules=MEGATRON, interpreted=False,
     ),
@@ -121,6 +121,10 @@ STEPS = (
         "kernels-tuned", 20, "the base's TFLOP/s and the cost of LoRA with the table just written",
         "gpu_kernels_tuned.json", program("bench_grouped_lora", "--quick"), environment=TUNED,
         after="gpu_tuned.json",
+    ),
+    Step(
+        "coded", 2, "experts from 4- and 8-bit codes: decoded in the GEMM's loads or first",
+        "gpu_coded.json", program("bench_coded_gemm"), environment=UNTUNED, least_s=30,
     ),
     Step(
         "kernels", 2, "the kernels again, with the untuned rule",

@@ -78,6 +78,7 @@ READERS: dict[str, Callable[[dict[str, Any]], list[Line]]] = {
     KERNELS: gpu_lines.of_kernels,
     "gpu_tuned.json": gpu_lines.of_tune,
     TUNED: gpu_lines.of_kernels,
+    "gpu_coded.json": gpu_lines.of_coded,
     "gpu_model.json": gpu_lines.of_model,
     "gpu_peers.json": gpu_lines.of_peers,
     "gpu_shared.json": gpu_lines.of_shared,

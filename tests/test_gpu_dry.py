@@ -11,7 +11,7 @@ import pytest
 from benchmarks.gpu_steps import named
 
 ROOT = Path(__file__).parents[1]
-STEPS = ("anchors", "kernels", "tune", "kernels-tuned", "model", "peers", "shared", "long")
+STEPS = ("anchors", "kernels", "tune", "kernels-tuned", "coded", "model", "peers", "shared", "long")
 """About 170 s of processor time, most of it imports. The others are tested where they are:
 tests/gpu/test_step_on_gpu.py on a CPU, calibration and layouts in tests/bench; without names the
 script's dry run takes them too."""

@@ -58,6 +58,13 @@ RECORDS: dict[str, dict[str, Any]] = {
         "sweep": {"refused": {"v": "hung"}, "not_reached": []},
     },
     "gpu_kernels_tuned.json": kernels(1.17, 605.0),
+    "gpu_coded.json": {
+        "rows": [{"case": "nf4, 64 rows", "arm": "in load", "status": "ok", "us": 250.0,
+                  "over_plain": 0.75},
+                 {"case": "nf4, 64 rows", "arm": "first", "status": "off by 2", "us": None,
+                  "over_plain": None}],
+        "not_reached": [],
+    },
     "gpu_model.json": {
         # An arm without a time is a row all the same.
         "rows": [
@@ -160,6 +167,8 @@ def test_everything_in_one_table(results, capsys):
     # Of a traceback its last line.
     assert row(said, "shared: ep2", "ValueError: x", "FAILED")
     assert row(said, "shared: etp2", "not reached")
+    assert row(said, "codes: nf4, 64 rows: in load", "250 us", "0.75 times plain weights")
+    assert row(said, "codes: nf4, 64 rows: first", "FAILED: off by 2")
     # 100 us forward and 200 backward.
     assert row(said, "calibration", "2 grouped_gemm", "host 300 us")
     assert "off by +4.0 %" in row(said, "planner: layout", "step_seconds")

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 
 from .augmented_weight import AugmentedWeight
+from .coded_gemm import coded_gemm_triton, in_load
+from .coded_weight import CodedWeight
 from .combine import combine_ref, combine_triton
 from .expert_factors import UNSCALED, Factors, RankScale
 from .gemm_kernel import grouped_gemm_triton
@@ -175,8 +177,11 @@ class Engine:
         return Rows(x, source_M, s_MR)
 
     def linear(self, rows: Rows, weight: Weight, b: Factors | None) -> torch.Tensor:
-        """``x Wᵀ + s Bᵀ``, with one Bᵀ ``[E, r, N / len(b)]`` for each block of the weight's
-        rows."""
+        """``x Wᵀ + s Bᵀ``, one Bᵀ ``[E, r, N / len(b)]`` for each block of the weight's rows."""
+        codes = weight.given.codes if isinstance(weight.given, CodedWeight) else None
+        if codes and self.gemm is grouped_gemm_triton and in_load(codes, self.routing):
+            # Few rows: from the codes themselves, and nothing is decoded into memory.
+            return coded_gemm_triton(rows.x, codes, self.routing, rows.s_MR, b, rows.source_M)
         return self.product(rows, weight.w_ENK.transpose(1, 2), b)
 
     def dgrad(self, rows: Rows, weight: Weight, a_ERK: torch.Tensor | None) -> torch.Tensor:
@@ -249,11 +254,8 @@ class Engine:
 
     def combine(self, y_MH: torch.Tensor) -> torch.Tensor:
         """Each token's sum; y itself where rows are given and taken sorted."""
-        return (
-            y_MH
-            if self.routing.slots_TK is None
-            else self.passes.combine(y_MH, self.routing.slots_TK)
-        )
+        slots_TK = self.routing.slots_TK
+        return y_MH if slots_TK is None else self.passes.combine(y_MH, slots_TK)
 
 
 class VendorEngine(Engine):

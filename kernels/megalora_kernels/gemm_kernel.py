@@ -56,11 +56,11 @@ def _load_k(ptrs, k_ok, EVEN_K: tl.constexpr):
 
 
 @triton.jit
-def _add_low_rank(
-    acc, s_ptr, stride_s, blocks, block, rows, cols, expert, RANKS: tl.constexpr,
+def load_low_rank(
+    s_ptr, stride_s, blocks, block, rows, cols, expert, RANKS: tl.constexpr,
     BLOCK_R: tl.constexpr
 ):  # fmt: skip
-    """acc + s @ b[expert], with the b that belongs to ``block`` and its columns of s."""
+    """s (rows, R) and b[expert] (R, cols): the b that belongs to ``block`` and its columns of s."""
     b_ptr, strides = blocks[0]
     stride_be, stride_br, stride_bn = strides
     first, rank = RANKS[0]
@@ -83,6 +83,16 @@ def _add_low_rank(
     )
     s = tl.load(s_ptrs, mask=r_ok[None, :], other=0.0)
     b = tl.load(b_ptrs, mask=r_ok[:, None], other=0.0)
+    return s, b
+
+
+@triton.jit
+def _add_low_rank(
+    acc, s_ptr, stride_s, blocks, block, rows, cols, expert, RANKS: tl.constexpr,
+    BLOCK_R: tl.constexpr
+):  # fmt: skip
+    """acc + s @ b[expert], of this tile's rows and columns."""
+    s, b = load_low_rank(s_ptr, stride_s, blocks, block, rows, cols, expert, RANKS, BLOCK_R)
     return tl.dot(s, b, acc, input_precision="ieee")
 
 
@@ -231,7 +241,7 @@ def _launch(
     source_M: torch.Tensor | None, y_MN: torch.Tensor, product: Product, variant: Variant,
 ) -> None:  # fmt: skip
     num_experts, K, N = w_EKN.shape
-    stride_s, blocks, ranks = _low_rank_operands(s_MR, b, N, x)
+    stride_s, blocks, ranks = low_rank_operands(s_MR, b, N, x)
     block_columns = N // len(blocks)
     x_operand: Any = x
     w_operand: Any = w_EKN
@@ -261,7 +271,7 @@ def _launch(
     )  # fmt: skip
 
 
-def _low_rank_operands(
+def low_rank_operands(
     s_MR: torch.Tensor | None, b: Factors | None, num_columns: int, anything: torch.Tensor
 ) -> tuple[int, tuple[Any, ...], tuple[tuple[int, int], ...]]:
     """Return the stride of s; then of every block b and its strides, and its first column of s and

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from megalora_kernels import backend, gemm_kernel, tuned
+from megalora_kernels import backend, coded_gemm, gemm_kernel, tuned
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from benchmarks.tune_compile import NamedTarget
 from tests.forked import forked
-from tests.kernels import compile_cases, sass
+from tests.kernels import compile_cases, compile_coded, sass
 from tests.kernels.compile_cases import Case
 
 AT_ONCE = 2
@@ -97,7 +97,7 @@ def compile_case(case: Case, path: Path) -> None:
     JITFunction.run = compile_only
     backend.INTERPRETED = True  # CPU tensors are all there is
     # Each of these imported the function by name; they ask it how much shared memory there is.
-    for module in (gemm_kernel, tuned, sys.modules["megalora_kernels.swiglu_backward"]):
+    for module in (gemm_kernel, coded_gemm, tuned, sys.modules["megalora_kernels.swiglu_backward"]):
         module.device_limits = lambda _device: compile_cases.limits_of(case.capability)
     case.call()
     path.with_suffix(".json").write_text(json.dumps(rows))
@@ -160,10 +160,10 @@ def main() -> None:
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("compile_for_gpu: TRITON_INTERPRET=1 keeps kernels from being compiled; unset it")
-    chosen = compile_cases.every if options.every else compile_cases.few
     cases = []
     for capability in options.capability:
-        cases += chosen(capability)
+        for part in (compile_cases, compile_coded):
+            cases += part.every(capability) if options.every else part.few(capability)
     rows = compile_all(cases)
     print(table(rows) if options.table else json.dumps(rows))
 

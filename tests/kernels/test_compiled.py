@@ -27,6 +27,11 @@ ELEMENT_CEILING = {"_swiglu_kernel": 22, "_swiglu_backward_kernel": 44}
 computed as often as it is used, 59 and 50 to 86."""
 
 
+CODED_CEILING = {"nf4": 10, "fp8": 8}
+"""Instructions of the loop for a weight, products and copies included: 8.1 to 9.4 and 5.5 to 6.8
+for sm_90 at the grains of whole matrices. The rule of ``coded_gemm.py`` counts on them."""
+
+
 def compiled(*options: str, triton_folder: Path | None = None) -> list[Row]:
     """Rows of ``compile_for_gpu`` in a process that compiles, with the Triton in the folder in
     front of the installed one."""
@@ -119,6 +124,22 @@ def check_gemm(row: Row) -> None:
     assert row["shared"] <= row["estimate"], row
 
 
+def coded_of(rows: list[Row]) -> list[Row]:
+    """Rows of the grouped GEMM that decodes codes."""
+    return [row for row in rows if row.get("coded") and "error" not in row]
+
+
+def check_coded(row: Row) -> None:
+    """Nothing spills, tensor cores multiply, and before Blackwell copies are asynchronous."""
+    capability = row["capability"]
+    assert row["spilled"] == 0, row
+    assert row["shared"] <= PROGRAM_SHARED[capability], row
+    assert row["products"] == TENSOR_CORES[capability], row
+    # Blackwell's compiler loads codes of four bits into registers.
+    if capability < 100:
+        assert row["loads"] == 0 and row["cp_async"] > 0, row
+
+
 def check_swiglu(row: Row) -> None:
     """A pass of SwiGLU in half precision, up to stacked rank 64."""
     # Elements of the tile that each thread computes: a warp has 32 threads.
@@ -177,6 +198,13 @@ class TestForHopper:
             # 12 copies of 16 bytes a thread: (128 + 256) rows x 64 values x 2 bytes by 256 threads.
             assert row["loads"] == 0 and row["cp_async"] == 12 and row["products"] == "wgmma", row
 
+    def test_codes_are_decoded_in_registers(self, rows):
+        found = coded_of(rows)
+        assert len(found) == 2
+        for row in found:
+            check_coded(row)
+            assert row["loop"] / row["weights"] <= CODED_CEILING[row["coded"]], row
+
     def test_activation_is_computed_once(self, rows):
         found = passes(rows)
         assert kernels_of(found) == set(ELEMENT_CEILING)
@@ -223,6 +251,12 @@ class TestForEveryChip:
                 by_tma.add(row["capability"])
         # TMA came with Hopper.
         assert by_tma == {90, 100}
+
+    def test_codes_are_decoded_in_registers(self, rows):
+        found = coded_of(rows)
+        assert capabilities_of(found) == set(PROGRAM_SHARED)
+        for row in found:
+            check_coded(row)
 
     def test_what_is_refused_for_memory_or_registers_does_not_fit(self, rows):
         refused = [row for row in rows if row.get("refused")]

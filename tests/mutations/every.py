@@ -8,6 +8,7 @@ from tests.mutations.base_bugs import BASE_BUGS
 from tests.mutations.begun_bugs import BEGUN_BUGS
 from tests.mutations.bias_bugs import BIAS_BUGS
 from tests.mutations.bugs import BUGS as MODEL_BUGS
+from tests.mutations.coded_bugs import CODED_BUGS
 from tests.mutations.compiled_bugs import COMPILED_BUGS
 from tests.mutations.config_bugs import CONFIG_BUGS
 from tests.mutations.data_bugs import DATA_BUGS
@@ -77,6 +78,7 @@ EVERY_BUG = (
     + HOSTILE_BUGS
     + TUNE_BUGS
     + COMPILED_BUGS
+    + CODED_BUGS
     + DOCS_BUGS
     + DISPATCH_BUGS
     + INSTALL_BUGS
