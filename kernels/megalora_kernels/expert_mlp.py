@@ -195,8 +195,8 @@ def expert_mlp(
     check_operands(x_TH, weights, p_M, routing, adapters)
     name = _choose(backend, x_TH, routing, weights, adapters)
     if name == "reference":
-        own = (w.own_copy() for w in weights)
-        return expert_mlp_ref(x_TH, *own, p_M, routing, gate_up, down, dropout)
+        first, second = weights[0].own_copy(), weights[1].own_copy()
+        return expert_mlp_ref(x_TH, first, second, p_M, routing, gate_up, down, dropout)
     if dropout > 0:
         operands = (x_TH, gate_up_EJH, down_EHI, p_M, routing, gate_up, down, dropout, name)
         if recompute:
