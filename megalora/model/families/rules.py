@@ -21,13 +21,15 @@ LARGEST_SIZE = 2**31 - 1
 
 def whole(least: int, most: int = LARGEST_SIZE, *, even: bool = False) -> Rule:
     """A whole number of at least ``least`` and at most ``most``."""
-    wanted = f"{'an even' if even else 'a whole'} number of at least {least} and at most {most}"
+    wanted = f"{'an even' if even else 'a whole'} number of at least {least}"
 
     def rule(value: Any) -> str | None:
         # Python counts true as 1, JSON does not.
         if isinstance(value, bool) or not isinstance(value, int):
             return wanted
-        if not least <= value <= most or (even and value % 2 != 0):
+        if value > most:
+            return f"{wanted} and at most {most}"
+        if value < least or (even and value % 2 != 0):
             return wanted
         return None
 
