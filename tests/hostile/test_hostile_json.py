@@ -60,9 +60,10 @@ def test_numbers_that_are_not_exact(number: str) -> None:
 
 
 def test_only_regular_files_of_a_reasonable_size(tmp_path: Path) -> None:
+    # First one that can be opened: a pipe would wait for a writer.
+    assert refused(lambda: read_json(Path(os.devnull))) == "/dev/null is not a regular file"
     pipe = tmp_path / "pipe.json"
     os.mkfifo(pipe)
-    # Opening it would wait for a writer.
     assert refused(lambda: read_json(pipe)) == f"{pipe} is not a regular file"
     large = tmp_path / "large.json"
     with large.open("wb") as file:
