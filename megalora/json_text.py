@@ -63,6 +63,7 @@ def parse_json(text: str | bytes, *, exact_numbers: bool = True) -> Any:
         raise NotJson(f"not UTF-8 ({error.reason}, byte {error.start + 1})") from None
     except RecursionError:
         raise NotJson(_TOO_DEEP) from None
+    # It is a ValueError, too, and must not be taken for the one below.
     except NotJson:
         raise
     except ValueError as error:
@@ -119,6 +120,7 @@ def _is_deeper(value: Any, depth: int) -> bool:
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object of these keys and values; raises ``NotJson`` where a key occurs twice."""
+    # Every object of every file comes by: keys are counted only where one was lost.
     found = dict(pairs)
     if len(found) < len(pairs):
         counts = Counter(key for key, _ in pairs)
@@ -130,12 +132,14 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _integer(digits: str) -> int:
     number = int(digits)
     if abs(number) >= MAX_INTEGER:
+        # Up to 4,300 digits pass Python's own limit, too many for a message.
         shown = digits if len(digits) <= 40 else f"{digits[:40]}..."
         raise NotJson(f"holds the integer {shown}, which is too large")
     return number
 
 
 def _number(digits: str) -> float:
+    # Of 1e999 this is inf, without an error.
     number = float(digits)
     if math.isinf(number):
         raise NotJson(f"holds the number {digits[:40]}, which is too large")

@@ -85,6 +85,7 @@ class CodedWeight(AugmentedWeight):
         """``scratch`` has room for ``[E, N + R, K + R]`` of this dtype; ``owner`` as in
         ``filled_by``."""
         E, self.N, self.K = codes.sizes
+        # As in ``AugmentedWeight``: Triton vectorises only strides that are multiples of 16.
         self.room = rank + -rank % 16
         self.codes = codes
         self.dtype = dtype
@@ -103,6 +104,7 @@ class CodedWeight(AugmentedWeight):
         return self.buffer[:, : self.N, : self.K]
 
     def own_copy(self) -> torch.Tensor:
+        # Not the scratch, which has another weight's values by the time of backward.
         return self.codes.dequantised(self.dtype)
 
     @property

@@ -220,6 +220,7 @@ def _choose(
         if adapter is not None:
             rank = max(rank, adapter.a.shape[1])
             room = room and weight.joined is not None
+    # Sizes and strides are enough to choose by: nothing is decoded for it.
     w1, w2 = (w.like_ENK for w in weights)
     layer = (w2.shape[1], w2.shape[2])
     return choose(backend, "expert_mlp", x_TH, routing.num_rows, rank, [w1, w2], room, layer)

@@ -108,7 +108,9 @@ def pack_nf4(codes_NK: torch.Tensor, columns: int) -> torch.Tensor:
     """
     blocks = codes_NK.unflatten(-1, (-1, columns))
     h = block_bytes(columns)
+    # A clone, as blocks are a view of the caller's codes.
     packed = blocks[..., :h].clone()
+    # Where q is odd, q - h = h - 1: the last byte keeps a high nibble of 0.
     packed[..., : columns - h] |= blocks[..., h:] << 4
     return packed.flatten(-2)
 
@@ -121,11 +123,13 @@ def _decode(weight: QuantisedWeight, out_ENK: torch.Tensor) -> None:
     out = out_ENK.unflatten(-1, (-1, q))
     if weight.form == "fp8":
         values = weight.codes.view(torch.float8_e4m3fn).float().unflatten(-1, (-1, q))
+        # The product is in float32; ``out`` rounds it once, to its own dtype.
         torch.mul(values, scale, out=out)
         return
     h = block_bytes(q)
     table = torch.tensor(NF4, device=weight.codes.device)
     # [E, N, Q, h]
     packed = weight.codes.unflatten(-1, (-1, h))
+    # An index of dtype uint8 would be a mask to torch.
     torch.mul(table[(packed & 15).int()], scale, out=out[..., :h])
     torch.mul(table[(packed[..., : q - h] >> 4).int()], scale, out=out[..., h:])

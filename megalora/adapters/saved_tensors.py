@@ -159,6 +159,7 @@ class SavedTensors:
 
     def _take_index(self, index: Index) -> None:
         for name, tensor in index.tensors.items():
+            # Master and moments are cut alike: one list of pieces serves all keys.
             for key in tensor.keys:
                 places: list[tuple[Path, str, Slice]] = []
                 for piece in tensor.pieces:
@@ -194,9 +195,11 @@ def digest_fault(folder: Path, index: Index, name: str) -> str | None:
     digest = hashlib.sha256()
     length = 0
     with path.open("rb") as file:
+        # 16 MiB at a time: the file of a rank may have gigabytes.
         while block := file.read(_BLOCK_BYTES):
             digest.update(block)
             length += len(block)
+    # First, since a file cut short is the commoner fault, and numbers say by how much.
     if length != num_bytes:
         return f"{path} has {length:,} bytes, and {INDEX.name} says {num_bytes:,}"
     if digest.hexdigest() != expected:

@@ -78,6 +78,7 @@ def write_index(path: Path, index: Index) -> None:
         "files": index.files,
         "tensors": tensors,
     }
+    # Without spaces: 48 layers of 128 experts have 36,864 factors, each with a row or more.
     path.write_text(json.dumps(content, separators=(",", ":")) + "\n")
 
 
@@ -97,6 +98,7 @@ def read_index(folder: Path) -> Index:
             f"{path}: format {content.get('format')!r}; this version of megalora reads {FORMAT}"
         )
     world_size = content.get("world_size")
+    # Bounded, since ``_files`` makes a name for each rank: a damaged number may say 10**15.
     if type(world_size) is not int or not 1 <= world_size < 2**20:
         raise _damaged(path, "world_size", world_size)
     files = _files(path, content.get("files"), world_size)
@@ -138,6 +140,7 @@ def _tensor(path: Path, name: str, row: Any, world_size: int) -> Indexed:
             raise _damaged(path, name, numbers)
         rank, *part = numbers
         found = Slice(shape, *part)
+        # ``fault`` looks at the numbers of the shape, too.
         if type(rank) is not int or not 0 <= rank < world_size or found.fault():
             raise _damaged(path, name, numbers)
         pieces.append(Piece(rank, found))
@@ -145,5 +148,6 @@ def _tensor(path: Path, name: str, row: Any, world_size: int) -> Indexed:
 
 
 def _damaged(path: Path, key: str, value: Any) -> ValueError:
+    # A damaged list may have thousands of rows, of which a message needs the beginning.
     shown = repr(value)
     return ValueError(f"{path} is damaged: {key} is {shown[:60]}")

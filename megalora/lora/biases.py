@@ -39,6 +39,7 @@ class LinearWithBiases(nn.Module):
     def train_bias(self, weight: TrainedWeight) -> nn.Parameter:
         """Let the bias of one linear train; returns its parameter, which begins as the base's."""
         name = weight.module.rsplit(".", 1)[-1]
+        # A clone: a view would move b0 along with b, and b - b0 would stay 0.
         bias = nn.Parameter(self.rows.part(self._base_bias(), name).clone())
         self.trained_biases[name] = bias
         return bias

@@ -53,6 +53,7 @@ class Slice:
         else:
             is_cut = type(self.dim) is int and 0 <= self.dim < len(self.shape)
             is_cut = is_cut and self.num_shards > 0
+            # Megatron cuts into equal parts alone.
             is_cut = is_cut and self.shape[self.dim or 0] % self.num_shards == 0
         if not is_cut or self.shard >= self.num_shards:
             return "is not a part of the tensor"
@@ -69,6 +70,7 @@ class Slice:
         block = stride // self.num_shards
         runs: list[Run] = []
         place = self.start
+        # A run ends with its row of the part: other ranks' elements come next in the whole.
         while place < self.end:
             row, inside = divmod(place, block)
             length = min(block - inside, self.end - place)
@@ -85,6 +87,7 @@ def overlaps(source: Slice, target: Slice) -> Iterator[tuple[int, int, int]]:
     target_place = 0
     i = 0
     j = 0
+    # Both lists ascend, so that n and m runs take n + m steps and not n m.
     while i < len(sources) and j < len(targets):
         a, a_length = sources[i]
         b, b_length = targets[j]
@@ -122,6 +125,7 @@ def cover_fault(shape: tuple[int, ...], slices: Iterable[Slice]) -> str | None:
     for piece in slices:
         runs.extend(piece.runs())
     place = 0
+    # In order, each run must begin where the last one ended: no mask of all elements is needed.
     for first, length in sorted(runs):
         if first > place:
             return f"elements {place:,} to {first - 1:,} are in no piece"

@@ -41,6 +41,7 @@ class _Linear(torch.autograd.Function):
         weight = ctx.held.decoded()[0]
         dx = dy.reshape(-1, dy.shape[-1]).matmul(weight)
         dx = dx.view(*dy.shape[:-1], weight.shape[1])
+        # Each rank has the sum over its own outputs: dx = sum over ranks of dy_r W_r.
         if ctx.reduces:
             torch.distributed.all_reduce(dx, group=ctx.group)
         return dx, None, None, None, None
@@ -71,6 +72,7 @@ class _Coded(nn.Module):
     ) -> Tensor:
         # Megatron's arguments; the others are about weight gradients.
         if sequence_parallel:
+            # Backward scatters the sum over ranks: each has part of every token's dx.
             input = gather_from_sequence_parallel_region(
                 input, tensor_parallel_output_grad=True, group=tp_group
             )

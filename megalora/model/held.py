@@ -42,6 +42,7 @@ def modules_of(shape: ModelShape, layer: int) -> dict[str, list[Projection]]:
     """Megatron's modules of a layer that may be held as codes -> their projections in row order."""
     found: dict[str, list[Projection]] = {}
     for projection in layer_projections(shape, layer):
+        # Rounded scores could send a token to other experts.
         if projection.kind != "router":
             found.setdefault(projection.module, []).append(projection)
     return found
@@ -51,6 +52,7 @@ def weight_names(projections: list[Projection], layer: int, num_experts: int) ->
     """Published names of the weights that a module is made of."""
     names: list[str] = []
     for projection in projections:
+        # The name of a dense linear has no place for an expert's number.
         experts = range(num_experts) if projection.is_expert else [None]
         for expert in experts:
             names.append(f"{projection.hf.format(layer=layer, expert=expert)}.weight")
@@ -75,6 +77,7 @@ def held_of(
     form = _form(config, scheme)
     if form is None:
         return None
+    # Without a folder the first expert answers for all: 48 layers of 128 have 18,432 names.
     num_experts = shape.num_experts if is_stored else 1
 
     def says(name: str) -> bool:
@@ -89,6 +92,7 @@ def held_of(
             if config.quantised_parts == "experts" and not projections[0].is_expert:
                 continue
             names = weight_names(projections, layer, num_experts)
+            # A fused weight has one form: gate as codes beside a plain up would be no operand.
             if quantises or all(map(stored, names)):
                 found.add((layer, module))
     if not found:
@@ -157,12 +161,15 @@ def coded(
     experts = shape.num_experts // p.ep if first.is_expert else 1
     ranks = p.etp if first.is_expert else p.tp
     if kind.endswith("row"):
+        # The cut is along K and may divide blocks: ``grain_of`` then makes the grid finer.
         part = (rows, columns // ranks)
         sizes = (experts, *part)
     elif len(projections) == 3:
         # Queries, keys and values lie head by head.
         heads = shape.num_heads // ranks
+        # With more ranks than key/value heads each rank has one, the same as its neighbours.
         kv_heads = max(shape.num_kv_heads, ranks) // ranks
+        # Runs of q, k and v begin at multiples of head_dim, and no scale is for two of them.
         part = (shape.head_dim, columns)
         sizes = (experts, (heads + 2 * kv_heads) * shape.head_dim, columns)
     else:

@@ -36,6 +36,7 @@ class HeldCodes(nn.Module):
         self.dtype = dtype
         experts, n, k = sizes
         p, q = how.grain
+        # A code of fp8 is a byte, one of nf4 half a byte; blocks of odd q end in a whole one.
         width = k if how.form == "fp8" else k // q * block_bytes(q)
         codes = torch.empty(experts, n, width, dtype=torch.uint8, device=device)
         scales = torch.empty(experts, n // p, k // q, dtype=torch.int32, device=device)
@@ -43,6 +44,7 @@ class HeldCodes(nn.Module):
         self.register_buffer("codes", codes, persistent=False)
         self.register_buffer("scale_bits", scales, persistent=False)
         self.scratch: Scratch = how.scratch or Scratch()
+        # Not at the first decode: by then the largest weight that shares the memory has asked.
         self.scratch.reserve(how.scratch_elements(sizes), dtype, device)
 
     @property
@@ -57,6 +59,7 @@ class HeldCodes(nn.Module):
 
     def operand(self) -> CodedWeight:
         """The weight as the expert kernels take it."""
+        # The module is the owner, since ``quantised`` is another object at every call.
         return CodedWeight(self.quantised, self.how.rank, self.dtype, self.scratch, self)
 
     def decoded(self) -> Tensor:
@@ -65,6 +68,7 @@ class HeldCodes(nn.Module):
 
     def own_copy(self, expert: int) -> Tensor:
         """``[N, K]`` of one expert, in memory of its own."""
+        # All experts at once would take the memory of the layer in the compute dtype.
         return self.quantised.experts(expert, expert + 1).dequantised(self.dtype)[0]
 
     @property
@@ -74,7 +78,9 @@ class HeldCodes(nn.Module):
 
     def mark_unwritten(self) -> None:
         """Let every scale be NaN, so that ``problem`` sees what loading leaves out."""
+        # Codes cannot be marked: all 256 bytes are codes of nf4.
         self.scales.fill_(torch.nan)
+        # The scratch knows whose values it has, and not that their codes are about to change.
         self.scratch.forget()
 
     def problem(self) -> str | None:

@@ -69,6 +69,7 @@ def load_held(weights: BaseWeights, chunks: list[nn.Module], shape: ModelShape) 
             rows = slice(run.first_row, run.first_row + len(codes))
             p, q = held.how.grain
             if held.how.form == "nf4":
+                # Packed after the cut, which may fall between the two codes of a published byte.
                 codes = pack_nf4(codes, q)
             held.codes[run.expert, rows].copy_(codes)
             held.scales[run.expert, rows.start // p : rows.stop // p].copy_(scales)
@@ -83,6 +84,7 @@ def load_held(weights: BaseWeights, chunks: list[nn.Module], shape: ModelShape) 
 def randomise_held(chunks: list[nn.Module], shape: ModelShape, generator: torch.Generator) -> None:
     """Codes drawn from all that are numbers, with scales that make values near 0.02."""
     for _, _, held in held_modules(chunks, shape):
+        # Both halves of any byte are codes of nf4: all 256 will do.
         held.codes.random_(generator=generator)
         size = 0.02
         if held.how.form == "fp8":
@@ -123,6 +125,7 @@ def _rows(
         yield projections[0], 0, projections[0].features(shape)[0]
         return
     if len(projections) < 3:
+        # Megatron's gate and up of a rank: its rows of the one, then its rows of the other.
         for projection in projections:
             rows = projection.features(shape)[0] // ranks
             yield projection, rank * rows, (rank + 1) * rows
@@ -165,11 +168,13 @@ def _fp8(
 
 def _nf4(stored: Stored, run: _Run, q: int) -> tuple[Tensor, Tensor]:
     codes, block_of, absmax, state = nf4.codes_of(stored, run.part, run.size)
+    # q divides 64, n K and k: no block of memory crosses two published ones if 64 divides theirs.
     if state["blocksize"] % NF4_BLOCK:
         raise ValueError(
             f"it is quantised in blocks of {state['blocksize']}, and in memory blocks have"
             f" {NF4_BLOCK}: use model.weight_format=plain"
         )
+    # Whoever decodes takes the constant NF4, whatever a file says.
     if not torch.equal(stored["weight.quant_map"][...].float(), torch.tensor(NF4)):
         raise ValueError("its quant_map is not that of nf4: use model.weight_format=plain")
     # All of a block of memory lies in one published block.
@@ -187,8 +192,10 @@ def _quantised(
         codes ``[n, k]`` of the part, one to a byte, and float32 scales ``[n, k / q]``.
     """
     n0, n1, k0, k1 = part
+    # The largest value of part of a block would be another scale than that of the whole.
     first = k0 // NF4_BLOCK * NF4_BLOCK
     end = min(size[1], -(-k1 // NF4_BLOCK) * NF4_BLOCK)
     codes, absmax = quantise(weights.part(name, Part(n0, n1, first, end)))
+    # q divides 64 and k0, so that each block of memory lies in one of 64 columns.
     blocks = (torch.arange(k0, k1, q) - first) // NF4_BLOCK
     return codes[:, k0 - first : k1 - first], absmax[:, blocks]

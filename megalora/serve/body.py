@@ -27,6 +27,7 @@ class _Meter:
         self.within_s = within_s
         self.started = time.monotonic()
         encoding = response.headers.get("content-encoding", "identity")
+        # ``iter_raw`` inflates nothing: compressed bytes would pass for text.
         if encoding != "identity":
             raise ServerError(f"{doing}: the answer is compressed, which was not asked for")
 
@@ -67,6 +68,7 @@ def read_lines(response: httpx.Response, doing: str) -> Iterator[str]:
     rest = b""
     for piece in response.iter_raw():
         meter.count(piece)
+        # A piece may end inside a character, so that lines are split before they are decoded.
         *lines, rest = (rest + piece).split(b"\n")
         for line in lines:
             yield line.decode(errors="replace").rstrip("\r")

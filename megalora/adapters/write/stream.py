@@ -73,9 +73,12 @@ class TensorFile:
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write one tensor, at its place; each once, in any order."""
+        # What is still there at the end was forgotten; a second write of a name finds no place.
         begin, end = self._places.pop(name)
+        # As bytes, since numpy has no bfloat16.
         content = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
         assert content.numel() == end - begin, f"{name}: {content.numel()} bytes"
+        # Tensors come in the order of layers; in the file they lie by dtype and name.
         self._file.seek(self._first + begin)
         self._file.write(memoryview(content.numpy()))
 

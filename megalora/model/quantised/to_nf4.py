@@ -25,6 +25,7 @@ def quantise(w_NK: Tensor) -> tuple[Tensor, Tensor]:
         codes uint8 ``[N, K]``, one to a byte, and absmax float32 ``[N, G]``.
     """
     columns = w_NK.shape[1]
+    # Zeros raise no absmax, and their codes are cut off again below.
     padded = pad(w_NK.float(), (0, -columns % NF4_BLOCK))
     blocks = padded.unflatten(1, (-1, NF4_BLOCK))
     absmax = blocks.abs().amax(-1)

@@ -19,6 +19,7 @@ class Pace:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
+        # So long ago that the first save need not wait.
         self._begun = -math.inf
         self._blocked_s = 0.0
 
@@ -33,6 +34,7 @@ class Pace:
     @property
     def rests(self) -> bool:
         """Whether it is too early for another one."""
+        # From begin to begin: the loop then stands still for at most 1 / 20 of the time.
         return self._clock() - self._begun < REST * self._blocked_s
 
 
@@ -58,6 +60,7 @@ class Background:
         """``say``: called with lines for the user."""
         self._say = say
         self._free: queue.Queue[Snapshot] = queue.Queue()
+        # One is filled while the other is written; each takes as much memory as a rank's file.
         for _ in range(2):
             self._free.put(Snapshot())
         self._work: queue.Queue[Save | None] = queue.Queue()

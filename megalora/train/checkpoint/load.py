@@ -33,9 +33,11 @@ def load_checkpoint(state: SavedState, model: AdaptedModel, optimizer: Any) -> l
     with SavedTensors(state.folder) as saved:
         if saved.index is not None:
             _check_digests(saved, saved.index)
+        # A merge sets Adam's count to 0, and its bias correction 1 - beta**count with it.
         begin_state(optimizer, state.step - state.cycle_start)
         _read_owned(saved, OwnedPieces(model, optimizer, replicas=True))
         read_shards(saved, STATE_KEYS[0], model.shards, model.values())
+        # Norms are not saved: they follow from A and B, which have just changed.
         refresh_norms(model.chunks, model.groups)
         # An imported adapter was trained elsewhere and comes without generators.
         if state.imported_from is not None:

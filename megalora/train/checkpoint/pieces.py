@@ -103,6 +103,7 @@ def _saved_shards(model: AdaptedModel, replicas: bool) -> dict[nn.Parameter, lis
     shards: dict[nn.Parameter, list[FactorShard]] = {}
     for shard in model.shards:
         group = model.groups.named(shard.group)
+        # Neighbours are replicas of each other, of whom the first one saves.
         is_replica = group.rank() % (group.size() // shard.num_shards) != 0
         # The last stage has a copy of what the first one saves.
         is_replica |= shard.name in tied and model.groups.pp.rank() > 0
@@ -113,6 +114,7 @@ def _saved_shards(model: AdaptedModel, replicas: bool) -> dict[nn.Parameter, lis
 
 
 def _is_first_replica(parameter: Any, groups: Groups) -> bool:
+    # ``allreduce`` is False of experts whose replicas are spread over another group.
     group = groups.dp_cp if parameter.allreduce else groups.edp
     return group.rank() == 0
 
@@ -130,6 +132,7 @@ def _pieces(shards: list[FactorShard], start: int, end: int) -> Iterator[tuple[s
         assert begin == place, f"elements of {shard.name} do not follow the tensor before it"
         yield shard.name, part.part(begin - first, stop - first)
         place = stop
+    # Still at the start where this rank saves nothing of the parameter.
     assert place in (start, end), "a parameter has elements that are of no tensor"
 
 

@@ -177,6 +177,7 @@ class CheckpointWriter:
                 folder, self._table, snapshot.held.get(STATE_KEYS[0], []), self.pieces.dtypes,
                 self.group, lambda: _earlier(self.run, cycles, files),
             )  # fmt: skip
+        # After a fault as well: the other ranks send the average in any case.
         if self.config.train.ema_decay:
             averaged = folder / AVERAGED
             held = snapshot.held.get(AVERAGE_KEY, [])

@@ -78,6 +78,7 @@ class Snapshot:
     def write(self, path: Path) -> tuple[int, str]:
         """Write the file and force it to disk; returns its bytes and their SHA-256."""
         digest = hashlib.sha256(self._header)
+        # Slices of a memoryview are no copies.
         content = memoryview(self._buffer.numpy())
         with path.open("wb") as file:
             file.write(self._header)
@@ -112,6 +113,7 @@ class Snapshot:
             for name, part in block.pieces:
                 enter(f"{block.key}.{name}", part.numel, block.tensor.dtype)
             sizes.append((block.tensor.numel(), block.tensor.dtype))
+        # Their states are bytes, which may begin anywhere: so they come last.
         for name, state in generators.items():
             enter(f"{GENERATOR}{name}", state.numel(), state.dtype)
             sizes.append((state.numel(), state.dtype))

@@ -88,6 +88,7 @@ def write_together[T](
         except (OSError, ValueError, SafetensorError) as error:
             fault = error
         on_first_rank(lambda: _finish(temporary, target, fault), failure, group)
+    # Ctrl-C as well: half a folder serves nobody.
     except BaseException:
         if is_first_rank():
             shutil.rmtree(temporary, ignore_errors=True)
