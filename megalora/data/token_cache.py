@@ -41,7 +41,7 @@ LAYOUT = 5
 CODE = (
     "arrow_rows", "build_tokens", "chat", "chunk", "columns", "conversation", "encode_rows",
     "json_rows", "labelled", "marks", "messages", "pairs", "reach", "rollouts", "rows", "scored",
-    "sharegpt", "spans", "template", "turns",
+    "sharegpt", "spans", "template", "template_budget", "turns",
 )  # fmt: skip
 """Our files on which samples depend. Their text is part of a store's name: a version number that
 somebody forgets to raise would hand yesterday's samples to today's code."""

@@ -9,7 +9,7 @@ import pytest
 from megalora.adapters.files import WEIGHTS
 from tests.command_outcome import outcome
 from tests.refused_commands import adapter
-from tests.train.folders import filled, found
+from tests.train.folders import found, save_filled
 
 __all__ = ["adapter"]  # a fixture
 
@@ -51,10 +51,9 @@ def test_a_run_without_latest_names_its_checkpoints(
 
 
 def test_a_run_resumes_from_the_latest_checkpoint_of_another(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
     for step in (2, 4):
-        folder = tmp_path / f"other/step_{step:06d}"
-        folder.mkdir(parents=True)
-        filled(step)(folder)
+        save_filled(tmp_path / f"other/step_{step:06d}")
     (tmp_path / "other/latest").write_text("step_000002\n")
     answer = found(tmp_path / "run", resume=str(tmp_path / "other"))
     assert answer.state is not None and answer.state.step == 2

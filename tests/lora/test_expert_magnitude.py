@@ -35,6 +35,9 @@ class Frozen(torch.nn.Module):
     def check_room(self, name: str, rank: int) -> None:
         """Nothing is joined here."""
 
+    def weight(self, name: str) -> Tensor:
+        return getattr(self, name)
+
     def compute(
         self, x: Tensor, routing: Routing, probs: Tensor, gate_up: Any, down: Any, dropout: float
     ) -> Tensor:
