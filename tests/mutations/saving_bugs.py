@@ -21,7 +21,7 @@ SAVING_BUGS: tuple[Bug, ...] = (
         "stride = math.prod(self.shape[self.dim :])", "stride = math.prod(self.shape)",
         f"{SLICES_TEST} in_common"),
     bug(0, "an element that is in no piece passes", SLICES, "if first > place:", "if False:",
-        f"{READER_TEST} not_whole"),
+        f"{SLICES_TEST} there_once"),
     bug(0, "a piece twice passes", SLICES, "if first < place:", "if False:",
         f"{READER_TEST} not_whole"),
     bug(0, "the end of a tensor need not be there", SLICES, "if place != total:", "if False:",
@@ -58,12 +58,6 @@ SAVING_BUGS: tuple[Bug, ...] = (
     bug(0, "an adapter that could not be saved at the end, in silence", "megalora/train/saver.py",
         "if not may_fail or now.step == save.step:", "if not may_fail:",
         f"{THREAD_TEST} becomes_of"),
-    bug(0, "latest before the step that it names", WRITER,
-        "    temporary.rename(target)\n    force_to_disk(target.parent)\n"
-        "    point_latest_at(target)\n",
-        "    point_latest_at(target)\n    temporary.rename(target)\n"
-        "    force_to_disk(target.parent)\n",
-        f"{CRASHES} of_a_save"),
     bug(0, "a run folder made anew without its config", WRITER,
         "    temporary.mkdir()\n    return", "    temporary.mkdir(parents=True)\n    return",
         f"{CRASHES} removed_run_folder"),
