@@ -175,9 +175,9 @@ class TrainConfig:
     """Minutes that a rank waits for another one before it considers it lost and ends the run. Must
     be longer than loading, saving and tokenising new data take."""
     hang_seconds: float = 30
-    """Seconds without progress of any rank after which the run counts as hanging and ends. A step,
-    an evaluation or a save may always take five times the longest one before it; the first of each
-    is bounded by ``train.timeout_minutes`` alone."""
+    """Seconds without progress of any rank after which the run counts as hanging and ends. A step
+    or an evaluation may always take five times the longest one before it; the first of each, and
+    saving, are bounded by ``train.timeout_minutes`` alone."""
     check_base: Literal["layer", "loss", "off"] = "layer"
     """What is compared with transformers before the first step, in the first rank's host memory.
     ``layer``: one loaded layer of each kind, the embedding and the head, on a few tokens. ``loss``:

@@ -70,8 +70,16 @@ WATCH_BUGS: tuple[Bug, ...] = (
         0,
         "a rollout has a limit",
         PULSE,
-        '"merge", "rollout", "close"',
-        '"merge", "close"',
+        '"save", "rollout", "close"',
+        '"save", "close"',
+        f"{TESTS} limits_of_phases",
+    ),
+    bug(
+        0,
+        "the last save has the limit of the copies before it",
+        PULSE,
+        '"merge", "save", "rollout"',
+        '"merge", "rollout"',
         f"{TESTS} limits_of_phases",
     ),
     bug(

@@ -155,11 +155,12 @@ def test_limits_of_phases(monkeypatch: pytest.MonkeyPatch) -> None:
     clock.now_s += 10
     pulse.at(2, "train")
     assert pulse.limit_s == 50
-    # A rollout waits for servers as long as they take, also the second one.
-    for step in (2, 3):
-        pulse.at(step, "rollout")
-        assert pulse.limit_s is None
-    assert pulse.moves == 5
+    # A rollout waits for servers, and a save for the disk, as long as they take, also the second.
+    for phase in ("rollout", "save"):
+        for step in (2, 3):
+            pulse.at(step, phase)
+            assert pulse.limit_s is None
+    assert pulse.moves == 7
 
 
 def test_what_is_written_is_read() -> None:

@@ -4,10 +4,11 @@ import math
 import time
 
 FACTOR = 5.0
-"""Times the longest one so far that a step, an evaluation or a save may take."""
-UNLIMITED = frozenset({"load", "merge", "rollout", "close"})
-"""Phases whose length nothing bounds: weights may come from a slow disk, and a rollout waits for
-servers, with limits of its own."""
+"""Times the longest one so far that a step or an evaluation may take."""
+UNLIMITED = frozenset({"load", "merge", "save", "rollout", "close"})
+"""Phases whose length nothing bounds: weights come from a slow disk, a save waits there for those
+before it and the last one for its own files, and a rollout waits for servers, with limits of its
+own."""
 
 
 class Pulse:
