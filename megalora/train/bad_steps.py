@@ -5,8 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
+from megalora.first_rank import on_first_rank
 from megalora.train.run_files import BAD_STEPS
 
 
@@ -31,7 +30,7 @@ class BadSteps:
     def take(
         self, step: int, loss: float, grad_norm: float, samples: list[int], saved: Path | None
     ) -> str:
-        """Take note of a bad step.
+        """Take note of a bad step; collective.
 
         Args:
             step: its number, from 1.
@@ -40,27 +39,31 @@ class BadSteps:
         Returns:
             A line for the user.
         Raises:
-            ValueError: there were too many.
+            ValueError: there were too many, or the file cannot be written; on every rank.
         """
         self.count += 1
-        name = "loss" if not math.isfinite(loss) else "gradient norm"
-        value = loss if not math.isfinite(loss) else grad_norm
-        if dist.get_rank() == 0:
-            # JSON has no NaN.
-            entry: dict[str, Any] = {
-                "step": step, "loss": str(loss), "grad_norm": str(grad_norm), "samples": samples,
-            }  # fmt: skip
-            with (self.folder / BAD_STEPS).open("a") as file:
-                file.write(json.dumps(entry) + "\n")
+        what = f"the gradient norm is {grad_norm}"
+        if not math.isfinite(loss):
+            what = f"the loss is {loss}"
+        # JSON has no NaN.
+        entry: dict[str, Any] = {
+            "step": step, "loss": str(loss), "grad_norm": str(grad_norm), "samples": samples,
+        }  # fmt: skip
         where = self.folder / BAD_STEPS
+
+        def keep() -> None:
+            with where.open("a") as file:
+                file.write(json.dumps(entry) + "\n")
+
+        on_first_rank(keep, f"step {step}: {what}, and {where} cannot be written")
         if self.count > self.limit:
             last = f"the last checkpoint is {saved}" if saved else "no checkpoint was saved"
             raise ValueError(
-                f"step {step}: the {name} is {value}. Lower train.lr or lengthen train.warmup, or"
+                f"step {step}: {what}. Lower train.lr or lengthen train.warmup, or"
                 f" let train.max_bad_steps ({self.limit}) allow more; the step's samples are in"
                 f" {where}; {last}."
             )
         return (
-            f"step {step}: the {name} is {value}, so it changed nothing ({self.count} of at most"
+            f"step {step}: {what}, so it changed nothing ({self.count} of at most"
             f" {self.limit} such steps; its samples are in {where})"
         )

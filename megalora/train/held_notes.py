@@ -26,5 +26,8 @@ def notes_of_base(config: RunConfig, folder: Path) -> list[str]:
 
 def rounded_names(config: ModelConfig, folder: Path) -> frozenset[str]:
     """Names of the base's matrices that are quantised as they are read."""
+    # Only this quantises anything; else the headers of all files need not be read once more.
+    if config.weight_format != "nf4":
+        return frozenset()
     base = open_folder(folder)
     return held.rounded_names(held.held_in(config, base), base)

@@ -113,7 +113,9 @@ def check(case: Case, tile: coded.CodedTile | None = SMALL) -> None:
         absolute["b"] = [None if b is None else b.abs() for b in blocks]
     allowed = 1.1 * (ULP[case.dtype] + (case.k + 16) * 2.0**-24) * row_by_row(absolute)
     assert y.dtype == case.dtype and y.isfinite().all()
-    assert ((y.double() - expected).abs() <= allowed).all()
+    # The specification, too, which decodes first.
+    for found in (y, coded.coded_gemm_ref(**operands, weight=weight)):
+        assert ((found.double() - expected).abs() <= allowed).all()
 
 
 @pytest.mark.parametrize("case", ALL, ids=str)
