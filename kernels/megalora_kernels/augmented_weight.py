@@ -44,13 +44,15 @@ class AugmentedWeight:
         self.buffer = torch.zeros(
             E, self.N + self.room, self.K + self.room, dtype=dtype, device=device
         )
+        # Made once: a slice costs the host microseconds, and a step asks for many.
+        self._weight = self.buffer[:, : self.N, : self.K]
         self._blocks: list[tuple[slice, slice]] = []
         """Where the last adapter's B's were written; zeros lie beside them."""
 
     @property
     def weight(self) -> torch.Tensor:
         """``[E, N, K]``, a view."""
-        return self.buffer[:, : self.N, : self.K]
+        return self._weight
 
     @property
     def like(self) -> torch.Tensor:

@@ -44,10 +44,10 @@ HOSTILE_BUGS: tuple[Bug, ...] = (
     ),
     bug(
         0,
-        "a base's expressions are matched without a limit",
+        "a base's expression that takes too long is not named",
         "megalora/model/quantised/scheme.py",
         'return Pattern(f"{QUANTISED}: ignore", expression)',
-        "import re\n\n    return re.compile(expression)",
+        'return Pattern("x", expression)',
         f"{JSON_TEST} test_no_expression_of_a_file_hangs",
     ),
     bug(

@@ -381,10 +381,14 @@ def _starting_with(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tens
 
 
 def _relative(ours: list[float], theirs: list[float]) -> float:
-    """Largest deviation of one list from another, relative to the latter."""
+    """Largest deviation of one list from another, relative to the latter's largest value.
+
+    Not to each value: a policy's loss passes through zero, where float32 still errs by its terms.
+    """
+    largest = max((abs(b) for b in theirs), default=1.0)
     worst = 0.0
     for a, b in zip(ours, theirs, strict=True):
-        worst = _worse(worst, abs(a / b - 1))
+        worst = _worse(worst, abs(a - b) / largest)
     return worst
 
 

@@ -330,7 +330,9 @@ def _input_is_live(model: PlannedModel, chunk: Chunk, layer: int | None, path: s
     before = model.trains(layer, "input_layernorm")
     adapted = model.modules_of(layer)
     if path == "pre_mlp_layernorm":
-        return before or model.trains_qk_norms(layer) or any("attention" in m for m in adapted)
+        # Norms and biases, that of o_proj too.
+        inside = any(w.path.startswith("self_attention.") for w in model.whole.get(layer, []))
+        return before or inside or any("attention" in m for m in adapted)
     if path == "input_layernorm":
         return False
     return before or "self_attention.linear_qkv" in adapted
