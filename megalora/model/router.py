@@ -42,12 +42,6 @@ class FrozenRouter(TopKRouter):
     recorder: Any = None
     """The ``Recorder`` that keeps what is chosen; None for none."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        # Megatron updates the bias after a step unless this is set; as a buffer it has no
-        # requires_grad that would say so.
-        self.frozen_expert_bias = True
-
     def gating(self, input: Tensor) -> Tensor:
         """Logits, in float32 where the family's router computes in it (``moe_router_dtype``), else
         in the model's dtype: in bfloat16 the other kind chooses other experts."""

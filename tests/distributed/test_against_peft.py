@@ -45,7 +45,8 @@ CASES = {
     "lora bias: tp4-ep4": ("everything", OF_QKV, 4, {"tp": 4, "ep": 4}),
     "all-biases: tp2": ("biased", ALL_BIASES, 2, {"tp": 2, "ep": 2}),
     "all-biases: tp4": ("everything", ALL_BIASES, 4, {"tp": 4, "ep": 4}),
-    "own biases: tp2-pp2": ("biased", OWN_BIASES, 4, {"tp": 2, "pp": 2, "ep": 2}),
+    # Several query groups on a rank, whose rows alternate in the fused weight.
+    "own-biases: pp2": ("biased", OWN_BIASES, 2, {"pp": 2}),
     "lora bias: pp2": ("biased", BIAS, 2, {"pp": 2}),
     "dora: single": ("tiny", DORA, 1, {}),
     "qwen3: single": ("tiny", RSLORA, 1, {}),

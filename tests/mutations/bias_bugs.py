@@ -19,7 +19,7 @@ BIAS_BUGS: tuple[Bug, ...] = (
         f"{PEFT} all-biases"),
     bug(0, "biases in the order of projections, not of query groups", FUSED,
         "return torch.cat(blocks, dim=-1).flatten()",
-        "return torch.cat([block.flatten() for block in blocks])", f"{PEFT} all-biases"),
+        "return torch.cat([block.flatten() for block in blocks])", f"{PEFT} own-biases"),
     bug(0, "a bias of k in as many parts as there are ranks", WEIGHT,
         "                    max_shards=projection.max_shards(shape) if projection.max_shards else"
         " None,\n", "", f"{PEFT} tp4"),

@@ -97,26 +97,11 @@ FAMILY_BUGS: tuple[Bug, ...] = (
     ),
     bug(
         0,
-        "Megatron moves the correction bias towards balance",
-        ROUTER,
-        "self.frozen_expert_bias = True",
-        "pass",
-        f"{ROUTER_TEST} stay_as_stored",
-        (
-            "        widened = ",
-            "        if self.local_tokens_per_expert is not None:\n"
-            "            self.local_tokens_per_expert[0] += len(input)\n"
-            "        widened = ",
-        ),
-    ),
-    bug(
-        0,
         "the correction bias rounded to the model's dtype",
         ROUTER,
-        "self.frozen_expert_bias = True",
-        "self.frozen_expert_bias = True\n"
-        "        if self.expert_bias is not None:\n"
-        "            self.expert_bias = self.expert_bias.to(self.config.params_dtype)",
+        "        return route_by_sigmoid(\n",
+        "        self.expert_bias = self.expert_bias.to(self.config.params_dtype)\n"
+        "        return route_by_sigmoid(\n",
         f"{ROUTER_TEST} stay_as_stored",
     ),
     bug(
