@@ -64,6 +64,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "many": _SIZES | _EXPERTS | {"num_experts": 40},
     "seven": _SIZES | _EXPERTS | {"num_hidden_layers": 7},
     "dense": _SIZES | {"arch": "qwen3", "intermediate_size": 420},
+    "biased": _SIZES | _EXPERTS | {"attention_bias": True},
     "shared": _SIZES | _EXPERTS
     | {"arch": "qwen2_moe", "intermediate_size": 420, "shared_expert_intermediate_size": 140,
        "mlp_only_layers": [1]},
@@ -117,6 +118,7 @@ class Case:
     """What is trained whole."""
     tokens: tuple[int, ...] = ()
     """Rows of the embedding that are trained."""
+    bias: str = "none"
 
     @property
     def name(self) -> str:
@@ -131,6 +133,7 @@ class Case:
         name += f" taught by {self.teacher}" * bool(self.teacher)
         name += f" saved {' '.join(self.saved)}" if self.saved else ""
         name += " rows" if self.tokens else ""
+        name += "" if self.bias == "none" else f" biases {self.bias}"
         return f"{name} share outer" if self.share_outer else name
 
     def config(self, folder: Path, chats: Path) -> RunConfig:
@@ -155,7 +158,7 @@ class Case:
             lora=LoRAConfig(
                 rank=RANK, dropout=self.dropout, share_outer=self.share_outer, init=self.init,
                 use_dora=self.dora, modules_to_save=list(self.saved),
-                trainable_token_indices=list(self.tokens),
+                trainable_token_indices=list(self.tokens), bias=self.bias,
             ),
             dtype=self.dtype, objective=objective,
             router_aux_loss_coef=0.01 * self.balanced, **sizes

@@ -121,6 +121,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
         pytest.param(Case(1, {}, model="tied", tokens=(3, 77, 250)), marks=pytest.mark.slow),
         pytest.param(Case(2, {"pp": 2}, model="tied", tokens=(3, 77)), marks=pytest.mark.long),
+        # Biases of the base: of all linears, and of those adapted alone.
+        pytest.param(Case(2, {"tp": 2}, model="biased", bias="all"), marks=pytest.mark.slow),
+        pytest.param(
+            Case(2, {"pp": 2}, model="biased", bias="lora_only", recompute="full"),
+            marks=pytest.mark.long,
+        ),
         # Copies of the base's values, for its passes.
         pytest.param(
             Case(2, {"tp": 2}, model="vocab", saved=("lm_head", "gate"), objective=DPO),
