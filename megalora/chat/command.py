@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megalora.adapters.files import CONFIG, read_config
+from megalora.adapters.files import CONFIG, parts_of, read_config
 from megalora.adapters.latest import latest_adapter, taken_note
 from megalora.adapters.named_base import named_base
 from megalora.adapters.read.options import refuse_variants
@@ -91,7 +91,7 @@ def find_models(target: str, base: str | None, *, score: bool = False) -> tuple[
     adapter = latest_adapter(folder)
     if note := taken_note(folder, adapter):
         write(f"{note}\n")
-    if not (adapter / CONFIG).is_file():
+    if not (adapter / CONFIG).is_file() and not parts_of(adapter):
         if base is not None:
             # With a base named, this must be an adapter: says why it is none.
             read_config(adapter)

@@ -1,6 +1,5 @@
 """Answer with transformers and stock PEFT in this process, on one device."""
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -10,8 +9,6 @@ import torch
 
 from megalora import host
 from megalora.adapters.read.adapter import read_adapter
-from megalora.adapters.read.weights import find_weight_files
-from megalora.adapters.write.engines import check_honoured, hide_peft_warnings
 from megalora.chat.session import Message
 from megalora.data.conversation import Conversation
 from megalora.data.template import ChatTemplate
@@ -20,6 +17,7 @@ from megalora.generate.choose import Draws, choose
 from megalora.generate.options import Sampling, model_sampling, stop_tokens
 from megalora.model.account import open_folder
 from megalora.verify.stock_model import load_stock
+from megalora.verify.stock_peft import check_for_peft, load_by_peft
 
 
 class LocalEngine:
@@ -44,12 +42,13 @@ class LocalEngine:
         self.stop = stop_tokens(base)
         self.defaults = model_sampling(base)
         if adapter is not None:
-            _check_for_peft(base, adapter)
+            shape = open_folder(base).shape
+            check_for_peft(adapter, read_adapter(adapter, shape, base=base), shape)
         model: Any = load_stock(base, dtype)
         self.max_positions: int | None = getattr(model.config, "max_position_embeddings", None)
         model = model.to(host.device())
         if adapter is not None:
-            model = _with_adapter(model, adapter)
+            model = load_by_peft(model, adapter)
         self.has_adapter = adapter is not None
         self.model = model.eval()
 
@@ -108,25 +107,3 @@ class LocalEngine:
         if self.max_positions is None:
             return wanted
         return min(wanted, self.max_positions - num_prompt)
-
-
-def _check_for_peft(base: Path, adapter: Path) -> None:
-    """Raise ``ValueError`` where stock PEFT would fail, or leave out a part of the adapter."""
-    # PEFT loads one file and says nothing of others, or of projections that it does not know.
-    files, _ = find_weight_files(adapter)
-    if len(files) > 1:
-        raise ValueError(
-            f"{adapter}: stock PEFT does not read shards; join them first: megalora export"
-            f" {adapter} OUT"
-        )
-    shape = open_folder(base).shape
-    check_honoured("peft", read_adapter(adapter, shape, base=base).adapted, shape)
-
-
-def _with_adapter(model: Any, adapter: Path) -> Any:
-    # Late: the base alone needs no PEFT.
-    from peft import PeftModel
-
-    with warnings.catch_warnings():
-        hide_peft_warnings()
-        return PeftModel.from_pretrained(model, str(adapter))

@@ -30,6 +30,7 @@ from megalora.first_rank import on_first_rank
 from megalora.model.shape import ModelShape
 from megalora.verify.host_memory import free_host_memory_bytes
 from megalora.verify.stock_model import load_stock
+from megalora.verify.stock_peft import load_by_peft
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
 """Largest difference relative to the loss, by the dtype of the run."""
@@ -99,10 +100,7 @@ def reference_loss(
         )
     model: Any = load_stock(folder, getattr(torch, dtype), nf4=nf4).eval()
     if adapter is not None:
-        # Late: only a run that is resumed needs PEFT.
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, str(adapter)).eval()
+        model = load_by_peft(model, adapter)
     # Each document by itself, so that nothing of ours decides what a token sees.
     total = torch.zeros((), dtype=torch.float64)
     for start, end in pairwise(batch.ends):

@@ -15,18 +15,10 @@ from megalora import host
 
 host.install()  # before anything imports Megatron
 
-from megalora.adapters.files import PARTS, parts_of  # noqa: E402
 from megalora.adapters.read.adapter import Adapter, read_adapter  # noqa: E402
-from megalora.adapters.read.weights import find_weight_files  # noqa: E402
-from megalora.adapters.write.engines import (  # noqa: E402
-    check_dora,
-    check_honoured,
-    hide_peft_warnings,
-)
 from megalora.config import LoRAConfig, ModelConfig, ParallelConfig  # noqa: E402
 from megalora.hf.folder import local_folder  # noqa: E402
 from megalora.lora.adapted_model import build_adapted, load_adapter  # noqa: E402
-from megalora.lora.spec import in_parts  # noqa: E402
 from megalora.lora.switched_off import adapters_off  # noqa: E402
 from megalora.model.account import open_folder  # noqa: E402
 from megalora.model.build import build_model  # noqa: E402
@@ -34,6 +26,7 @@ from megalora.model.score_head import ScoreHead  # noqa: E402
 from megalora.model.shape import ModelShape  # noqa: E402
 from megalora.parallel import parallel_groups  # noqa: E402
 from megalora.verify.stock_model import load_stock  # noqa: E402
+from megalora.verify.stock_peft import check_for_peft, load_by_peft  # noqa: E402
 
 PROBE = (2, 64)
 """Samples and tokens of the random probe batch."""
@@ -81,23 +74,10 @@ def verify_peft(adapter: Path, base: str, *, atol: float) -> Report:
     folder that cannot load."""
     folder = local_folder(base, "--base")
     shape = open_folder(folder).shape
-    for part in parts_of(adapter) or [adapter]:
-        files, _ = find_weight_files(part)
-        if len(files) > 1:
-            raise ValueError(
-                f"{part}: stock PEFT does not read shards; join them first: megalora export"
-                f" {adapter} OUT"
-            )
     tokens = probe_batch(shape.vocab)
     read = whole_adapter(adapter, shape, folder, score=True)
-    # A projection that PEFT ignores would look like a difference in the model.
-    check_honoured("peft", read.adapted, shape)
-    check_dora(read.adapted, shape)
-    if in_parts(read.adapted) and not parts_of(adapter):
-        raise ValueError(
-            f"{adapter}: stock PEFT has DoRA on all that a folder adapts, or on nothing. Write this"
-            f" adapter in two that it loads together: megalora export {adapter} OUT"
-        )
+    # What PEFT ignores would look like a difference in the model.
+    check_for_peft(adapter, read, shape)
     ours, our_layers, ours_without = _own_logits(folder, read.shape_of(shape), read, tokens)
     host.release_memory()  # PEFT's model takes as much
     theirs, their_layers, unadapted = _peft_logits(adapter, folder, tokens, read.num_scores)
@@ -204,11 +184,9 @@ def _peft_logits(
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     """Adapted logits, every decoder layer's output, and the base's logits, from transformers and
     PEFT as they are."""
-    from peft import PeftModel
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    hide_peft_warnings()
     if num_scores:
         base: Any = load_stock(folder, torch.float32, num_labels=num_scores)
         # No token of the probe is this one: each sample is scored at its last token.
@@ -216,15 +194,7 @@ def _peft_logits(
     else:
         base = load_stock(folder, torch.float32)
     base = base.to(host.device())
-    # As an export's README.md says.
-    if parts_of(adapter):
-        first, second = PARTS
-        model: Any = PeftModel.from_pretrained(base, str(adapter / first), adapter_name=first)
-        model.load_adapter(str(adapter / second), adapter_name=second)
-        model.base_model.set_adapter([first, second])
-        model.eval()
-    else:
-        model = PeftModel.from_pretrained(base, str(adapter)).eval()
+    model = load_by_peft(base, adapter)
     tokens = tokens.to(host.device())
     with _outputs_of(model.get_base_model().model.layers) as outputs:
         adapted = model(tokens).logits.cpu()

@@ -19,11 +19,13 @@ from megalora.adapters.merge import merge
 from megalora.adapters.push import check_push
 from megalora.adapters.read.adapter import read_adapter
 from megalora.adapters.resumable import import_adapter
+from megalora.chat.command import find_models
 from megalora.config import LoRAConfig
 from megalora.lora.section import lora_section, settings
 from megalora.lora.select import resolve
 from megalora.lora.spec import Adapted
 from megalora.verify.peft import verify_peft
+from megalora.verify.stock_peft import load_by_peft
 from tests.adapters.adapters import logits
 from tests.adapters.merging import Trained, train, weight_of
 from tests.adapters.merging import read as read_weights
@@ -120,6 +122,10 @@ def test_peft_loads_the_two_folders_together(
     # verify_peft loads them so, too.
     report = verify_peft(tmp_path / "out", str(base), atol=ATOL)
     assert report.ok
+    # So does chat, which finds them by one name.
+    assert find_models(str(tmp_path / "out"), str(base)) == (base, tmp_path / "out")
+    ours = load_by_peft(base_model(base), tmp_path / "out")
+    torch.testing.assert_close(logits(ours), expected, rtol=0, atol=ATOL)
 
 
 def test_the_two_folders_come_back_as_one_adapter(bases: dict[str, Path], tmp_path: Path) -> None:

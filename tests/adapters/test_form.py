@@ -15,6 +15,7 @@ from megalora.adapters.files import CONFIG, WEIGHTS, read_config
 from megalora.adapters.read.adapter import read_adapter
 from megalora.adapters.write.engines import FileFormat
 from megalora.adapters.write.form import export_form
+from megalora.verify.stock_peft import load_by_peft
 from tests.adapters.adapters import (
     ATTENTION,
     CASES,
@@ -54,6 +55,11 @@ def test_peft_as_it_is_refuses_qwen2_moe_experts_loudly(
     trained = train(bases["shared"], tmp_path / "adapter", rank=4, alpha=12.0)
     with pytest.raises(ValueError, match="Make sure that this layer is not also targeted"):
         PeftModel.from_pretrained(load_base(trained.base), str(trained.folder))
+    # What chat and verify say of it, and the way out.
+    with pytest.raises(ValueError, match="its table lacks that model.*--layout stacked"):
+        load_by_peft(load_base(trained.base), trained.folder)
+    stacked = train(bases["shared"], tmp_path / "stacked", rank=4, alpha=12.0, layout="stacked")
+    load_by_peft(load_base(trained.base), stacked.folder)
 
 
 @pytest.mark.parametrize("layout", ["per_expert", "stacked", "uniform"])
