@@ -4,9 +4,14 @@ The text is ours and the same for all runs, so that an adapter gives away no tra
 """
 
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
+
+from megalora.data.conversation import Conversation
+from megalora.data.template import ChatTemplate, RefusedByTemplate
+from megalora.data.template_budget import TemplateExceeds
 
 _QUESTION = "What is 17 + 25? Think step by step."
 _ANSWER = "First add the ones: 7 + 5 = 12. Then the tens: 10 + 20 = 30. The sum is 42."
@@ -42,11 +47,9 @@ def _forms(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
         {"role": "assistant", "content": [{"type": "text", "text": _ANSWER}]},
     ]
     if tokenizer.chat_template:
+        template = ChatTemplate(tokenizer)
         for messages in (chat, with_system, in_parts, [user]):
-            try:
-                text: Any = tokenizer.apply_chat_template(messages, tokenize=False)
-            except Exception:
-                # A template is a program, and may fail in any way on this text.
-                continue
-            yield str(text)
+            # Within a template's budget: this is the first that some commands render.
+            with suppress(RefusedByTemplate, TemplateExceeds):
+                yield template.render(Conversation(messages=messages))
     yield f"{_QUESTION} {_ANSWER}"

@@ -7,6 +7,7 @@ import pytest
 
 from megalora.data import template_budget
 from megalora.data.conversation import Conversation
+from megalora.data.probe_text import probe_tokens
 from megalora.data.template import ChatTemplate, RefusedByTemplate
 from megalora.data.template_budget import TemplateExceeds
 from tests.hostile.one_line import refused
@@ -69,6 +70,13 @@ def test_a_template_has_a_budget(tokenizer: Any, source: str) -> None:
     said = refused(lambda: template.render(CHAT), TemplateExceeds)
     assert said.startswith(f"the chat template of {tokenizer.name_or_path} ")
     assert (TAKES_LONG | TOO_LARGE)[source] in said
+
+
+@pytest.mark.usefixtures("short")
+def test_the_probe_stands_plain_where_a_template_never_ends(tokenizer: Any) -> None:
+    tokenizer.chat_template = next(iter(TAKES_LONG))
+    text = tokenizer.decode(probe_tokens(tokenizer))
+    assert text.startswith("What is 17 + 25?")
 
 
 def test_a_text_that_doubles(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:

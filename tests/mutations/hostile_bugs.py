@@ -76,6 +76,14 @@ HOSTILE_BUGS: tuple[Bug, ...] = (
     ),
     bug(
         0,
+        "the probe waits for a template that never ends",
+        "megalora/data/probe_text.py",
+        "with suppress(RefusedByTemplate, TemplateExceeds):",
+        "with suppress(RefusedByTemplate):",
+        f"{TEMPLATE_TEST} test_the_probe_stands_plain",
+    ),
+    bug(
+        0,
         "a server's answer is inflated",
         BODY,
         'if encoding != "identity":',
