@@ -558,4 +558,12 @@ RL_BUGS: tuple[Bug, ...] = (
         "",
         "tests/rl/test_own_servers.py what_is_refused",
     ),
+    bug(
+        0,
+        "an evaluation that was cut short counts as done",
+        "megalora/train/loop.py",
+        "        # A resumed run evaluates here.\n",
+        "        now.evaluations = now.evaluations.followed_by(now.step, None)\n",
+        "tests/rl/test_loop.py leaves_its_evaluation",
+    ),
 )

@@ -213,6 +213,54 @@ def test_a_run_that_is_told_to_stop_leaves_its_rollout(
     assert rollouts(tmp_path / "run", 1) == rollouts(tmp_path / "through", 1)
 
 
+@asynccontextmanager
+async def told_to_stop_in_an_evaluation(config: RunConfig) -> AsyncIterator[PlayWith]:
+    """Like ``by_ids``; this process is told to stop by the completion of the evaluation at step 1,
+    which waits."""
+    asked = 0
+    async with played.by_ids(config) as play:
+
+        async def stopping(prompt: Prompt, place: int, ask: Ask) -> Episode:
+            nonlocal asked
+            asked += 1
+            # One at step 0 and eight in the round before it.
+            if asked == 10:
+                os.kill(os.getpid(), signal.SIGTERM)
+                await asyncio.sleep(600)
+            return await play(prompt, place, ask)
+
+        yield stopping
+
+
+def stopped_in_an_evaluation(config: RunConfig) -> str:
+    """Name of the last checkpoint; a rank function."""
+    embedded.MEET_S = 0.2
+    saved = train(config, feed=sampling_feed(told_to_stop_in_an_evaluation))
+    return saved.name if saved else ""
+
+
+def evaluations(run: Path) -> list[tuple[int, float]]:
+    """(step, reward) of each evaluation."""
+    rows = read_jsonl(run / "metrics.jsonl")
+    return [(row["step"], row["eval_reward"]) for row in rows if "eval_reward" in row]
+
+
+@pytest.mark.slow
+def test_a_run_that_is_told_to_stop_leaves_its_evaluation(tiny: Path, tmp_path: Path) -> None:
+    prompts = write_prompts(tmp_path / "prompts.jsonl")
+    config = rl_config(tiny, prompts, tmp_path / "run", steps=2, eval=1, eval_every=1)
+    assert run_ranks(stopped_in_an_evaluation, 1, config) == ["step_000001"]
+    assert [step for step, _ in evaluations(tmp_path / "run")] == [0]
+    on = replace(config, checkpoint=replace(config.checkpoint, resume=True))
+    run_ranks(train_by_ids, 1, on)
+    # The resumed run makes up for it.
+    through = rl_config(tiny, prompts, tmp_path / "through", steps=2, eval=1, eval_every=1)
+    run_ranks(train_by_ids, 1, through)
+    found = evaluations(tmp_path / "run")
+    assert [step for step, _ in found] == [0, 1, 2]
+    assert found == evaluations(tmp_path / "through")
+
+
 def rows_of_both_steps(config: RunConfig) -> list[set[tuple[int, ...]]]:
     """Of the two steps of a rollout, the tokens of its sequences; a rank function."""
     found: list[set[tuple[int, ...]]] = []
