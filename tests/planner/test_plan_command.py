@@ -214,7 +214,7 @@ def test_a_dry_run_agrees_where_routers_have_buffers(
     ("num_gpus", "most_calls"),
     [
         pytest.param(16, 10_000_000, marks=pytest.mark.slow),
-        pytest.param(256, 60_000_000, marks=pytest.mark.slow),
+        pytest.param(256, 60_000_000, marks=pytest.mark.long),
     ],
 )
 def test_235b_is_planned_without_torch(num_gpus: int, most_calls: int) -> None:

@@ -9,7 +9,7 @@ from tests.parity.runs import records
 from tests.recipes.run import run_recipe
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_example_tells_good_from_bad_held_out_answers(tmp_path: Path) -> None:
     shorter = {"steps: 30": "steps: 8", "eval_every: 10": "eval_every: 4"}
     printed = run_recipe("kto", tmp_path, shorter)
