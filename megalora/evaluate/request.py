@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from megalora.adapters.files import AVERAGED, START, read_config
+from megalora.adapters.files import AVERAGED, INDEX, START, START_KEY, read_config
 from megalora.adapters.latest import CHECKPOINT_NAME
 from megalora.adapters.read.options import has_score
 from megalora.adapters.read.weights import AdapterWeights
@@ -138,13 +138,24 @@ def plan_of(request: Request) -> Plan:
     check_teacher(config, base)
     if config.objective.holds_start:
         require(
-            adapter is not None and (adapter / START).is_file(),
-            f"{request.target} has no {START}, with which objective.reference=start compares; add"
-            " objective.reference=base to compare with the base",
+            adapter is not None and _has_start(adapter),
+            f"{request.target}: {INDEX} has no {START_KEY}, with which objective.reference=start"
+            " compares; add objective.reference=base to compare with the base",
         )
     if request.generate:
         check_generation(config.parallel.pp, config.parallel.cp)
     return Plan(request, base, adapter, config, file)
+
+
+def _has_start(adapter: Path) -> bool:
+    """Whether a checkpoint has the adapter as it was when its run began."""
+    # Of format 1, in a file of its own.
+    if not (adapter / INDEX).is_file():
+        return (adapter / START).is_file()
+    # Late: it imports torch, which few requests need here.
+    from megalora.adapters.state_index import read_index
+
+    return any(START_KEY in tensor.keys for tensor in read_index(adapter).tensors.values())
 
 
 def _check_head(request: Request, adapter: Path | None, objective: ObjectiveConfig) -> None:

@@ -160,7 +160,8 @@ def test_a_restarted_job_ends_with_the_same_adapter(
     agent = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     codes = attempt_of(config, agent.port, 0, die_in_step_three)
     assert codes[1] == -signal.SIGKILL and codes[0] != 0
-    assert (tmp_path / "killed/latest").read_text() == "step_000002\n"
+    # Of the second step the first rank may have been saving in its thread.
+    assert (tmp_path / "killed/latest").read_text() in ("step_000001\n", "step_000002\n")
     assert attempt_of(config, agent.port, 1, die_in_step_three) == [0, 0]
 
     whole = replace(config, checkpoint=CheckpointConfig(dir=str(tmp_path / "whole"), every=1))
