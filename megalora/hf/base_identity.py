@@ -8,6 +8,7 @@ training step cannot.
 """
 
 import hashlib
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,17 @@ def weights_digest(folder: Path, digests: Digests) -> str:
     for name in weight_shards(folder):
         total += int(digests.of(folder / name, "sampled tensors", shard_digest), 16)
     return f"{total % _MODULUS:064x}"
+
+
+def values_digest(folder: Path, digests: Digests) -> str:
+    """Digest of what a folder's tensors mean: of plain ones ``weights_digest``."""
+    digest = weights_digest(folder, digests)
+    settings = read_hf_config(folder).get("quantization_config")
+    # The same codes are other values under other settings.
+    if settings:
+        text = f"{digest} {json.dumps(settings, sort_keys=True)}"
+        digest = hashlib.sha256(text.encode()).hexdigest()
+    return digest
 
 
 def shard_digest(shard: Path) -> str:

@@ -146,9 +146,31 @@ def _find_quantised(
         if len(size) == 2 and name != EMBEDDING:
             matrices[name] = (size[0], size[1])
     try:
-        return find_quantised(scheme, matrices, stored)
+        found = find_quantised(scheme, matrices, stored)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
+    if scheme.form == "gptq":
+        found.used |= _zero_biases(folder, found, shape, stored)
+    return found
+
+
+def _zero_biases(
+    folder: Path, found: Found, shape: ModelShape, stored: Mapping[str, Place]
+) -> set[str]:
+    """Biases of zeros beside quantised weights, which AutoGPTQ writes for every linear, of models
+    whose linears have none. Others are left over."""
+    needed = needed_tensors(shape)
+    zeros: set[str] = set()
+    for weight in found.places:
+        name = f"{weight.removesuffix('weight')}bias"
+        if name not in stored or name in needed:
+            continue
+        tensor = stored[name].tensor
+        with (folder / stored[name].shard).open("rb") as file:
+            file.seek(tensor.start)
+            if not any(file.read(tensor.num_bytes)):
+                zeros.add(name)
+    return zeros
 
 
 def _match(

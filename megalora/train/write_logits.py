@@ -20,7 +20,7 @@ from megalora.data.splits import Split, load_data
 from megalora.data.tokenizer import load_tokenizer
 from megalora.data.top_logits import SAMPLES_OF_FILE, TopLogits, write_samples
 from megalora.digests import Digests
-from megalora.hf.base_identity import weights_digest
+from megalora.hf.base_identity import values_digest
 from megalora.hf.folder import local_folder
 from megalora.hf.vocabulary import tokens_digest
 from megalora.model.attention import activate
@@ -58,7 +58,7 @@ def write_logits(config: RunConfig, out: Path, k: int) -> None:
     splits = {"train": train} if held_out is None else {"train": train, "eval": held_out}
     header = Header(
         k=k, temperature=config.objective.temperature, vocab=shape.vocab, teacher=name,
-        weights=weights_digest(folder, Digests()), tokens=tokens_digest(student, "model.path"),
+        weights=values_digest(folder, Digests()), tokens=tokens_digest(student, "model.path"),
         sets={which: about(split) for which, split in splits.items()},
     )  # fmt: skip
     activate(config.model.attention)

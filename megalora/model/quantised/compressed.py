@@ -6,7 +6,7 @@ from typing import Any
 
 from megalora.model.families.rules import Rule, only, or_null, whole
 from megalora.model.quantised.scheme import Form, Scheme
-from megalora.model.quantised.settings import ANY, NAMES, checked, not_converted
+from megalora.model.quantised.settings import ANY, NAMES, YES_OR_NO, checked, not_converted
 
 _NO_OTHER = "no other form of it is read"
 _FORMS: dict[str, Form] = {
@@ -30,7 +30,7 @@ _OF_ALL: dict[str, Rule] = {
     "version": ANY,
     # No entry is changed beside its quantisation.
     "sparsity_config": lambda value: (
-        None if not value or value.get("format") == "dense" else "absent: sparse weights"
+        None if not value or _format_of(value) == "dense" else "absent: sparse weights"
     ),
 }
 _OF_MODELOPT: dict[str, Rule] = {
@@ -60,6 +60,10 @@ _WEIGHTS: dict[str, Rule] = {
     "scale_dtype": ANY,
     "zp_dtype": ANY,
 }
+
+
+def _format_of(value: Any) -> Any:
+    return value.get("format") if isinstance(value, dict) else None
 
 
 def compressed_scheme(settings: Mapping[str, Any]) -> Scheme:
@@ -95,7 +99,7 @@ def _check_weights(weights: Mapping[str, Any], form: Form, where: str) -> None:
         **_WEIGHTS,
         "type": only("int" if form == "int4" else "float", because=_NO_OTHER),
         "strategy": only(*_STRATEGIES[form], because=_NO_OTHER),
-        "symmetric": ANY if form == "int4" else only(True, because=_NO_OTHER),
+        "symmetric": YES_OR_NO if form == "int4" else only(True, because=_NO_OTHER),
         "group_size": or_null(whole(1)),
     }
     if form != "int4":

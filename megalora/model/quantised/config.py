@@ -12,7 +12,7 @@ from typing import Any
 from megalora.model.families.rules import Rule, only, or_null, whole
 from megalora.model.quantised.compressed import compressed_scheme, modelopt_scheme
 from megalora.model.quantised.scheme import Scheme
-from megalora.model.quantised.settings import ANY, NAMES, checked, not_converted
+from megalora.model.quantised.settings import ANY, NAMES, YES_OR_NO, checked, not_converted
 
 type Settings = Mapping[str, Any]
 
@@ -63,7 +63,7 @@ _FOUR_BITS: dict[str, Rule] = {
 _GPTQ_FORMAT: Rule = only("gptq", "gptq_v2", because=_NO_OTHER)
 _GPTQ: dict[str, Rule] = {
     **_FOUR_BITS,
-    "desc_act": ANY,
+    "desc_act": or_null(YES_OR_NO),
     "format": _GPTQ_FORMAT,
     "checkpoint_format": _GPTQ_FORMAT,
 }
@@ -85,7 +85,8 @@ def read_scheme(settings: Settings) -> Scheme:
             message.
     """
     method = settings.get("quant_method")
-    if method not in _METHODS:
+    # A list or an object is no key of a table.
+    if not isinstance(method, str) or method not in _METHODS:
         raise ValueError(
             f"quant_method is {json.dumps(method)}; megalora reads {', '.join(_METHODS)}"
         )
@@ -141,7 +142,8 @@ def _awq(settings: Settings) -> Scheme:
 
 def _group(settings: Settings) -> int | None:
     """Columns that share a scale; -1 is all of a row."""
-    return None if settings["group_size"] == -1 else settings["group_size"]
+    size = int(settings["group_size"])  # 128.0 is the same number in JSON
+    return None if size == -1 else size
 
 
 def _two_sizes(value: Any) -> str | None:

@@ -25,7 +25,7 @@ def decode(scheme: Scheme, stored: Stored, part: Part, size: tuple[int, int]) ->
         case "nf4":
             return nf4.decode(stored, part, size)
         case "int4":
-            return int4.decode(stored, part, group)
+            return int4.decode(stored, part, group, size)
         case "gptq":
             return gptq.decode(stored, part, group, scheme.zero_offset)
         case "awq":

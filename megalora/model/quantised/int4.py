@@ -4,6 +4,7 @@
 
     weight_packed       int32 [N, ceil(K / 8)]: eight codes along K, low bits first
     weight_scale        [N, K / g]; g = K where a row has one scale
+    weight_shape        int64 [2]: N, K
     weight_zero_point   int32 [ceil(N / 8), K / g], packed along N; absent where z is always 8
 
 q and z are stored with 8 added: both lie between 0 and 15, and the 8 cancels in q - z.
@@ -17,8 +18,17 @@ from megalora.model.quantised.part import Part, Stored, covering, group_of
 _SYMMETRIC = 8
 
 
-def decode(stored: Stored, part: Part, group: int) -> Tensor:
-    """``part`` of the matrix in float32; ``group`` is g."""
+def decode(stored: Stored, part: Part, group: int, size: tuple[int, int]) -> Tensor:
+    """``part`` of the matrix in float32; ``group`` is g, ``size`` [N, K] of the whole matrix.
+
+    Raises:
+        ValueError: ``weight_shape`` is that of another matrix, which a transposed or swapped one of
+            as many words would be read as.
+    """
+    if tuple(stored["weight_shape"][...].tolist()) != size:
+        raise ValueError(
+            f"its weight_shape is {stored['weight_shape'][...].tolist()}, needed {list(size)}"
+        )
     n0, n1, k0, k1 = part
     groups = covering(k0, k1, group)
     group_of_k = group_of(k0, k1, group)

@@ -17,6 +17,11 @@ def NAMES(value: Any) -> str | None:
     return "a list of module names"
 
 
+def YES_OR_NO(value: Any) -> str | None:
+    """True or false."""
+    return None if isinstance(value, bool) else "true or false"
+
+
 def checked(
     settings: Mapping[str, Any],
     rules: Mapping[str, Rule],
@@ -29,13 +34,17 @@ def checked(
     Args:
         where: path of the settings within ``quantization_config``, with a dot at its end.
     """
+    # Whatever a file has in place of an object.
+    if not isinstance(settings, Mapping):
+        raise ValueError(f"{where.removesuffix('.')} is {json.dumps(settings)[:80]}, not an object")
     for name in needed:
         if name not in settings:
             raise ValueError(f"{where}{name} is missing")
     for name, value in settings.items():
         if name in rules:
             if wanted := rules[name](value):
-                raise ValueError(f"{where}{name} is {json.dumps(value)}; it must be {wanted}")
+                shown = json.dumps(value)[:80]
+                raise ValueError(f"{where}{name} is {shown}; it must be {wanted}")
         elif name != "quant_method" and value not in (None, False, "", [], {}):
             raise ValueError(
                 f"{where}{name} is {json.dumps(value)[:80]}, a field that megalora does not know:"

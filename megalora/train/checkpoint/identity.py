@@ -20,7 +20,7 @@ from megalora.data.digest import mixture_digest, source_digest
 from megalora.data.logits_header import HEADER, is_logits_folder
 from megalora.data.samples import digest_of_samples
 from megalora.digests import Digests
-from megalora.hf.base_identity import base_config, weights_digest
+from megalora.hf.base_identity import base_config, values_digest, weights_digest
 from megalora.hf.folder import check_base_folder, local_folder
 
 KEPT = ".digests.json"
@@ -152,4 +152,4 @@ def _teacher_digest(config: RunConfig, digests: Digests) -> str | None:
         return hashlib.sha256((Path(name) / HEADER).read_bytes()).hexdigest()
     folder = local_folder(name, "objective.teacher")
     check_base_folder(folder)
-    return weights_digest(folder, digests)
+    return values_digest(folder, digests)

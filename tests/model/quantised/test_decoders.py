@@ -20,8 +20,8 @@ type Decode = Callable[[Stored, Part, tuple[int, int]], Tensor]
 DECODERS: dict[str, Decode] = {
     "fp8": lambda stored, part, size: fp8.decode(stored, part, (128, 128)),
     "nf4": nf4.decode,
-    "int4": lambda stored, part, size: int4.decode(stored, part, oracle.GROUP),
-    "int4 rows": lambda stored, part, size: int4.decode(stored, part, size[1]),
+    "int4": lambda stored, part, size: int4.decode(stored, part, oracle.GROUP, size),
+    "int4 rows": lambda stored, part, size: int4.decode(stored, part, size[1], size),
     "gptq": lambda stored, part, size: gptq.decode(stored, part, oracle.GROUP, 1),
     "gptq_v2": lambda stored, part, size: gptq.decode(stored, part, oracle.GROUP, 0),
     "awq": lambda stored, part, size: awq.decode(stored, part, oracle.GROUP),

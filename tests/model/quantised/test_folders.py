@@ -146,7 +146,7 @@ def _settings(form: str, **change: Any) -> dict[str, Any]:
 def _weights(form: str, **change: Any) -> dict[str, Any]:
     found = _settings(form)
     found["config_groups"]["group_0"]["weights"] |= change
-    return found
+    return json.loads(json.dumps(found, default=lambda _: "left out"))
 
 
 @pytest.mark.parametrize(
@@ -155,6 +155,19 @@ def _weights(form: str, **change: Any) -> dict[str, Any]:
         ({"quant_method": "hqq"}, 'quant_method is "hqq"; megalora reads fp8, bitsandbytes, gptq'),
         ({"bits": 4}, "quant_method is null"),
         ({"quant_method": "mxfp4"}, 'quant_method is "mxfp4"; megalora reads'),
+        ({"quant_method": ["fp8"]}, 'quant_method is ["fp8"]; megalora reads'),
+        (_settings("int4", config_groups={"group_0": 3}), "config_groups.group_0 is 3, not an"),
+        (_settings("int4", config_groups=[1]), "config_groups is [1]; it must be an object"),
+        (_settings("int4", format=["pack-quantized"]), 'format is ["pack-quantized"]; it must'),
+        (_settings("int4", sparsity_config="2:4"), 'sparsity_config is "2:4"; it must be absent'),
+        (_settings("int4", ignore={"lm_head": 1}), "ignore is"),
+        (_weights("int4", symmetric=None), "weights.symmetric is null; it must be true or false"),
+        (_weights("int4", symmetric=...), "weights.symmetric is"),
+        (_weights("int4", strategy={"a": 1}), "weights.strategy is"),
+        (_weights("int4", group_size=True), "weights.group_size is true"),
+        (_settings("gptq", desc_act="false"), 'desc_act is "false"; it must be true or false'),
+        (_settings("gptq", group_size=[128]), "group_size is [128]"),
+        (_settings("gptq", checkpoint_format=["gptq"]), 'checkpoint_format is ["gptq"]'),
         (_settings("fp8", fmt="e5m2"), 'fmt is "e5m2"; it must be "e4m3"'),
         (_settings("fp8", weight_block_size=None), "weight_block_size is null; it must be two"),
         (_settings("fp8", weight_block_size=...), "weight_block_size is missing"),
@@ -198,6 +211,38 @@ def test_decoding_names_the_weight_that_contradicts_itself(base: Path, tmp_path:
     )
     with pytest.raises(ValueError, match=f"{_Q}.weight: its quant_state is of a nf4 matrix"):
         BaseWeights(open_folder(folder))[f"{_Q}.weight"]
+
+
+def test_a_transposed_weight_shape_is_refused(base: Path, tmp_path: Path) -> None:
+    """As many words, of another matrix."""
+    oracle.quantise_folder(base, tmp_path / "int4", "int4")
+    change: dict[str, Tensor | None] = {f"{_UP}.weight_shape": torch.tensor([64, 192])}
+    folder = _changed(tmp_path / "int4", tmp_path / "spoiled", change)
+    with pytest.raises(ValueError, match=r"its weight_shape is \[64, 192\], needed \[192, 64\]"):
+        BaseWeights(open_folder(folder))[f"{_UP}.weight"]
+
+
+def test_biases_of_zeros_are_left_out_of_gptq_alone(base: Path, tmp_path: Path) -> None:
+    oracle.quantise_folder(base, tmp_path / "gptq", "gptq")
+    zeros: dict[str, Tensor | None] = {
+        f"{_UP}.bias": torch.zeros(192, dtype=torch.float16),
+        f"{_Q}.bias": torch.zeros(128, dtype=torch.float16),
+    }
+    folder = _changed(tmp_path / "gptq", tmp_path / "zeros", zeros)
+    assert set(BaseWeights(open_folder(folder))) == set(stored_tensors(base))
+    # One that is not zero would be lost.
+    last = torch.zeros(192, dtype=torch.float16)
+    last[-1] = 1e-7
+    assert f"{_UP}.bias" in refusal(
+        _changed(tmp_path / "gptq", tmp_path / "one", {f"{_UP}.bias": last})
+    )
+    oracle.quantise_folder(base, tmp_path / "awq", "awq")
+    assert f"{_UP}.bias" in refusal(_changed(tmp_path / "awq", tmp_path / "other", zeros))
+
+
+def test_a_group_size_may_be_written_as_a_float() -> None:
+    scheme = scheme_of({"quantization_config": _settings("gptq", group_size=128.0)})
+    assert scheme is not None and scheme.group == 128 and type(scheme.group) is int
 
 
 def test_gptq_s_versions_differ() -> None:
