@@ -11,7 +11,8 @@ from megalora.adapters.files import CARD, PARTS, PROBE, STATE_JSON, read_config
 from megalora.adapters.named_base import is_on_this_machine
 from megalora.adapters.read.adapter import Adapter, read_adapter
 from megalora.adapters.trained import trained_form
-from megalora.adapters.write.card import Facts, card, coverage
+from megalora.adapters.trained_on import metadata_of, trained_on
+from megalora.adapters.write.card import Facts, base_line, card, coverage
 from megalora.adapters.write.engines import (
     ENGINES,
     PEFT_LAYOUTS,
@@ -71,6 +72,8 @@ class Export:
                 f"note: the card names the base {self.facts.base}, a folder of this machine; --base"
                 " OWNER/NAME names it for others"
             )
+        if said := base_line(self.facts):
+            lines.append(f"note: {said}")
         lines += self.notes
         trained = {a.name for a in self.facts.adapted}
         for engine in ENGINES.values():
@@ -112,15 +115,17 @@ def export(
     shape = adapter.shape_of(shape)
     layout = _layout(engine, layout, adapter, shape)
     formats = ENGINES[engine].layouts if engine else PEFT_LAYOUTS
+    known = trained_on(source)
     in_peft = loads_in_peft(layout, adapter.adapted, shape)
     with whole_or_gone(out) as temporary:
         zeros = write_in_parts(
-            temporary, adapter.adapted, shape, adapter.tensors, named, formats[layout]
-        )
+            temporary, adapter.adapted, shape, adapter.tensors, named, formats[layout],
+            **metadata_of(known),
+        )  # fmt: skip
         facts = Facts(
             named, out.name, layout, engine, adapter.adapted, zeros, adapter.absent, list(drop),
             in_peft, adapter.num_scores, saved_entries(shape) if adapter.saved else [],
-            adapter.biases, adapter.tokens, _run_of(source),
+            adapter.biases, adapter.tokens, _run_of(source), known,
         )  # fmt: skip
         (temporary / CARD).write_text(card(facts))
         # With something left out, a server would rightly answer otherwise than the probe says.

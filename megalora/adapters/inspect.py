@@ -22,6 +22,7 @@ from megalora.adapters.read.options import (
     refused_options,
 )
 from megalora.adapters.read.weights import FLOATS, AdapterWeights
+from megalora.adapters.trained_on import trained_on
 from megalora.adapters.training_state import read_state
 from megalora.adapters.write.engines import ENGINES
 from megalora.hf.tensor_names import (
@@ -124,7 +125,17 @@ def describe(adapter: Path) -> str:
         counted.take(name, weights.tensor(name), info.dtype)
     lines = _title(adapter, config, counted.num_parameters, counted.num_bytes) + counted.lines()
     lines += _other_lines(counted.other, weights) + _config_lines(config) + weights.notes
-    return "\n".join(lines + _state_lines(adapter) + _below_lines(adapter))
+    lines += _state_lines(adapter) + _base_lines(adapter)
+    return "\n".join(lines + _below_lines(adapter))
+
+
+def _base_lines(adapter: Path) -> list[str]:
+    """A line about the base that the adapter was trained on, where it says so."""
+    known = trained_on(adapter)
+    if known is None:
+        return []
+    digest = f", weights {known.digest[:12]}" if known.digest else ""
+    return [f"trained on a base that was {known.words()}{digest}"]
 
 
 def _below_lines(adapter: Path) -> list[str]:

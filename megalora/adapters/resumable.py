@@ -24,6 +24,7 @@ from megalora.adapters.read.adapter import read_adapter
 from megalora.adapters.read.stacked import ColumnOrder
 from megalora.adapters.state_index import Index, Indexed, Piece, rank_file, write_index
 from megalora.adapters.trained import trained_form
+from megalora.adapters.trained_on import TrainedOn, metadata_of, notes_on_base, trained_on
 from megalora.adapters.write.card import coverage
 from megalora.adapters.write.form import write_adapter
 from megalora.atomic_folder import check_new, whole_or_gone
@@ -34,6 +35,7 @@ from megalora.hf.json_file import read_hf_config
 from megalora.lora.section import lora_section, settings
 from megalora.lora.slices import Slice
 from megalora.model.fields import model_shape
+from megalora.model.shape import ModelShape
 
 NOTES = 10
 """Number of notes that are shown; an adapter of thousands of linears can have as many."""
@@ -77,27 +79,19 @@ def import_adapter(
     form = trained_form(read_adapter(source, shape, order, folder, score=True), shape, fill=True)
     adapted = form.adapter.adapted
     shape = form.adapter.shape_of(shape)
+    known = trained_on(source)
     tensors = form.adapter.tensors
     # What a config must say for the run to fit these tensors.
     section = lora_section(adapted, shape)
     with whole_or_gone(out) as temporary:
-        write_adapter(temporary, adapted, shape, tensors, base)
+        write_adapter(temporary, adapted, shape, tensors, base, "per_expert", **metadata_of(known))
         (temporary / STATE).mkdir()
         # Adam begins anew: a folder of PEFT's has no moments.
         _write_fresh(temporary, tensors)
         state = {
-            "step": 0,
-            "imported_from": str(source),
-            "base": base,
-            "adapted": settings(adapted),
-        }
-        # Most adapters have none of these.
-        beside = {
-            "num_scores": shape.num_scores, "saved": shape.saved, "tokens": shape.tokens,
-            "biases": shape.biases,
+            "step": 0, "imported_from": str(source), "base": base, "adapted": settings(adapted),
+            **_beside(shape), "identity": _base_identity(folder),
         }  # fmt: skip
-        state |= {key: value for key, value in beside.items() if value}
-        state["identity"] = _base_identity(folder)
         (temporary / STATE_JSON).write_text(json.dumps(state, indent=1) + "\n")
         lora = OmegaConf.create({"lora": section})
         (temporary / LORA_SECTION).write_text(OmegaConf.to_yaml(lora))
@@ -106,8 +100,33 @@ def import_adapter(
     # The sizes fit, or reading would have failed; whether the weights do, nobody can tell.
     if named not in (None, base):
         notes.append(f"the adapter names {named} as its base, not {base}: are they the same model?")
-    notes += [*coverage(adapted), *form.adapter.notes, *form.notes]
+    notes += [
+        *notes_on_base(source, folder),
+        *_options_then(known),
+        *coverage(adapted),
+        *form.adapter.notes,
+        *form.notes,
+    ]
     return Imported(out, section, len(tensors), notes)
+
+
+def _options_then(known: TrainedOn | None) -> list[str]:
+    """A line about the options of ``model`` without which the base has other values."""
+    if known is None or not known.is_rounded:
+        return []
+    return [
+        f"the adapter was trained on a base that was {known.words()}: give these options of model"
+        " to train on with the same values"
+    ]
+
+
+def _beside(shape: ModelShape) -> dict[str, Any]:
+    """What is trained beside A and B, as state.json holds it; most adapters have none of these."""
+    beside = {
+        "num_scores": shape.num_scores, "saved": shape.saved, "tokens": shape.tokens,
+        "biases": shape.biases,
+    }  # fmt: skip
+    return {key: value for key, value in beside.items() if value}
 
 
 def _base_identity(folder: Path) -> dict[str, Any]:

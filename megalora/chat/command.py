@@ -8,6 +8,7 @@ from megalora.adapters.files import CONFIG, parts_of, read_config
 from megalora.adapters.latest import latest_adapter, taken_note
 from megalora.adapters.named_base import named_base
 from megalora.adapters.read.options import refuse_variants
+from megalora.adapters.trained_on import notes_on_base
 from megalora.chat.session import By, Engine, Session
 from megalora.chat.terminal import talk, write
 from megalora.generate.options import Sampling
@@ -70,6 +71,9 @@ def _local(target: str, options: ChatOptions) -> Engine:
     base, adapter = find_models(target, options.base)
     if options.by in ("adapter", "both") and adapter is None:
         raise ValueError(f"{target} is a base model; name an adapter for --by {options.by}")
+    if adapter is not None:
+        for note in notes_on_base(adapter, base):
+            write(f"{note}\n")
     # Late: importing it takes seconds.
     from megalora.chat.local import LocalEngine
 

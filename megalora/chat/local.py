@@ -9,6 +9,7 @@ import torch
 
 from megalora import host
 from megalora.adapters.read.adapter import read_adapter
+from megalora.adapters.trained_on import model_config
 from megalora.chat.session import Message
 from megalora.data.conversation import Conversation
 from megalora.data.template import ChatTemplate
@@ -16,6 +17,7 @@ from megalora.data.tokenizer import load_tokenizer
 from megalora.generate.choose import Draws, choose
 from megalora.generate.options import Sampling, model_sampling, stop_tokens
 from megalora.model.account import open_folder
+from megalora.model.held import rounded_names
 from megalora.verify.stock_model import load_stock
 from megalora.verify.stock_peft import check_for_peft, load_by_peft
 
@@ -41,10 +43,13 @@ class LocalEngine:
         self.template = ChatTemplate(self.tokenizer)
         self.stop = stop_tokens(base)
         self.defaults = model_sampling(base)
+        nf4: frozenset[str] = frozenset()
         if adapter is not None:
             shape = open_folder(base).shape
             check_for_peft(adapter, read_adapter(adapter, shape, base=base), shape)
-        model: Any = load_stock(base, dtype)
+            # The values that training computed with, whatever the folder stores.
+            nf4 = rounded_names(model_config(adapter, base, "float32"), base)
+        model: Any = load_stock(base, dtype, nf4=nf4)
         self.max_positions: int | None = getattr(model.config, "max_position_embeddings", None)
         model = model.to(host.device())
         if adapter is not None:

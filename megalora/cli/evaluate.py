@@ -59,6 +59,7 @@ def add_eval_command(commands: Any) -> None:
 
 
 def _eval(options: Any, rest: list[str]) -> None:
+    from megalora.adapters.trained_on import notes_on_base
     from megalora.evaluate.request import Request, plan_of
     from megalora.paths import expand
     from megalora.preflight import check_hub_data
@@ -88,4 +89,8 @@ def _eval(options: Any, rest: list[str]) -> None:
     # another one by then.
     plan = plan_of(request)
     check_hub_data(plan.sources)
+    if plan.adapter is not None:
+        computes_plain = plan.config.model.weight_format != "nf4"
+        for note in notes_on_base(plan.adapter, plan.base, computes_plain=computes_plain):
+            print(note, flush=True)
     torchrun([*ranks_here(options.nproc), "-m", "megalora.evaluate", plan.resolved.to_json()])

@@ -13,6 +13,7 @@ from megalora.adapters.files import AVERAGED, INDEX, START, START_KEY, read_conf
 from megalora.adapters.latest import CHECKPOINT_NAME
 from megalora.adapters.read.options import has_score
 from megalora.adapters.read.weights import AdapterWeights
+from megalora.adapters.trained_on import model_options, trained_on
 from megalora.chat.command import find_models
 from megalora.config import ObjectiveConfig, ParallelConfig, RunConfig
 from megalora.config.checks import require
@@ -124,7 +125,7 @@ def plan_of(request: Request) -> Plan:
     check_options(request)
     base, adapter = find_models(request.target, request.base, score=True)
     file = config_file(request, adapter)
-    config = config_of(request, base, file)
+    config = config_of(request, base, file, adapter)
     config.parallel.data_parallel_sizes(request.nproc)
     # From the adapter's header: a head of other labels would fail after minutes of loading.
     _check_head(request, adapter, config.objective)
@@ -213,14 +214,20 @@ def config_file(request: Request, adapter: Path | None) -> Path | None:
     return beside if beside.is_file() else None
 
 
-def config_of(request: Request, base: Path, file: Path | None) -> RunConfig:
-    """The config with what the command line says: data, base and layout."""
+def config_of(
+    request: Request, base: Path, file: Path | None, adapter: Path | None = None
+) -> RunConfig:
+    """The config with what the command line says: data, base and layout. The base has the values
+    that the adapter was trained on, unless the command line says how it is held."""
     # Any layout gives the same loss: the run's own would only be in the way of other ranks.
     one_rank = []
     for option in fields(ParallelConfig):
         default = "null" if option.default is None else option.default
         one_rank.append(f"parallel.{option.name}={default}")
-    overrides = [*one_rank, *request.overrides]
+    held: list[str] = []
+    if adapter is not None:
+        held = [f"model.{key}={value}" for key, value in model_options(trained_on(adapter)).items()]
+    overrides = [*one_rank, *held, *request.overrides]
     if file is not None:
         config = load_config(file, overrides)
     else:

@@ -15,6 +15,7 @@ from typing import Any
 from megalora.adapters.files import CONFIG
 from megalora.adapters.latest import latest_adapter, taken_note
 from megalora.adapters.named_base import named_base
+from megalora.adapters.trained_on import notes_on_base
 from megalora.config import ParallelConfig
 from megalora.config.checks import require
 from megalora.data.questions import Question
@@ -71,6 +72,9 @@ def evaluate_served(request: Request, say: Callable[[str], None]) -> None:
     with Client(url, timeout=TIMEOUT_S, api_key=key) as client:
         found = _find(client, url, request, say)
         plan = _plan(request, found)
+        if plan.adapter is not None:
+            for note in notes_on_base(plan.adapter, plan.base, computes_plain=True):
+                say(note)
         verdict = judge_served(client, plan, found.ids)
     say(text_of(plan, verdict))
     if request.out is not None:

@@ -14,10 +14,11 @@ embedding and lm_head are never among them.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from megalora.config import ModelConfig, ParallelConfig
-from megalora.model.account import BaseFolder, quantised_note
+from megalora.model.account import BaseFolder, open_folder, quantised_note
 from megalora.model.families import layer_projections
 from megalora.model.formats.coded import Coded, HeldForm, grain_of
 from megalora.model.projections import Projection
@@ -120,9 +121,15 @@ def held_note(held: Held | None, scheme: Scheme | None, dtype: str) -> str | Non
     return f"the base{stored}: {len(held.modules):,} fused weights of {parts} are {how}"
 
 
-def rounded_names(held: Held | None, base: BaseFolder) -> frozenset[str]:
-    """Published names of matrices that the folder stores plain and that are held as nf4."""
+def rounded_names(config: ModelConfig, folder: Path) -> frozenset[str]:
+    """Published names of matrices that a folder stores plain and that are quantised to nf4 as they
+    are read; raises ``ValueError`` as ``held_of`` does."""
     found: set[str] = set()
+    # Only this quantises anything; else the headers of all files need not be read once more.
+    if config.weight_format != "nf4":
+        return frozenset()
+    base = open_folder(folder)
+    held = held_in(config, base)
     if held is not None and held.form == "nf4":
         for layer, module in held.modules:
             projections = modules_of(base.shape, layer)[module]

@@ -3,12 +3,13 @@ until told to stop."""
 
 import json
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megalora.adapters.latest import taken_note
 from megalora.adapters.named_base import shared_base
+from megalora.adapters.trained_on import notes_on_base
 from megalora.hf.folder import local_folder
 from megalora.hf.json_file import read_hf_config, read_json_object, stored_dtype
 from megalora.serve.adapter_names import named_adapters, named_folder
@@ -62,6 +63,7 @@ def serve(
     # vLLM's own choice would be bfloat16, in which less can be proved.
     dtype = stored_dtype(read_hf_config(folder))
     server = Server(base, named, host=host, port=port, dtype=dtype, extra=extra, say=say, **options)
+    _say_what_differs(named, folder, say)
     say(f"starting vLLM for {base} ({server.dtype}); its log is {server.log}")
     with server, server.client() as client:
         proofs = _prove_all(server, client, atol, folder, say)
@@ -74,6 +76,14 @@ def serve(
             return UNPROVEN
         say(_ready(server, client, has_chat_template(folder, extra)))
         return server.wait()
+
+
+def _say_what_differs(named: Mapping[str, Path], base: Path, say: Callable[[str], None]) -> None:
+    """Say of each adapter how vLLM's weights, which are those of the folder, differ from those that
+    it was trained on."""
+    for adapter in named.values():
+        for note in notes_on_base(adapter, base, computes_plain=True):
+            say(note)
 
 
 def _for_training(trainer: str, rank: int, versions: int, others: int) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from megalora.config import ModelConfig, RunConfig
+from megalora.config import RunConfig
 from megalora.model import held
 from megalora.model.account import open_folder, unused_note
 
@@ -20,14 +20,20 @@ def notes_of_base(config: RunConfig, folder: Path) -> list[str]:
             f"train.relora merges adapters into the base, which is held as {found.form} codes:"
             " most of a small delta would round away. Set model.weight_format=plain"
         )
-    notes = (unused_note(base), held.held_note(found, base.scheme, config.model.dtype))
+    notes = (
+        unused_note(base),
+        held.held_note(found, base.scheme, config.model.dtype),
+        _server_note(config, folder),
+    )
     return [note for note in notes if note is not None]
 
 
-def rounded_names(config: ModelConfig, folder: Path) -> frozenset[str]:
-    """Names of the base's matrices that are quantised as they are read."""
-    # Only this quantises anything; else the headers of all files need not be read once more.
-    if config.weight_format != "nf4":
-        return frozenset()
-    base = open_folder(folder)
-    return held.rounded_names(held.held_in(config, base), base)
+def _server_note(config: RunConfig, folder: Path) -> str | None:
+    """A line where answers are sampled on other values than those that are trained on."""
+    samples = config.rl.servers or config.rl.start_servers is not None
+    if not samples or not held.rounded_names(config.model, folder):
+        return None
+    return (
+        "note: rl.servers have the base as it is stored, and this run quantises it to nf4: answers"
+        " are sampled from another model than is trained, by the error of quantising"
+    )

@@ -20,6 +20,7 @@ from megalora.first_rank import check_agreement, on_first_rank
 from megalora.hf.folder import local_folder
 from megalora.lora.coverage import write_manifest
 from megalora.lora.select import plan
+from megalora.model.held import rounded_names
 from megalora.serve.live_sync import serving
 from megalora.train import duration
 from megalora.train.about import shown_samples, write_about
@@ -35,7 +36,7 @@ from megalora.train.checkpoint.save import restore_best
 from megalora.train.checkpoint.start import start_of
 from megalora.train.checkpoint.where import find_checkpoint
 from megalora.train.expert_tokens import ExpertTokens
-from megalora.train.held_notes import notes_of_base, rounded_names
+from megalora.train.held_notes import notes_of_base
 from megalora.train.metrics import Metrics
 from megalora.train.optim import learning_rate
 from megalora.train.probe import Probe

@@ -16,12 +16,14 @@ from megalora import host
 host.install()  # before anything imports Megatron
 
 from megalora.adapters.read.adapter import Adapter, read_adapter  # noqa: E402
+from megalora.adapters.trained_on import model_config, notes_on_base  # noqa: E402
 from megalora.config import LoRAConfig, ModelConfig, ParallelConfig  # noqa: E402
 from megalora.hf.folder import local_folder  # noqa: E402
 from megalora.lora.adapted_model import build_adapted, load_adapter  # noqa: E402
 from megalora.lora.switched_off import adapters_off  # noqa: E402
 from megalora.model.account import open_folder  # noqa: E402
 from megalora.model.build import build_model  # noqa: E402
+from megalora.model.held import held_in, rounded_names  # noqa: E402
 from megalora.model.score_head import ScoreHead  # noqa: E402
 from megalora.model.shape import ModelShape  # noqa: E402
 from megalora.parallel import parallel_groups  # noqa: E402
@@ -44,13 +46,15 @@ class Report:
     """Largest change of a base logit by the adapter."""
     first_layer: int | None
     """The first decoder layer whose output differs by more than atol; None if none does."""
+    notes: tuple[str, ...] = ()
+    """Lines about the base."""
 
     @property
     def ok(self) -> bool:
         return self.difference <= self.atol < self.effect
 
     def text(self) -> str:
-        """Two lines for the user: the numbers and what they mean."""
+        """Lines for the user: the numbers and what they mean."""
         lines = [
             f"{self.adapter}: largest difference of a logit, PEFT against megalora:"
             f" {self.difference:.2e} (allowed {self.atol:.0e}); the adapter moves logits by up to"
@@ -65,7 +69,7 @@ class Report:
             lines.append("the adapter does nothing: every logit is the base model's")
         else:
             lines.append("verified: stock PEFT computes the same model")
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.notes])
 
 
 @torch.no_grad()
@@ -74,13 +78,15 @@ def verify_peft(adapter: Path, base: str, *, atol: float) -> Report:
     folder that cannot load."""
     folder = local_folder(base, "--base")
     shape = open_folder(folder).shape
+    model = model_config(adapter, folder, "float32")
+    notes = notes_on_base(adapter, folder)
     tokens = probe_batch(shape.vocab)
     read = whole_adapter(adapter, shape, folder, score=True)
     # What PEFT ignores would look like a difference in the model.
     check_for_peft(adapter, read, shape)
-    ours, our_layers, ours_without = _own_logits(folder, read.shape_of(shape), read, tokens)
+    ours, our_layers, ours_without = _own_logits(model, read.shape_of(shape), read, tokens)
     host.release_memory()  # PEFT's model takes as much
-    theirs, their_layers, unadapted = _peft_logits(adapter, folder, tokens, read.num_scores)
+    theirs, their_layers, unadapted = _peft_logits(adapter, model, tokens, read.num_scores)
     if read.num_scores:
         # What PEFT's base has for a score head is drawn anew at each start.
         unadapted = ours_without
@@ -91,15 +97,15 @@ def verify_peft(adapter: Path, base: str, *, atol: float) -> Report:
             break
     difference = _largest(ours - theirs)
     effect = _largest(theirs - unadapted)
-    return Report(adapter, atol, difference, effect, first_layer)
+    return Report(adapter, atol, difference, effect, first_layer, tuple(notes))
 
 
 def _own_logits(
-    folder: Path, shape: ModelShape, adapter: Adapter, tokens: Tensor
+    config: ModelConfig, shape: ModelShape, adapter: Adapter, tokens: Tensor
 ) -> tuple[Tensor, list[Tensor], Tensor]:  # fmt: skip
     """Logits, or scores, and every layer's output of megalora's model, and its logits without the
     adapter; nothing refers to the model afterwards."""
-    with own_model(folder, shape, adapter) as model:
+    with own_model(config, shape, adapter) as model:
         tokens = tokens.to(host.device())
         logits, layers = _megatron_logits(model, tokens)
         with adapters_off([model]):
@@ -128,17 +134,19 @@ def probe_batch(vocab: int) -> Tensor:
 
 
 @contextmanager
-def own_model(folder: Path, shape: ModelShape, adapter: Adapter) -> Iterator[Any]:
-    """megalora's model with the adapter, in float32 on one rank.
+def own_model(config: ModelConfig, shape: ModelShape, adapter: Adapter) -> Iterator[Any]:
+    """megalora's model with the adapter on one rank.
 
     Its memory is free again once the caller's function has returned and ``host.release_memory`` was
     called.
     """
+    folder = Path(config.path)
     with host.process_group(), parallel_groups(ParallelConfig()) as groups:
         model = build_adapted(
             partial(build_model, folder=folder), shape, adapter.adapted, groups,
-            model=ModelConfig(path=str(folder), dtype="float32"), parallel=ParallelConfig(),
+            model=config, parallel=ParallelConfig(),
             lora=LoRAConfig(), seed=0, keeps_base=True,
+            held=held_in(config, open_folder(folder)),
         )  # fmt: skip
         load_adapter(model, adapter.tensors)
         yield model.chunks[0].eval()
@@ -180,19 +188,22 @@ def _outputs_of(layers: Iterable[Any]) -> Iterator[list[Tensor]]:
 
 
 def _peft_logits(
-    adapter: Path, folder: Path, tokens: Tensor, num_scores: int
+    adapter: Path, config: ModelConfig, tokens: Tensor, num_scores: int
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     """Adapted logits, every decoder layer's output, and the base's logits, from transformers and
     PEFT as they are."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    folder = Path(config.path)
+    # The values that training computed with.
+    nf4 = rounded_names(config, folder)
     if num_scores:
-        base: Any = load_stock(folder, torch.float32, num_labels=num_scores)
+        base: Any = load_stock(folder, torch.float32, nf4=nf4, num_labels=num_scores)
         # No token of the probe is this one: each sample is scored at its last token.
         base.config.pad_token_id = base.config.vocab_size
     else:
-        base = load_stock(folder, torch.float32)
+        base = load_stock(folder, torch.float32, nf4=nf4)
     base = base.to(host.device())
     model = load_by_peft(base, adapter)
     tokens = tokens.to(host.device())

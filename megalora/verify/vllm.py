@@ -1,7 +1,7 @@
 """Compare an adapter in vLLM with megalora's own model, by log-probabilities of prompts and of
 greedy continuations."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,8 @@ from torch import Tensor
 
 from megalora import host
 from megalora.adapters.read.adapter import Adapter
+from megalora.adapters.trained_on import model_config, notes_on_base
+from megalora.config import ModelConfig
 from megalora.hf.folder import local_folder
 from megalora.model.account import open_folder
 from megalora.model.shape import ModelShape
@@ -49,6 +51,8 @@ class VllmReport:
     effect: float
     parted: str | None
     """Where greedy tokens differ although they are not tied; None if they do not."""
+    notes: tuple[str, ...] = ()
+    """Lines about the base."""
 
     @property
     def ok(self) -> bool:
@@ -70,7 +74,7 @@ class VllmReport:
         if self.effect <= self.atol:
             lines.append("vLLM serves the base model: the adapter does nothing there")
         lines.append("verified: vLLM computes the same model" if self.ok else "NOT the same model")
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.notes])
 
 
 def verify_vllm(adapter: Path, base: str, *, atol: float) -> VllmReport:
@@ -81,15 +85,20 @@ def verify_vllm(adapter: Path, base: str, *, atol: float) -> VllmReport:
     # Refuses what it can before a model is loaded.
     server = Server(folder, {"adapter": adapter}, dtype="float32")
     tokens = probe_batch(shape.vocab)
-    own = _own_answers(folder, shape, whole_adapter(adapter, shape, folder), tokens)
+    # vLLM has the folder as it is stored, which need not be what was trained on.
+    notes = notes_on_base(adapter, folder, computes_plain=True)
+    model = model_config(adapter, folder, "float32")
+    own = _own_answers(model, shape, whole_adapter(adapter, shape, folder), tokens)
     host.release_memory()  # vLLM takes nearly all of a GPU
     with server, server.client() as client:
-        return _compare(adapter, atol, client, tokens, own)
+        return replace(_compare(adapter, atol, client, tokens, own), notes=tuple(notes))
 
 
-def _own_answers(folder: Path, shape: ModelShape, adapter: Adapter, tokens: Tensor) -> list[Own]:
+def _own_answers(
+    config: ModelConfig, shape: ModelShape, adapter: Adapter, tokens: Tensor
+) -> list[Own]:
     """Answers of megalora's model to each row; nothing refers to the model afterwards."""
-    with own_model(folder, shape, adapter) as model:
+    with own_model(config, shape, adapter) as model:
         return [_own(model, row) for row in tokens]
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megalora.adapters.files import PARTS
+from megalora.adapters.trained_on import TrainedOn
 from megalora.adapters.write.card_objective import objective_line
 from megalora.adapters.write.engines import ENGINES, VLLM_RANKS, vllm_max_rank
 from megalora.hf.tensor_names import within_layer
@@ -48,6 +49,8 @@ class Facts:
     """Tokens whose rows of the embedding are trained."""
     run: dict[str, Any] | None
     """``training_state/state.json`` of the checkpoint; None for an adapter made elsewhere."""
+    trained_on: TrainedOn | None = None
+    """The base as it was trained on; None where the adapter does not say."""
 
 
 def card(facts: Facts) -> str:
@@ -98,7 +101,23 @@ def _what(facts: Facts) -> str:
                 f"- Initialised from the base weights: {init}. A holds A0 + dA and dA, B holds dB"
                 " and B0, so that the file fits the base as published"
             )
+    if said := base_line(facts):
+        lines += ["", said]
     return "\n".join(lines)
+
+
+def base_line(facts: Facts) -> str:
+    """What must be known of a base whose values were quantised; nothing of a plain one."""
+    known = facts.trained_on
+    if known is None or not known.is_quantised:
+        return ""
+    said = f"trained on a base that was {known.words()}"
+    if not known.is_rounded:
+        return f"{said}; whoever loads that folder must decode it to the same values"
+    return (
+        f"{said}; loaded onto the plain base it is another model, by the error of quantising."
+        " megalora verify, eval and chat quantise the base in the same way"
+    )
 
 
 def _table(facts: Facts) -> str:
@@ -226,10 +245,15 @@ def _loading(facts: Facts) -> str:
         )
     # vLLM serves no adapter of a larger rank: better no command than one that fails.
     if what := _not_served(facts):
+        # What a quantised base was made from is not known here.
+        known = facts.trained_on
+        is_quantised = known is not None and known.is_quantised
+        original = " --original MODEL_IT_WAS_MADE_FROM" if is_quantised else ""
         sections.append(
             f"## Servers\n\nvLLM and SGLang do not load {what}. Merge it into the base for them:"
             "\n\n"
-            f"```bash\nmegalora merge {facts.folder_name} --base {facts.base} --out merged\n```"
+            f"```bash\nmegalora merge {facts.folder_name} --base {facts.base}{original} --out"
+            " merged\n```"
         )
     elif facts.layout == "per_expert" and rank <= VLLM_RANKS[-1]:
         sections.append(

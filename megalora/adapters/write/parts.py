@@ -15,16 +15,16 @@ from megalora.model.shape import ModelShape
 
 def write_in_parts(
     folder: Path, adapted: list[Adapted], shape: ModelShape, trained: dict[str, Tensor], base: str,
-    layout: FileFormat = "per_expert",
+    layout: FileFormat = "per_expert", **metadata: str,
 ) -> list[str]:  # fmt: skip
     """``write_adapter``, in two folders where only some linears have DoRA: PEFT has it on all that
-    a folder adapts, or on nothing."""
+    a folder adapts, or on nothing. ``metadata`` is written as ``write_adapter`` says."""
     halves: dict[str, list[Adapted]] = {name: [] for name in PARTS}
     for a in adapted:
         halves[PARTS["M" not in a.factors]].append(a)
     # All have DoRA, or none has: one folder says it.
     if not all(halves.values()):
-        return write_adapter(folder, adapted, shape, trained, base, layout)
+        return write_adapter(folder, adapted, shape, trained, base, layout, **metadata)
     # Both may hold zeros that engines want beside what was trained.
     zeros: set[str] = set()
     of_part = shape
@@ -32,7 +32,14 @@ def write_in_parts(
         (folder / name).mkdir()
         zeros.update(
             write_adapter(
-                folder / name, half, of_part, trained, base, layout, **{PART_OF: ", ".join(PARTS)}
+                folder / name,
+                half,
+                of_part,
+                trained,
+                base,
+                layout,
+                **{PART_OF: ", ".join(PARTS)},
+                **metadata,
             )
         )
         # In the first alone: PEFT takes such a module from one of the active adapters.

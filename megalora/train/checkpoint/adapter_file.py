@@ -1,6 +1,6 @@
 """Write a checkpoint's adapter on the first rank while the ranks send it, tensor by tensor."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,7 @@ class AdapterFile:
         held: list[Held],
         dtypes: dict[str, torch.dtype],
         group: dist.ProcessGroup | None,
+        metadata: Mapping[str, str],
         earlier: Callable[[], Sequence[Get]] = tuple,
     ) -> Exception | None:
         """Write the files into ``folder`` on the first rank; collective. Returns what went wrong
@@ -67,6 +68,7 @@ class AdapterFile:
             table: on the first rank.
             held: this rank's pieces of ``key``.
             dtypes: of their parameters.
+            metadata: for the header of the weights' file.
             earlier: opens the factors of earlier cycles, each a function by name.
         """
         if self._plan is None:
@@ -80,7 +82,7 @@ class AdapterFile:
             tensors, config = self._form(arriving.get, table, earlier())
             folder.mkdir(exist_ok=True)
             path = folder / WEIGHTS
-            write_tensors(path, self._plan.tensors, tensors, {"format": "pt"})
+            write_tensors(path, self._plan.tensors, tensors, {"format": "pt", **metadata})
             write_config(folder, config)
         except Exception as error:
             arriving.drain()

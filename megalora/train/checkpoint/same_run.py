@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megalora.adapters.files import LORA_SECTION
+from megalora.adapters.trained_on import model_options, trained_on
 from megalora.adapters.training_state import SavedState
 from megalora.config import RunConfig
 from megalora.data.chat import Encoded
@@ -60,7 +61,7 @@ def check_same_run(
                 " (lora.modules_to_save, lora.trainable_token_indices, lora.bias). Use the section"
                 f" in {state.folder / LORA_SECTION}"
             )
-        return []
+        return _base_then(state, config)
     _check_options(state, config)
     # Digests cannot be made up afterwards: the data may have changed since.
     if state.identity is None:
@@ -224,6 +225,22 @@ def _check_import(
             f" {len(apart)} modules differ in presence, rank, scale or sharing, such as"
             f" {apart[0]}. Use the section in {state.folder / LORA_SECTION}"
         )
+
+
+def _base_then(state: SavedState, config: RunConfig) -> list[str]:
+    """A line where an imported adapter was trained on other values of its base than this run has,
+    which may be meant."""
+    known = trained_on(state.folder)
+    if known is None:
+        return []
+    model = config.model
+    now = replace(known, weight_format=model.weight_format, quantised_parts=model.quantised_parts)
+    if model_options(known) == model_options(now):
+        return []
+    return [
+        f"note: {state.folder} was trained on a base that was {known.words()}, and in this run it"
+        f" is {now.words()}"
+    ]
 
 
 def _same_place(one: str, other: str) -> bool:

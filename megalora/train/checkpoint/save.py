@@ -31,6 +31,7 @@ from megalora.adapters.files import (
 )
 from megalora.adapters.latest import BEST, checkpoints
 from megalora.adapters.state_index import Index, rank_file, write_index
+from megalora.adapters.trained_on import base_of_run
 from megalora.config import CheckpointConfig, RunConfig
 from megalora.first_rank import is_first_rank, on_first_rank
 from megalora.lora.adapted_model import AdaptedModel
@@ -172,17 +173,20 @@ class CheckpointWriter:
             base = self.config.model.path
             self._adapter = AdapterFile(model.adapted, model.shape, base, STATE_KEYS[0], cycles)
         fault: Exception | None = None
+        identity = texts.state["identity"]
+        options = texts.state["config"]["model"]
+        metadata = base_of_run(identity["config"], identity["weights"], options).metadata()
         with ExitStack() as files:
             fault = self._adapter.write(
                 folder, self._table, snapshot.held.get(STATE_KEYS[0], []), self.pieces.dtypes,
-                self.group, lambda: _earlier(self.run, cycles, files),
+                self.group, metadata, lambda: _earlier(self.run, cycles, files),
             )  # fmt: skip
         # After a fault as well: the other ranks send the average in any case.
         if self.config.train.ema_decay:
             averaged = folder / AVERAGED
             held = snapshot.held.get(AVERAGE_KEY, [])
             failed = self._average.write(
-                averaged, self._table, held, self.pieces.dtypes, self.group
+                averaged, self._table, held, self.pieces.dtypes, self.group, metadata
             )
             fault = fault or failed
         if fault is not None:

@@ -3,6 +3,7 @@ for bit, train as it does, and take the bytes that the planner says."""
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,6 +29,7 @@ from megalora.planner.memory import DECODED, memory_of
 from megalora.planner.models import held_by_config
 from megalora.planner.workload import Workload
 from megalora.train.held_check import HeldCheck
+from megalora.train.held_notes import notes_of_base
 from megalora.train.loop import train
 from tests.distributed.ranks import run_ranks
 from tests.model.quantised.test_training import LORA, SIZES, assert_same, both
@@ -197,6 +199,20 @@ def test_what_would_be_quantised_anew_is_refused(base: Path) -> None:
     # Decoded, as before.
     assert held_of(replace(config, weight_format="auto"), scheme, shape) is None
     assert held_of(replace(config, weight_format="plain"), held_scheme("fp8"), shape) is None
+
+
+def test_servers_of_a_base_that_is_quantised_here_are_said(base: Path, chats: Path) -> None:
+    config = make_config(base, chats, base / "run", {}, lora=LoRAConfig(rank=2))
+    url = ["http://127.0.0.1:8000"]
+
+    def said(weight_format: Any, servers: list[str]) -> bool:
+        model = replace(config.model, weight_format=weight_format)
+        # Not through the section's checks: which objective samples is none of the note's business.
+        rl = SimpleNamespace(servers=servers, start_servers=None)
+        asked: Any = SimpleNamespace(model=model, train=config.train, rl=rl)
+        return any("rl.servers have the base as" in note for note in notes_of_base(asked, base))
+
+    assert said("nf4", url) and not said("nf4", []) and not said("auto", url)
 
 
 def held_scheme(form: Any) -> Any:
