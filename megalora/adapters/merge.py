@@ -17,7 +17,6 @@ weight of its own, behind the other tensors of the embedding's file, and ``tie_w
 becomes false. A classifier's score head takes the place of lm_head (``merge_score.py``).
 """
 
-import json
 import math
 import shutil
 from collections import defaultdict
@@ -37,6 +36,7 @@ from megalora.adapters.merge_report import REPORT, MergedModule, MergeReport
 from megalora.adapters.merge_score import make_classifier
 from megalora.adapters.merge_whole import replace_whole
 from megalora.adapters.read.adapter import read_adapter
+from megalora.adapters.trained_on import notes_on_base
 from megalora.atomic_folder import check_new, check_space, whole_or_gone
 from megalora.hf.folder import INDEX, check_base_folder, local_folder, weight_shards
 from megalora.hf.json_file import read_hf_config
@@ -44,12 +44,12 @@ from megalora.hf.safetensors import Stored, header_bytes, read_header
 from megalora.hf.tensor_names import published_name
 from megalora.lora.row_lengths import with_lengths
 from megalora.lora.spec import Adapted, tensor_name
+from megalora.model.base_weights import DTYPES
 from megalora.model.fields import model_shape
 from megalora.model.projections import HEAD, ways_to_store
 from megalora.model.shape import ModelShape
 from megalora.tiny_folder import MARKER
 
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 BLOCK_BYTES = 2**20
 """Size of a block in float32; about twenty times that is in use at once. Larger blocks are no
 faster."""
@@ -76,10 +76,12 @@ class _Block:
     is_bias: bool = False
 
 
-def merge(adapter: Path, base: str, out: Path, original: str | None = None) -> MergeReport:
+def merge(
+    adapter: Path, base: str, out: Path, original: str | None = None, *, allow_loss: bool = False
+) -> MergeReport:
     """Write ``base``, a folder or hub name, with ``adapter`` merged into it to the folder ``out``,
     which must be new or empty. Of a quantised base, what is merged into is ``original``, from which
-    it was made.
+    it was made; less than ``SURVIVES`` of a delta is an error then, unless ``allow_loss``.
 
     Copied along: every file of the base's folder, except weights in other forms (.bin, .gguf, ...,
     and shards that the index does not name), hidden files and folders. A failure leaves nothing;
@@ -94,7 +96,8 @@ def merge(adapter: Path, base: str, out: Path, original: str | None = None) -> M
     out = out.resolve()
     check_new(out, folder)
     shape = model_shape(read_hf_config(folder))
-    folder, into_original = merged_into(folder, shape, original)
+    about_base = notes_on_base(adapter, folder)
+    folder, into_original = merged_into(folder, shape, original, adapter)
     check_new(out, folder)
     check_base_folder(folder)
     read = read_adapter(adapter, shape, base=folder, score=True)
@@ -104,14 +107,12 @@ def merge(adapter: Path, base: str, out: Path, original: str | None = None) -> M
     untied = shape.tied_embeddings and any(a.projection in HEAD for a in read.adapted)
     if untied:
         add_lm_head(folder, shards)
-    notes = [*into_original, *read.notes, *replace_whole(folder, shards, read, shape)]
+    notes = [*into_original, *about_base, *read.notes, *replace_whole(folder, shards, read, shape)]
     blocks = _find_blocks(folder, read.adapted, shape, shards)
-    others = [path for path in sorted(folder.iterdir()) if _is_copied(path)]
-    num_bytes = 0
-    for shard in shards.values():
-        num_bytes += sum(tensor.num_bytes for tensor in shard.tensors)
+    others = copied_files(folder)
+    num_bytes = _weight_bytes(shards)
     check_space(out, num_bytes + sum(path.stat().st_size for path in others))
-    with whole_or_gone(out) as temporary, _one_thread():
+    with whole_or_gone(out) as temporary, one_thread():
         merged: list[MergedModule] = []
         for name, shard in shards.items():
             merged += _write_shard(folder / name, temporary / name, shard, blocks, read.tensors)
@@ -123,8 +124,16 @@ def merge(adapter: Path, base: str, out: Path, original: str | None = None) -> M
         if score is not None:
             make_classifier(temporary, read, *score)
         report = MergeReport(adapter, base, out, num_bytes, tuple(merged), tuple(notes))
-        (temporary / REPORT).write_text(json.dumps(report.to_json(), indent=1) + "\n")
+        report.write(temporary, allow_loss=allow_loss or not into_original)
     return report
+
+
+def _weight_bytes(shards: Mapping[str, Shard]) -> int:
+    """Bytes of all tensors of the result."""
+    total = 0
+    for shard in shards.values():
+        total += sum(tensor.num_bytes for tensor in shard.tensors)
+    return total
 
 
 def _check_all_merged(merged: list[MergedModule], adapted: list[Adapted]) -> None:
@@ -136,9 +145,9 @@ def _check_all_merged(merged: list[MergedModule], adapted: list[Adapted]) -> Non
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    """Blocks are too small to share: on two cores with other work, two threads took five to seven
-    times as long as one."""
+def one_thread() -> Iterator[None]:
+    """Let torch use one thread. Blocks are too small to share: on two cores with other work, two
+    threads took five to seven times as long as one."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -315,6 +324,11 @@ def _merge_block(
     survived = kept_delta / delta_delta
     error = math.sqrt(lost_lost / delta_delta)
     return MergedModule(block.module, name, math.sqrt(delta_delta), survived, error)
+
+
+def copied_files(folder: Path) -> list[Path]:
+    """Files of a base's folder that belong to the result as they are: all but weights."""
+    return [path for path in sorted(folder.iterdir()) if _is_copied(path)]
 
 
 def _is_copied(path: Path) -> bool:

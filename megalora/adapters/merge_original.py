@@ -6,6 +6,7 @@ delta below half a step of it rounds away.
 
 from pathlib import Path
 
+from megalora.adapters.trained_on import trained_on
 from megalora.hf.folder import local_folder
 from megalora.hf.json_file import read_hf_config
 from megalora.model.account import open_folder
@@ -41,28 +42,42 @@ def _check_plain(folder: Path, original: Path) -> None:
             )
 
 
-def is_merged_into_original(folder: Path, original: str | None) -> bool:
-    """Whether the base is quantised, and its original is given.
+def is_merged_into_original(
+    folder: Path, original: str | None, adapter: Path | None = None
+) -> bool:
+    """Whether the base is quantised, or was for the training of ``adapter``, and its original is
+    given.
 
     Raises:
         ValueError: only one of the two holds.
     """
     scheme = scheme_of(read_hf_config(folder), str(folder))
+    known = None if adapter is None else trained_on(adapter)
+    if scheme is None and known is not None and known.is_rounded:
+        if original is None:
+            raise ValueError(
+                f"{adapter} was trained on a base that was {known.words()}: merged into"
+                f" {folder} it is not the model that was trained, by the error of quantising."
+                f" Serve base and adapter side by side, or ask for it: --original {folder}"
+            )
+        return True
     if scheme is None and original is not None:
         raise ValueError(f"--original: {folder} is not quantised; leave it out")
     if scheme is not None and original is None:
         raise ValueError(
             f"{folder} is quantised ({scheme.title}): most of a small delta would round away. Serve"
             " base and adapter side by side, or merge into the model that the base was made from:"
-            " --original MODEL"
+            " --original MODEL; with --requantise the result is in the base's form"
         )
     return scheme is not None
 
 
-def merged_into(folder: Path, shape: ModelShape, original: str | None) -> tuple[Path, list[str]]:
+def merged_into(
+    folder: Path, shape: ModelShape, original: str | None, adapter: Path | None = None
+) -> tuple[Path, list[str]]:
     """The folder that an adapter of the base in ``folder`` is merged into, and lines about it for
     the report; raises ``ValueError`` unless it is plain and has the base's sizes."""
-    if not is_merged_into_original(folder, original):
+    if not is_merged_into_original(folder, original, adapter):
         return folder, []
     found = local_folder(str(original), "--original")
     hf = read_hf_config(found)

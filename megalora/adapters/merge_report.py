@@ -1,16 +1,23 @@
 """Report how much of every module's delta survived a merge's cast to the base's dtype."""
 
+import json
+import math
 import re
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megalora.hf.tensor_names import within_layer
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 REPORT = "merge_report.json"
 LOSSY = 0.1
 """Relative error of a delta above which the text warns of it."""
+SURVIVES = 0.9
+"""Fraction of a delta that must be in the merged weight where the base is quantised."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +91,30 @@ class MergeReport:
             )
         return "\n".join([*lines, *self.notes])
 
+    def write(self, folder: Path, *, allow_loss: bool) -> None:
+        """Write ``merge_report.json``; raises ``ValueError`` where less than ``SURVIVES`` of a
+        module's delta is in the merged weight, unless that is allowed."""
+        if not allow_loss:
+            self._check_survived()
+        (folder / REPORT).write_text(json.dumps(self.to_json(), indent=1) + "\n")
+
+    def _check_survived(self) -> None:
+        lost: list[MergedModule] = []
+        for m in self.modules:
+            # NaN is a loss too.
+            if m.survived is not None and not m.survived >= SURVIVES:
+                lost.append(m)
+        if not lost:
+            return
+        worst = min(lost, key=lambda m: m.survived or 0.0)
+        total = len(self.modules)
+        raise ValueError(
+            f"of {len(lost):,} of {total:,} deltas less than {SURVIVES} would survive in"
+            f" {worst.dtype}, of {worst.module}'s {worst.survived:.2f}: they are small beside"
+            " its steps. Merge from the original (--original), or serve base and adapter side by"
+            " side; --allow-loss merges all the same"
+        )
+
     def to_json(self) -> dict[str, Any]:
         """Everything, with a row per module."""
         return {
@@ -92,7 +123,26 @@ class MergeReport:
             "out": str(self.out),
             "num_bytes": self.num_bytes,
             "modules": [asdict(m) for m in self.modules],
+            "notes": list(self.notes),
         }
+
+
+def measured(
+    module: str, form: str, w: "Tensor", delta: "Tensor", merged: "Tensor"
+) -> MergedModule:
+    """How much of a delta is in a merged weight, all of them float32 ``[out, in]``.
+
+    Args:
+        form: what the merged weight was rounded to.
+        w: the weight before.
+    """
+    kept = (merged - w).double().flatten()
+    wanted = delta.double().flatten()
+    squared = wanted.dot(wanted).item()
+    if not squared:
+        return MergedModule(module, form, 0.0, None, None)
+    error = (kept - wanted).norm().item() / math.sqrt(squared)
+    return MergedModule(module, form, math.sqrt(squared), kept.dot(wanted).item() / squared, error)
 
 
 def projection(module: str) -> str:

@@ -123,6 +123,17 @@ def _add_merge(commands: Any) -> None:
         help="folder or hub name of the model that a quantised base was made from; the result is"
         " that model, changed",
     )
+    merge.add_argument(
+        "--requantise",
+        action="store_true",
+        help="write the result in the form of a quantised base (fp8, nf4), from --original, or"
+        " without it from the base's decoded weights",
+    )
+    merge.add_argument(
+        "--allow-loss",
+        action="store_true",
+        help="of a quantised base: write the result also where less than 0.9 of a delta survived",
+    )
     merge.set_defaults(action=_merge)
 
 
@@ -210,12 +221,18 @@ def _merge(options: Any, _: list[str]) -> None:
     check_base(options.base, weights=True)
     base = Path(options.base)
     # A name on the hub is looked at when its files are here.
-    if base.is_dir():
-        is_merged_into_original(base, options.original)
+    if base.is_dir() and not options.requantise:
+        is_merged_into_original(base, options.original, adapter)
     check_out(options.out, adapter)
-    from megalora.adapters.merge import merge
+    if options.requantise:
+        from megalora.adapters.merge_requantised import merge_requantised as merge
+    else:
+        from megalora.adapters.merge import merge
 
-    print(merge(adapter, options.base, options.out, options.original).text())
+    report = merge(
+        adapter, options.base, options.out, options.original, allow_loss=options.allow_loss
+    )
+    print(report.text())
 
 
 def _inspect(options: Any, _: list[str]) -> None:

@@ -15,6 +15,9 @@ from megalora.model.quantised.part import Part, Stored
 from megalora.model.quantised.to_nf4 import rounded
 from megalora.model.stored_tensors import Place, Quantised
 
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""Dtypes of plain weights, by their names in safetensors headers."""
+
 
 class BaseWeights(Mapping[str, Tensor]):
     """Published name -> tensor. Files are mapped into memory, so only what is asked for is read; of

@@ -50,6 +50,7 @@ from tests.mutations.serve_bugs import SERVE_BUGS
 from tests.mutations.shared_bugs import SHARED_BUGS
 from tests.mutations.stage_bugs import STAGE_BUGS
 from tests.mutations.tokens_bugs import TOKENS_BUGS
+from tests.mutations.trained_on_bugs import TRAINED_ON_BUGS
 from tests.mutations.tune_bugs import TUNE_BUGS
 from tests.mutations.wait_bugs import WAIT_BUGS
 from tests.mutations.watch_bugs import WATCH_BUGS
@@ -76,6 +77,7 @@ EVERY_BUG = (
     + GPU_BUGS
     + WAIT_BUGS
     + HOSTILE_BUGS
+    + TRAINED_ON_BUGS
     + TUNE_BUGS
     + COMPILED_BUGS
     + CODED_BUGS
