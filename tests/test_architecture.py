@@ -36,8 +36,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     (
         "user_error", "paths", "digests", "environment", "progress_bar", "atomic_folder", "comm",
         "cpu_device", "wording", "staged", "rendezvous", "first_rank", "megatron_patches", "host",
-        "json_text", "launching", "file_lock", "machine_folder", "versions", "tiny_folder",
-        "thread_work", "fake_world",
+        "json_text", "launching", "file_lock", "process_table", "machine_folder", "versions",
+        "tiny_folder", "thread_work", "fake_world",
     ),
     ("config",),
     ("parallel",),

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from megalora.first_rank import on_every_rank, on_first_rank
 from megalora.json_text import parse_json
+from megalora.process_table import born
 from megalora.train.checkpoint.identity import KEPT
 from megalora.train.checkpoint.writer import make_run_folder, recover
 
@@ -174,7 +175,7 @@ def _without_locks(descriptor: int, run: Path, job: str | None, reason: str) -> 
         holder
         and not same_job
         and holder.host == socket.gethostname()
-        and holder.born == _born(holder.pid)
+        and holder.born == born(holder.pid)
     ):
         raise _taken(run, holder)
     last = ""
@@ -196,7 +197,7 @@ def _taken(run: Path, holder: Holder | None) -> ValueError:
 
 def _this_process(job: str | None) -> Holder:
     since = time.strftime("%Y-%m-%d %H:%M:%S")
-    return Holder(socket.gethostname(), os.getpid(), since, _born(os.getpid()) or "", job)
+    return Holder(socket.gethostname(), os.getpid(), since, born(os.getpid()) or "", job)
 
 
 def _read(descriptor: int) -> Holder | None:
@@ -209,15 +210,3 @@ def _read(descriptor: int) -> Holder | None:
     if type(holder.pid) is not int or not all(isinstance(text, str) for text in texts):
         return None
     return holder
-
-
-def _born(pid: int) -> str | None:
-    """When a process of this host started, in ticks since the system did; None when it is not
-    there."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return None
-    # Field 22, starttime; fields count from 3 behind the command's name, which may hold spaces and
-    # parentheses.
-    return stat.rpartition(")")[2].split()[19]

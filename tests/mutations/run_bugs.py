@@ -281,7 +281,7 @@ RUN_BUGS: tuple[Bug, ...] = (
         0,
         "a dead process keeps a folder without locks",
         LOCK,
-        " and holder.born == _born(holder.pid)",
+        " and holder.born == born(holder.pid)",
         "",
         f"{FOLDER} test_without_locks",
     ),

@@ -114,4 +114,20 @@ WATCH_BUGS: tuple[Bug, ...] = (
         "for work in (self._look,):",
         FAULTS,
     ),
+    bug(
+        0,
+        "a process that has ended is waited for until it is silent",
+        WATCH,
+        "beat.table == self._table and not runs(",
+        "beat.table != self._table and not runs(",
+        FAULTS,
+    ),
+    bug(
+        0,
+        "a process that has ended counts as running until torchrun asks for its code",
+        "megalora/process_table.py",
+        'ENDED = ("Z", "X")',
+        "ENDED = ()",
+        FAULTS,
+    ),
 )

@@ -30,6 +30,11 @@ class Beat:
     """Whether that is a call of torch.distributed, which waits for other ranks."""
     left: bool = False
     """Whether the rank has ended by itself; its last beat."""
+    table: str = ""
+    """Table of processes that has the rank's, such as that of its host."""
+    pid: int = 0
+    born: str = ""
+    """The rank's process there, see ``process_table.py``."""
 
     def encode(self) -> str:
         return json.dumps(asdict(self))
@@ -116,9 +121,10 @@ class Judge:
         if not lost:
             return None
         silence_s = max(now_s - self._heard_s[rank] for rank in lost)
-        last = self._beats[lost[0]]
-        seen = f"last seen in step {last.step + 1} ({last.phase}{_at(last)})"
-        return Verdict(lost, f"lost {self._named(lost)}: silent for {silence_s:.0f} s, {seen}")
+        seen = _last_seen(self._beats[lost[0]])
+        return Verdict(
+            lost, f"lost {_named(lost, self._beats)}: silent for {silence_s:.0f} s, {seen}"
+        )
 
     def _find_hanging(self, now_s: float) -> Verdict | None:
         present = {rank: beat for rank, beat in self._beats.items() if not beat.left}
@@ -141,18 +147,33 @@ class Judge:
         return Verdict(
             [],
             f"no rank has moved for {stuck_s:.0f} s in step {first.step + 1}:"
-            f" {self._named(held_up)} in {first.phase}{_at(first)}{waiting}",
+            f" {_named(held_up, present)} in {first.phase}{_at(first)}{waiting}",
             hangs=True,
         )
 
-    def _named(self, ranks: list[int]) -> str:
-        """``rank 1 on node-b``, ``ranks 4, 5 on node-b, node-c``."""
-        names = ", ".join(str(rank) for rank in ranks[:SHOWN])
-        if len(ranks) > SHOWN:
-            names += f" and {len(ranks) - SHOWN} more"
-        hosts = sorted({self._beats[rank].host for rank in ranks})
-        shown = ", ".join(hosts[:SHOWN])
-        return f"rank{'s' if len(ranks) > 1 else ''} {names} on {shown}"
+
+def verdict_on_dead(beats: dict[int, Beat]) -> Verdict | None:
+    """A verdict on ranks whose processes have ended, by their last beats; None where all of them
+    have left by themselves."""
+    dead = {rank: beat for rank, beat in beats.items() if not beat.left}
+    if not dead:
+        return None
+    lost = sorted(dead)
+    return Verdict(lost, f"lost {_named(lost, dead)}: ended, {_last_seen(dead[lost[0]])}")
+
+
+def _named(ranks: list[int], beats: dict[int, Beat]) -> str:
+    """``rank 1 on node-b``, ``ranks 4, 5 on node-b, node-c``."""
+    names = ", ".join(str(rank) for rank in ranks[:SHOWN])
+    if len(ranks) > SHOWN:
+        names += f" and {len(ranks) - SHOWN} more"
+    hosts = sorted({beats[rank].host for rank in ranks})
+    shown = ", ".join(hosts[:SHOWN])
+    return f"rank{'s' if len(ranks) > 1 else ''} {names} on {shown}"
+
+
+def _last_seen(beat: Beat) -> str:
+    return f"last seen in step {beat.step + 1} ({beat.phase}{_at(beat)})"
 
 
 def _at(beat: Beat) -> str:

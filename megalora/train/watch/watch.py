@@ -2,9 +2,12 @@
 
 A collective that waits for a dead or stopped rank blocks the main thread, by default for half an
 hour, but not Python's other threads. Each rank's thread writes a beat and reads the verdict; rank
-0's also reads all beats and judges, and the others judge rank 0 alone. So a rank makes two
+0's also reads all beats and judges, and the others judge rank 0 alone. So a rank makes a few
 operations in a period, however large the world. The store is in torchrun's agent, so it outlives
 rank 0.
+
+Silence takes long to tell from a slow network. That a process of this node has ended is seen at
+once, in the system's table of processes.
 """
 
 import contextlib
@@ -14,16 +17,17 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
 
+from megalora.process_table import born, runs, table_here
 from megalora.rendezvous import Met
 from megalora.train.lost_peer import line
-from megalora.train.watch.judge import Beat, Judge, Verdict
+from megalora.train.watch.judge import Beat, Judge, Verdict, verdict_on_dead
 from megalora.train.watch.pulse import Pulse
 from megalora.train.watch.stacks import STACK, place_of, write_stacks
 from megalora.user_error import LOST_PEER
@@ -59,6 +63,16 @@ class Watch:
         self.run = run
         self.times = times
         self.host = os.environ.get("LOCAL_ADDR") or socket.gethostname()
+        self._table = table_here()
+        self._born = born(os.getpid()) or ""
+        first = rank - int(os.environ.get("LOCAL_RANK", 0))
+        self._neighbours = range(first, first + int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        """Ranks of this node."""
+        # torchrun holds the store, and ends when all ranks of this node have.
+        is_agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        self._store_outlives = is_agents and len(self._neighbours) == world
+        self._processes: dict[int, Beat] = {}
+        """A beat of each, once all have written one."""
         self.main = threading.get_ident()
         self.closing = threading.Event()
         self.alarm_raised = False
@@ -85,11 +99,21 @@ class Watch:
         # torchrun has seen the same death, and tells the ranks of this node to end.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         self.alarm_raised = True
+        # A process that has closed its sockets ends within milliseconds.
+        deadline_s = time.monotonic() + self.times.period / 2
+        # The store may be gone, too, which the other thread reports.
+        with contextlib.suppress(RuntimeError):
+            while time.monotonic() < deadline_s and not self.closing.is_set():
+                if verdict := self._find_dead():
+                    self._end(verdict)
+                time.sleep(0.02)
         # Rank 0 may be lost: its judges take longest, and look twice.
         time.sleep(1.5 * self.times.alarmed + 3 * self.times.period)
         # Another thread has a verdict and ends the process.
         if self.closing.is_set():
             threading.Event().wait()
+        # This rank ends by itself: nobody may take it for the one that was lost first.
+        self.close()
 
     def close(self) -> None:
         """End in peace: the last beat says that this rank has left."""
@@ -105,7 +129,7 @@ class Watch:
         self.count += 1
         beat = Beat(
             self.count, self.host, pulse.moves, pulse.step, pulse.phase, pulse.limit_s,
-            place, waits, left,
+            place, waits, left, self._table, os.getpid(), self._born,
         )  # fmt: skip
         self.store.set(str(self.rank), beat.encode())
 
@@ -127,18 +151,39 @@ class Watch:
             return Verdict.decode(self.store.get("verdict"))
         if self.alarm_raised:
             self.store.set("alarm", "")
-        if self.judged == [0] or self.store.check([str(rank) for rank in self.judged]):
-            beats = self.store.multi_get([str(rank) for rank in self.judged])
-            decoded = {
-                rank: Beat.decode(beat) for rank, beat in zip(self.judged, beats, strict=True)
-            }
-            verdict = self.judge.look(
-                decoded, time.monotonic(), alarmed=self.store.check(["alarm"])
-            )
-            if verdict:
-                self.store.set("verdict", verdict.encode())
-                return verdict
-        return None
+        if verdict := self._find_dead():
+            return verdict
+        beats = self._beats_of(self.judged)
+        if not beats:
+            return None
+        alarmed = self.store.check(["alarm"])
+        verdict = self.judge.look(beats, time.monotonic(), alarmed=alarmed)
+        if verdict:
+            self.store.set("verdict", verdict.encode())
+        return verdict
+
+    def _find_dead(self) -> Verdict | None:
+        """A verdict on ranks of this node whose processes have ended without a word."""
+        # Once: each has one process for as long as this one lives.
+        self._processes = self._processes or self._beats_of(self._neighbours)
+        ended: list[int] = []
+        for rank, beat in self._processes.items():
+            if self._table and beat.table == self._table and not runs(beat.pid, beat.born):
+                ended.append(rank)
+        # Who leaves says so before its process ends, so its beat is read behind that.
+        verdict = verdict_on_dead(self._beats_of(ended)) if ended else None
+        if verdict is None:
+            return None
+        # The first verdict counts: the next to end do so because of it.
+        return Verdict.decode(self.store.compare_set("verdict", "", verdict.encode()))
+
+    def _beats_of(self, ranks: Sequence[int]) -> dict[int, Beat]:
+        """The last beats of these ranks; none while one of them has not written any."""
+        keys = [str(rank) for rank in ranks]
+        if not self.store.check(keys):
+            return {}
+        written = self.store.multi_get(keys)
+        return {rank: Beat.decode(beat) for rank, beat in zip(ranks, written, strict=True)}
 
     def _look_at_store(self) -> None:
         """The thread that ends the run where the other waits for a store that does not answer: of a
@@ -163,8 +208,8 @@ class Watch:
         where = self._stacks() if verdict.hangs else ""
         if self._speaks(verdict):
             print(line(self.run, verdict.text + where), file=sys.stderr, flush=True)
-        # The store may be in this process: the others read the verdict first.
-        if self.rank == 0:
+        # The store may end with this process or this node: the others read the verdict first.
+        if self.rank == 0 and not self._store_outlives:
             time.sleep(2 * self.times.period)
         sys.stdout.flush()
         os._exit(LOST_PEER)
