@@ -29,6 +29,7 @@ from benchmarks.harness import save
 from tests.environment import OUTSIDE
 from tests.fixtures import write_chats
 from tests.forked import forked
+from tests.parity.base_formats import make_folders
 from tests.parity.case import (
     LIMITS,
     deviations,
@@ -173,6 +174,8 @@ def float32(laboratory: Laboratory, cases: list[Case]) -> list[dict[str, Any]]:
         if model in wanted:
             make_model(model, laboratory.base(model))
             make_teacher(laboratory.base(model))
+    for case in cases:
+        make_folders(laboratory.base(case.model), case.base)
     questions = one_of_each_question(cases)
     # In processes of their own: each leaves its memory to the next, and they run two at a time.
     jobs = [(case, laboratory.ask_oracle, (case,)) for case in questions]

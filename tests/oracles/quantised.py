@@ -1,6 +1,7 @@
 """Write matrices and folders in every quantised form, by the library that defines it or, where
 none is installed, by its definition; and say which values they mean."""
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -271,6 +272,12 @@ CONFIGS: dict[str, Callable[[], dict[str, Any]]] = {
 """What ``config.json`` says of each form."""
 
 
+def is_linear(name: str) -> bool:
+    """Whether a tensor of a plain base is the weight of a linear that is quantised; Mixtral calls
+    those of experts w1, w2 and w3."""
+    return re.search(r"(_proj|\.w[123])\.weight$", name) is not None
+
+
 def quantise_folder(base: Path, out: Path, form: str) -> dict[str, Tensor]:
     """Write a plain base with its linears in this form; returns every matrix's values by its
     weight's name."""
@@ -278,7 +285,7 @@ def quantise_folder(base: Path, out: Path, form: str) -> dict[str, Tensor]:
     values: dict[str, Tensor] = {}
     written: dict[str, Tensor] = {}
     for name, tensor in stored_tensors(base).items():
-        if not name.endswith("_proj.weight"):
+        if not is_linear(name):
             written[name] = tensor
             continue
         # Cast as published models are, of whose dtype scales are.

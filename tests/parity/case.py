@@ -33,6 +33,7 @@ from tests.oracles.preference import dpo_loss, kto_loss
 from tests.oracles.replayed import take_given_experts
 from tests.oracles.scored import classify_loss, reward_loss
 from tests.oracles.training import Oracle, Trained
+from tests.parity.base_formats import decoded_folder, read_folder
 from tests.parity.built import random_factors
 from tests.parity.compare import distance, of_largest
 from tests.parity.cut_samples import compare_samples, cut_by_hand
@@ -100,7 +101,8 @@ def run_config(
     seed: int = 0,
 ) -> RunConfig:
     return make_config(
-        base, case.source(chats), out, case.parallel, case.recompute, dtype=dtype, eval=EVAL,
+        read_folder(base, case.base), case.source(chats), out, case.parallel, case.recompute,
+        dtype=dtype, eval=EVAL, weight_format=case.base,
         data_seed=seed, data=case.data, lr=LR, steps=steps,
         objective=with_teacher(OBJECTIVES[case.objective], base),
         lora=adapter(case.adapter, model_shape(read_hf_config(base))),
@@ -206,7 +208,7 @@ def expected(
             scales[module] = a.alpha / a.rank**exponent
     teacher = config.objective.teacher_model
     oracle = Oracle(
-        base, factors, scales, arithmetic, BALANCE[case.balance], teacher and Path(teacher),
+        decoded_folder(base, case.base), factors, scales, arithmetic, BALANCE[case.balance], teacher and Path(teacher),
         sorted(config.lora.trainable_token_indices),
     )  # fmt: skip
     if case.is_routed:

@@ -21,6 +21,7 @@ from megalora.config.policy import PolicyConfig
 from megalora.lora.select import resolve
 from megalora.lora.whole import with_biases, with_trained
 from tests.paired import labelled_of, pairs_of, rated_of, rollouts_of
+from tests.parity.base_formats import BASES
 from tests.parity.models import ADAPTERS, MODELS, adapter, shape_of, teacher_of
 
 # Up to 8 ranks, which fork on a machine of two cores; sizes beyond these need more ranks.
@@ -121,6 +122,7 @@ class Case:
     head: str = "lean"
     objective: str = "sft"
     balance: str = "off"
+    base: str = "plain"
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -178,11 +180,12 @@ class Case:
         return pairs_of(chats) if objective.pairs else chats
 
     @property
-    def question(self) -> tuple[str, str, int, str, str, str]:
-        """What the oracle has to know: model, adapter, batch, how samples are cut, and the
-        losses."""
+    def question(self) -> tuple[str, str, int, str, str, str, str]:
+        """What the oracle has to know: model, adapter, batch, how samples are cut, the losses, and
+        the values of the base."""
         cut = self.too_long
-        return self.model, self.adapter, self.batch, cut, self.objective, self.balance
+        losses = (self.objective, self.balance)
+        return self.model, self.adapter, self.batch, cut, *losses, self.base
 
     @property
     def layout(self) -> str:
@@ -203,6 +206,8 @@ class Case:
             name += f", {self.objective}"
         if self.balance == "on":
             name += ", balanced"
+        if self.base != "plain":
+            name += f", {self.base} base"
         return name + (", whole logits" if self.head == "whole" else "")
 
     @property
@@ -331,6 +336,37 @@ def variants(layout: Case) -> list[Case]:
 @cache
 def full_grid() -> tuple[Case, ...]:
     """Every layout at least once, and every possible pair of values of two factors at least once.
+
+    Each format of the base goes with everything, so it is chosen last: of the formats of a case the
+    one with the most new pairs, and a plain base where none has any.
+    """
+    chosen = chosen_with_samples()
+    pairs: dict[Case, dict[Case, int]] = {}
+    missing = 0
+    for case in chosen:
+        pairs[case] = {}
+        for base in BASES:
+            variant = replace(case, base=base)
+            pairs[case][variant] = variant.pairs()
+            missing |= pairs[case][variant]
+    found = []
+    for case in chosen:
+        variants_of = pairs[case]
+        best = max(variants_of, key=lambda v: (variants_of[v] & missing).bit_count())
+        found.append(best)
+        missing &= ~variants_of[best]
+    # What is left: a format with a value that few cases have.
+    for case in chosen:
+        for variant, bits in pairs[case].items():
+            if bits & missing:
+                found.append(variant)
+                missing &= ~bits
+    return tuple(found)
+
+
+@cache
+def chosen_with_samples() -> tuple[Case, ...]:
+    """The grid's cases before ``full_grid`` decides how the base lies in memory.
 
     Greedy: of the cases with the most new pairs, the one whose values were used least. How samples
     are cut and which head there is goes with every layout, and so do stages with every pipeline, so

@@ -141,6 +141,12 @@ QUICK = (
     Case(2, cp=2, ep=2, model="idle", micro=PACKED, objective="grpo routed", balance="on"),
     Case(2, pp=2, ep=1, model="mixed", micro=3, recompute="full", objective="grpo routed"),
     Case(2, ep=2, model="glm4_moe", micro=3, objective="grpo routed"),
+    # Weights that stay codes, whose blocks cuts divide: DoRA's norms of what is decoded, decoded
+    # again where a layer is recomputed, stages in turns, rows that several ranks share.
+    Case(2, tp=2, etp=2, adapter="dora", micro=3, recompute="selective", base="nf4"),
+    Case(4, tp=2, pp=2, vpp=2, ep=2, model="shared", micro=3, recompute="full", base="fp8"),
+    Case(2, cp=2, ep=2, adapter="router", micro=PACKED, base="nf4"),
+    Case(2, tp=2, ep=2, model="tied", adapter="saved", micro=3, objective="dpo", base="fp8"),
     *QUICK_OF_FAMILIES,
 )
 """For ``make test-all``: the layouts README names, every value of every factor at least once, and
@@ -180,6 +186,14 @@ MORE = (
     Case(4, tp=2, ep=4, adapter="shared outer", micro=3, recompute="full"),
     Case(4, pp=2, adapter="saved", model="tied", micro=3, recompute="selective"),
     Case(4, pp=2, adapter="tokens", model="tied", micro=3, head="whole"),
+    Case(2, tp=2, ep=2, adapter="begun", micro=3, base="nf4"),
+    Case(4, tp=4, ep=4, model="2 kv heads", recompute="full1+selective", base="fp8"),
+    Case(4, cp=2, tp=2, model="dense", adapter="dora", micro=PACKED, base="fp8"),
+    Case(2, cp=2, adapter="ranks", micro=PACKED, too_long="split", objective="sft", base="nf4"),
+    Case(2, pp=2, vpp=2, model="mixed", adapter="shared outer", balance="on", base="nf4"),
+    Case(2, ep=2, model="idle", micro=3, objective="distill base", base="nf4"),
+    Case(2, tp=2, model="glm4_moe", micro=3, objective="dpo of start", base="nf4"),
+    Case(2, tp=2, ep=2, model="mixtral", adapter="router", micro=3, head="whole", base="fp8"),
 )
 """More ways to combine the same, left out of ``make test-all`` for their time: ``make test-long``
 and the seeded bugs run them."""

@@ -34,6 +34,7 @@ def make_config(
     data: Mapping[str, Any] | None = None,
     objective: ObjectiveConfig | None = None,
     rl: RLConfig | None = None,
+    weight_format: str = "auto",
     **train: Any,
 ) -> RunConfig:
     """Five steps at a constant rate unless ``train`` says otherwise; no logs but
@@ -54,7 +55,7 @@ def make_config(
     # tests/verify compares the base; here every run would pay for it.
     options["check_base"] = "off"
     return RunConfig(
-        model=ModelConfig(path=str(base), dtype=dtype),  # type: ignore[arg-type]
+        model=ModelConfig(path=str(base), dtype=dtype, weight_format=weight_format),  # type: ignore
         parallel=ParallelConfig(**parallel),
         lora=lora or LoRAConfig(rank=4, alpha=12.0),
         data=DataConfig(

@@ -80,6 +80,8 @@ def test_every_possible_pair_of_values_is_tested() -> None:
             # Stages that are not equal go with every pipeline whose parts have several layers.
             if case.pp > 1 and num_layers[case.model] > case.pp * case.vpp:
                 possible |= pairs(replace(case, stages="uneven"))
+    # The base as well as what follows goes with everything: its pairs are added last.
+    possible = {pair for pair in possible if pair[1][0] != "base"}
     # Cutting samples and the head go with everything.
     ways = list(
         product(("left_out", "truncate_right", "truncate_left", "split"), ("lean", "whole"))
@@ -114,6 +116,10 @@ def test_every_possible_pair_of_values_is_tested() -> None:
             nothing_to_do = balance == "on" and factor == "model" and value in dense
             if factor != "balance" and not nothing_to_do:
                 possible.add(((factor, value), ("balance", balance)))
+    # A base that stays codes goes with everything.
+    for value in {value for pair in possible for value in pair}:
+        for base in ("plain", "fp8", "nf4"):
+            possible.add((value, ("base", base)))
     tested = set()
     for case in full_grid():
         tested |= pairs(case)
@@ -127,6 +133,7 @@ def test_a_quick_case_for_every_value() -> None:
         "head": ("lean", "whole"), "stages": ("equal", "uneven"),
         "objective": OBJECTIVES,
         "balance": ("off", "on"),
+        "base": ("plain", "fp8", "nf4"),
         "too_long": ("left_out", "truncate_right", "truncate_left", "split"),
     }  # fmt: skip
     for factor, values in values_of.items():

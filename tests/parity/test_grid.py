@@ -8,6 +8,7 @@ import pytest
 
 from megalora.hf.json_file import read_hf_config
 from megalora.model.fields import model_shape
+from tests.parity.base_formats import make_folders
 from tests.parity.case import (
     Expected,
     deviations,
@@ -29,7 +30,8 @@ type Reference = Callable[[Case], tuple[Path, Expected]]
 # ``-k grpo``: from rollouts; ``-k routed``: with given experts; ``-k classify``: with a score head;
 # ``-k dora``: DoRA; ``-k begun``: a frozen pair beside A and B; ``-k bias``: biases of B;
 # ``-k balanced``: those that keep experts evenly used; ``-k saved`` and ``-k tokens``: weights of
-# the base that are trained themselves, and rows of it.
+# the base that are trained themselves, and rows of it; ``-k "fp8 or nf4"``: frozen weights that
+# stay codes.
 MARKED = [pytest.param(case, marks=[] if case in FAST else pytest.mark.slow) for case in QUICK]
 MARKED += [pytest.param(case, marks=pytest.mark.long) for case in MORE]
 
@@ -45,6 +47,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory, chats: Path) -> Referenc
         if not base.exists():
             make_model(case.model, base)
             make_teacher(base)
+        make_folders(base, case.base)
         if case.question not in found:
             found[case.question] = expected_of_clear_routing(case, SHORT, base, chats)
         return base, found[case.question]
