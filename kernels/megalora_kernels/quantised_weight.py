@@ -128,8 +128,13 @@ def _decode(weight: QuantisedWeight, out_ENK: torch.Tensor) -> None:
         return
     h = block_bytes(q)
     table = torch.tensor(NF4, device=weight.codes.device)
+    # Tables of whole bytes spare masks and shifts. ``index_select`` takes an index of 4 bytes,
+    # which ``table[...]`` would widen to 8.
+    index = weight.codes.flatten().int()
     # [E, N, Q, h]
-    packed = weight.codes.unflatten(-1, (-1, h))
-    # An index of dtype uint8 would be a mask to torch.
-    torch.mul(table[(packed & 15).int()], scale, out=out[..., :h])
-    torch.mul(table[(packed[..., : q - h] >> 4).int()], scale, out=out[..., h:])
+    blocks = (*weight.codes.shape[:2], -1, h)
+    low = table.repeat(16).index_select(0, index).view(blocks)
+    torch.mul(low, scale, out=out[..., :h])
+    high = table.repeat_interleave(16).index_select(0, index).view(blocks)
+    # Where q is odd, the last byte of a block has one value.
+    torch.mul(high[..., : q - h], scale, out=out[..., h:])

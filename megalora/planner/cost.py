@@ -116,7 +116,9 @@ def _second_model(
     It reads the same rows, and has no adapters."""
     assert work.teacher is not None
     beside = second_layout(work.teacher, layout)
-    alone = replace(work, teacher=None, references=0, balanced=False, ranks_per_token=None)
+    alone = replace(
+        work, teacher=None, references=0, balanced=False, ranks_per_token=None, held=None
+    )
     costs = StageCosts(model, beside, alone, machine)
     forwards: list[float] = []
     bases: set[Basis] = set()
@@ -251,6 +253,7 @@ class StageCosts(HeadCosts):
             again.take(forward, before="recompute ")
         elif level == "selective":
             again.take(self.selective(modules, is_moe), before="recompute ")
+        self.decode(forward, backward, again, layer, level)
 
         over = self.machine.overhead
         waits = is_moe and waits_before_all_to_all(self.p)
@@ -280,6 +283,8 @@ class StageCosts(HeadCosts):
         """float32 gradients to their owners, updated parameters back; sums over TP and ETP of what
         ranks share; Adam. The same for every microbatch and recomputation."""
         key = ("after backward", self.p, self.layout.num_ranks, self.e, stage, self.machine)
+        # DoRA's norms decode.
+        key = (*key, self.held)
         if key not in self.model.memo:
             self.model.memo[key] = self._after_backward(stage_chunks(self.model, self.p, stage))
         return self.model.memo[key]
@@ -291,6 +296,7 @@ class StageCosts(HeadCosts):
             count = adapter_parameters(self.model, self.p, chunk)
             alike[count, shared_elements(self.model, self.p, chunk)] += 1
             self.norms(to, chunk)
+            self.decode_for_norms(to, chunk)
         for (count, shared), times in alike.items():
             # Buffers of dense and of expert adapters, each sharded over its data-parallel group.
             for elements, group in zip(buffers(count, self.layout), ("dp_cp", "edp"), strict=True):

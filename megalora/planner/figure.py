@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from megalora.planner.cost import REFERENCE
+from megalora.planner.decode_cost import DECODING
 from megalora.planner.layout_table import short_name, speed_text
-from megalora.planner.memory import AVERAGE, CONTEXT, GIB, ROOM, START, gib_by_name
+from megalora.planner.memory import AVERAGE, CONTEXT, DECODED, GIB, ROOM, START, gib_by_name
 from megalora.planner.search import FULL, Plan, Planned
 
 BLUE = "#0072B2"
@@ -23,7 +24,7 @@ YELLOW = "#F0E442"
 Groups = dict[str, tuple[str, tuple[str, ...]]]
 """Name of a group -> its hue, and the parts that it adds up."""
 MEMORY: Groups = {
-    "frozen weights": (BLUE, ("weights", ROOM)),
+    "frozen weights": (BLUE, ("weights", ROOM, DECODED)),
     "adapters, gradients, optimizer": (
         ORANGE,
         ("adapters", START, AVERAGE, "buffer padding", "gradients", "optimizer", "optimizer step"),
@@ -36,7 +37,7 @@ MEMORY: Groups = {
 RECOMPUTATION = "recomputation, reference"
 TIME: Groups = {
     "attention": (BLUE, ("attention",)),
-    "experts, MLP": (ORANGE, ("experts", "mlp")),
+    "experts, MLP": (ORANGE, ("experts", "mlp", DECODING)),
     "head, norms, optimizer": (GREEN, ("head", "other", "optimizer")),
     RECOMPUTATION: (SKY, (REFERENCE,)),
     "dispatch, communication": (

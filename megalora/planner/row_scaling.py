@@ -1,9 +1,9 @@
 """What DoRA adds to the time of a step: scaling rows in every pass, and norms once a step."""
 
 from megalora.lora.spec import SHARDINGS, Adapted, has_magnitudes
+from megalora.planner.decode_cost import Decoding
 from megalora.planner.ledger import Ledger
 from megalora.planner.microbatch import STATISTIC
-from megalora.planner.prices import Prices
 from megalora.planner.weights import Chunk, stacked_rank
 
 SCALED_FORWARD = 2
@@ -17,7 +17,7 @@ DOWN_BACKWARD = 4
 the output's gradient is read twice."""
 
 
-class RowScaling(Prices):
+class RowScaling(Decoding):
     """Adds what DoRA costs to the ledgers it is given."""
 
     def scale(

@@ -207,8 +207,9 @@ def expected(
         for module in a.hf_modules():
             scales[module] = a.alpha / a.rank**exponent
     teacher = config.objective.teacher_model
+    decoded = decoded_folder(base, case.base)
     oracle = Oracle(
-        decoded_folder(base, case.base), factors, scales, arithmetic, BALANCE[case.balance], teacher and Path(teacher),
+        decoded, factors, scales, arithmetic, BALANCE[case.balance], teacher and Path(teacher),
         sorted(config.lora.trainable_token_indices),
     )  # fmt: skip
     if case.is_routed:

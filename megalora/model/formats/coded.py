@@ -37,8 +37,12 @@ class Coded:
         """Bytes of codes and scales, whatever the dtype of decoded values."""
         experts, n, k = sizes
         p, q = self.grain
-        width = k if self.form == "fp8" else k // q * -(-q // 2)
-        return experts * (n * width + n // p * (k // q) * SCALE_BYTES)
+        return experts * (n * self.width(k) + n // p * (k // q) * SCALE_BYTES)
+
+    def width(self, columns: int) -> int:
+        """Bytes of a row of codes: blocks of nf4 end in a whole byte."""
+        q = self.grain[1]
+        return columns if self.form == "fp8" else columns // q * -(-q // 2)
 
     def scratch_elements(self, sizes: tuple[int, int, int]) -> int:
         """Elements that the decoded weight takes, with room beside it."""
