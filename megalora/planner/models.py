@@ -15,6 +15,7 @@ from megalora.config.yaml_limits import check_yaml
 from megalora.hf.json_file import read_hf_config
 from megalora.model.fields import check_fields, model_shape, scheme_of
 from megalora.model.held import Held, held_of
+from megalora.model.quantised.scheme import QUANTISED
 from megalora.model.shape import ModelShape
 from megalora.planner.weights import layer_parameters
 
@@ -58,6 +59,14 @@ SAME_SIZES = {
 text differ, which a plan does not count."""
 
 
+FP8 = {
+    "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic",
+    "weight_block_size": [128, 128], "modules_to_not_convert": ["lm_head", "mlp.gate"],
+}  # fmt: skip
+"""``quantization_config`` of Qwen's models whose names end in -FP8; the published list also has the
+norms, which are no linears."""
+
+
 def held_by_config(model: ModelConfig, hf: Mapping[str, Any]) -> Held | None:
     """Weights that stay codes, as far as ``config.json`` says; raises ``ValueError`` as
     ``held_of`` does."""
@@ -88,9 +97,11 @@ def _read_fields(path: str) -> dict[str, Any]:
         return read_architecture(Path(path))
     # "Qwen/Qwen3-30B-A3B" and a mirror's "anybody/qwen3-30b-a3b" are the same model.
     name = path.rsplit("/", 1)[-1].lower().replace("-", "_")
-    known = ARCHITECTURES / f"{SAME_SIZES.get(name, name)}.yaml"
+    plain = name.removesuffix("_fp8")
+    known = ARCHITECTURES / f"{SAME_SIZES.get(plain, plain)}.yaml"
     if known.is_file():
-        return read_architecture(known)
+        fields = read_architecture(known)
+        return fields if plain == name else fields | {QUANTISED: FP8}
     there = ", ".join(sorted(file.name for file in ARCHITECTURES.glob("*.yaml")))
     raise ValueError(
         f"model.path={path} is neither a folder with a config.json nor a model of {ARCHITECTURES}"

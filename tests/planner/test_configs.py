@@ -12,7 +12,7 @@ from megalora.model.fields import model_shape
 from megalora.planner.crossings import crossings_of
 from megalora.planner.gpus import find_machine
 from megalora.planner.layouts import ParallelLayout, check
-from megalora.planner.models import find_architecture
+from megalora.planner.models import find_architecture, held_by_config
 from megalora.planner.question import PlanOptions
 from megalora.planner.report import config_text
 from megalora.planner.search import FULL, Plan, evaluate
@@ -32,11 +32,17 @@ def test_all_that_were_promised() -> None:
             assert f"{model}_{count}xh100_32k" in names
     assert names >= {"qwen3_30b_a3b_1xh100_4k", "qwen3_30b_a3b_1xh200_32k"}
     assert "qwen3_30b_a3b_8xh100_128k" in names
+    # Of frozen weights that stay codes.
+    assert names >= {
+        "qwen3_30b_a3b_fp8_1xh100_32k", "qwen3_30b_a3b_nf4_1xrtx4090_1k",
+        "qwen3_235b_a22b_fp8_8xh100_4k", "qwen3_235b_a22b_nf4_8xh100_4k",
+        "qwen3_235b_a22b_fp8_4xh200_4k", "qwen3_235b_a22b_nf4_4xh200_4k",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("path", READY, ids=lambda path: path.stem)
 def test_a_config_is_what_the_planner_writes(path: Path) -> None:
-    found = re.search(r"_(\d+)x(\w\d+)_(\d+)k$", path.stem)
+    found = re.search(r"_(\d+)x([a-z]+\d+)_(\d+)k$", path.stem)
     assert found is not None
     ranks = int(found[1])
     config = load_config(path)
@@ -46,7 +52,9 @@ def test_a_config_is_what_the_planner_writes(path: Path) -> None:
     # With the measured table of that GPU, as the command has it.
     crossings = crossings_of(machine.name)
     work = replace(Workload.of(config, PlanOptions.imbalance), crossings=crossings)
-    shape = model_shape(find_architecture(config.model.path))
+    hf = find_architecture(config.model.path)
+    shape = model_shape(hf)
+    work = replace(work, held=held_by_config(config.model, hf))
     layout = ParallelLayout.of(config, ranks)
     check(shape, layout, work)
     planned = evaluate(PlannedModel.of(shape, config.lora), config.lora.rank, layout, work, machine)
