@@ -17,7 +17,7 @@ from .logit_rows import (
 )
 from .lora_wgrad import lora_wgrad
 from .permute_shrink import permute_shrink
-from .quantised_weight import NF4, QuantisedWeight, block_bytes, pack_nf4
+from .quantised_weight import NF4, Nested, QuantisedWeight, block_bytes, pack_nf4
 from .regroup import Arrivals, regroup_values
 from .route import route, route_values
 from .routing import Routing, permute, permute_values, unpermute
@@ -30,6 +30,7 @@ __all__ = [
     "CodedWeight",
     "Destinations",
     "ExpertFactors",
+    "Nested",
     "QuantisedWeight",
     "Routing",
     "Scratch",

@@ -220,6 +220,7 @@ def coded_gemm_triton(
     """
     if why := why_not_in_load(weight):
         raise ValueError(f"coded_gemm_triton: {why}")
+    weight = weight.with_scales()
     num_experts, N, K = weight.sizes
     y_MN = x.new_empty(routing.num_rows, N)
     if y_MN.numel() == 0:

@@ -22,8 +22,8 @@ Shape legend: E experts, 1 for a dense linear   N outputs   K inputs   P, Q rows
 grid of scales   h = ceil(q / 2) bytes of a block of nf4
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -39,6 +39,21 @@ AT_ONCE = 2**24
 """Elements decoded at a time: each needs up to 8 bytes of temporaries."""
 
 
+class Nested(NamedTuple):
+    """Scales that are codes themselves: scale = values[code] * scales + offsets.
+
+    Product and sum are rounded each, as bitsandbytes computes them. Rows and columns of these
+    tensors are divisors of P and Q: each stands for as many neighbours.
+    """
+
+    values: torch.Tensor
+    """float32 ``[256]``."""
+    scales: torch.Tensor
+    """float32 ``[E, P2, Q2]``."""
+    offsets: torch.Tensor
+    """float32 ``[E, P3]``."""
+
+
 @dataclass(frozen=True)
 class QuantisedWeight:
     """Frozen ``[E, N, K]`` as it lies in memory; codes and scales are contiguous."""
@@ -51,6 +66,8 @@ class QuantisedWeight:
     """float32 ``[E, P, Q]``."""
     grain: tuple[int, int]
     """(p, q): rows and columns of W for each scale."""
+    nested: Nested | None = None
+    """What ``scales`` mean, if they are codes: uint8 then."""
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -63,10 +80,11 @@ class QuantisedWeight:
         E, N, K = self.sizes
         rows, columns = self.grain
         width = self.scales.shape[2] * block_bytes(columns) if self.form == "nf4" else K
-        if self.codes.dtype != torch.uint8 or self.scales.dtype != torch.float32:
+        of_scales = torch.float32 if self.nested is None else torch.uint8
+        if self.codes.dtype != torch.uint8 or self.scales.dtype != of_scales:
             raise ValueError(
                 f"{what}: codes are {self.codes.dtype} and scales {self.scales.dtype}, want"
-                " torch.uint8 and torch.float32"
+                f" torch.uint8 and {of_scales}"
             )
         fits = self.codes.shape[2] == width and self.scales.shape[:2] == (E, N // rows)
         if not fits or N % rows or self.scales.device != self.codes.device:
@@ -78,7 +96,25 @@ class QuantisedWeight:
 
     def experts(self, first: int, end: int) -> "QuantisedWeight":
         """Views of some experts."""
-        return QuantisedWeight(self.form, self.codes[first:end], self.scales[first:end], self.grain)
+        nested = self.nested
+        if nested is not None:
+            scales, offsets = (t[first:end] for t in nested[1:])
+            nested = Nested(nested.values, scales, offsets)
+        return replace(
+            self, codes=self.codes[first:end], scales=self.scales[first:end], nested=nested
+        )
+
+    def with_scales(self) -> "QuantisedWeight":
+        """The same with float32 scales, made of their codes if they are stored as such."""
+        if self.nested is None:
+            return self
+        values, scales, offsets = self.nested
+        _, P, Q = self.scales.shape
+        found = values.index_select(0, self.scales.flatten().int()).view(self.scales.shape)
+        by = scales.repeat_interleave(P // scales.shape[1], 1)
+        found *= by.repeat_interleave(Q // scales.shape[2], 2)
+        found += offsets.repeat_interleave(P // offsets.shape[1], 1).unsqueeze(-1)
+        return replace(self, scales=found, nested=None)
 
     def dequantised(self, dtype: torch.dtype) -> torch.Tensor:
         """``[E, N, K]``: the values in a tensor of their own."""
@@ -117,6 +153,7 @@ def pack_nf4(codes_NK: torch.Tensor, columns: int) -> torch.Tensor:
 
 def _decode(weight: QuantisedWeight, out_ENK: torch.Tensor) -> None:
     """``decode_into`` for a few experts at once."""
+    weight = weight.with_scales()
     p, q = weight.grain
     # [E, P, Q] -> [E, N, Q, 1]
     scale = weight.scales.repeat_interleave(p, 1).unsqueeze(-1)

@@ -20,7 +20,7 @@ from typing import Any
 from megalora.config import ModelConfig, ParallelConfig
 from megalora.model.account import BaseFolder, open_folder, quantised_note
 from megalora.model.families import layer_projections
-from megalora.model.formats.coded import Coded, HeldForm, grain_of
+from megalora.model.formats.coded import Coded, HeldForm, double_of, grain_of
 from megalora.model.projections import Projection
 from megalora.model.quantised.scheme import Scheme
 from megalora.model.shape import ModelShape
@@ -37,6 +37,8 @@ class Held:
     """Rows and columns of a published block; of nf4 it is not used."""
     modules: frozenset[tuple[int, str]]
     """(layer, Megatron's module) of each."""
+    nested: bool = False
+    """Whether the scales of all of them are stored as codes (bitsandbytes' double quantisation)."""
 
 
 def modules_of(shape: ModelShape, layer: int) -> dict[str, list[Projection]]:
@@ -65,6 +67,7 @@ def held_of(
     scheme: Scheme | None,
     shape: ModelShape,
     is_stored: Callable[[str], bool] | None = None,
+    is_nested: Callable[[str], bool] | None = None,
 ) -> Held | None:
     """What of a model is held as codes; None where all weights are plain.
 
@@ -72,6 +75,7 @@ def held_of(
         scheme: how the folder quantises its linears; None for a plain folder.
         is_stored: whether the folder stores the weight of this published name as codes. None: as
             ``config.json`` says, of experts by the first.
+        is_nested: the same of its scales.
     Raises:
         ValueError: ``model.weight_format`` asks for what would quantise anew.
     """
@@ -88,6 +92,11 @@ def held_of(
     # A folder's plain weights are quantised where nf4 was asked for by name.
     quantises = config.weight_format == "nf4"
     found: set[tuple[int, str]] = set()
+    nested = form == "nf4"
+
+    def says_nested(name: str) -> bool:
+        return scheme is not None and scheme.nested and says(name)
+
     for layer in range(shape.num_layers):
         for module, projections in modules_of(shape, layer).items():
             if config.quantised_parts == "experts" and not projections[0].is_expert:
@@ -96,15 +105,25 @@ def held_of(
             # A fused weight has one form: gate as codes beside a plain up would be no operand.
             if quantises or all(map(stored, names)):
                 found.add((layer, module))
+                nested = nested and all(map(is_nested or says_nested, names))
     if not found:
         return None
-    return Held(form, (1, 1) if scheme is None else scheme.block, frozenset(found))
+    return Held(form, (1, 1) if scheme is None else scheme.block, frozenset(found), nested)
 
 
 def held_in(config: ModelConfig, base: BaseFolder) -> Held | None:
     """``held_of`` of a folder, by what it stores."""
+
+    def is_nested(name: str) -> bool:
+        found = base.places[name].quantised
+        return found is not None and "weight.nested_absmax" in found.parts
+
     return held_of(
-        config, base.scheme, base.shape, lambda name: base.places[name].quantised is not None
+        config,
+        base.scheme,
+        base.shape,
+        lambda name: base.places[name].quantised is not None,
+        is_nested,
     )
 
 
@@ -182,7 +201,8 @@ def coded(
     else:
         part = (rows // ranks, columns)
         sizes = (experts, len(projections) * part[0], columns)
-    return Coded(held.form, grain_of(held.form, held.block, *part)), sizes
+    double = double_of(columns, part) if held.nested else None
+    return Coded(held.form, grain_of(held.form, held.block, *part), double), sizes
 
 
 def held_formats(

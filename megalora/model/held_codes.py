@@ -5,6 +5,11 @@ the model moves them.
     codes        uint8   ``QuantisedWeight.codes``               as the weight
     scale_bits   int32   that of ``QuantisedWeight.scales``      as the weight
 
+Where scales are codes themselves:
+
+    scale_codes  uint8   that of ``QuantisedWeight.scales``      as the weight
+    scale_bits   int32   ``Nested``: values, scales and offsets, one behind the other
+
 A float32 buffer would be rounded by ``module.bfloat16()``, and by Megatron's Float16Module: the
 bits of scales are kept as integers.
 """
@@ -12,8 +17,10 @@ bits of scales are kept as integers.
 from typing import Any
 
 import torch
-from megalora_kernels import CodedWeight, QuantisedWeight, Scratch, block_bytes
+from megalora_kernels import CodedWeight, Nested, QuantisedWeight, Scratch
 from torch import Tensor, nn
+
+from megalora.model.formats.coded import NESTED_VALUES
 
 
 class HeldCodes(nn.Module):
@@ -21,6 +28,7 @@ class HeldCodes(nn.Module):
 
     codes: Tensor
     scale_bits: Tensor
+    scale_codes: Tensor
 
     def __init__(
         self,
@@ -36,10 +44,15 @@ class HeldCodes(nn.Module):
         self.dtype = dtype
         experts, n, k = sizes
         p, q = how.grain
-        # A code of fp8 is a byte, one of nf4 half a byte; blocks of odd q end in a whole one.
-        width = k if how.form == "fp8" else k // q * block_bytes(q)
-        codes = torch.empty(experts, n, width, dtype=torch.uint8, device=device)
-        scales = torch.empty(experts, n // p, k // q, dtype=torch.int32, device=device)
+        codes = torch.empty(experts, n, how.width(k), dtype=torch.uint8, device=device)
+        of_scales = (experts, n // p, k // q)
+        if how.double is None:
+            scales = torch.empty(of_scales, dtype=torch.int32, device=device)
+        else:
+            scale_codes = torch.empty(of_scales, dtype=torch.uint8, device=device)
+            self.register_buffer("scale_codes", scale_codes, persistent=False)
+            floats = how.double.num_floats(experts, n, k // q)
+            scales = torch.empty(floats, dtype=torch.int32, device=device)
         # Not persistent: nothing but ``held_loading.py`` fills them.
         self.register_buffer("codes", codes, persistent=False)
         self.register_buffer("scale_bits", scales, persistent=False)
@@ -53,9 +66,23 @@ class HeldCodes(nn.Module):
         return self.scale_bits.view(torch.float32)
 
     @property
+    def nested(self) -> Nested:
+        """What the codes of scales mean, in the same memory."""
+        double = self.how.double
+        experts, n, k = self.sizes
+        sizes = (n // double.rows, k // self.how.grain[1] // double.scales)
+        num_second = experts * sizes[0] * sizes[1]
+        parts = (NESTED_VALUES, num_second, experts * n // double.run)
+        values, second, offsets = self.scales.split(parts)
+        return Nested(values, second.view(experts, *sizes), offsets.view(experts, -1))
+
+    @property
     def quantised(self) -> QuantisedWeight:
         """Codes and scales as the kernels read them."""
-        return QuantisedWeight(self.how.form, self.codes, self.scales, self.how.grain)
+        form, grain = self.how.form, self.how.grain
+        if self.how.double is None:
+            return QuantisedWeight(form, self.codes, self.scales, grain)
+        return QuantisedWeight(form, self.codes, self.scale_codes, grain, self.nested)
 
     def operand(self) -> CodedWeight:
         """The weight as the expert kernels take it."""
@@ -74,7 +101,7 @@ class HeldCodes(nn.Module):
     @property
     def num_bytes(self) -> int:
         """Bytes of codes and scales."""
-        return self.codes.nbytes + self.scale_bits.nbytes
+        return sum(buffer.nbytes for buffer in self.buffers())
 
     def mark_unwritten(self) -> None:
         """Let every scale be NaN, so that ``problem`` sees what loading leaves out."""

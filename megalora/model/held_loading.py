@@ -8,14 +8,14 @@ scale in memory   P, Q those of a published block
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from megalora_kernels import NF4, pack_nf4
 from torch import Tensor, nn
 
 from megalora.model.base_weights import BaseWeights
-from megalora.model.formats.coded import NF4_BLOCK
+from megalora.model.formats.coded import NESTED_BLOCK, NF4_BLOCK
 from megalora.model.held import modules_of
 from megalora.model.held_codes import HeldCodes
 from megalora.model.projections import Projection
@@ -65,6 +65,10 @@ def load_held(weights: BaseWeights, chunks: list[nn.Module], shape: ModelShape) 
         projections = modules_of(shape, layer)[module]
         held.mark_unwritten()
         for run in _runs(projections, shape, layer, held):
+            if held.how.double is not None:
+                codes = _read_nested(weights, run, held)
+                held.codes[run.expert, run.first_row : run.first_row + len(codes)].copy_(codes)
+                continue
             codes, scales = _read(weights, run, held)
             rows = slice(run.first_row, run.first_row + len(codes))
             p, q = held.how.grain
@@ -91,6 +95,8 @@ def randomise_held(chunks: list[nn.Module], shape: ModelShape, generator: torch.
             # Bytes without the highest bit of the exponent: below 2, and never NaN.
             held.codes.bitwise_and_(0b10111111)
         held.scales.fill_(size)
+        if held.how.double is not None:
+            held.scale_codes.random_(generator=generator)
         held.scratch.forget()
 
 
@@ -167,7 +173,13 @@ def _fp8(
 
 
 def _nf4(stored: Stored, run: _Run, q: int) -> tuple[Tensor, Tensor]:
-    codes, block_of, absmax, state = nf4.codes_of(stored, run.part, run.size)
+    codes, block_of, blocks, state = nf4.codes_of(stored, run.part, run.size)
+    _check_nf4(stored, state)
+    # All of a block of memory lies in one published block.
+    return codes, nf4.absmax(stored, blocks, state)[block_of[:, ::q]]
+
+
+def _check_nf4(stored: Stored, state: dict[str, Any]) -> None:
     # q divides 64, n K and k: no block of memory crosses two published ones if 64 divides theirs.
     if state["blocksize"] % NF4_BLOCK:
         raise ValueError(
@@ -177,8 +189,46 @@ def _nf4(stored: Stored, run: _Run, q: int) -> tuple[Tensor, Tensor]:
     # Whoever decodes takes the constant NF4, whatever a file says.
     if not torch.equal(stored["weight.quant_map"][...].float(), torch.tensor(NF4)):
         raise ValueError("its quant_map is not that of nf4: use model.weight_format=plain")
-    # All of a block of memory lies in one published block.
-    return codes, absmax[block_of[:, ::q]]
+
+
+def _read_nested(weights: BaseWeights, run: _Run, held: HeldCodes) -> Tensor:
+    """Packed codes of a run, whose scales' codes are written where they belong."""
+    stored = weights.stored(run.name)
+    assert stored is not None, f"{run.name} is stored plain"
+    double = held.how.double
+    q = held.how.grain[1]
+    try:
+        codes, block_of, blocks, state = nf4.codes_of(stored, run.part, run.size)
+        _check_nf4(stored, state)
+        span = state["blocksize"] * state["nested_blocksize"]
+        if span % (NF4_BLOCK * NESTED_BLOCK):
+            raise ValueError(
+                f"a scale of its scales is for {span} weights, and in memory for"
+                f" {NF4_BLOCK * NESTED_BLOCK}: use model.weight_format=plain"
+            )
+        nested = held.nested
+        values = stored["weight.nested_quant_map"][...].float()
+        # All matrices of a fused weight have one table in memory.
+        if nested.values[0].isnan():
+            nested.values.copy_(values)
+        elif not torch.equal(nested.values.cpu(), values):
+            raise ValueError("its nested_quant_map is another: use model.weight_format=plain")
+    except ValueError as error:
+        raise ValueError(f"{weights.folder}: {run.name}: {error}") from None
+    rows = slice(run.first_row, run.first_row + len(codes))
+    place = block_of[:, ::q]
+    held.scale_codes[run.expert, rows].copy_(stored["weight.absmax"][blocks][place])
+    # Of each second scale one block says which it is.
+    second = (place + blocks.start)[:: double.rows, :: double.scales] // state["nested_blocksize"]
+    all_second = stored["weight.nested_absmax"][...]
+    _part(nested.scales[run.expert], rows, double.rows).copy_(all_second[second])
+    _part(nested.offsets[run.expert], rows, double.run).fill_(state["nested_offset"])
+    return pack_nf4(codes, q)
+
+
+def _part(whole: Tensor, rows: slice, size: int) -> Tensor:
+    """What lies there for rows of the weight, of which ``size`` share a row of it."""
+    return whole[rows.start // size : rows.stop // size]
 
 
 def _quantised(

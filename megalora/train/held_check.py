@@ -44,9 +44,12 @@ class HeldCheck:
 
 
 def _hashes(module: HeldCodes) -> Tensor:
-    """int64 ``[2]``, on the device: of codes and of scales."""
-    # A hash of integers of 4 bytes; codes may end in fewer.
-    codes = module.codes.flatten()
-    whole = codes[: codes.numel() // 4 * 4].view(torch.int32)
-    rest = codes[whole.numel() * 4 :].int()
-    return torch.stack([bit_hash(whole) + bit_hash(rest), bit_hash(module.scale_bits)])
+    """int64, on the device: of codes, of scales and of scales' codes."""
+    found: list[Tensor] = []
+    for buffer in module.buffers():
+        # A hash of integers of 4 bytes; codes may end in fewer.
+        flat = buffer.flatten().view(torch.uint8)
+        whole = flat[: flat.numel() // 4 * 4].view(torch.int32)
+        rest = flat[whole.numel() * 4 :].int()
+        found.append(bit_hash(whole) + bit_hash(rest))
+    return torch.stack(found)

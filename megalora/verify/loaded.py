@@ -126,7 +126,7 @@ class Loaded:
         self._take_codes(prefix, module, gated)
         for full, tensor in tensors.items():
             is_trained = ".lora_" in full or ".trained_biases." in full
-            if is_trained or full.endswith((".codes", ".scale_bits")):
+            if is_trained or full.endswith((".codes", ".scale_codes", ".scale_bits")):
                 continue
             name = plain_name(full)
             key = f"{prefix}.{name}"

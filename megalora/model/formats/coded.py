@@ -5,7 +5,7 @@ The layout in memory is that of ``megalora_kernels.QuantisedWeight``.
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from megalora.model.formats.augmented import Augmented
 
@@ -18,6 +18,27 @@ HeldForm = Literal["fp8", "nf4"]
 NF4_BLOCK = 64
 """Columns that share a scale before a matrix is cut."""
 SCALE_BYTES = 4
+NESTED_BLOCK = 256
+"""Scales that share a second one, in the order of the flattened matrix."""
+NESTED_VALUES = 256
+"""Values of the table of scales."""
+
+
+class Double(NamedTuple):
+    """Scales of nf4 as codes of a byte, with scales and offsets of their own (bitsandbytes'
+    double quantisation)."""
+
+    rows: int
+    """Rows of the weight that share a second scale."""
+    scales: int
+    """Scales of a row that share it."""
+    run: int
+    """Rows of the weight that share an offset: those of one matrix that lie together."""
+
+    def num_floats(self, experts: int, n: int, scales: int) -> int:
+        """Values in float32: the table, second scales and offsets of ``[experts, n, scales]``."""
+        second = n // self.rows * (scales // self.scales)
+        return NESTED_VALUES + experts * (second + n // self.run)
 
 
 @dataclass(frozen=True)
@@ -27,6 +48,8 @@ class Coded:
     form: HeldForm
     grain: tuple[int, int]
     """(p, q): rows and columns that share a scale; they divide those of the rank's part."""
+    double: "Double | None" = None
+    """How scales lie in memory that are codes themselves; None where they are float32."""
     rank: int = 0
     """The adapter's, where decoded values have room for it beside them."""
     scratch: Any = field(default=None, compare=False)
@@ -37,7 +60,11 @@ class Coded:
         """Bytes of codes and scales, whatever the dtype of decoded values."""
         experts, n, k = sizes
         p, q = self.grain
-        return experts * (n * self.width(k) + n // p * (k // q) * SCALE_BYTES)
+        scales = experts * (n // p) * (k // q)
+        if self.double is None:
+            return experts * n * self.width(k) + scales * SCALE_BYTES
+        floats = self.double.num_floats(experts, n, k // q)
+        return experts * n * self.width(k) + scales + floats * SCALE_BYTES
 
     def width(self, columns: int) -> int:
         """Bytes of a row of codes: blocks of nf4 end in a whole byte."""
@@ -68,3 +95,25 @@ def grain_of(form: HeldForm, block: tuple[int, int], rows: int, columns: int) ->
     if form == "nf4":
         return 1, math.gcd(NF4_BLOCK, columns)
     return math.gcd(block[0], rows), math.gcd(block[1], columns)
+
+
+def double_of(columns: int, part: tuple[int, int]) -> Double | None:
+    """How doubly quantised scales lie in memory, for parts of matrices of so many columns; None
+    where float32 scales take no more.
+
+    A second scale is for 16,384 elements of the flattened matrix: for whole rows where the columns
+    divide that, otherwise for part of a row. A cut repeats it, as it repeats those of fp8.
+
+    Args:
+        part: rows and columns of the rank's part, which begins at a multiple of both.
+    """
+    rows, own = part
+    # A block that a cut divides has several places for its code.
+    if own % NF4_BLOCK:
+        return None
+    span = NESTED_BLOCK * NF4_BLOCK
+    if span % columns == 0:
+        found = Double(math.gcd(span // columns, rows), own // NF4_BLOCK, rows)
+    else:
+        found = Double(1, math.gcd(span, columns, own) // NF4_BLOCK, rows)
+    return found if found.rows * found.scales > 1 else None

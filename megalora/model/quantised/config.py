@@ -109,6 +109,7 @@ def _bitsandbytes(settings: Settings) -> Scheme:
     return Scheme(
         form="nf4",
         title="bitsandbytes' nf4",
+        nested=bool(settings.get("bnb_4bit_use_double_quant")),
         not_converted=not_converted(settings, "llm_int8_skip_modules"),
     )
 

@@ -27,18 +27,19 @@ STATE = "weight.quant_state.bitsandbytes__nf4"
 def decode(stored: Stored, part: Part, size: tuple[int, int]) -> Tensor:
     """``part`` of the matrix in float32; ``size`` is [N, K]. Raises ``ValueError`` as ``codes_of``
     does."""
-    codes, block_of, absmax, _ = codes_of(stored, part, size)
-    return stored["weight.quant_map"][...].float()[codes.long()] * absmax[block_of]
+    codes, block_of, blocks, state = codes_of(stored, part, size)
+    scale = absmax(stored, blocks, state)[block_of]
+    return stored["weight.quant_map"][...].float()[codes.long()] * scale
 
 
 def codes_of(
     stored: Stored, part: Part, size: tuple[int, int]
-) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
-    """Codes of a part, one to a byte, and their scales.
+) -> tuple[Tensor, Tensor, slice, dict[str, Any]]:
+    """Codes of a part, one to a byte, and where their scales are.
 
     Returns:
-        uint8 ``[n, k]``, the place ``[n, k]`` of each code's scale, the scales in float32, and what
-        ``quant_state`` says.
+        uint8 ``[n, k]``, the place ``[n, k]`` of each code's scale among those of the blocks that
+        the part touches, these blocks, and what ``quant_state`` says.
 
     Raises:
         ValueError: ``quant_state`` is of another matrix, or does not fit the tensors.
@@ -52,21 +53,21 @@ def codes_of(
     codes = high_first(stored["weight"][covering(first, end, 2)].flatten())
     # A row may begin in the middle of a byte.
     codes = codes[first % 2 :][: end - first].view(n1 - n0, columns)
-    absmax = _absmax(stored, covering(first, end, state["blocksize"]), state)
+    blocks = covering(first, end, state["blocksize"])
     block_of = group_of(first, end, state["blocksize"]).view(n1 - n0, columns)
-    return codes[:, k0:k1], block_of[:, k0:k1], absmax, state
+    return codes[:, k0:k1], block_of[:, k0:k1], blocks, state
 
 
-def _absmax(stored: Stored, blocks: slice, state: dict[str, Any]) -> Tensor:
+def absmax(stored: Stored, blocks: slice, state: dict[str, Any]) -> Tensor:
     """Scales of some blocks in float32."""
-    absmax = stored["weight.absmax"][blocks]
-    if absmax.dtype != torch.uint8:
-        return absmax
+    found = stored["weight.absmax"][blocks]
+    if found.dtype != torch.uint8:
+        return found
     # The second quantisation has blocks of its own, over the scales of the whole matrix.
     step = state["nested_blocksize"]
     nested = stored["weight.nested_absmax"][covering(blocks.start, blocks.stop, step)]
     scale = nested[group_of(blocks.start, blocks.stop, step)]
-    values = stored["weight.nested_quant_map"][...][absmax.long()]
+    values = stored["weight.nested_quant_map"][...][found.long()]
     return values * scale + state["nested_offset"]
 
 

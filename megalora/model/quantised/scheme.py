@@ -29,6 +29,8 @@ class Scheme:
     """Whether int4 has no zero points."""
     zero_offset: int = 1
     """What is added to GPTQ's stored zero points."""
+    nested: bool = False
+    """Whether the scales of nf4 are codes themselves, as far as the config says."""
     scattered: bool = False
     """Whether GPTQ's groups of columns are not neighbours, so that ``g_idx`` must say them."""
     not_converted: tuple[str, ...] = ()
