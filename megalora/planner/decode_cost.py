@@ -31,6 +31,9 @@ BYTES_OF_CODE: dict[HeldForm, int] = {"fp8": 1 + 4, "nf4": 1 + 4 + 2 * (4 + 4)}
 to an index, by which two values are looked up."""
 BYTES_OF_SCALE: dict[HeldForm, int] = {"fp8": 3 * 4, "nf4": 4 * 4}
 """The same of a scale of a row: read, repeated, and read again, with nf4 by either half."""
+BYTES_OF_NESTED = 1 + 4 + 4 + 4 + 2 * 4 + 3 * 4 + 2 * 4
+"""The same of a scale that is a code itself: widened, looked up, times a second scale, which is
+repeated before, plus an offset."""
 IN_LOAD_ROWS = 256.0
 """``megalora_kernels.coded_gemm.IN_LOAD_ROWS``, of GPUs that the planner knows: rows per expert up
 to which forward decodes while it loads."""
@@ -48,11 +51,11 @@ def decode_bytes(how: Coded, sizes: tuple[int, int, int], e: int) -> int:
     experts, n, k = sizes
     columns = how.grain[1]
     of_codes = BYTES_OF_CODE[how.form] * experts * n * how.width(k)
-    return (
-        of_codes
-        + prod(sizes) * (PRODUCT + e)
-        + experts * n * (k // columns) * BYTES_OF_SCALE[how.form]
-    )
+    of_scale = BYTES_OF_SCALE[how.form]
+    if how.double is not None:
+        of_scale += BYTES_OF_NESTED
+    num_scales = experts * n * (k // columns)
+    return of_codes + prod(sizes) * (PRODUCT + e) + num_scales * of_scale
 
 
 def decoded_in(

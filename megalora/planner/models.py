@@ -65,6 +65,11 @@ FP8 = {
 }  # fmt: skip
 """``quantization_config`` of Qwen's models whose names end in -FP8; the published list also has the
 norms, which are no linears."""
+NF4 = {
+    "quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_use_double_quant": True, "llm_int8_skip_modules": ["lm_head", "mlp.gate"],
+}  # fmt: skip
+"""The same of Unsloth's models whose names end in -bnb-4bit, as far as a plan goes."""
 
 
 def held_by_config(model: ModelConfig, hf: Mapping[str, Any]) -> Held | None:
@@ -97,11 +102,13 @@ def _read_fields(path: str) -> dict[str, Any]:
         return read_architecture(Path(path))
     # "Qwen/Qwen3-30B-A3B" and a mirror's "anybody/qwen3-30b-a3b" are the same model.
     name = path.rsplit("/", 1)[-1].lower().replace("-", "_")
-    plain = name.removesuffix("_fp8")
+    plain = name.removesuffix("_fp8").removesuffix("_bnb_4bit")
     known = ARCHITECTURES / f"{SAME_SIZES.get(plain, plain)}.yaml"
     if known.is_file():
         fields = read_architecture(known)
-        return fields if plain == name else fields | {QUANTISED: FP8}
+        if plain != name:
+            fields[QUANTISED] = FP8 if name.endswith("_fp8") else NF4
+        return fields
     there = ", ".join(sorted(file.name for file in ARCHITECTURES.glob("*.yaml")))
     raise ValueError(
         f"model.path={path} is neither a folder with a config.json nor a model of {ARCHITECTURES}"

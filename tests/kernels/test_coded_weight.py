@@ -2,11 +2,12 @@
 experts on the decoded weights compute, bit for bit, and keep nothing decoded."""
 
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
-from megalora_kernels import CodedWeight, QuantisedWeight, Scratch, pack_nf4
+from megalora_kernels import CodedWeight, Nested, QuantisedWeight, Scratch, pack_nf4
 from megalora_kernels.quantised_weight import NF4
 
 from tests.kernels.oracle import Experts, top_k
@@ -51,6 +52,23 @@ def test_a_value_is_its_code_times_its_scale(form: str, grain: tuple[int, int]) 
             for k in range(K):
                 scale = scales[:, n // grain[0], k // grain[1]]
                 assert torch.equal(found[:, n, k], (values[:, n, k] * scale).to(dtype))
+
+
+def test_a_scale_is_its_code_times_a_second_scale_and_an_offset() -> None:
+    g = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 256, (3, 4, 8), dtype=torch.uint8, generator=g)
+    values, second, offsets = (torch.rand(s, generator=g) for s in ((256,), (3, 2, 4), (3, 4)))
+    packed = torch.zeros(3, 4, 8 * 32, dtype=torch.uint8)
+    nested = Nested(values, second, offsets)
+    weight = QuantisedWeight("nf4", packed, codes, (1, 64), nested)
+    weight.check("test")
+    for found, first in ((weight, 0), (weight.experts(1, 3), 1)):
+        scales = found.with_scales().scales
+        for e, p, q in product(range(len(scales)), range(4), range(8)):
+            value = values[int(codes[first + e, p, q])] * second[first + e, p // 2, q // 2]
+            assert scales[e, p, q] == value + offsets[first + e, p]
+    with pytest.raises(ValueError, match=r"scales torch.uint8, want torch.uint8 and torch.float32"):
+        replace(weight, nested=None).check("test")
 
 
 def held(

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from megalora_kernels import QuantisedWeight, block_bytes, coded_gemm
+from megalora_kernels import Nested, QuantisedWeight, block_bytes, coded_gemm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megalora.config import LoRAConfig, ModelConfig, ParallelConfig, RunConfig
 from megalora.model.account import open_folder
-from megalora.model.formats.coded import Coded
+from megalora.model.formats.coded import Coded, Double
 from megalora.model.held import Held, held_of
 from megalora.model.held_codes import HeldCodes
 from megalora.planner import decode_cost
@@ -69,6 +69,20 @@ def test_bytes_are_those_of_the_operations(form: Any, grain: Any, dtype: torch.d
     said = decode_bytes(Coded(form, grain), sizes, out.element_size())
     # Tables of 256 values are not counted.
     assert counted.num_bytes == pytest.approx(said, rel=0.02)
+
+
+def test_bytes_of_scales_that_are_codes() -> None:
+    sizes = (3, 128, 512)
+    codes = torch.zeros(3, 128, 256, dtype=torch.uint8)
+    nested = Nested(torch.ones(256), torch.ones(3, 4, 1), torch.ones(3, 1))
+    scales = torch.zeros(3, 128, 8, dtype=torch.uint8)
+    weight = QuantisedWeight("nf4", codes, scales, (1, 64), nested)
+    out = torch.empty(sizes, dtype=torch.bfloat16)
+    with Traffic() as counted:
+        weight.decode_into(out)
+    said = decode_bytes(Coded("nf4", (1, 64), Double(32, 8, 128)), sizes, 2)
+    assert counted.num_bytes == pytest.approx(said, rel=0.02)
+    assert said > decode_bytes(Coded("nf4", (1, 64)), sizes, 2)
 
 
 def test_the_rule_is_the_kernels() -> None:

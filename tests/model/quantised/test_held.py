@@ -18,6 +18,7 @@ from megalora.lora.adapted_model import with_held
 from megalora.model.account import open_folder
 from megalora.model.build import build_model
 from megalora.model.formats import ALL_PLAIN
+from megalora.model.formats.coded import double_of
 from megalora.model.held import held_in, held_of
 from megalora.model.held_codes import HeldCodes
 from megalora.model.held_loading import held_modules
@@ -33,6 +34,7 @@ from megalora.train.held_notes import notes_of_base
 from megalora.train.loop import train
 from tests.distributed.ranks import run_ranks
 from tests.model.quantised.test_training import LORA, SIZES, assert_same, both
+from tests.oracles import quantised as oracle
 from tests.oracles.base import make_base, rewrite
 from tests.oracles.bitsandbytes_apart import functional
 from tests.parity.runs import make_config
@@ -85,6 +87,9 @@ def compare(quantised: Path, plain: Path, layout: dict[str, int], weight_format:
             weight = its.get_parameter(module if ".experts." in module else f"{module}.weight")
             values = codes.decoded() if ".experts." in module else codes.decoded()[0]
             assert torch.equal(values, weight), f"{module} of layer {layer}"
+            if held.nested:
+                # Where that saves nothing scales are float32: parts of 192 of 384 columns.
+                assert (codes.how.double is None) == ("down" in module and parallel.etp == 2)
             found.append(module)
         # As Megatron's Float16Module does.
         for chunk in coded:
@@ -112,12 +117,17 @@ def spoil(chunks: list[Any]) -> None:
         ("fp8", {"tp": 2, "etp": 2}, 2),
         ("nf4", {"tp": 2, "etp": 1, "ep": 2}, 2),
         ("plain", {"tp": 2, "etp": 2}, 2),
+        ("nf4 nested", {"tp": 2, "etp": 1}, 2),
         pytest.param("nf4 nested", {"tp": 2, "etp": 2, "pp": 2}, 4, marks=pytest.mark.slow),
     ],
 )
 def test_values_of_every_part(
     base: Path, tmp_path: Path, form: str, layout: dict[str, int], world: int
 ) -> None:
+    if form == "nf4 nested":
+        # 384 columns: ends of blocks of 16,384 elements divide rows.
+        sizes = SIZES | {"moe_intermediate_size": 384}
+        base = make_base(tmp_path / "base", **sizes)
     quantised, plain = both(base, tmp_path, "nf4" if form == "plain" else form)
     weight_format = "auto"
     if form == "plain":
@@ -127,6 +137,34 @@ def test_values_of_every_part(
         # Two layers, each with two fused weights of experts and two of attention.
         assert len(found) == 2 * 4 // layout.get("pp", 1)
         assert len(set(found)) == 4
+
+
+# Second scales for rows, for parts of a row, and cut; none where they save nothing.
+@pytest.mark.parametrize(
+    ("columns", "part", "double"),
+    [
+        (2048, (768, 2048), (8, 32, 768)),
+        (2048, (12, 2048), (4, 32, 12)),
+        (768, (2048, 768), (1, 4, 2048)),
+        (768, (2048, 384), (1, 2, 2048)),
+        (4096, (2048, 1024), (4, 16, 2048)),
+        (192, (64, 192), None),
+        (128, (64, 32), None),
+    ],
+)
+def test_places_of_second_scales(columns: int, part: Any, double: Any) -> None:
+    """No group of weights with one second scale in memory lies in two of the file's."""
+    found = double_of(columns, part)
+    assert found == double
+    if found is None:
+        return
+    # A part in the middle of its matrix, in rows and in columns.
+    row = torch.arange(part[0], 2 * part[0])
+    first = part[1] if part[1] < columns else 0
+    block = torch.arange(first, first + part[1], 64)
+    second = (row[:, None] * columns + block) // (64 * 256)
+    groups = second.unflatten(0, (-1, found.rows)).unflatten(2, (-1, found.scales))
+    assert torch.equal(groups.amin((1, 3)), groups.amax((1, 3)))
 
 
 @pytest.mark.slow
@@ -164,17 +202,22 @@ def read(out: Path) -> dict[str, Any]:
     [
         ("nf4", "linears", {"tp": 2, "pp": 2, "ep": 2}, 3),
         ("nf4", "experts", {"ep": 4}, 0),
+        # Doubly quantised, as config.json says.
+        ("auto", "linears", {"tp": 2, "pp": 2, "ep": 2}, 3),
     ],
 )
 def test_the_plan_is_what_is_built(
     base: Path, weight_format: Any, parts: Any, layout: dict[str, int], rank: int
 ) -> None:
     hf = read_hf_config(base)
+    if weight_format == "auto":
+        hf |= {"quantization_config": oracle.CONFIGS["nf4 nested"]()}
     model = ModelConfig(path=str(base), weight_format=weight_format, quantised_parts=parts)
     parallel = ParallelConfig(**layout)
     with fake_world(rank, 4):
         built = dry_run(hf, LORA, parallel, model)
     held = held_by_config(model, hf)
+    assert held is not None and held.nested == (weight_format == "auto")
     work = Workload(sequence_length=64, global_batch_size=64, held=held)
     shape = open_folder(base).shape
     stage = rank // (4 // parallel.pp)
