@@ -20,8 +20,6 @@ import torch
 from megalora_kernels import CodedWeight, Nested, QuantisedWeight, Scratch
 from torch import Tensor, nn
 
-from megalora.model.formats.coded import NESTED_VALUES
-
 
 class HeldCodes(nn.Module):
     """One weight ``[E, N, K]`` of a rank; E is 1 for a dense linear."""
@@ -72,8 +70,9 @@ class HeldCodes(nn.Module):
         experts, n, k = self.sizes
         sizes = (n // double.rows, k // self.how.grain[1] // double.scales)
         num_second = experts * sizes[0] * sizes[1]
-        parts = (NESTED_VALUES, num_second, experts * n // double.run)
-        values, second, offsets = self.scales.split(parts)
+        num_offsets = experts * n // double.run
+        num_values = self.scales.numel() - num_second - num_offsets
+        values, second, offsets = self.scales.split((num_values, num_second, num_offsets))
         return Nested(values, second.view(experts, *sizes), offsets.view(experts, -1))
 
     @property
