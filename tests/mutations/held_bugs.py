@@ -78,8 +78,8 @@ HELD_BUGS: tuple[Bug, ...] = (
         0,
         "a cast reaches the scales",
         "megalora/model/held_codes.py",
-        "n // p, k // q, dtype=torch.int32, device=device)",
-        "n // p, k // q, dtype=torch.float32, device=device)",
+        "scales = torch.empty(of_scales, dtype=torch.int32, device=device)",
+        "scales = torch.empty(of_scales, dtype=torch.float32, device=device)",
         _PARTS,
     ),
     bug(
