@@ -26,6 +26,9 @@ def read_pointer(path: Path) -> Path | None:
         ValueError: it cannot be read, or holds anything but the plain name of a checkpoint.
     """
     try:
+        # To open a pipe would wait for a writer, for ever.
+        if path.exists() and not path.is_file():
+            raise ValueError(f"{path} is not a regular file")
         with path.open("rb") as file:
             # A name has 23 characters at most; whatever else the file may be is not read whole.
             content = file.read(100)

@@ -13,6 +13,7 @@ from megalora.train.assemble import Run
 from megalora.train.average import Average, average_of
 from megalora.train.checkpoint.background import Background, Pace, Save
 from megalora.train.checkpoint.identity import Identity, Samples
+from megalora.train.checkpoint.pieces import OwnedPieces
 from megalora.train.checkpoint.save import Beside, CheckpointWriter
 from megalora.train.drift import DriftCheck
 from megalora.train.held_check import HeldCheck
@@ -140,6 +141,15 @@ class Saver:
         self.background.finish()
         self.take_note(now)
 
+    def say_what_failed(self) -> None:
+        """Say which saves have failed or are not on disk, where the run ends with another error."""
+        for save in self.background.pending:
+            # A rank that is lost, or a bug, is what the run ends with.
+            if isinstance(save.error, ValueError):
+                self.say(str(save.error))
+            elif not save.done:
+                self.say(f"step {save.step}: its save was not finished")
+
     def _end(self, save: Save, now: Progress) -> None:
         if save.error is not None:
             may_fail = self.run.config.checkpoint.on_error == "continue"
@@ -166,7 +176,8 @@ def saving(
     """
     average = average_of(run.model, run.config.train.ema_decay, state)
     with host_group() as group:
-        writer = CheckpointWriter(run.config, run.model, run.optimizer, group)
+        pieces = OwnedPieces(run.model, run.optimizer)
+        writer = CheckpointWriter(run.config, run.model, pieces, group)
         saver = Saver(run, probe, samples, identity, serve, cycles, average, say, writer)
         try:
             yield saver
@@ -174,4 +185,5 @@ def saving(
             # A mistake is raised on all ranks, whose threads end together.
             wait_s = CLOSE_S if isinstance(error, ValueError) else SHORT_CLOSE_S
             saver.background.finish(wait_s)
+            saver.say_what_failed()
             raise

@@ -10,6 +10,7 @@ SLICES_TEST = "tests/lora/test_slices.py"
 READER_TEST = "tests/adapters/test_saved_tensors.py"
 THREAD_TEST = "tests/train/test_background.py"
 CRASHES = "tests/train/test_crash_points.py"
+ORDER = "tests/train/test_save_order.py"
 RESUMES = "tests/distributed/test_checkpoint.py"
 LAYOUTS = "tests/pitfalls/test_training.py test_08_a_checkpoint_means"
 
@@ -65,6 +66,34 @@ SAVING_BUGS: tuple[Bug, ...] = (
         "megalora/adapters/write/stream.py",
         "(-tensors[name].element_size(), name)", "(tensors[name].element_size(), name)",
         "tests/adapters/test_stream.py save_file"),
+    bug(0, "a rank's file that it does not force to disk", f"{CHECKPOINT}/snapshot.py",
+        "            os.fsync(file.fileno())\n", "", f"{ORDER} before_it_is_named"),
+    bug(0, "a checkpoint named before its files are on disk", WRITER,
+        "    force_tree_to_disk(temporary)\n", "", f"{ORDER} before_it_is_named"),
+    bug(0, "a pointer whose content is not on disk", WRITER,
+        "    force_to_disk(pointer)\n", "", f"{ORDER} before_it_is_named"),
+    bug(0, "a checkpoint whose pointer may be lost behind the save", WRITER,
+        "    pointer.rename(target.with_name(name))\n    force_to_disk(target.parent)\n",
+        "    pointer.rename(target.with_name(name))\n", f"{ORDER} before_it_is_named"),
+    bug(0, "a checkpoint that loses files under its name", WRITER,
+        "    force_to_disk(folder.parent)\n    shutil.rmtree(gone)\n",
+        "    shutil.rmtree(gone)\n", f"{ORDER} before_it_is_named"),
+    bug(0, "wrong pieces that the first rank keeps to itself", f"{CHECKPOINT}/assembled.py",
+        'on_first_rank(lambda: made.append(_merged(rows)), "a checkpoint\'s table", group)',
+        "made += [_merged(rows)] if rows else []", f"{ORDER} all_hear and twice"),
+    bug(0, "an adapter without a plan that the first rank keeps to itself",
+        f"{CHECKPOINT}/adapter_file.py",
+        'batches = on_first_rank(make, f"the plan of {WEIGHTS}", group)',
+        "batches = make() if table is not None else []\n"
+        "        batches = on_first_rank(lambda: batches, '', group)",
+        f"{ORDER} all_hear and form"),
+    bug(0, "a rank's file on another node's disk passes", f"{CHECKPOINT}/save.py",
+        "        if seen != num_bytes:", "        if False:", f"{ORDER} all_hear and unseen"),
+    bug(0, "a failed save that another error hides", "megalora/train/saver.py",
+        "            saver.say_what_failed()\n", "", f"{THREAD_TEST} another_error"),
+    bug(0, "a pipe in place of latest is opened", "megalora/adapters/latest.py",
+        "if path.exists() and not path.is_file():", "if False:",
+        "tests/train/test_where.py a_pipe"),
     bug(0, "generators of the first rank for all", f"{CHECKPOINT}/load.py",
         "saved.generators(rank)", "saved.generators(0)", f"{RESUMES} bit_for_bit"),
 )  # fmt: skip

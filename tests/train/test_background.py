@@ -3,9 +3,11 @@ an error ends the run or does not."""
 
 import queue
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from safetensors.torch import load_file
 
 from megalora.config import CheckpointConfig
 from megalora.lora.slices import Slice
+from megalora.train import saver as saver_module
 from megalora.train.checkpoint.background import REST, Background, Pace, Save
 from megalora.train.checkpoint.pieces import Block
 from megalora.train.checkpoint.snapshot import Snapshot
@@ -108,6 +111,43 @@ def test_what_becomes_of_an_error() -> None:
     # A bug, or a lost rank, is neither.
     with pytest.raises(RuntimeError, match="Connection closed"):
         ended("continue", 3, RuntimeError("Connection closed by peer"))
+
+
+def test_a_failed_save_is_said_where_another_error_ends_the_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said: list[str] = []
+    full = ValueError("could not save step_2 (No space left on device)")
+    go = threading.Event()
+
+    def fail() -> None:
+        raise full
+
+    def lose() -> None:
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr(saver_module, "CLOSE_S", 0.5)
+    monkeypatch.setattr(saver_module, "host_group", lambda: nullcontext(None))
+    monkeypatch.setattr(saver_module, "average_of", lambda *_: None)
+    for name in ("OwnedPieces", "CheckpointWriter", "HeldCheck", "DriftCheck"):
+        monkeypatch.setattr(saver_module, name, lambda *_: None)
+    run: Any = MagicMock()
+    nothing: Any = None
+
+    def train() -> None:
+        of = saver_module.saving(
+            run, nothing, nothing, nothing, nothing, nothing, nothing, said.append
+        )
+        with of as saver:
+            # The second is of a rank that is lost, which the watch says.
+            for step, write in ((2, fail), (3, lose), (4, lambda: go.wait(TIMEOUT_S))):
+                saver.background.begin(Save(step, write, Snapshot()))
+            raise ValueError("data.jsonl:8: row 7 is damaged")
+
+    with pytest.raises(ValueError, match="row 7"):
+        train()
+    go.set()
+    assert said == [str(full), "step 4: its save was not finished"]
 
 
 def test_automatic_saves_leave_the_loop_its_time() -> None:

@@ -4,6 +4,7 @@ state.json as a fuzzer leaves it."""
 import json
 import os
 import re
+import signal
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,17 @@ def test_latest_may_be_a_folder(run: Path) -> None:
     (run / "latest").unlink()
     (run / "latest").mkdir()
     assert found(run).state.step == 6
+
+
+def test_a_pipe_in_place_of_latest_is_not_waited_for(run: Path) -> None:
+    (run / "latest").unlink()
+    os.mkfifo(run / "latest")
+    # A reader that opens it waits for a writer: the signal ends that.
+    signal.alarm(20)
+    answer = found(run)
+    signal.alarm(0)
+    assert answer.state.step == 6
+    assert "latest is not a regular file; going on from step_000006" in answer.notes[0]
 
 
 def test_newest_is_the_one_that_was_saved_last(run: Path) -> None:

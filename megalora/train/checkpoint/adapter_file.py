@@ -14,6 +14,7 @@ from megalora.adapters.cycles import summed_source
 from megalora.adapters.files import WEIGHTS
 from megalora.adapters.write.form import checkpoint_form, write_config
 from megalora.adapters.write.stream import write_tensors
+from megalora.first_rank import on_first_rank
 from megalora.lora.spec import Adapted
 from megalora.model.shape import ModelShape
 from megalora.train.checkpoint.assembled import Assembled, Table, batches_of, send
@@ -90,13 +91,17 @@ class AdapterFile:
         return None
 
     def _agree(self, table: Table | None, group: dist.ProcessGroup | None) -> Plan:
-        """The plan, of which all ranks need the batches; collective."""
-        plan = self._make_plan(table) if table is not None else Plan()
-        if group is not None:
-            shared: list[Any] = [plan.batches]
-            dist.broadcast_object_list(shared, src=0, group=group)
-            plan.batches = shared[0]
-        return plan
+        """The plan, of which all ranks need the batches; collective. Raises on every rank where the
+        first one cannot make it."""
+        made: list[Plan] = []
+
+        def make() -> list[list[str]]:
+            assert table is not None
+            made.append(self._make_plan(table))
+            return made[0].batches
+
+        batches = on_first_rank(make, f"the plan of {WEIGHTS}", group)
+        return made[0] if made else Plan(batches=batches)
 
     def _make_plan(self, table: Table) -> Plan:
         """Make the file of tensors without contents: what is asked for, and what comes out."""

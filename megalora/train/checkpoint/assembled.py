@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megalora.adapters.state_index import Indexed, Piece, check_pieces
+from megalora.first_rank import on_first_rank
 from megalora.lora.slices import Slice, copy_overlap
 from megalora.train.checkpoint.snapshot import Held, Snapshot
 
@@ -48,7 +49,8 @@ def table_of(
     Args:
         dtypes: of the parameters of this rank's tensors.
     Raises:
-        ValueError: the ranks together lack an element, or have one twice; a bug of ours.
+        ValueError: on every rank, where together they lack an element, or have one twice; a bug of
+            ours.
     """
     own: dict[str, _Row] = {}
     for key, of_key in snapshot.held.items():
@@ -66,9 +68,16 @@ def table_of(
         if dist.get_rank() == 0:
             found = [{}] * dist.get_world_size()
         dist.gather_object(own, found, dst=0, group=group)
-        if found is None:
-            return None
-        rows = found
+        # None but on the first rank, which alone looks at them.
+        rows = found or []
+    made: list[Table] = []
+    # Raised on the first rank alone, a fault would leave the others waiting in the next collective.
+    on_first_rank(lambda: made.append(_merged(rows)), "a checkpoint's table", group)
+    return made[0] if made else None
+
+
+def _merged(rows: list[dict[str, _Row]]) -> Table:
+    """The table of what each rank holds."""
     pieces: dict[str, list[Piece]] = {}
     first: dict[str, _Row] = {}
     for rank, of_rank in enumerate(rows):

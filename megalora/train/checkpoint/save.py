@@ -7,11 +7,11 @@ each rank then writes the rank's own file, sends the first rank what it needs fo
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch.distributed as dist
 from safetensors import safe_open
@@ -34,13 +34,14 @@ from megalora.adapters.state_index import Index, rank_file, write_index
 from megalora.adapters.trained_on import base_of_run
 from megalora.config import CheckpointConfig, RunConfig
 from megalora.first_rank import is_first_rank, on_first_rank
-from megalora.lora.adapted_model import AdaptedModel
 from megalora.lora.section import settings
+from megalora.lora.spec import Adapted
+from megalora.model.shape import ModelShape
 from megalora.train.average import Average
 from megalora.train.checkpoint.adapter_file import AdapterFile
 from megalora.train.checkpoint.assembled import Table, table_of
 from megalora.train.checkpoint.identity import Identity, Samples
-from megalora.train.checkpoint.pieces import OwnedPieces
+from megalora.train.checkpoint.pieces import Block
 from megalora.train.checkpoint.snapshot import Snapshot
 from megalora.train.checkpoint.writer import (
     checkpoint_name,
@@ -74,21 +75,39 @@ class Texts:
     best: BestLoss
 
 
+class Pieces(Protocol):
+    """What a rank saves, as ``OwnedPieces`` names it: all that saving knows of model and
+    optimizer."""
+
+    dtypes: dict[str, Any]
+
+    def blocks(self, start: Start | None, average: Start | None) -> Iterable[Block]: ...
+
+
+class Described(Protocol):
+    """What the adapter's files need to know of a model."""
+
+    @property
+    def adapted(self) -> list[Adapted]: ...
+    @property
+    def shape(self) -> ModelShape: ...
+
+
 class CheckpointWriter:
     """Writes ``step_N`` folders of one run."""
 
     def __init__(
         self,
         config: RunConfig,
-        model: AdaptedModel,
-        optimizer: Any,
+        model: Described,
+        pieces: Pieces,
         group: dist.ProcessGroup | None,
     ) -> None:
         """``group``: all ranks, over the host, which nothing else uses; None for one rank."""
         self.config = config
         self.model = model
         self.group = group
-        self.pieces = OwnedPieces(model, optimizer)
+        self.pieces = pieces
         self.run = Path(config.checkpoint.dir)
         self._table: Table | None = None
         self._has_table = False
@@ -195,11 +214,26 @@ class CheckpointWriter:
             return
         assert self._table is not None
         files_made = {rank_file(rank): file for rank, file in enumerate(made)}
+        _check_seen(folder / STATE, files_made)
         index = Index(len(made), files_made, self._table.tensors)
         write_index(folder / INDEX, index)
         keep_cycles(self.run, state_folder(folder), cycles)
         (folder / PROBE).write_text(json.dumps(texts.probe) + "\n")
         (folder / STATE_JSON).write_text(json.dumps(texts.state, indent=1) + "\n")
+
+
+def _check_seen(folder: Path, files: dict[str, tuple[int, str]]) -> None:
+    """Raise ``ValueError`` unless the first rank sees every rank's file at its length: another node
+    may have written to a folder of its own, or somebody may be removing this one."""
+    for name, (num_bytes, _) in files.items():
+        path = folder / name
+        seen = path.stat().st_size if path.is_file() else None
+        if seen != num_bytes:
+            what = "is not there" if seen is None else f"has {seen:,} bytes"
+            raise ValueError(
+                f"{path} {what}, and its rank has written {num_bytes:,}: checkpoint.dir must be one"
+                " folder that all nodes share"
+            )
 
 
 def _earlier(run: Path, cycles: int, files: ExitStack) -> Sequence[Get]:

@@ -126,6 +126,8 @@ def remove(folder: Path) -> None:
     gone = folder.with_name(f".{folder.name}.gone")
     shutil.rmtree(gone, ignore_errors=True)
     folder.rename(gone)
+    # Behind a loss of power, too, no folder that has lost files may have a checkpoint's name.
+    force_to_disk(folder.parent)
     shutil.rmtree(gone)
 
 
