@@ -141,6 +141,7 @@ def _say_choice(question: Question, plan: Plan, best: Planned, say: Callable[[st
     say(f"\nthe choice: {best.layout}\n{report.breakdown(plan, best)}\n")
     for line in (
         report.packing_line(plan, best),
+        report.save_line(best),
         report.waits(best),
         larger_batch_line(question, plan, best),
     ):

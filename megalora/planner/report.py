@@ -13,6 +13,7 @@ from megalora.planner.layouts import Rejected
 from megalora.planner.memory import GIB, gib_by_name
 from megalora.planner.own_layout import OwnLayout
 from megalora.planner.prices import BEHIND_WAITS
+from megalora.planner.save_bytes import save_plan
 from megalora.planner.search import FULL, Plan, Planned
 
 
@@ -27,6 +28,12 @@ def packing_line(plan: Plan, found: Planned) -> str | None:
         f" into rows of up to {found.layout.capacity(plan.work):,}: {100 * use.used:.1f} % of the"
         f" slots are used, in {use.num_rounds} rows a step on each data-parallel rank"
     )
+
+
+def save_line(found: Planned) -> str:
+    """What saving checkpoints takes of host memory, disk and time."""
+    model, work, _ = found.asked
+    return save_plan(model, found.layout, work).line()
 
 
 def breakdown(plan: Plan, found: Planned) -> str:

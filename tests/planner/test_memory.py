@@ -14,12 +14,14 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import nn
 
+from megalora import host
 from megalora.config import (
     LoRAConfig,
     ParallelConfig,
     RunConfig,
 )
 from megalora.hf.json_file import read_hf_config
+from megalora.lora.spec import expected_tensors
 from megalora.model.fields import model_shape
 from megalora.planner import activations
 from megalora.planner.adapter_count import AdapterCount, adapter_parameters, shared_elements
@@ -28,9 +30,12 @@ from megalora.planner.memory import MemoryPlan, fullest_stage, memory_of, memory
 from megalora.planner.microbatch import Microbatch, ranks_per_token
 from megalora.planner.mlp_activations import PlannedMLP, experts_bytes
 from megalora.planner.models import load_shape
+from megalora.planner.save_bytes import checkpoint_bytes, generator_bytes, snapshot_bytes
 from megalora.planner.state_bytes import buffers, owned_elements
 from megalora.planner.weights import PlannedModel, chunks_of
 from megalora.planner.workload import Workload
+from megalora.train.checkpoint.pieces import OwnedPieces
+from megalora.train.checkpoint.snapshot import Snapshot
 from megalora.train.optim import clip_and_step
 from tests.distributed.ranks import run_ranks
 from tests.parity.built import built
@@ -47,7 +52,10 @@ def live_bytes(config: RunConfig) -> dict[str, int]:
     with built(config) as run:
         run.stepper.train(run.batches.of_step(0), run.optimizer)
         clip_and_step(run.optimizer)
-        return {name: num_bytes(tensors) for name, tensors in tensors_of(run).items()}
+        found = {name: num_bytes(tensors) for name, tensors in tensors_of(run).items()}
+        snapshot = Snapshot()
+        snapshot.take(OwnedPieces(run.model, run.optimizer).blocks(), host.rng_state())
+        return found | {"snapshot": snapshot.num_bytes}
 
 
 # (model, ranks, sizes, adapter): alone; with the optimizer's state shared out over data parallel;
@@ -82,6 +90,9 @@ def test_weights_gradients_and_optimizer(
         parallel=config.parallel, num_ranks=world, micro_batch_size=config.train.micro_batch_size
     )
     model = PlannedModel.of(shape, config.lora)
+    work = replace(Workload.of(config), on_cpu=True)
+    generators = generator_bytes(on_cpu=True)
+    saved = 0
     live_total = 0
     total = Fraction(0)
     for rank, live in enumerate(run_ranks(live_bytes, world, config)):
@@ -93,6 +104,13 @@ def test_weights_gradients_and_optimizer(
         # Megatron shares out a flat buffer, whose parts differ by its padding.
         assert 0.95 * plan["optimizer"] < live["optimizer"] <= plan["optimizer"]
         assert live["optimizer"] == plan["optimizer"] or layout.dp_cp * layout.edp > 1
+        # Of replicas the first one saves.
+        planned = snapshot_bytes(model, layout, work, stage)
+        assert live["snapshot"] <= planned
+        if rank == stage * (world // config.parallel.pp):
+            assert live["snapshot"] == planned or layout.dp_cp * layout.edp > 1
+            assert live["snapshot"] > 0.95 * planned
+        saved += live["snapshot"] - generators
         live_total += live["optimizer"]
         for chunk in chunks_of(shape, config.parallel, stage):
             count = adapter_parameters(model, config.parallel, chunk)
@@ -100,6 +118,11 @@ def test_weights_gradients_and_optimizer(
             total += Fraction(count.dense, layout.dp_cp) + Fraction(count.expert, layout.edp)
     # Two moments in float32, and a master of a parameter in bfloat16: 12 bytes each, or 8.
     assert live_total == total * (12 if dtype == "bfloat16" else 8)
+    # Every element once; what is not trained has no moments. The rest is the adapter's file.
+    shapes = expected_tensors(list(model.adapted)).values()
+    elements = sum(math.prod(shape) for shape in shapes)
+    assert saved == 12 * elements
+    assert saved == checkpoint_bytes(model, work) - elements * work.element_bytes
 
 
 def plan_of(
