@@ -12,17 +12,18 @@ its training state holds the current adapter alone, and the earlier ones in file
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from megalora.adapters.as_plain import Get
 from megalora.adapters.files import STATE
+from megalora.adapters.write.stream import write_tensors
 from megalora.atomic_folder import force_to_disk
 from megalora.lora.spec import Adapted, expected_tensors
 
@@ -36,16 +37,31 @@ def cycle_file(folder: Path, number: int) -> Path:
     return folder / FOLDER / f"cycle_{number:06d}.safetensors"
 
 
-def save_cycle(run: Path, number: int, factors: dict[str, Tensor]) -> None:
-    """Keep the adapter of a cycle that is merged, in the run folder; whole or not at all."""
+def save_cycle(
+    run: Path,
+    number: int,
+    announced: Mapping[str, Tensor],
+    factors: Iterable[tuple[str, Tensor]],
+) -> None:
+    """Keep the adapter of a cycle that is merged, in the run folder; whole or not at all.
+
+    Args:
+        announced: all tensors of it, by name; only shapes and dtypes are read.
+        factors: (name, tensor) of each, made while the file is written.
+    """
     target = cycle_file(run, number)
     target.parent.mkdir(exist_ok=True)
     # A name of its own until it is whole: a run that is killed must not find half a cycle.
     temporary = target.with_suffix(".tmp")
-    save_file(factors, temporary)
-    force_to_disk(temporary)
-    temporary.rename(target)
+    try:
+        write_tensors(temporary, announced, factors, {"format": "pt"})
+        temporary.rename(target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     force_to_disk(target.parent)
+    # The folder of cycles may be new.
+    force_to_disk(run)
 
 
 def keep_cycles(source: Path, target: Path, count: int) -> None:

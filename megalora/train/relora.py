@@ -8,6 +8,7 @@ name), B is zero, and so are Adam's moments and its count of steps. The learning
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,9 +20,11 @@ from megalora.adapters.training_state import SavedState
 from megalora.first_rank import on_first_rank
 from megalora.hf.folder import local_folder
 from megalora.lora.factors import LoRAFactors
-from megalora.lora.gather import gather_tensors
 from megalora.lora.refold import refold
+from megalora.parallel import host_group
 from megalora.train.assemble import Run
+from megalora.train.checkpoint.pieces import OwnedPieces
+from megalora.train.checkpoint.whole_file import write_whole
 from megalora.train.optim import begin_state, owned_runs
 
 
@@ -66,14 +69,10 @@ class Cycles:
     def begin_next(self) -> None:
         """Merge the current adapter into the base and begin another one."""
         run = self.run
-        whole = gather_tensors(run.model.shards, run.model.values(), run.groups)
-
-        def save() -> None:
-            # Only called on the first rank, which has the whole tensors.
-            assert whole is not None
-            save_cycle(self.folder, self.count, whole)
-
-        on_first_rank(save, f"could not keep the adapter of cycle {self.count + 1}")
+        keep = partial(save_cycle, self.folder, self.count)
+        what = f"could not keep the adapter of cycle {self.count + 1}"
+        with host_group() as group:
+            write_whole(OwnedPieces(run.model, run.optimizer), keep, what, group)
         self.count += 1
         self._refold()
         self._reset()

@@ -10,6 +10,7 @@ SLICES_TEST = "tests/lora/test_slices.py"
 READER_TEST = "tests/adapters/test_saved_tensors.py"
 THREAD_TEST = "tests/train/test_background.py"
 CRASHES = "tests/train/test_crash_points.py"
+SAVE_BYTES = "megalora/planner/save_bytes.py"
 ORDER = "tests/train/test_save_order.py"
 RESUMES = "tests/distributed/test_checkpoint.py"
 LAYOUTS = "tests/pitfalls/test_training.py test_08_a_checkpoint_means"
@@ -94,6 +95,17 @@ SAVING_BUGS: tuple[Bug, ...] = (
     bug(0, "a pipe in place of latest is opened", "megalora/adapters/latest.py",
         "if path.exists() and not path.is_file():", "if False:",
         "tests/train/test_where.py a_pipe"),
+    bug(0, "a cycle that could not be kept, in silence", f"{CHECKPOINT}/whole_file.py",
+        "    if fault is not None:", "    if False:", f"{ORDER} one_file_of_whole"),
+    bug(0, "a snapshot planned without masters", SAVE_BYTES,
+        "total = 3 * STATE * owned", "total = 2 * STATE * owned",
+        "tests/planner/test_save_bytes.py"),
+    bug(0, "a snapshot planned without the average", SAVE_BYTES,
+        "    if work.averaged:\n        total", "    if False:\n        total",
+        "tests/planner/test_memory.py weights_gradients and tiny-1"),
+    bug(0, "page-locked memory planned as asked for", SAVE_BYTES,
+        "return buffer if work.on_cpu else", "return buffer if True else",
+        "tests/planner/test_save_bytes.py eight_gpus"),
     bug(0, "generators of the first rank for all", f"{CHECKPOINT}/load.py",
         "saved.generators(rank)", "saved.generators(0)", f"{RESUMES} bit_for_bit"),
 )  # fmt: skip

@@ -53,9 +53,17 @@ def live_bytes(config: RunConfig) -> dict[str, int]:
         run.stepper.train(run.batches.of_step(0), run.optimizer)
         clip_and_step(run.optimizer)
         found = {name: num_bytes(tensors) for name, tensors in tensors_of(run).items()}
-        snapshot = Snapshot()
-        snapshot.take(OwnedPieces(run.model, run.optimizer).blocks(), host.rng_state())
-        return found | {"snapshot": snapshot.num_bytes}
+        pieces = OwnedPieces(run.model, run.optimizer)
+        values = run.model.values()
+        average = {parameter: value.float() for parameter, value in values.items()}
+        for name, blocks in (
+            ("snapshot", pieces.blocks()),
+            ("with start and average", pieces.blocks(values, average)),
+        ):
+            snapshot = Snapshot()
+            snapshot.take(blocks, host.rng_state())
+            found[name] = snapshot.num_bytes
+        return found
 
 
 # (model, ranks, sizes, adapter): alone; with the optimizer's state shared out over data parallel;
@@ -105,11 +113,15 @@ def test_weights_gradients_and_optimizer(
         assert 0.95 * plan["optimizer"] < live["optimizer"] <= plan["optimizer"]
         assert live["optimizer"] == plan["optimizer"] or layout.dp_cp * layout.edp > 1
         # Of replicas the first one saves.
-        planned = snapshot_bytes(model, layout, work, stage)
-        assert live["snapshot"] <= planned
-        if rank == stage * (world // config.parallel.pp):
-            assert live["snapshot"] == planned or layout.dp_cp * layout.edp > 1
-            assert live["snapshot"] > 0.95 * planned
+        for name, of in (
+            ("snapshot", work),
+            ("with start and average", replace(work, holds_start=True, averaged=True)),
+        ):
+            planned = snapshot_bytes(model, layout, of, stage)
+            assert live[name] <= planned
+            if rank == stage * (world // config.parallel.pp):
+                assert live[name] == planned or layout.dp_cp * layout.edp > 1
+                assert live[name] > 0.95 * planned
         saved += live["snapshot"] - generators
         live_total += live["optimizer"]
         for chunk in chunks_of(shape, config.parallel, stage):

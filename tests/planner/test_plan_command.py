@@ -43,6 +43,7 @@ def test_the_command_writes_a_config_that_runs_and_a_picture(
     rejected = tmp_path / "rejected.tsv"
     files = ["--out", out, "--figure", png, "--rejected", rejected]
     said = run(capsys, CONFIG, "--gpus", 8, "--gpu", "h100", *files, "lora.rank=8")
+    assert said.count("host memory of a rank for checkpoints: ") == 1
     config = load_config(out)
     before = load_config(CONFIG, ["lora.rank=8"])
     # Nothing but the layout, the microbatch and the recomputation is changed.

@@ -167,7 +167,7 @@ def test_ten_merges_round_once(
     for cycle in range(10):
         adapted, factors = random_factors(lora, base, seed=cycle)
         factors = {name: factor.bfloat16() for name, factor in factors.items()}
-        save_cycle(tmp_path / "run", cycle, factors)
+        save_cycle(tmp_path / "run", cycle, factors, factors.items())
         for a in adapted:
             for module in a.hf_modules():
                 b, a_factor = (factors[tensor_name(module, f)].double() for f in ("B", "A"))

@@ -1,6 +1,7 @@
 """The order in which a save of two ranks writes and forces to disk: at every rename, what it makes
 visible must have outlived a loss of power already. And faults of one rank that all must hear of."""
 
+import errno
 import hashlib
 import json
 import os
@@ -11,12 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 
+from megalora.adapters.write.stream import write_tensors
 from megalora.parallel import host_group
 from megalora.train.checkpoint import save
 from megalora.train.checkpoint.adapter_file import AdapterFile
 from megalora.train.checkpoint.snapshot import Snapshot
+from megalora.train.checkpoint.whole_file import write_whole
 from tests.distributed.ranks import run_ranks
 from tests.train.made_up_state import MadeUpPieces, described, texts_of, writer_of
 
@@ -195,3 +200,36 @@ def test_what_one_rank_finds_wrong_all_hear(kind: str, message: str, tmp_path: P
     assert (tmp_path / "latest").read_text() == "step_000002\n"
     # Nothing of what failed is left.
     assert not list(tmp_path.glob(".*"))
+
+
+def _keep_whole(path: Path) -> tuple[str, bool]:
+    """What a rank says where the first one cannot write a file of whole tensors, and whether it
+    then has all of them."""
+    model = described(1, 4, tiny=True)
+    rank = dist.get_rank()
+    pieces = MadeUpPieces(model, rank, dist.get_world_size())
+    said = "nothing"
+
+    def full(announced: Any, tensors: Any) -> None:
+        next(iter(tensors))
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def write(announced: Any, tensors: Any) -> None:
+        write_tensors(path, announced, tensors, {"format": "pt"})
+
+    signal.alarm(30)
+    with host_group() as group:
+        try:
+            write_whole(pieces, full, "could not keep it", group)
+        except ValueError as error:
+            said = str(error)
+        write_whole(pieces, write, "could not keep it", group)
+    found = load_file(path)
+    own = pieces.values["param"].bfloat16()
+    parts = [found[name].view(-1)[part.start : part.end] for name, part in pieces.pieces]
+    return said, torch.equal(torch.cat(parts), own)
+
+
+def test_ranks_write_one_file_of_whole_tensors(tmp_path: Path) -> None:
+    full = "could not keep it ([Errno 28] No space left on device)"
+    assert run_ranks(_keep_whole, 2, tmp_path / "file") == [(full, True)] * 2
