@@ -16,7 +16,9 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +50,10 @@ GB = 1e9
 
 def blocked(folder: Path, every: int, saves: int, batch: int) -> Json:
     """How long the loop of a real training stands still, on the rank where that is longest."""
+    # The smallest step there is: a real one takes longer, and a save's part of it is less.
     base = make_tiny(folder / "base")
     chats = write_chats(folder / "chats.jsonl")
+    # Evaluation is no part of what lies between two saves: at the ends alone.
     config = make_config(
         base, chats, folder / "run", {"ep": 2}, steps=every * (saves + 1), eval=1,
         global_batch_size=batch, micro_batch_size=4,
@@ -57,19 +61,25 @@ def blocked(folder: Path, every: int, saves: int, batch: int) -> Json:
     checkpoint = CheckpointConfig(dir=config.checkpoint.dir, every=every, keep=2)
     config = replace(config, checkpoint=checkpoint)
     of_ranks = run_ranks(_train, 2, config)
+    slowest = _over_ranks(max, of_ranks, "blocked_s")
+    first = of_ranks[0]
     shares: list[float] = []
     # The last save is at the end: no steps come behind it.
     for number in range(saves):
-        between = of_ranks[0]["begun"][number + 1] - of_ranks[0]["begun"][number]
-        shares.append(max(found["blocked_s"][number] for found in of_ranks) / between)
-    first = of_ranks[0]
+        between = first["begun"][number + 1] - first["begun"][number]
+        shares.append(slowest[number] / between)
     return {
         "ranks": 2, "every": every, "samples_per_step": batch,
-        "blocked_s": [max(rows) for rows in zip(*(f["blocked_s"] for f in of_ranks), strict=True)],
+        "blocked_s": slowest,
         "share": shares, "median_share": statistics.median(shares),
         "step_s_while_files_are_written": _median(first["beside_s"]),
         "step_s_otherwise": _median(first["alone_s"]),
     }  # fmt: skip
+
+
+def _over_ranks(of: Callable[[Any], float], of_ranks: list[Json], key: str) -> list[float]:
+    """The largest or the sum of a number of all ranks, for each save."""
+    return list(map(of, zip(*map(itemgetter(key), of_ranks), strict=True)))
 
 
 def _median(values: list[float]) -> float | None:
@@ -94,7 +104,9 @@ def _train(config: Any) -> Json:
 
     def counted(saver: Saver, now: Any) -> None:
         count_step(saver, now)
+        # A step that has no step before it has a save there.
         if last:
+            # Until the thread is through with its file, it takes time from the step.
             busy = bool(saver.background.pending) and not saver.background.pending[0].done
             found["beside_s" if busy else "alone_s"].append(time.perf_counter() - last[0])
         last[:] = [time.perf_counter()]
@@ -112,21 +124,25 @@ def state(folder: Path, world: int, repeats: int, *, layers: int, tiny: bool) ->
     model = described(layers * world, tiny=tiny)
     of_ranks = run_ranks(_save, world, run, model, repeats)
     gb = model.num_elements * BYTES_PER_ELEMENT / GB
-    seconds = [max(rows) for rows in zip(*(f["seconds"] for f in of_ranks), strict=True)]
+    # A save is over when its slowest rank is.
+    seconds = _over_ranks(max, of_ranks, "seconds")
+    cpu_s = _over_ranks(sum, of_ranks, "cpu_s")
     return {
         "world": world, "gb": gb, "elements": model.num_elements,
-        "blocked_s": [max(rows) for rows in zip(*(f["blocked_s"] for f in of_ranks), strict=True)],
+        "blocked_s": _over_ranks(max, of_ranks, "blocked_s"),
         "seconds": seconds, "seconds_per_gb": min(seconds) / gb,
+        # What the processors did, whatever else ran beside: without waits for disk and peers.
+        "cpu_s_of_all_ranks": cpu_s, "cpu_seconds_per_gb": min(cpu_s) / gb,
         "median_seconds_per_gb": statistics.median(seconds) / gb,
         "snapshot_bytes": of_ranks[0]["snapshot_bytes"],
         "first_rank_peak_beside_snapshots_bytes": of_ranks[0]["beside_bytes"],
-        "other_ranks_peak_beside_snapshots_bytes": [f["beside_bytes"] for f in of_ranks[1:]],
+        "peaks_beside_snapshots_bytes": list(map(itemgetter("beside_bytes"), of_ranks)),
     }  # fmt: skip
 
 
 def _save(run: Path, model: Any, repeats: int) -> Json:
     pieces = MadeUpPieces(model, dist.get_rank(), dist.get_world_size())
-    found: Json = {"seconds": [], "blocked_s": []}
+    found: Json = {"seconds": [], "blocked_s": [], "cpu_s": []}
     with host_group() as group:
         writer = writer_of(run, model, pieces, group, keep=1)
         background = Background(print)
@@ -137,6 +153,7 @@ def _save(run: Path, model: Any, repeats: int) -> Json:
         for step in range(1, repeats + 1):
             dist.barrier()
             begun = time.perf_counter()
+            cpu_begun = time.process_time()
             snapshot = background.snapshot(step)
             fresh = snapshot.num_bytes == 0
             writer.take(snapshot, Beside())
@@ -147,6 +164,7 @@ def _save(run: Path, model: Any, repeats: int) -> Json:
             # Here a run trains. Two saves at once would make one another's time.
             background.finish()
             found["seconds"].append(time.perf_counter() - begun)
+            found["cpu_s"].append(time.process_time() - cpu_begun)
             assert save.error is None, save.error
             held += snapshot.num_bytes * fresh
     found["snapshot_bytes"] = held
@@ -173,7 +191,8 @@ def goals(record: Json) -> list[str]:
         f" from one save to the next (goal {100 * BLOCKED_GOAL:.0f} %)",
         f"{_word(largest['seconds_per_gb'] <= SECONDS_GOAL)}: {largest['gb']:.2f} GB on"
         f" {largest['world']} ranks at {largest['seconds_per_gb']:.2f} s/GB"
-        f" (goal {SECONDS_GOAL:.1f}; median {largest['median_seconds_per_gb']:.2f})",
+        f" (goal {SECONDS_GOAL:.1f}; median {largest['median_seconds_per_gb']:.2f});"
+        f" {largest['cpu_seconds_per_gb']:.2f} s of processors per GB, of all ranks together",
         f"first rank beside its snapshots: {one / 2**20:.0f} MiB alone,"
         f" {many / 2**20:.0f} MiB among {largest['world']} with as many times the state",
     ]
@@ -205,10 +224,12 @@ def main(arguments: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
         folder = Path(temporary)
         record["blocked"] = blocked(folder, options.every, options.saves, options.batch)
-        record["state"] = [
-            state(folder, world, options.repeats, layers=options.layers, tiny=options.tiny)
-            for world in (1, 2, 4)
-        ]
+        record["state"] = []
+        # As many times the state, so that whatever the first rank gathers would show.
+        for world in (1, 2, 4):
+            record["state"].append(
+                state(folder, world, options.repeats, layers=options.layers, tiny=options.tiny)
+            )
     record["load_average_after"] = os.getloadavg()[0]
     options.out.write_text(json.dumps(record, indent=1) + "\n")
     for line in [*goals(record), f"wrote {options.out}"]:

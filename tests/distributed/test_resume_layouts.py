@@ -45,17 +45,17 @@ FOUR_DP = At.of(4)
 FOUR_EP = At.of(4, ep=4)
 FOUR_PP = At.of(4, pp=2, ep=2)
 FOUR_CP = At.of(4, cp=2, ep=2)
-FOUR_ETP = At.of(4, tp=4, etp=2)
+FOUR_WIDE = At.of(4, tp=2, ep=4, etp=1)
 EIGHT = At.of(8, tp=2, pp=2, ep=2)
 EIGHT_EP = At.of(8, tp=2, ep=4)
 
 PAIRS = [
     (FOUR, ONE), (FOUR, TWO), (FOUR, EIGHT),
     (ONE, FOUR), (TWO_EP, FOUR), (EIGHT, FOUR),
-    (FOUR_PP, FOUR_EP), (FOUR_CP, TWO_CHUNKS), (TWO_CHUNKS, FOUR_ETP),
-    (FOUR_ETP, EIGHT_EP), (FOUR_DP, FOUR_CP), (EIGHT_EP, FOUR_DP),
+    (FOUR_PP, FOUR_EP), (FOUR_CP, TWO_CHUNKS), (TWO_CHUNKS, FOUR_WIDE),
+    (FOUR_WIDE, EIGHT_EP), (FOUR_DP, FOUR_CP), (EIGHT_EP, FOUR_DP),
 ]  # fmt: skip
-SAME = [FOUR, FOUR_CP, FOUR_ETP, TWO_CHUNKS, EIGHT]
+SAME = [FOUR, FOUR_CP, FOUR_WIDE, TWO_CHUNKS, EIGHT]
 # One of each in every run of the tests; the others show the same.
 SHORT = [(TWO_EP, FOUR)]
 

@@ -77,8 +77,8 @@ RUN_BUGS: tuple[Bug, ...] = (
         0,
         "an old checkpoint removed under its name",
         WRITER,
-        "    folder.rename(gone)\n    shutil.rmtree(gone)\n",
-        "    shutil.rmtree(folder)\n",
+        "    folder.rename(gone)\n",
+        "    shutil.rmtree(folder)\n    gone.mkdir()\n",
         f"{CRASH} every_crash_point_of_forgetting",
     ),
     # Where to resume from

@@ -1,6 +1,7 @@
 """Check what a plan says of saving Qwen3-30B-A3B by sums made by hand; bytes of real snapshots are
 compared in ``test_memory.py``."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,16 @@ def test_30b_on_eight_gpus(model: PlannedModel) -> None:
     assert plan.disk_s == pytest.approx(11.8, abs=0.05)
     assert plan.copy_s == pytest.approx(0.051, abs=0.001)
     assert "4.295 GB, 2 snapshots of 1.266 GB" in plan.line()
+
+
+def test_what_is_kept_beside_the_adapter(model: PlannedModel) -> None:
+    """A float32 average in the state, and its file of the adapter's form; the start in bfloat16."""
+    layout = ParallelLayout(parallel=ParallelConfig(ep=8), num_ranks=8)
+    plain = save_plan(model, layout, WORK)
+    beside = save_plan(model, layout, replace(WORK, averaged=True, holds_start=True))
+    own = (EXPERTS + ATTENTION) // 8
+    assert beside.buffer_bytes - plain.buffer_bytes == (4 + 2) * own
+    assert beside.disk_bytes - plain.disk_bytes == (4 + 2 + 2) * (EXPERTS + ATTENTION)
 
 
 def test_stages_have_their_own(model: PlannedModel) -> None:

@@ -153,7 +153,7 @@ def _save_with_a_fault(run: Path, kind: str) -> list[str]:
         Snapshot.write = _write_elsewhere
     said: list[str] = []
     # Ranks that do not hear of it wait for half an hour.
-    signal.alarm(30)
+    signal.alarm(120)
     with host_group() as group:
         writer = writer_of(run, model, pieces, group, keep=1)
         if kind == "twice" and rank == 1:
@@ -217,7 +217,7 @@ def _keep_whole(path: Path) -> tuple[str, bool]:
     def write(announced: Any, tensors: Any) -> None:
         write_tensors(path, announced, tensors, {"format": "pt"})
 
-    signal.alarm(30)
+    signal.alarm(120)
     with host_group() as group:
         try:
             write_whole(pieces, full, "could not keep it", group)

@@ -36,6 +36,8 @@ def write_whole(pieces: Pieces, write: Write, what: str, group: dist.ProcessGrou
     batches = on_first_rank(lambda: _batches(table), what, group)
     fault: Exception | None = None
     if table is None:
+        # A world of one has the table.
+        assert group is not None
         send(held, pieces.dtypes, batches, group)
     else:
         arriving = Assembled(table, held, batches, dict.fromkeys(table.tensors, 1), group)
