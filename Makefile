@@ -18,6 +18,8 @@ VLLM_PLUGIN := megalora/serve/vllm_cpu
 CPU_TORCH := $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS),--torch-backend cpu)
 # Triton of the GPU image, taken instead of the installed one where kernels are compiled for its sake.
 TRITON36 := .venv-triton36
+# verifiers wants earlier data sets than TRL. What it does not bring is taken from .venv, behind its own.
+VERIFIERS := .venv-verifiers
 # uv's settings in pyproject.toml drop packages that vLLM needs.
 VLLM_UV = $(UV) --no-config pip
 
@@ -26,9 +28,9 @@ SIDE_BY_SIDE := -n 2 --dist worksteal
 # An oracle of tests, apart from all else: PEFT imports it wherever it finds it, which takes seconds.
 BITSANDBYTES := bitsandbytes==0.50.2
 # What addopts in pyproject.toml leaves out, because -m on the command line replaces it.
-HERE := not vllm and not cluster and not compiled and not long
+HERE := not vllm and not verifiers and not cluster and not compiled and not long
 
-.PHONY: help setup quickstart quickstart-rl gsm8k example-smollm2 test test-all test-long test-serve test-cluster compiled gpu parity mutations check configs docs format lock wheels vllm vllm-lock clean
+.PHONY: help setup quickstart quickstart-rl gsm8k example-smollm2 test test-all test-long test-serve test-verifiers test-cluster compiled gpu parity mutations check configs docs format lock wheels vllm vllm-lock clean
 
 help:  ## This list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -76,6 +78,16 @@ test-long: $(READY)  ## More cases of what test-all shows already, for the night
 
 test-serve: $(READY) $(VLLM_READY)  ## The tests that start vLLM
 	@$(BIN)/pytest -q -m vllm tests/serve
+
+test-verifiers: $(READY) $(VERIFIERS)/.ready  ## The tests that lead environments of verifiers
+	@CUDA_VISIBLE_DEVICES= PYTHONPATH=kernels $(VERIFIERS)/bin/python -m pytest -q -m verifiers tests/rl
+
+$(VERIFIERS)/.ready: | $(READY)
+	@echo "installing verifiers into $(VERIFIERS)"
+	@$(UV) venv --quiet --allow-existing --python 3.12 $(VERIFIERS)
+	@$(UV) pip install --quiet --python $(VERIFIERS)/bin/python verifiers==0.1.14 antlr4-python3-runtime==4.9.3
+	@echo "$(CURDIR)/$(VENV)/lib/python3.12/site-packages" > $(VERIFIERS)/lib/python3.12/site-packages/beside.pth
+	@touch $@
 
 compiled: $(READY) $(TRITON36)/.ready  ## All kernels and variants compiled for sm_80, 89, 90 and 100, by Triton 3.7 and 3.6; needs no GPU
 	@$(BIN)/pytest -q -m compiled tests/kernels/test_compiled.py

@@ -11,9 +11,11 @@ from megalora.rl.new_text import NewText
 from megalora.rl.rewards.failures import Failures
 from megalora.rl.rewards.judge import Judged, Rewards
 from megalora.rl.rewards.load import as_number, is_async
-from megalora.rl.user_function import FORMS, describe, is_theirs, load_function
+from megalora.rl.user_function import describe, is_theirs, load_function
 
 OPTION = "rl.environment"
+VERIFIERS = "verifiers:"
+"""Begins the name of an environment of that package."""
 OWN = "environment"
 """Name of the reward where an environment returns a number."""
 Rollout = Callable[[Client, dict[str, Any]], Awaitable[Any]]
@@ -35,19 +37,28 @@ def load_environment(path: str | None) -> Rollout:
     """
     if path is None:
         return one_answer
-    # A module of this name is installed with it, and has no such function.
-    if path.partition(":")[0] == "verifiers":
-        raise ValueError(
-            f"{OPTION}: {path}: environments of verifiers cannot be used: since 0.4 they are led by"
-            " a harness in a process of its own, which asks a server and not this run. Write an"
-            f" async rollout(client, row) and name it by {FORMS}"
-        )
+    if path.startswith(VERIFIERS):
+        return _of_verifiers(path)
     function = load_function(OPTION, path, ("client", "row"))
     if not is_async(function):
         raise ValueError(
             f"{OPTION}: {path} is not async; write async def and await client.generate"
         )
     return function
+
+
+def _of_verifiers(path: str) -> Rollout:
+    # Late: it is an extra, and takes seconds to import.
+    try:
+        from megalora.rl import of_verifiers
+    except ImportError as error:
+        raise ValueError(
+            f"{OPTION}: {path}: {error}; install it: pip install 'megalora[verifiers]'"
+        ) from None
+    try:
+        return of_verifiers.Rollout(path.removeprefix(VERIFIERS))
+    except ValueError as error:
+        raise ValueError(f"{OPTION}: {path}: {error}") from None
 
 
 class Environment:

@@ -308,7 +308,7 @@ def test_environments_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for path, message in {
         "env.py:plain": "env.py:plain is not async; write async def and await client.generate",
         "env.py:one": "env.py:one: it is called as one(client, row): too many positional arguments",
-        "verifiers:gsm8k": "verifiers:gsm8k: environments of verifiers cannot be used: since",
+        "verifiers:gsm8k": "verifiers:gsm8k: No module named 'verifiers'; install it: pip install",
         "env.py": "'env.py' is not module:function or file.py:function",
     }.items():
         with pytest.raises(ValueError) as caught:

@@ -61,12 +61,15 @@ def play(
     max_length: int = 1000,
     timeout_s: float = 600,
     expected: str = "",
+    conversation: Conversation | None = None,
+    row: dict[str, Any] | None = None,
 ) -> Episode:
     """One episode of a prompt, led by a function, or by what stands at a path."""
     messages = [{"role": "user", "content": "What is the sum?"}]
     template = ChatTemplate(tokenizer)
-    tokens = template.prompt_tokens(Conversation(messages=messages))
-    prompt = Prompt(7, {"question": "sum"}, tokens, "What is the sum?", expected)
+    tokens = template.prompt_tokens(conversation or Conversation(messages=messages))
+    row = row or {"question": "sum"}
+    prompt = Prompt(7, row, tokens, "What is the sum?", expected, conversation)
 
     async def run() -> Episode:
         async with Rewards(weights or {}, failures=failures) as rewards:
