@@ -219,11 +219,11 @@ def _import(options: Any, _: list[str]) -> None:
 def _merge(options: Any, _: list[str]) -> None:
     adapter = adapter_folder(options.adapter)
     check_base(options.base, weights=True)
+    check_out(options.out, adapter)
     base = Path(options.base)
     # A name on the hub is looked at when its files are here.
     if base.is_dir() and not options.requantise:
         is_merged_into_original(base, options.original, adapter)
-    check_out(options.out, adapter)
     if options.requantise:
         from megalora.adapters.merge_requantised import merge_requantised as merge
     else:
