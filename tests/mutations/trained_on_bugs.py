@@ -127,8 +127,8 @@ TRAINED_ON_BUGS: tuple[Bug, ...] = (
         5,
         "a cast reaches the scales of a whole model",
         "megalora/model/held_codes.py",
-        "n // p, k // q, dtype=torch.int32, device=device)",
-        "n // p, k // q, dtype=torch.float32, device=device)",
+        "scales = torch.empty(of_scales, dtype=torch.int32, device=device)",
+        "scales = torch.empty(of_scales, dtype=torch.float32, device=device)",
         f"{_KEPT} test_05_a_cast",
     ),
     bug(
