@@ -199,7 +199,7 @@ def test_several_nodes(monkeypatch) -> None:
         command(Nodes(2, 0), 9, [], "")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_for_real(tiny, chats, tmp_path) -> None:
     """One layout in processes of its own and one that is refused, then both again."""
     config = make_config(tiny, chats, tmp_path, {})

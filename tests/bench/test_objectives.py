@@ -164,9 +164,12 @@ def test_logits_of_a_file_cannot_be_asked(tiny: Path, chats: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     "objective",
     [
-        ["objective.name=classify", "objective.num_labels=3"],
+        pytest.param(["objective.name=classify", "objective.num_labels=3"], marks=pytest.mark.long),
         ["objective.name=dpo"],
-        ["objective.name=distill", "objective.teacher=base", "objective.sft_weight=0.1"],
+        pytest.param(
+            ["objective.name=distill", "objective.teacher=base", "objective.sft_weight=0.1"],
+            marks=pytest.mark.long,
+        ),
     ],
     ids=["classify", "dpo", "distill"],
 )

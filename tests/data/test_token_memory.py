@@ -52,7 +52,7 @@ def _in_a_process(action, rows, cache):
     return json.loads(done.stdout)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_million_rows_take_less_than_a_gigabyte(tmp_path):
     found = {}
     for count in (1000, 1_000_000):

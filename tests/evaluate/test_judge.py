@@ -145,7 +145,7 @@ def test_the_loss_of_training_s_own_evaluation(tiny: Path, chats: Path, tmp_path
         assert "(held out): 21 samples" in verdict.data
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_command(tiny: Path, folder: Path, chats: Path, tmp_path: Path) -> None:
     """Two ranks; the base alone has no adapter beside it."""
     out = tmp_path / "sub" / "eval.json"
