@@ -30,7 +30,7 @@ BITSANDBYTES := bitsandbytes==0.50.2
 # What addopts in pyproject.toml leaves out, because -m on the command line replaces it.
 HERE := not vllm and not verifiers and not cluster and not compiled and not long
 
-.PHONY: help setup quickstart quickstart-rl gsm8k example-smollm2 test test-all test-long test-serve test-verifiers test-cluster compiled gpu parity mutations check configs docs format lock wheels vllm vllm-lock clean
+.PHONY: help setup quickstart quickstart-rl gsm8k example-smollm2 test test-all test-long test-serve test-verifiers test-cluster compiled gpu parity chaos mutations check configs docs format lock wheels vllm vllm-lock clean
 
 help:  ## This list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -106,6 +106,9 @@ parity: $(READY)  ## Every layout of up to 8 ranks against plain transformers: 5
 
 test-cluster: $(READY)  ## Two hosts as network namespaces: rendezvous, one cut off, resume (root and iproute2)
 	@$(BIN)/pytest -q -m cluster tests/cluster
+
+chaos: $(READY)  ## Inject hundreds of faults into small runs: nothing may be lost; 20 min on two cores
+	@$(BIN)/python -m benchmarks.chaos
 
 mutations: $(READY)  ## Put one bug after the other into the code and see the tests catch it; SHARD=2/4 for a part
 	@$(BIN)/python -m tests.mutations.run $(if $(SHARD),--shard $(SHARD))

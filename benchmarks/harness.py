@@ -16,14 +16,19 @@ host.install()
 PACKAGES = ("torch", "megatron-core", "megatron-bridge", "transformers", "peft")
 
 
-def save(name: str, rows: list[dict[str, Any]], out: Path) -> None:
-    """Write rows as JSON with device, versions and commit."""
+def save(name: str, rows: list[dict[str, Any]], out: Path, **more: Any) -> None:
+    """Write rows as JSON with device, versions and commit.
+
+    Args:
+        more: other keys of the record.
+    """
     record = {
         "benchmark": name,
         "device": f"{host.device_name()} ({platform.machine()})",
         "versions": {package: version(package) for package in PACKAGES},
         "commit": commit(),
         "rows": rows,
+        **more,
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(record, indent=1) + "\n")

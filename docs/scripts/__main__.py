@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from docs.scripts import config_fields, figures, floors, options, readme
+from docs.scripts import chaos, config_fields, figures, floors, options, readme
 
 ROOT = Path(__file__).parents[2]
 GENERATED: dict[str, Callable[[], str]] = {
@@ -17,6 +17,7 @@ GENERATED: dict[str, Callable[[], str]] = {
     "docs/base.md": config_fields.page,
     "docs/code.md": floors.page,
     "docs/options.md": options.page,
+    "docs/runs.md": chaos.page,
     "docs/figures/path.svg": figures.path_svg,
     "docs/figures/quickstart-loss.svg": figures.loss_svg,
 }

@@ -8,6 +8,7 @@ from tests.mutations.base_bugs import BASE_BUGS
 from tests.mutations.begun_bugs import BEGUN_BUGS
 from tests.mutations.bias_bugs import BIAS_BUGS
 from tests.mutations.bugs import BUGS as MODEL_BUGS
+from tests.mutations.chaos_bugs import CHAOS_BUGS
 from tests.mutations.coded_bugs import CODED_BUGS
 from tests.mutations.compiled_bugs import COMPILED_BUGS
 from tests.mutations.config_bugs import CONFIG_BUGS
@@ -114,4 +115,5 @@ EVERY_BUG = (
     + WHOLE_BUGS
     + BIAS_BUGS
     + RL_REWARD_BUGS
+    + CHAOS_BUGS
 )

@@ -264,6 +264,8 @@ def tidy(newest: Path, best: BestLoss, options: CheckpointConfig) -> None:
     kept_for_loss = point_best(newest.parent, best, options.keep_best)
     if options.keep:
         there = checkpoints(newest.parent)
+        if newest not in there:
+            raise ValueError(f"{newest} has been saved, and has vanished since")
         up_to_newest = there[: there.index(newest) + 1]
         for folder in up_to_newest[: -options.keep]:
             if not (kept_for_loss and folder.name == checkpoint_name(best.step)):

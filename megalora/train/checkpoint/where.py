@@ -15,16 +15,24 @@ from megalora.adapters.files import (
     START,
     START_KEY,
     STATE,
+    STATE_JSON,
     STATE_KEYS,
     WEIGHTS,
 )
-from megalora.adapters.latest import LATEST, checkpoints, latest_adapter, read_latest, taken_note
+from megalora.adapters.latest import (
+    CHECKPOINT_NAME,
+    LATEST,
+    checkpoints,
+    latest_adapter,
+    read_latest,
+    taken_note,
+)
 from megalora.adapters.state_index import read_index
 from megalora.adapters.training_state import SavedState, read_state
 from megalora.config import RunConfig
 from megalora.first_rank import on_first_rank
 from megalora.hf.safetensors import read_header
-from megalora.train.checkpoint.writer import point_latest_at
+from megalora.train.checkpoint.writer import checkpoint_name, point_latest_at
 
 
 @dataclass(frozen=True)
@@ -145,6 +153,11 @@ def read_whole(folder: Path, what: str) -> SavedState:
         state = read_state(folder)
     except ValueError as error:
         raise ValueError(f"{what} is not a checkpoint: {error}") from None
+    # Tensors of one step with the counts of another would train on, and be wrong.
+    if CHECKPOINT_NAME.fullmatch(folder.name) and folder.name != checkpoint_name(state.step):
+        raise ValueError(
+            f"{what} is not a whole checkpoint: {STATE_JSON} in it is that of step {state.step}"
+        )
     tensors: list[str | Path] = [WEIGHTS]
     for number in range(state.cycles):
         tensors.append(cycle_file(Path(STATE), number))

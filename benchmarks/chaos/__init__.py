@@ -1,0 +1,1 @@
+"""Inject faults into small runs and see that nothing is lost (``make chaos``)."""

@@ -1,0 +1,140 @@
+"""Kill ranks of a job that torchrun starts again (``--max-restarts``): seconds until the first new
+step, and whether each attempt goes on from the last checkpoint."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from benchmarks.chaos.fault import HANG, LOST, SURVIVED, Fault
+from benchmarks.chaos.scene import RANKS, Scene, step_of, steps_logged
+
+KIND = "rank killed under {command}"
+LIMIT_S = 180.0
+"""That an attempt may take to its first step; a busy machine's imports take a minute."""
+COMMANDS = ("torchrun", "megalora train")
+
+
+def command_line(command: str, scene: Scene, run: Path, restarts: int) -> list[str]:
+    """What a user types."""
+    bin_folder = Path(sys.executable).parent
+    overrides = [str(scene.config), f"checkpoint.dir={run}"]
+    if command == "torchrun":
+        arguments = ["--standalone", "--nproc-per-node", str(RANKS)]
+        arguments += ["--max-restarts", str(restarts), "-m", "megalora.train", *overrides]
+        return [str(bin_folder / "torchrun"), *arguments]
+    arguments = ["train", *overrides, "--nproc", str(RANKS), "--max-restarts", str(restarts)]
+    return [sys.executable, "-m", "megalora", *arguments]
+
+
+def ranks_of(launcher: int) -> dict[int, int]:
+    """Rank -> process id of the ranks that a launcher has started and that live."""
+    found: dict[int, int] = {}
+    for child in _children(launcher):
+        environment = Path(f"/proc/{child}/environ")
+        try:
+            variables = environment.read_bytes().split(b"\0")
+        except OSError:
+            # It has ended meanwhile.
+            continue
+        for variable in variables:
+            name, _, value = variable.partition(b"=")
+            if name == b"RANK":
+                found[int(value)] = child
+    return found
+
+
+def _children(parent: int) -> list[int]:
+    found: list[int] = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        # State and parent; a zombie has ended.
+        if int(fields[1]) == parent and fields[0] != "Z":
+            found.append(int(path.parent.name))
+    return found
+
+
+@contextmanager
+def launched(arguments: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A launcher in a process group of its own, all of which ends with the block."""
+    with log.open("wb") as said:
+        process = subprocess.Popen(
+            arguments, stdout=said, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            yield process
+        finally:
+            for pid in [*ranks_of(process.pid).values(), process.pid]:
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    continue
+            process.wait()
+
+
+def kill_again_and_again(command: str, scene: Scene, times: int, seed: int) -> Iterator[Fault]:
+    """One job in which so many ranks are killed, one after the other."""
+    chance = random.Random(seed)
+    kind = KIND.format(command=command)
+    run = scene.run(f"run_{command.replace(' ', '_')}")
+    log = run.with_suffix(".log")
+    with launched(command_line(command, scene, run, times), log) as launcher:
+        for _ in range(times):
+            before = _wait_for_steps(run, set(), 2, launcher)
+            if before is None:
+                yield Fault(kind, "start", HANG, LIMIT_S, _tail(log))
+                return
+            time.sleep(chance.uniform(0, 2))
+            ranks = ranks_of(launcher.pid)
+            victim = chance.choice(sorted(ranks))
+            before = set(steps_logged(run))
+            last = max(map(step_of, before))
+            killed = time.monotonic()
+            os.kill(ranks[victim], signal.SIGKILL)
+            new = _wait_for_steps(run, before, 1, launcher, ranks)
+            seconds = time.monotonic() - killed
+            what = f"SIGKILL of rank {victim} behind step {last}"
+            if new is None:
+                result = HANG if launcher.poll() is None else LOST
+                yield Fault(kind, what, result, seconds, _tail(log))
+                return
+            first = step_of(new[0])
+            repeated = last + 1 - first
+            result = SURVIVED if 0 <= repeated <= 3 else LOST
+            yield Fault(kind, what, result, seconds, f"{repeated} steps repeated")
+
+
+def _wait_for_steps(
+    run: Path,
+    before: set[str],
+    number: int,
+    launcher: subprocess.Popen[bytes],
+    old_ranks: dict[int, int] | None = None,
+) -> list[str] | None:
+    """Records that were not there before, once there are so many; None if they do not come.
+
+    Args:
+        old_ranks: processes of the last attempt, whose steps do not count.
+    """
+    deadline = time.monotonic() + LIMIT_S
+    while time.monotonic() < deadline and launcher.poll() is None:
+        there = steps_logged(run)
+        if old_ranks and set(ranks_of(launcher.pid).values()) & set(old_ranks.values()):
+            # What the survivors still write is not a step of the next attempt.
+            before |= set(there)
+        elif len(new := [line for line in there if line not in before]) >= number:
+            return new
+        time.sleep(0.02)
+    return None
+
+
+def _tail(log: Path) -> str:
+    return " | ".join(log.read_text(errors="replace").splitlines()[-6:])
