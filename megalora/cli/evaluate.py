@@ -91,8 +91,7 @@ def _eval(options: Any, rest: list[str]) -> None:
     if request.data is not None:
         check_hub_data([("--data", request.data)])
     plan = plan_of(request)
-    if request.data is None:
-        check_hub_data(plan.sources)
+    check_hub_data(plan.sources)
     if plan.adapter is not None:
         computes_plain = plan.config.model.weight_format != "nf4"
         for note in notes_on_base(plan.adapter, plan.base, computes_plain=computes_plain):
