@@ -13,6 +13,7 @@ import argparse
 import importlib.metadata
 import json
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,10 +30,18 @@ from verifiers.types import (  # pyright: ignore[reportMissingImports]
     ToolCall,
     Usage,
 )
+from verifiers.utils.message_utils import (  # pyright: ignore[reportMissingImports]
+    normalize_messages,
+)
 
 from megalora.json_text import parse_json
+from megalora.paths import prepare_file
 from megalora.rl.conversation import Client, Reply, Truncated
+from megalora.user_error import guarded
 
+WRITER = "python -m megalora.rl.of_verifiers"
+TOOLS = "tools"
+"""Column of the tools that a row's prompt names."""
 _CALL = re.compile(r"\s*<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
 """A call as Qwen's templates have models write it (Hermes)."""
 _SUPPORTED = re.compile(r"0\.1\.\d+")
@@ -94,9 +103,11 @@ class Rollout:
         Raises:
             RuntimeError: the environment ended by an error.
         """
-        asked = {key: row[key] for key in ("prompt", "answer", "info", "example_id") if key in row}
-        asked.setdefault("example_id", 0)
+        if "prompt" not in row:
+            raise ValueError(f"the row has no column prompt; write the rows by {WRITER}")
         conversation = Conversation(client, row)
+        # All columns: rewards may read any of them.
+        asked = {"example_id": 0} | {key: row[key] for key in row if key != TOOLS}
         found = await self.environment.run_rollout(asked, conversation, "megalora", {})
         # Of an error of a client verifiers keeps the name alone.
         if conversation.fault is not None:
@@ -111,9 +122,9 @@ class Conversation(verifiers.Client):
 
     def __init__(self, client: Client, row: dict[str, Any]) -> None:
         super().__init__(client)
-        self.tools = row.get("tools") or []
-        # What the environment has said and been answered, as it repeats it.
-        self.history: list[tuple[str, Any]] = []
+        self.tools = row.get(TOOLS) or []
+        # The row's prompt, which is tokenised already, and what was said and answered behind it.
+        self.history = [_said(message) for message in normalize_messages(row["prompt"])]
         self.fault: ValueError | None = None
         """What the environment did that cannot be read."""
 
@@ -125,16 +136,14 @@ class Conversation(verifiers.Client):
 
     async def to_native_prompt(self, messages: Sequence[Any]) -> tuple[list[dict[str, Any]], dict]:
         """What was said since the last answer."""
-        said = [(message.role, message.content) for message in messages]
+        said = [_said(message) for message in messages]
         known = len(self.history)
         if said[:known] != self.history:
             raise self._refuse(
                 "the environment has changed what was said before; only what is added can be read"
             )
         self.history = said
-        # The first messages are the row's prompt, which is tokenised already.
-        new = messages[known:] if known else []
-        return [_as_message(message) for message in new], {}
+        return [_as_message(message) for message in messages[known:]], {}
 
     async def get_native_response(
         self, prompt: Any, model: str, sampling_args: Any, tools: Any = None, **_: Any
@@ -142,7 +151,12 @@ class Conversation(verifiers.Client):
         if (tools or []) != self.tools:
             raise self._refuse(
                 "the environment has tools that the row's prompt does not name; write the rows by"
-                " python -m megalora.rl.of_verifiers"
+                f" {WRITER}"
+            )
+        if sampling_args:
+            raise self._refuse(
+                f"the environment asks for sampling options ({', '.join(sampling_args)});"
+                " completions are sampled as the run says"
             )
         try:
             return await self.client.generate(prompt or None)
@@ -154,10 +168,11 @@ class Conversation(verifiers.Client):
 
     async def from_native_response(self, response: Reply) -> Response:
         text, calls = _take_calls(response.text) if self.tools else (response.text, [])
-        self.history.append(("assistant", text))
+        answer = AssistantMessage(content=text, tool_calls=calls or None)
+        self.history.append(_said(answer))
         reason = "tool_calls" if calls else "stop"
         message = ResponseMessage(
-            **AssistantMessage(content=text, tool_calls=calls or None).model_dump(),
+            **answer.model_dump(),
             finish_reason=reason if response.ended else "length",
             is_truncated=not response.ended,
         )
@@ -184,6 +199,12 @@ def as_template_tool(tool: Tool) -> dict[str, Any]:
     return {"type": "function", "function": function}
 
 
+def _said(message: Any) -> tuple[str, Any, list[tuple[str, str]]]:
+    """Role, content and calls of a message."""
+    calls = getattr(message, "tool_calls", None) or []
+    return message.role, message.content, [(call.name, call.arguments) for call in calls]
+
+
 def _as_message(message: Any) -> dict[str, Any]:
     found = {"role": message.role, "content": message.content}
     if message.role == "tool":
@@ -207,36 +228,41 @@ def _take_calls(text: str) -> tuple[str, list[ToolCall]]:
 
 
 def write_rows(name: str, out: Path, *, held_out: bool = False) -> int:
-    """Write an environment's rows as JSONL, ``prompt``, ``tools`` and what its rewards read;
-    returns the number of rows.
+    """Write an environment's rows as JSONL, all columns and ``tools``; returns the number of rows.
 
     Args:
         held_out: whether it is the data set of its evaluation.
+    Raises:
+        ValueError: as ``load``; or a row cannot be written.
     """
     environment = load(name)
     rows = environment.get_eval_dataset() if held_out else environment.get_dataset()
     tools = [as_template_tool(tool) for tool in environment.tool_defs or []]
-    with out.open("w") as file:
-        for row in rows:
-            kept = {key: row[key] for key in ("prompt", "answer", "info", "example_id")
-                    if row.get(key) is not None}  # fmt: skip
-            if tools:
-                kept["tools"] = tools
-            file.write(json.dumps(kept) + "\n")
-    return len(rows)
+    if TOOLS in rows.column_names:
+        raise ValueError(f"its rows have a column {TOOLS}, which names the tools of a prompt here")
+    lines = []
+    for row in rows:
+        kept = {key: value for key, value in row.items() if value is not None}
+        if tools:
+            kept[TOOLS] = tools
+        try:
+            lines.append(json.dumps(kept) + "\n")
+        except TypeError as error:
+            raise ValueError(f"a row of its data set is no JSON: {error}") from None
+    out.write_text("".join(lines))
+    return len(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m megalora.rl.of_verifiers", description="Write an environment's rows."
-    )
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog=WRITER, description="Write an environment's rows.")
     parser.add_argument("name", help="an environment of verifiers that is installed")
     parser.add_argument("out", type=Path, help="JSONL file, for data.train or data.eval")
     parser.add_argument("--eval", action="store_true", help="the rows of its evaluation")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    prepare_file(options.out)
     num_rows = write_rows(options.name, options.out, held_out=options.eval)
     print(f"wrote {num_rows:,} rows to {options.out}")
 
 
 if __name__ == "__main__":
-    main()
+    guarded(main, sys.argv[1:])

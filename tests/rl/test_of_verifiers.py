@@ -57,6 +57,16 @@ class Forgets(Asks):
         return state["prompt"][-1:] + said * len(state["trajectory"])
 
 
+class Prepends(vf.SingleTurnEnv):
+    async def setup_state(self, state):
+        state["prompt"] = [vf.SystemMessage(content="Be kind."), *state["prompt"]]
+
+
+class Samples(vf.SingleTurnEnv):
+    async def get_model_response(self, state, prompt, **kwargs):
+        return await super().get_model_response(state, prompt, sampling_args={"temperature": 0.1})
+
+
 def compared(completions, **kwargs):
     return [1.0 for _ in completions]
 
@@ -69,11 +79,15 @@ def load_environment(kind="single"):
         return Asks(dataset=ROWS, rubric=rubric, max_turns=2)
     if kind == "tools":
         return vf.ToolEnv(dataset=ROWS, rubric=rubric, tools=[add])
+    if kind == "prepends":
+        return Prepends(dataset=ROWS, rubric=rubric)
+    if kind == "samples":
+        return Samples(dataset=ROWS, rubric=rubric)
     if kind == "forgets":
         return Forgets(dataset=ROWS, rubric=rubric, max_turns=3)
     return vf.SingleTurnEnv(dataset=ROWS, rubric=vf.Rubric(funcs=[compared]))
 '''
-KINDS = ("single", "turns", "tools", "forgets", "groups")
+KINDS = ("single", "turns", "tools", "forgets", "prepends", "samples", "groups")
 
 
 @pytest.fixture
@@ -113,6 +127,8 @@ def test_one_turn(tmp_path: Path) -> None:
     # Its system prompt is part of the rows, so that it is tokenised as in training.
     asked = tokenizer.decode(engine.asked[0])
     assert "Be short." in asked and "What is 2 + 3?" in asked
+    # Columns of its own stay, which its rewards may read.
+    assert episode.prompt.row["question"] == "What is 2 + 3?"
     # Both reward functions, with weight 1.
     assert episode.reward == pytest.approx(1.1)
     assert episode.completion_ids == engine.answers[0]
@@ -174,10 +190,17 @@ def test_an_answer_that_is_cut_is_rewarded(tmp_path: Path) -> None:
 def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="changed what was said before"):
         lead("forgets", tmp_path, "one", "two", "three")
+    with pytest.raises(ValueError, match="changed what was said before"):
+        lead("prepends", tmp_path, "one")
+    with pytest.raises(ValueError, match=r"asks for sampling options \(temperature\)"):
+        lead("samples", tmp_path, "one")
     with pytest.raises(ValueError, match="rewards whole groups together"):
         rows_of("groups", tmp_path)
     tokenizer = make_tokenizer()
     engine = told(tokenizer, "5")
+    # Rows that nobody wrote for it.
+    with pytest.raises(ValueError, match="the row has no column prompt"):
+        play("verifiers:made-single", engine, tokenizer, row={"question": "x"})
     # Rows that were written before the environment had its tools.
     row = rows_of("tools", tmp_path)[0]
     del row["tools"]
