@@ -3,11 +3,31 @@ fork ranks of its own."""
 
 import gc
 import multiprocessing
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+
+
+def fork(work: Callable[[], None]) -> int:
+    """Do ``work`` in a forked process, which ends with 0, 1 after an error, or the code that it
+    asks for; returns its id."""
+    # A child must not finalise what its parent has left behind, and gloo's threads do not survive a
+    # fork: no group of this process may be left over.
+    gc.collect()
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        except SystemExit as error:
+            code = error.code if isinstance(error.code, int) else 1
+        finally:
+            os._exit(code)
+    return pid
 
 
 def forked[K](

@@ -6,8 +6,9 @@ import random
 import shutil
 import signal
 import socket
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from benchmarks.chaos.scene import RANKS, Scene, step_of, steps_logged
 from megalora.adapters.latest import checkpoints, read_latest
 from megalora.train.__main__ import main
 from megalora.user_error import LOST_PEER, guarded
+from tests.forked import fork
 
 START_LIMIT_S = 150.0
 END_LIMIT_S = 60.0
@@ -34,10 +36,10 @@ class World:
         self.log = run.with_suffix(".log")
         with socket.create_server(("127.0.0.1", 0)) as listener:
             port = listener.getsockname()[1]
-        self.agent = _fork(lambda: _hold_store(port))
+        self.agent = fork(lambda: _hold_store(port))
         arguments = [str(scene.config), f"checkpoint.dir={run}"]
         self.pids = [
-            _fork(lambda rank=rank: _work(rank, port, arguments, self.log)) for rank in range(RANKS)
+            fork(lambda rank=rank: _work(rank, port, arguments, self.log)) for rank in range(RANKS)
         ]
         self.codes: dict[int, int] = {}
 
@@ -77,20 +79,6 @@ def world(scene: Scene, run: Path) -> Iterator[World]:
         made.close()
 
 
-def _fork(work: Callable[[], None]) -> int:
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            work()
-            code = 0
-        except SystemExit as error:
-            code = error.code if isinstance(error.code, int) else 1
-        finally:
-            os._exit(code)
-    return pid
-
-
 def _hold_store(port: int) -> None:
     store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
     signal.pause()
@@ -108,6 +96,9 @@ def _work(rank: int, port: int, arguments: list[str], log: Path) -> None:
     said = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(said, 1)
     os.dup2(said, 2)
+    # Those of a test that is captured lead elsewhere.
+    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
     torch.set_num_threads(1)
     guarded(main, arguments)
 

@@ -94,25 +94,44 @@ def before_change(number: int, fail: Callable[[], object]) -> list[str]:
     return changes
 
 
+def failing_saves(
+    held: HeldRun, scenario: Scenario, folder: Path, every: int,
+    fail: Callable[[int], object], **options: Any,
+) -> Iterator[tuple[int, Ended]]:  # fmt: skip
+    """Save once for each change, or each so many-th, and call ``fail`` with its number before it;
+    (number, how the save ended) of each. ``folder`` is as that save has left it.
+
+    Args:
+        options: of the section ``checkpoint``.
+    """
+    number = 1
+    while True:
+        scenario.begin(held, folder)
+
+        def save(number: int = number) -> dict[str, Any]:
+            changes = before_change(number, lambda: fail(number))
+            held.save(folder, scenario.step, **options)
+            return {"ended": len(changes) < number}
+
+        ended = in_child(save)
+        # All changes have been tried.
+        if ended.answer.get("ended"):
+            return
+        yield number, ended
+        number += every
+
+
 def crash_points(held: HeldRun, scratch: Path, every: int = 1) -> Iterator[Fault]:
     """SIGKILL before each change, in all scenarios; ``every``: only each so many-th."""
+
+    def kill(number: int) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
     for scenario in SCENARIOS:
-        number = 1
-        while True:
-            folder = scenario.begin(held, scratch)
-
-            def save(folder: Path = folder, scenario: Scenario = scenario, k: int = number) -> Any:
-                before_change(k, lambda: os.kill(os.getpid(), signal.SIGKILL))
-                held.save(folder, scenario.step, keep=scenario.keep)
-                return {"ended": True}
-
-            ended = in_child(save)
-            # All changes have been crash points.
-            if ended.answer.get("ended"):
-                break
+        saves = failing_saves(held, scenario, scratch, every, kill, keep=scenario.keep)
+        for number, ended in saves:
             what = f"{scenario.name}: before change {number}"
-            yield judged("crash point of a save", what, held, folder, ended, scenario.may_be)
-            number += every
+            yield judged("crash point of a save", what, held, scratch, ended, scenario.may_be)
 
 
 def cut_writes(held: HeldRun, scratch: Path, times: int, seed: int) -> Iterator[Fault]:
@@ -148,53 +167,31 @@ ERRORS = (errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT, errno.ESTALE)
 
 def disk_errors(held: HeldRun, scratch: Path, every: int = 1) -> Iterator[Fault]:
     """An error of the disk in place of each change."""
+
+    def code_of(number: int) -> int:
+        return ERRORS[number % len(ERRORS)]
+
+    def fail(number: int) -> None:
+        raise OSError(code_of(number), os.strerror(code_of(number)))
+
     for scenario in SCENARIOS:
-        number = 1
-        while True:
-            folder = scenario.begin(held, scratch)
-            code = ERRORS[number % len(ERRORS)]
-
-            def save(
-                folder: Path = folder, scenario: Scenario = scenario, k: int = number,
-                code: int = code,
-            ) -> Any:  # fmt: skip
-                def fail() -> None:
-                    raise OSError(code, os.strerror(code))
-
-                changes = before_change(k, fail)
-                held.save(folder, scenario.step, keep=scenario.keep)
-                return {"ended": len(changes) < k}
-
-            ended = in_child(save)
-            if ended.answer.get("ended"):
-                break
-            what = f"{scenario.name}: {errno.errorcode[code]} at change {number}"
-            yield judged("error of the disk", what, held, folder, ended, scenario.may_be)
-            number += every
+        saves = failing_saves(held, scenario, scratch, every, fail, keep=scenario.keep)
+        for number, ended in saves:
+            what = f"{scenario.name}: {errno.errorcode[code_of(number)]} at change {number}"
+            yield judged("error of the disk", what, held, scratch, ended, scenario.may_be)
 
 
 def removed_folders(held: HeldRun, scratch: Path, every: int = 1) -> Iterator[Fault]:
     """The run folder vanishes before each change; no other one may be made in its place."""
     scenario = SCENARIOS[1]
-    number = 1
-    while True:
-        folder = scenario.begin(held, scratch)
-
-        def save(folder: Path = folder, k: int = number) -> Any:
-            changes = before_change(k, lambda: shutil.rmtree(folder))
-            held.save(folder, scenario.step)
-            return {"ended": len(changes) < k}
-
-        ended = in_child(save)
-        if ended.answer.get("ended"):
-            break
+    saves = failing_saves(held, scenario, scratch, every, lambda number: shutil.rmtree(scratch))
+    for number, ended in saves:
         what = f"{scenario.name}: before change {number}"
         said = ended.answer.get("refused", "")
-        there = [path.name for path in folder.rglob("*")] if folder.exists() else []
+        there = [path.name for path in scratch.rglob("*")] if scratch.exists() else []
         result = REFUSED if is_line(said) and not there else HANG if ended.hung else LOST
         detail = said or f"{ended.answer} signal {ended.signal}"
         yield Fault("run folder removed", what, result, ended.seconds, detail, tuple(there))
-        number += every
 
 
 def full_disks(held: HeldRun, scratch: Path, times: int, seed: int) -> Iterator[Fault]:

@@ -17,7 +17,6 @@ weight of its own, behind the other tensors of the embedding's file, and ``tie_w
 becomes false. A classifier's score head takes the place of lm_head (``merge_score.py``).
 """
 
-import math
 import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -32,7 +31,7 @@ from torch import Tensor
 from megalora.adapters.files import CONFIG
 from megalora.adapters.merge_head import Shard, add_lm_head, replace_lm_head, untie
 from megalora.adapters.merge_original import merged_into
-from megalora.adapters.merge_report import REPORT, MergedModule, MergeReport
+from megalora.adapters.merge_report import REPORT, MergedModule, MergeReport, measured
 from megalora.adapters.merge_score import make_classifier
 from megalora.adapters.merge_whole import replace_whole
 from megalora.adapters.read.adapter import read_adapter
@@ -294,7 +293,7 @@ def _merge_block(
     done at once."""
     a_RI = factors[tensor_name(block.module, "A")].float()
     b_OR = factors[tensor_name(block.module, "B")].float()
-    products = torch.zeros(3, dtype=torch.float64)  # <kept, delta>, <delta, delta>, <lost, lost>
+    sums = torch.zeros(3, dtype=torch.float64)
     m_O = factors.get(tensor_name(block.module, "M"))  # of DoRA alone
     at_once = max(1, BLOCK_BYTES // (4 * block.columns))
     for number, b_PR in enumerate(b_OR.split(at_once)):
@@ -306,24 +305,26 @@ def _merge_block(
             delta_PI = with_lengths(w_PI + delta_PI, m_P) - w_PI
         merged_PI = (w_PI + delta_PI).to(dtype)
         out.write(merged_PI.view(torch.uint8).numpy())  # NumPy has no bfloat16, but bytes
-        # What the cast left of the delta. Sums in float64: they run over millions of elements.
-        kept = (merged_PI.float() - w_PI).double().view(-1)
-        delta = delta_PI.double().view(-1)
-        lost = kept - delta
-        products += torch.stack([kept.dot(delta), delta.dot(delta), lost.dot(lost)])
-    kept_delta, delta_delta, lost_lost = products.tolist()
+        # What the cast left of the delta.
+        sums += products(w_PI, delta_PI, merged_PI.float())
     name = str(dtype).removeprefix("torch.")
-    if not math.isfinite(lost_lost):
+    if not sums[2].isfinite():
         raise ValueError(
             f"{block.module} would have NaN or infinite values ({name} holds up to"
             f" {torch.finfo(dtype).max:.3g}); look at the adapter with megalora inspect, or merge"
             " into a float32 copy of the base"
         )
-    if not delta_delta:
-        return MergedModule(block.module, name, 0.0, None, None)
-    survived = kept_delta / delta_delta
-    error = math.sqrt(lost_lost / delta_delta)
-    return MergedModule(block.module, name, math.sqrt(delta_delta), survived, error)
+    return measured(block.module, name, sums.tolist())
+
+
+def products(w: Tensor, delta: Tensor, merged: Tensor) -> Tensor:
+    """float64 ``[3]``: the sums that ``measured`` takes, of a delta or of some rows of it; the
+    arguments are float32 ``[out, in]``."""
+    # In float64: they run over millions of elements.
+    kept = (merged - w).double().flatten()
+    wanted = delta.double().flatten()
+    lost = kept - wanted
+    return torch.stack([kept.dot(wanted), wanted.dot(wanted), lost.dot(lost)])
 
 
 def copied_files(folder: Path) -> list[Path]:

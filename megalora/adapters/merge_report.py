@@ -4,14 +4,12 @@ import json
 import math
 import re
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megalora.hf.tensor_names import within_layer
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 REPORT = "merge_report.json"
 LOSSY = 0.1
@@ -127,22 +125,20 @@ class MergeReport:
         }
 
 
-def measured(
-    module: str, form: str, w: "Tensor", delta: "Tensor", merged: "Tensor"
-) -> MergedModule:
-    """How much of a delta is in a merged weight, all of them float32 ``[out, in]``.
+def measured(module: str, dtype: str, sums: Sequence[float]) -> MergedModule:
+    """What survived of a module's delta.
 
     Args:
-        form: what the merged weight was rounded to.
-        w: the weight before.
+        dtype: what the merged weight was rounded to.
+        sums: <kept, delta>, <delta, delta> and <lost, lost>, where kept is what of the delta is in
+            the merged weight, and lost the difference of the two.
     """
-    kept = (merged - w).double().flatten()
-    wanted = delta.double().flatten()
-    squared = wanted.dot(wanted).item()
-    if not squared:
-        return MergedModule(module, form, 0.0, None, None)
-    error = (kept - wanted).norm().item() / math.sqrt(squared)
-    return MergedModule(module, form, math.sqrt(squared), kept.dot(wanted).item() / squared, error)
+    kept_delta, delta_delta, lost_lost = sums
+    if not delta_delta:
+        return MergedModule(module, dtype, 0.0, None, None)
+    survived = kept_delta / delta_delta
+    error = math.sqrt(lost_lost / delta_delta)
+    return MergedModule(module, dtype, math.sqrt(delta_delta), survived, error)
 
 
 def projection(module: str) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megalora.adapters.merge import copied_files, one_thread
+from megalora.adapters.merge import copied_files, one_thread, products
 from megalora.adapters.merge_original import merged_into
 from megalora.adapters.merge_report import MergedModule, MergeReport, measured
 from megalora.adapters.read.adapter import read_adapter
@@ -125,7 +125,8 @@ def _merged(
     if place.quantised is None:
         dtype = DTYPES[place.tensor.dtype]
         values = (w_OI + delta_OI).to(dtype)
-        row = measured(module, str(dtype).removeprefix("torch."), w_OI, delta_OI, values.float())
+        sums = products(w_OI, delta_OI, values.float())
+        row = measured(module, str(dtype).removeprefix("torch."), sums.tolist())
         return row, [_plain_bytes(place, values)]
     # Where nothing is added, the published codes stay to the bit.
     if not delta_OI.any():
@@ -140,7 +141,7 @@ def _merged(
     size = place.quantised.size
     # By our own decoder, which training uses: what counts is what will be computed with.
     values = decode(scheme, after, Part.whole(size), size)
-    row = measured(module, scheme.form, w_OI, delta_OI, values)
+    row = measured(module, scheme.form, products(w_OI, delta_OI, values).tolist())
     return row, list(_coded_bytes(place.quantised, before, after))
 
 

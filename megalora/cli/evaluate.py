@@ -84,14 +84,14 @@ def _eval(options: Any, rest: list[str]) -> None:
 
         evaluate_served(request, print)
         return
-    # Here, so that a mistake is shown before ranks start and once, not by each of them.
-    # Ranks get what was found: they must not look for the latest checkpoint again, which may be
-    # another one by then.
     # Before an adapter's files are opened: a name is cheap to look up.
     if request.data is not None:
         check_hub_data([("--data", request.data)])
+    # Here, so that a mistake is shown before ranks start and once, not by each of them.
+    # Ranks get what was found: they must not look for the latest checkpoint again, which may be
+    # another one by then.
     plan = plan_of(request)
-    check_hub_data(plan.sources)
+    check_hub_data(plan.own_sources)
     if plan.adapter is not None:
         computes_plain = plan.config.model.weight_format != "nf4"
         for note in notes_on_base(plan.adapter, plan.base, computes_plain=computes_plain):

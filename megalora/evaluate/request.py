@@ -89,10 +89,10 @@ class Plan:
         )
 
     @property
-    def sources(self) -> list[tuple[str, str]]:
-        """(option, source) of the data that is read."""
+    def own_sources(self) -> list[tuple[str, str]]:
+        """(option, source) of the data that the config names, where ``--data`` does not."""
         if self.request.data is not None:
-            return [("--data", self.request.data)]
+            return []
         data = self.config.data
         if isinstance(data.eval, str):
             return [("data.eval", data.eval)]
@@ -224,9 +224,6 @@ def config_of(
     for option in fields(ParallelConfig):
         default = "null" if option.default is None else option.default
         one_rank.append(f"parallel.{option.name}={default}")
-    if request.data is not None:
-        # Raises where there is no such file.
-        locate(request.data)
     held: list[str] = []
     if adapter is not None:
         held = [f"model.{key}={value}" for key, value in model_options(trained_on(adapter)).items()]
@@ -243,6 +240,8 @@ def config_of(
     # What the command line names takes the place of training's data and of its evaluation's.
     data = config.data
     if request.data is not None:
+        # Raises where there is no such file.
+        locate(request.data)
         data = replace(data, train=request.data, eval=None)
     else:
         require(data.eval is not None, _no_data(request.target))

@@ -140,21 +140,24 @@ def held_note(held: Held | None, scheme: Scheme | None, dtype: str) -> str | Non
     return f"the base{stored}: {len(held.modules):,} fused weights of {parts} are {how}"
 
 
-def rounded_names(config: ModelConfig, folder: Path) -> frozenset[str]:
-    """Published names of matrices that a folder stores plain and that are quantised to nf4 as they
-    are read; raises ``ValueError`` as ``held_of`` does."""
+def rounded_of(held: Held | None, base: BaseFolder) -> frozenset[str]:
+    """Published names of matrices that a folder stores plain and that are held as nf4."""
     found: set[str] = set()
-    # Only this quantises anything; else the headers of all files need not be read once more.
-    if config.weight_format != "nf4":
-        return frozenset()
-    base = open_folder(folder)
-    held = held_in(config, base)
     if held is not None and held.form == "nf4":
         for layer, module in held.modules:
             projections = modules_of(base.shape, layer)[module]
             names = weight_names(projections, layer, base.shape.num_experts)
             found.update(name for name in names if base.places[name].quantised is None)
     return frozenset(found)
+
+
+def rounded_names(config: ModelConfig, folder: Path) -> frozenset[str]:
+    """``rounded_of`` a folder; raises ``ValueError`` as ``held_of`` does."""
+    # Only this quantises anything; else the headers of all files need not be read once more.
+    if config.weight_format != "nf4":
+        return frozenset()
+    base = open_folder(folder)
+    return rounded_of(held_in(config, base), base)
 
 
 def _form(config: ModelConfig, scheme: Scheme | None) -> HeldForm | None:

@@ -1,5 +1,6 @@
 """Say how a run's base lies in memory, and refuse what cannot be done with it."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 from megalora.config import RunConfig
@@ -23,15 +24,15 @@ def notes_of_base(config: RunConfig, folder: Path) -> list[str]:
     notes = (
         unused_note(base),
         held.held_note(found, base.scheme, config.model.dtype),
-        _server_note(config, folder),
+        _server_note(config, held.rounded_of(found, base)),
     )
     return [note for note in notes if note is not None]
 
 
-def _server_note(config: RunConfig, folder: Path) -> str | None:
+def _server_note(config: RunConfig, rounded: Collection[str]) -> str | None:
     """A line where answers are sampled on other values than those that are trained on."""
     samples = config.rl.servers or config.rl.start_servers is not None
-    if not samples or not held.rounded_names(config.model, folder):
+    if not samples or not rounded:
         return None
     return (
         "note: rl.servers have the base as it is stored, and this run quantises it to nf4: answers"

@@ -143,8 +143,8 @@ CONFIG_BUGS: tuple[Bug, ...] = (
         0,
         "early: an evaluation does not ask for its data set on the hub",
         "megalora/cli/evaluate.py",
-        "    check_hub_data(plan.sources)\n",
-        "",
+        '        check_hub_data([("--data", request.data)])\n',
+        "        pass\n",
         f"{EARLY_TEST} test_every_mistake_is_one_line_before_torch",
     ),
     bug(

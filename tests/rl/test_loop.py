@@ -18,7 +18,7 @@ from megalora.adapters.files import WEIGHTS
 from megalora.config import RunConfig
 from megalora.data.batch import Batch
 from megalora.rl import embedded
-from megalora.rl.batches import PlayWith, SampledBatches
+from megalora.rl.batches import MakePlay, PlayWith, SampledBatches
 from megalora.rl.embedded import Embedded
 from megalora.rl.episode import Ask, Episode, Prompt, Sampled
 from megalora.rl.feed import sampling_feed
@@ -189,10 +189,10 @@ async def told_to_stop(config: RunConfig) -> AsyncIterator[PlayWith]:
         yield stopping
 
 
-def stopped_in_a_rollout(config: RunConfig) -> str:
-    """Name of the last checkpoint; a rank function."""
+def stopped(config: RunConfig, told: MakePlay) -> str:
+    """Name of the last checkpoint of a run whose episodes are played so; a rank function."""
     embedded.MEET_S = 0.2
-    saved = train(config, feed=sampling_feed(told_to_stop))
+    saved = train(config, feed=sampling_feed(told))
     return saved.name if saved else ""
 
 
@@ -203,7 +203,7 @@ def test_a_run_that_is_told_to_stop_leaves_its_rollout(
     prompts = write_prompts(tmp_path / "prompts.jsonl")
     config = rl_config(tiny, prompts, tmp_path / "run", steps=2, eval=1)
     # The rollout would take ten minutes; what was trained is saved.
-    assert run_ranks(stopped_in_a_rollout, 1, config) == ["step_000001"]
+    assert run_ranks(stopped, 1, config, told_to_stop) == ["step_000001"]
     assert "stopped by a signal at step 1" in capfd.readouterr().out
     on = replace(config, checkpoint=replace(config.checkpoint, resume=True))
     run_ranks(train_by_ids, 1, on)
@@ -232,13 +232,6 @@ async def told_to_stop_in_an_evaluation(config: RunConfig) -> AsyncIterator[Play
         yield stopping
 
 
-def stopped_in_an_evaluation(config: RunConfig) -> str:
-    """Name of the last checkpoint; a rank function."""
-    embedded.MEET_S = 0.2
-    saved = train(config, feed=sampling_feed(told_to_stop_in_an_evaluation))
-    return saved.name if saved else ""
-
-
 def evaluations(run: Path) -> list[tuple[int, float]]:
     """(step, reward) of each evaluation."""
     rows = read_jsonl(run / "metrics.jsonl")
@@ -249,7 +242,7 @@ def evaluations(run: Path) -> list[tuple[int, float]]:
 def test_a_run_that_is_told_to_stop_leaves_its_evaluation(tiny: Path, tmp_path: Path) -> None:
     prompts = write_prompts(tmp_path / "prompts.jsonl")
     config = rl_config(tiny, prompts, tmp_path / "run", steps=2, eval=1, eval_every=1)
-    assert run_ranks(stopped_in_an_evaluation, 1, config) == ["step_000001"]
+    assert run_ranks(stopped, 1, config, told_to_stop_in_an_evaluation) == ["step_000001"]
     assert [step for step, _ in evaluations(tmp_path / "run")] == [0]
     on = replace(config, checkpoint=replace(config.checkpoint, resume=True))
     run_ranks(train_by_ids, 1, on)

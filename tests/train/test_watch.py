@@ -1,7 +1,6 @@
 """Check that a lost, stopped or hanging rank ends the others, and that the line names it."""
 
 import contextlib
-import gc
 import os
 import re
 import signal
@@ -24,6 +23,7 @@ from megalora.train.watch.pulse import Pulse
 from megalora.train.watch.stacks import place_of
 from megalora.train.watch.watch import Times, watching
 from megalora.user_error import LOST_PEER
+from tests.forked import fork
 from tests.waiting import Clock, is_running, wait_until
 
 HOSTS = ("node-a", "node-a", "node-b")
@@ -218,20 +218,6 @@ def _hold_the_others_up() -> None:
     time.sleep(600)
 
 
-def _fork(work: Callable[[], None]) -> int:
-    # gloo's threads do not survive a fork: no group of this process may be left over.
-    gc.collect()
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            work()
-            code = 0
-        finally:
-            os._exit(code)
-    return pid
-
-
 def _exit_code(pid: int) -> int | None:
     """Of a process that should end within seconds; None if it does not."""
     deadline = time.monotonic() + 60
@@ -276,8 +262,8 @@ def test_survivors_end_and_say_who_is_lost(fault: str, tmp_path: Path) -> None:
     target, number, expected = FAULTS[fault]
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-    server = _fork(lambda: _serve(port))
-    pids = [_fork(lambda rank=rank: _rank(rank, port, tmp_path, fault)) for rank in range(WORLD)]
+    server = fork(lambda: _serve(port))
+    pids = [fork(lambda rank=rank: _rank(rank, port, tmp_path, fault)) for rank in range(WORLD)]
     survivors = [pid for rank, pid in enumerate(pids) if rank != target]
     try:
         wait_until(lambda: len(list(tmp_path.glob("ready_*"))) == WORLD)
