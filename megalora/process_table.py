@@ -11,13 +11,13 @@ ENDED = ("Z", "X")
 def born(pid: int) -> str | None:
     """When a process of this host started, in ticks since the system did; None when it is not
     there. Process ids are used again, and this is not."""
-    fields = _fields(pid)
+    fields = stat_fields(pid)
     return fields[19] if fields else None
 
 
 def runs(pid: int, since: str) -> bool:
     """Whether the process that started at ``since``, as ``born`` says, has not ended."""
-    fields = _fields(pid)
+    fields = stat_fields(pid)
     return bool(fields) and fields[19] == since and fields[0] not in ENDED
 
 
@@ -28,7 +28,7 @@ def table_here() -> str:
     return f"{socket.gethostname()}/{os.readlink(link)}" if link.exists() else ""
 
 
-def _fields(pid: int) -> list[str]:
+def stat_fields(pid: int) -> list[str]:
     """Fields of /proc/PID/stat from the third, the state, on; empty where there is no process."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()

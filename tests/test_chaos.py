@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import Iterator
 from itertools import islice
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,10 @@ def scratch(scene: Scene) -> Path:
     return scene.run("scratch")
 
 
+def results_of(faults: list[Fault]) -> set[str]:
+    return set(map(attrgetter("result"), faults))
+
+
 def test_how_children_end() -> None:
     def refuse() -> dict:
         raise ValueError("a line")
@@ -57,18 +62,29 @@ def test_a_save_that_is_killed_or_fails(held: HeldRun, scratch: Path) -> None:
     """A few of all the points, in every scenario."""
     faults = [*saves.crash_points(held, scratch, 13), *saves.disk_errors(held, scratch, 17)]
     faults += saves.cut_writes(held, scratch, 2, SEED)
-    assert {fault.result for fault in faults} == {SURVIVED}, faults
+    assert results_of(faults) == {SURVIVED}, faults
     assert not any(fault.left_over for fault in faults)
     names = {fault.what.split(":")[0] for fault in faults}
     assert names == {scenario.name for scenario in saves.SCENARIOS}
-    steps = {fault.detail for fault in faults}
+    steps = set(map(attrgetter("detail"), faults))
     # Both sides of a commit.
     assert {"goes on from step 1", "goes on from step 2", "goes on from step 3"} <= steps
 
 
+def test_every_point_of_a_first_save(
+    held: HeldRun, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the step's name and ``latest``, too, where no other checkpoint is there."""
+    monkeypatch.setattr(saves, "SCENARIOS", saves.SCENARIOS[:1])
+    faults = list(saves.crash_points(held, scratch))
+    assert results_of(faults) == {SURVIVED}, faults
+    found = set(map(attrgetter("detail"), faults))
+    assert found == {"goes on from step None", "goes on from step 1"}
+
+
 def test_a_run_folder_that_vanishes(held: HeldRun, scratch: Path) -> None:
     faults = list(saves.removed_folders(held, scratch, 5))
-    assert {fault.result for fault in faults} == {REFUSED}, faults
+    assert results_of(faults) == {REFUSED}, faults
     # Behind the last rename, when older checkpoints would be removed.
     assert any("has been saved, and has vanished since" in fault.detail for fault in faults)
 
@@ -77,7 +93,7 @@ def test_a_run_folder_that_vanishes(held: HeldRun, scratch: Path) -> None:
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small disk")
 def test_a_full_and_a_read_only_disk(held: HeldRun, scratch: Path) -> None:
     faults = list(saves.full_disks(held, scratch, 4, SEED))
-    assert {fault.result for fault in faults} == {SURVIVED}, faults
+    assert results_of(faults) == {SURVIVED}, faults
     said = " ".join(fault.detail for fault in faults)
     assert "No space left on device" in said and "Read-only file system" in said
 
@@ -87,7 +103,7 @@ def test_damaged_files(held: HeldRun, scratch: Path) -> None:
     faults += damage.torn_checkpoints(held, scratch)
     faults += damage.damaged_inputs(held, scratch, 3, SEED)
     faults += damage.damaged_configs(held, scratch, 4, SEED)
-    assert {fault.result for fault in faults} == {SURVIVED, REFUSED}, faults
+    assert results_of(faults) == {SURVIVED, REFUSED}, faults
     flipped = [fault for fault in faults if "rank_00000.safetensors: bit" in fault.what]
     assert flipped and all("SHA-256" in fault.detail for fault in flipped)
     # Whole in itself, and of another step than its folder: the step before is the newest whole one.

@@ -97,6 +97,7 @@ def inject(options: argparse.Namespace, keep: Callable[[list[Fault]], None]) -> 
     faults: list[Fault] = []
     begun = time.monotonic()
 
+    # Kinds share one list, so that a crash of the driver loses no result.
     def note(name: str, made: Scene, what: Scene | HeldRun) -> None:
         kind = KINDS[name]
         for fault in kind.run(what, made.run("scratch"), kind.number(options)):
@@ -116,6 +117,7 @@ def inject(options: argparse.Namespace, keep: Callable[[list[Fault]], None]) -> 
                 note(name, made, made)
     held_kinds = [name for name in options.kinds if KINDS[name].holds]
     if held_kinds:
+        # Each fault forces its files to disk, which a real disk takes time for.
         with tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as folder:
             made = make_scene(Path(folder))
             with held_run(made) as held:

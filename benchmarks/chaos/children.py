@@ -39,12 +39,14 @@ def in_child(action: Callable[[], dict[str, Any]], limit_s: float = LIMIT_S) -> 
     if pid == 0:
         os.close(read)
         _answer(action, write)
+    # Or reading would wait for this process itself.
     os.close(write)
     hung = not _ends(pid, limit_s)
     if hung:
         os.kill(pid, signal.SIGKILL)
     _, status = os.waitpid(pid, 0)
     seconds = time.monotonic() - begun
+    # Nothing, where it was killed before it answered.
     with os.fdopen(read) as answers:
         text = answers.read()
     number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0

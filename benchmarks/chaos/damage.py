@@ -25,6 +25,7 @@ CHECKPOINT_FILES = (
 def _flip(path: Path, chance: random.Random) -> str:
     """One bit, as a disk or a memory may turn it over."""
     data = bytearray(path.read_bytes())
+    # Any byte: header, offsets and values alike.
     place = chance.randrange(len(data))
     bit = chance.randrange(8)
     data[place] ^= 1 << bit
@@ -33,6 +34,7 @@ def _flip(path: Path, chance: random.Random) -> str:
 
 
 def _cut(path: Path, chance: random.Random) -> str:
+    # Down to nothing, as after a loss of power.
     size = chance.randrange(path.stat().st_size)
     os.truncate(path, size)
     return f"cut to {size:,} bytes"
@@ -41,6 +43,7 @@ def _cut(path: Path, chance: random.Random) -> str:
 def _fill_with_zeros(path: Path, chance: random.Random) -> str:
     """A block, as file systems return it for what never reached the disk."""
     data = bytearray(path.read_bytes())
+    # File systems lose whole sectors.
     begin = chance.randrange(len(data)) // 512 * 512
     block = data[begin : begin + 4096]
     data[begin : begin + 4096] = bytes(len(block))
@@ -55,6 +58,7 @@ def _scribble(path: Path, chance: random.Random) -> str:
 
 def _double(path: Path, chance: random.Random) -> str:
     data = path.read_bytes()
+    # As a write that was tried again leaves it.
     path.write_bytes(data + data[: chance.randrange(1, len(data) + 1)])
     return "part of it once more behind its end"
 
@@ -72,6 +76,7 @@ def _make_folder(path: Path, chance: random.Random) -> str:
 
 def _make_pipe(path: Path, chance: random.Random) -> str:
     path.unlink()
+    # To open one waits for a writer, for ever.
     os.mkfifo(path)
     return "a pipe in its place"
 
@@ -100,6 +105,7 @@ def _whole(held: HeldRun, scratch: Path) -> Path:
     whole = scratch.with_name("whole")
     if not whole.exists():
         held.begin(whole, 1, 2, 3)
+        # Resuming writes its lock and its digests.
         in_child(lambda: held.resume(whole))
     return whole
 
@@ -111,9 +117,11 @@ def damaged_checkpoints(held: HeldRun, scratch: Path, times: int, seed: int) -> 
     for number in range(times):
         shutil.rmtree(scratch, ignore_errors=True)
         shutil.copytree(whole, scratch)
+        # Each file with one damage, then each with the next one.
         name = CHECKPOINT_FILES[number % len(CHECKPOINT_FILES)]
         damage = DAMAGES[number // len(CHECKPOINT_FILES) % len(DAMAGES)]
         path = scratch / name
+        # A file that this run has no need of is damaged as an empty one.
         if not path.exists():
             path.write_text("")
         what = f"{name}: {damage(path, chance)}" if path.stat().st_size else f"{name}: empty"
@@ -126,6 +134,7 @@ def torn_checkpoints(held: HeldRun, scratch: Path) -> Iterator[Fault]:
     for name in CHECKPOINT_FILES[1:6]:
         shutil.rmtree(scratch, ignore_errors=True)
         shutil.copytree(whole, scratch)
+        # Only its neighbours tell that it is not of this step.
         earlier = name.replace(NEWEST, "step_000002")
         shutil.copyfile(scratch / earlier, scratch / name)
         what = f"{name}: that of the step before"
@@ -143,6 +152,7 @@ def damaged_inputs(held: HeldRun, scratch: Path, times: int, seed: int) -> Itera
         shutil.copytree(whole, scratch)
         shutil.copytree(held.base, inputs / "base")
         shutil.copyfile(str(held.config.data.train), inputs / "chats.jsonl")
+        # A base may have several shards.
         weights = sorted(path.name for path in (inputs / "base").glob("*.safetensors"))
         name = ("chats.jsonl", "base/config.json", f"base/{weights[0]}")[number % 3]
         damage = DAMAGES[number // 3 % len(DAMAGES)]
@@ -153,6 +163,7 @@ def damaged_inputs(held: HeldRun, scratch: Path, times: int, seed: int) -> Itera
             data=replace(config.data, train=str(inputs / "chats.jsonl")),
             model=replace(config.model, path=str(inputs / "base")),
         )
+        # The checkpoints are whole: what they were made of is not.
         ended = in_child(lambda config=config: held.resume(scratch, config))
         yield _judged("damaged data or base", what, ended)
 
@@ -163,6 +174,7 @@ def damaged_configs(held: HeldRun, scratch: Path, times: int, seed: int) -> Iter
     whole = _whole(held, scratch) / "config.yaml"
     path = scratch.with_name("damaged.yaml")
     for number in range(times):
+        # What the damage before has left in its place.
         path.unlink(missing_ok=True)
         if path.is_dir():
             path.rmdir()

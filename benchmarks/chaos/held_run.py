@@ -55,6 +55,7 @@ class HeldRun:
         self.digests: dict[int, str] = {}
         """Step -> digest of all that is saved of it."""
         for step in STEPS:
+            # Another state for each step, so that none passes for another.
             run.step(step - 1, self.config.train.lr)
             snapshot = Snapshot()
             self.writer.take(snapshot, Beside())
@@ -71,6 +72,7 @@ class HeldRun:
 
     def save(self, folder: Path, step: int, **options: Any) -> None:
         """Save a step into a run folder, as the thread of a run does."""
+        # One writer for all folders: it has the tables of tensors already.
         self.writer.config = self.at(folder, **options)
         self.writer.run = folder
         self.writer.write(self.snapshots[step], self.texts[step])
@@ -91,6 +93,7 @@ class HeldRun:
             as it was there, bit for bit. ``left``: what a killed save has left behind. ``notes``.
         """
         config = config or self.at(folder)
+        # Tokenising again is for data that was damaged.
         inputs = self.inputs if config.data == self.config.data else Inputs.read(config)
         with opened(folder) as held:
             found = find_checkpoint(config)
@@ -120,6 +123,7 @@ class HeldRun:
         digest = hashlib.sha256()
         for block in self.writer.pieces.blocks(None, None):
             digest.update(block.tensor.detach().contiguous().view(torch.uint8).numpy())
+        # In one order: restoring changes it.
         for name, state in sorted(rng_state().items()):
             digest.update(name.encode() + state.numpy().tobytes())
         return digest.hexdigest()

@@ -19,6 +19,7 @@ def hostile_inputs(scratch: Path, *, quick: bool) -> Iterator[Fault]:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", ""]
     command += [f"--junitxml={report}", CORPUS + ("/test_hostile_json.py" if quick else "")]
     try:
+        # In a process of its own: some of it is meant to exhaust one.
         subprocess.run(command, capture_output=True, timeout=LIMIT_S, check=False)
     except subprocess.TimeoutExpired:
         yield Fault(KIND, CORPUS, HANG, LIMIT_S)

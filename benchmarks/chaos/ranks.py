@@ -36,6 +36,7 @@ class World:
         self.log = run.with_suffix(".log")
         with socket.create_server(("127.0.0.1", 0)) as listener:
             port = listener.getsockname()[1]
+        # As torchrun has it: the store outlives the ranks.
         self.agent = fork(lambda: _hold_store(port))
         arguments = [str(scene.config), f"checkpoint.dir={run}"]
         self.pids = [
@@ -46,6 +47,7 @@ class World:
     def ended(self) -> set[int]:
         """Ranks whose processes have ended."""
         for rank in set(range(RANKS)) - self.codes.keys():
+            # Each is asked for once: afterwards its id may be another process.
             pid, status = os.waitpid(self.pids[rank], os.WNOHANG)
             if pid:
                 self.codes[rank] = os.waitstatus_to_exitcode(status)
@@ -63,6 +65,7 @@ class World:
     def close(self) -> None:
         """End whatever still runs."""
         for rank in set(range(RANKS)) - self.ended():
+            # SIGKILL ends a stopped process, too.
             os.kill(self.pids[rank], signal.SIGKILL)
             os.waitpid(self.pids[rank], 0)
         os.kill(self.agent, signal.SIGKILL)
@@ -107,6 +110,7 @@ def _progress(run: Path, before: set[str], ranks: World) -> list[str]:
     """Records of new steps, once there is one; none if that takes too long."""
     deadline = time.monotonic() + START_LIMIT_S
     while time.monotonic() < deadline and not ranks.ended():
+        # Records hold rates and times, so that a repeated step is another one.
         if new := [line for line in steps_logged(run) if line not in before]:
             return new
         time.sleep(0.02)
@@ -136,6 +140,7 @@ def disturbed(scene: Scene, faults: list[str], seed: int) -> Iterator[Fault]:
             if not _progress(run, before, ranks) or not _saves(run, ranks):
                 yield Fault(KINDS[fault], "resume", HANG, START_LIMIT_S, _tail(ranks.log))
                 return
+            # Every third one in the middle of a save.
             _aim(run, chance, at_save=number % 3 == 0)
             victim = chance.randrange(RANKS)
             step = step_of(steps_logged(run)[-1])
@@ -149,7 +154,9 @@ def disturbed(scene: Scene, faults: list[str], seed: int) -> Iterator[Fault]:
             result = LOST
             detail = f"{told}, though step {saved} had been saved; {detail}"
         found.append((Fault(KINDS[fault], what, result, seconds, detail), kept))
+    # Once, for all of them: it takes as long as they did together.
     right = _undisturbed(scene, max(step_of_name(kept.name) for _, kept in found if kept))
+    # What a killed save has begun is cleared away by the next start.
     left = tuple(path.name for path in run.glob(".step*"))
     for fault, kept in found:
         if kept is not None and not _same(kept, right / kept.name.partition("_of_")[0]):
@@ -193,6 +200,7 @@ def _hold(ranks: World, victim: int, run: Path) -> tuple[str, float, str]:
     """Stopped for 6 s, as a virtual machine that moves: the run goes on."""
     at = time.monotonic()
     os.kill(ranks.pids[victim], signal.SIGSTOP)
+    # Less than the watch takes to call a rank lost.
     time.sleep(6)
     before = set(steps_logged(run))
     os.kill(ranks.pids[victim], signal.SIGCONT)
@@ -245,6 +253,7 @@ def _undisturbed(scene: Scene, last: int) -> Path:
     with world(quiet, run) as ranks:
         while not (run / f"step_{last:06d}").exists() and not ranks.ended():
             time.sleep(0.1)
+        # One is enough: ranks agree on the step at which they stop.
         os.kill(ranks.pids[0], signal.SIGTERM)
         ranks.wait(set(range(RANKS)), END_LIMIT_S)
     assert checkpoints(run), ranks.log.read_text()[-2000:]

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from benchmarks.chaos.fault import HANG, LOST, SURVIVED, Fault
 from benchmarks.chaos.scene import RANKS, Scene, step_of, steps_logged
+from megalora.process_table import ENDED, stat_fields
 
 KIND = "rank killed under {command}"
 LIMIT_S = 180.0
@@ -22,6 +23,7 @@ COMMANDS = ("torchrun", "megalora train")
 
 def command_line(command: str, scene: Scene, run: Path, restarts: int) -> list[str]:
     """What a user types."""
+    # The one beside this Python, whatever is on PATH.
     bin_folder = Path(sys.executable).parent
     overrides = [str(scene.config), f"checkpoint.dir={run}"]
     if command == "torchrun":
@@ -51,14 +53,12 @@ def ranks_of(launcher: int) -> dict[int, int]:
 
 def _children(parent: int) -> list[int]:
     found: list[int] = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = path.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        # State and parent; a zombie has ended.
-        if int(fields[1]) == parent and fields[0] != "Z":
-            found.append(int(path.parent.name))
+    for path in Path("/proc").glob("[0-9]*"):
+        pid = int(path.name)
+        fields = stat_fields(pid)
+        # State and parent; a zombie has ended, and some are gone meanwhile.
+        if fields and int(fields[1]) == parent and fields[0] not in ENDED:
+            found.append(pid)
     return found
 
 
@@ -72,7 +72,8 @@ def launched(arguments: list[str], log: Path) -> Iterator[subprocess.Popen[bytes
         try:
             yield process
         finally:
-            for pid in [*ranks_of(process.pid).values(), process.pid]:
+            # The launcher first: it would start killed ranks again.
+            for pid in [process.pid, *ranks_of(process.pid).values()]:
                 try:
                     os.kill(pid, signal.SIGKILL)
                 except ProcessLookupError:
@@ -88,12 +89,14 @@ def kill_again_and_again(command: str, scene: Scene, times: int, seed: int) -> I
     log = run.with_suffix(".log")
     with launched(command_line(command, scene, run, times), log) as launcher:
         for _ in range(times):
+            # Two steps: behind the first one a checkpoint is on its way.
             before = _wait_for_steps(run, set(), 2, launcher)
             if before is None:
                 yield Fault(kind, "start", HANG, LIMIT_S, _tail(log))
                 return
             time.sleep(chance.uniform(0, 2))
             ranks = ranks_of(launcher.pid)
+            # In the order of ranks, so that the same seed takes the same one.
             victim = chance.choice(sorted(ranks))
             before = set(steps_logged(run))
             last = max(map(step_of, before))
@@ -107,7 +110,9 @@ def kill_again_and_again(command: str, scene: Scene, times: int, seed: int) -> I
                 yield Fault(kind, what, result, seconds, _tail(log))
                 return
             first = step_of(new[0])
+            # Steps behind the last checkpoint are trained again.
             repeated = last + 1 - first
+            # One may be in training, one in the thread that saves, one waiting for it.
             result = SURVIVED if 0 <= repeated <= 3 else LOST
             yield Fault(kind, what, result, seconds, f"{repeated} steps repeated")
 

@@ -16,6 +16,7 @@ from typing import Any
 from benchmarks.chaos.children import Ended, in_child
 from benchmarks.chaos.fault import HANG, LOST, REFUSED, SURVIVED, Fault
 from benchmarks.chaos.held_run import HeldRun
+from megalora.adapters.latest import checkpoints
 from megalora.train.checkpoint.writer import point_latest_at
 
 # Names of Python's audit events; opening a file for writing, and forcing one to disk, are two more.
@@ -38,6 +39,7 @@ class Scenario:
     def begin(self, held: HeldRun, folder: Path) -> Path:
         """The folder as it is before the save, made once and copied."""
         shutil.rmtree(folder, ignore_errors=True)
+        # Copying needs no process that saves.
         begun = folder.with_name(self.name.replace(" ", "_"))
         if not begun.exists():
             held.begin(begun, *self.before)
@@ -50,6 +52,7 @@ class Scenario:
     def may_be(self) -> set[int | None]:
         """Steps from which a run may go on after a crash: the new one, or what it would have gone
         on from; where latest names what is replaced, also the one before that."""
+        # Otherwise latest names the last one.
         named = self.latest or (self.before[-1] if self.before else None)
         earlier = [step for step in self.before if step < self.step]
         replaced = set(earlier[-1:]) if named == self.step else set()
@@ -89,7 +92,9 @@ def before_change(number: int, fail: Callable[[], object]) -> list[str]:
         change("fsync")
         fsync(descriptor)
 
+    # Python raises no audit event for it.
     os.fsync = forced
+    # It cannot be taken off: this process is a child that ends soon.
     sys.addaudithook(hook)
     return changes
 
@@ -136,6 +141,7 @@ def crash_points(held: HeldRun, scratch: Path, every: int = 1) -> Iterator[Fault
 
 def cut_writes(held: HeldRun, scratch: Path, times: int, seed: int) -> Iterator[Fault]:
     """SIGXFSZ, which ends a process, in the middle of a write."""
+    # The same seed cuts the same files.
     chance = random.Random(seed)
     sizes = _sizes(held, scratch)
     for _ in range(times):
@@ -202,6 +208,7 @@ def full_disks(held: HeldRun, scratch: Path, times: int, seed: int) -> Iterator[
     for number in range(times):
         mount = scratch.with_name("disk")
         mount.mkdir(exist_ok=True)
+        # From nothing to more than a checkpoint takes.
         room_kib = 4 * chance.randrange(0, 400)
         read_only = number % 4 == 3
 
@@ -231,7 +238,9 @@ def _on_small_disk(
             raise OSError(ctypes.get_errno(), "mount")
 
     remount, readonly, private = 32, 1, (1 << 18) | (1 << 14)
+    # Mounts of this process alone, which end with it.
     os.unshare(os.CLONE_NEWNS)
+    # Else they would be seen by the parent all the same.
     mounted(b"none", Path("/"), private, None)
     mounted(b"tmpfs", mount, 0, b"size=64m")
     folder = scenario.begin(held, mount / "run")
@@ -269,6 +278,10 @@ def judged(
     elif "crashed" in ended.answer or (said and not is_line(said)):
         result = LOST
         detail = f"the save ended with {ended.answer}"
+    # A step has its name only when it is whole.
+    elif answer.get("step", "") is None and checkpoints(folder):
+        result = LOST
+        detail = f"begins afresh beside {checkpoints(folder)[-1].name}"
     elif answer.get("step", "") not in may_be or not answer["same"]:
         result = LOST
         detail = f"{answer or resumed.signal}, may be {may_be}"

@@ -39,7 +39,7 @@ CHAOS_BUGS: tuple[Bug, ...] = (
         WHERE,
         "    if not there:\n        return Found(None)\n    whole: list",
         "    if not there or named is None:\n        return Found(None)\n    whole: list",
-        f"{TESTS} killed_or_fails",
+        f"{TESTS} every_point",
     ),
     bug(
         0,

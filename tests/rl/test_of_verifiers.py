@@ -4,7 +4,6 @@ They run where verifiers is installed (``make test-verifiers``): it wants earlie
 TRL, against which other tests compare.
 """
 
-import json
 import signal
 import sys
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from megalora.rl.environment import load_environment
 from megalora.rl.episode import Episode
 from tests.data.chat_tokenizer import make_tokenizer
 from tests.data.templates import TEMPLATES
+from tests.jsonl import read_jsonl
 from tests.rl.told import Engine, play, told
 
 pytestmark = pytest.mark.verifiers
@@ -107,7 +107,7 @@ def rows_of(kind: str, tmp_path: Path) -> list[dict[str, Any]]:
 
     out = tmp_path / "rows.jsonl"
     assert write_rows(f"made-{kind}", out) == 2
-    return [json.loads(line) for line in out.read_text().splitlines()]
+    return read_jsonl(out)
 
 
 def lead(kind: str, tmp_path: Path, *texts: str, **options: Any) -> tuple[Episode, Engine, Any]:

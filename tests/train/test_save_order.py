@@ -23,6 +23,7 @@ from megalora.train.checkpoint.adapter_file import AdapterFile
 from megalora.train.checkpoint.snapshot import Snapshot
 from megalora.train.checkpoint.whole_file import write_whole
 from tests.distributed.ranks import run_ranks
+from tests.jsonl import read_jsonl
 from tests.train.made_up_state import MadeUpPieces, described, texts_of, writer_of
 
 
@@ -51,7 +52,7 @@ class Disk:
         os.fsync = force
 
     def rows(self) -> list[Any]:
-        return [json.loads(line) for line in self.log.read_text().splitlines()]
+        return read_jsonl(self.log)
 
     def entries(self, folder: Path) -> dict[str, int]:
         """Name -> inode of what a folder has on disk."""
