@@ -76,7 +76,7 @@ def dropout_cost(
     # A CPU composes norms, attention and SwiGLU of more passes, beside which dropout's are fewer.
     whose = " of a GPU's kernels" if on_cpu else ""
     return (
-        f"lora.dropout={config.lora.dropout:g} costs, counted and not measured:"
+        f"lora.dropout={config.lora.dropout:g} costs, counted:"
         f" {kept[0] / kept[1]:.2f} x the bytes kept for backward ({more:.3g} GiB in place of"
         f" {less:.3g}), {traffic[0] / traffic[1]:.2f} x the element-wise memory traffic{whose} and"
         f" {flops[0] / flops[1]:.3f} x the FLOPs of a step; lora.dropout=0 has none of it"

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from megalora.adapters.training_state import SavedState
@@ -20,7 +19,6 @@ from megalora.first_rank import check_agreement, on_first_rank
 from megalora.hf.folder import local_folder
 from megalora.lora.coverage import write_manifest
 from megalora.lora.select import plan
-from megalora.model.held import rounded_names
 from megalora.serve.live_sync import serving
 from megalora.train import duration
 from megalora.train.about import shown_samples, write_about
@@ -36,6 +34,7 @@ from megalora.train.checkpoint.save import restore_best
 from megalora.train.checkpoint.start import start_of
 from megalora.train.checkpoint.where import find_checkpoint
 from megalora.train.expert_tokens import ExpertTokens
+from megalora.train.first_pass import check_first_loss, compare_layers, time_dropout
 from megalora.train.held_notes import notes_of_base
 from megalora.train.metrics import Metrics
 from megalora.train.optim import learning_rate
@@ -49,8 +48,6 @@ from megalora.train.trace import Trace, tracing
 from megalora.train.trackers import check_installed
 from megalora.train.unseen_tokens import unseen_note
 from megalora.train.watch.pulse import Pulse
-from megalora.verify.first_loss import compare_losses
-from megalora.verify.layer import check_layers
 
 
 @dataclass(frozen=True)
@@ -147,7 +144,7 @@ def _fit(run: Run, probe: Probe, at: Start) -> Path | None:
     now = Progress(start=0, step=0, saved=None)
     # Before a checkpoint is loaded, which may hold weights of the base that were trained.
     finished = at.state.step if at.state else 0
-    compared = _compare_layers(run, is_over=finished >= num_steps)
+    compared = compare_layers(run, is_over=finished >= num_steps)
     if at.state:
         notes += load_checkpoint(at.state, run.model, run.optimizer)
         step = at.state.step
@@ -253,25 +250,6 @@ def _log_step(run: Run, now: Progress, metrics: Metrics, values: dict[str, float
     )  # fmt: skip
 
 
-def _compare_layers(run: Run, *, is_over: bool) -> list[str]:
-    """Compare the base with transformers before it is trained on; returns lines about it.
-    Collective.
-
-    Args:
-        is_over: whether the run resumes at its end and trains no more.
-    """
-    config = run.config
-    if config.train.check_base == "off" or is_over:
-        return []
-    folder = local_folder(config.model.path)
-    dtype = getattr(torch, config.model.dtype)
-    return [
-        check_layers(
-            run.model.chunks, run.model.groups, folder, dtype, rounded_names(config.model, folder)
-        )
-    ]
-
-
 def _open(
     run: Run, metrics: Metrics, now: Progress, shown: list[dict[str, Any]], compared: list[str],
     cycles: Cycles,
@@ -294,8 +272,11 @@ def _open(
         metrics.say(line)
     cycles.restore()
     # A resumed run that is at its end trains no more.
-    if config.train.check_base == "loss" and now.step < run.batches.num_steps:
-        metrics.say(_check_first_loss(run, now.step, now.saved))
+    if now.step < run.batches.num_steps:
+        if config.train.check_base == "loss":
+            metrics.say(check_first_loss(run, now.step, now.saved))
+        if config.lora.dropout:
+            metrics.say(time_dropout(run, now.step))
 
 
 def _evaluate(run: Run, now: Progress, metrics: Metrics, answers: Answers) -> bool:
@@ -331,20 +312,3 @@ def _train_step(run: Run, step: int, *, lr: float, count_experts: bool) -> dict[
     if is_finite(loss, grad_norm):
         run.batches.check(step, run.others)
     return {"loss": loss, **run.others, **prepared, "lr": lr, "grad_norm": grad_norm}
-
-
-def _check_first_loss(run: Run, step: int, adapter: Path | None) -> str:
-    """Every rank evaluates the first microbatch of the first data-parallel rank; see
-    ``first_loss.py``."""
-    config = run.config
-    batch = run.batches.first(step)
-    # As many copies as the schedule wants: their mean is that of one.
-    copies = config.parallel.round_multiple
-    losses = run.stepper.token_losses([batch] * copies).cpu()
-    ours = losses[batch.loss_mask > 0].double().mean().item()
-    folder = local_folder(config.model.path)
-    dtype = config.model.dtype
-    return compare_losses(
-        ours, batch, folder=folder, adapter=adapter, dtype=dtype, shape=run.model.shape,
-        nf4=rounded_names(config.model, folder),
-    )  # fmt: skip

@@ -194,4 +194,20 @@ HEAD_PLAN_BUGS: tuple[Bug, ...] = (
         "        pass\n",
         "tests/planner/test_dropout_cost.py log",
     ),
+    bug(
+        0,
+        "passes that time dropout draw masks of the run",
+        "megalora/train/first_pass.py",
+        "    host.set_rng_state(state)\n",
+        "",
+        "tests/planner/test_dropout_cost.py log",
+    ),
+    bug(
+        0,
+        "dropout stays off behind the passes that time it",
+        "megalora/lora/without_dropout.py",
+        "            module.dropout = probability\n",
+        "            pass\n",
+        "tests/planner/test_dropout_cost.py block",
+    ),
 )

@@ -5,11 +5,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from torch import nn
 
-from megalora.config import LoRAConfig, ParallelConfig
+from megalora.config import LoRAConfig, ParallelConfig, RunConfig
+from megalora.lora.dense import ColumnLoRA, RowLoRA
+from megalora.lora.experts import ExpertsLoRA
+from megalora.lora.router import RouterLoRA
 from megalora.lora.select import resolve
+from megalora.lora.without_dropout import without_dropout
 from megalora.planner.dropout_cost import dropout_cost
 from megalora.planner.models import load_shape
+from megalora.train import loop
 from megalora.train.loop import train
 from tests.distributed.ranks import run_ranks
 from tests.parity.runs import make_config
@@ -37,7 +43,7 @@ def test_ratios_are_the_planner_s(tmp_path: Path) -> None:
     line = said(tmp_path, 1)
     ratios = [float(found) for found in re.findall(r"([0-9.]+) x the", line)]
     assert "(29.7 GiB in place of 14.5)" in line
-    assert line.startswith("lora.dropout=0.1 costs, counted and not measured: ")
+    assert line.startswith("lora.dropout=0.1 costs, counted: ")
     bytes_alone = replace(FREE, memory=Constant(1.0))
     expected = [29.7 / 14.5]
     for machine in (bytes_alone, ARITHMETIC):
@@ -54,13 +60,48 @@ def test_a_cpu_is_told_whose_traffic_it_is(tmp_path: Path) -> None:
     assert whose not in said(tmp_path, 1)
 
 
+def trained(config: RunConfig, timed: bool) -> bytes:
+    """What a run saves, with or without the passes that are timed; a rank function."""
+    if not timed:
+        loop.time_dropout = lambda run, step: "not timed"
+    folder = train(config)
+    assert folder is not None
+    return (folder / "adapter_model.safetensors").read_bytes()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
 def test_the_log_says_so(
     dropout: float, tiny: Path, chats: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    """What is counted and what is measured, which changes nothing that is trained."""
     lora = LoRAConfig(rank=4, dropout=dropout)
-    run_ranks(train, 2, make_config(tiny, chats, tmp_path, {"tp": 2}, lora=lora, steps=1))
-    log = capfd.readouterr()
-    lines = re.findall("lora.dropout=0.25 costs, counted and not measured: .*", log.out + log.err)
-    assert len(lines) == (1 if dropout else 0)
+    saved: list[bytes] = []
+    for timed in (True, False) if dropout else (True,):
+        folder = tmp_path / f"timed_{timed}"
+        folder.mkdir()
+        config = make_config(tiny, chats, folder, {"tp": 2}, lora=lora, steps=2)
+        saved += run_ranks(trained, 2, config, timed)
+        log = capfd.readouterr()
+        said = log.out + log.err
+        counted = re.findall("lora.dropout=0.25 costs, counted: .*", said)
+        assert len(counted) == (1 if dropout else 0)
+        measured = re.findall(r"0.25 makes a forward and backward pass (\S+) x as long", said)
+        assert len(measured) == (1 if dropout and timed else 0)
+        assert all(0.2 < float(ratio) < 20 for ratio in measured)
+    assert len(set(saved)) == 1
+
+
+def test_no_adapter_draws_a_mask_in_the_block() -> None:
+    """One of each kind of layer that has dropout, which it gets back."""
+    layers = nn.ModuleList()
+    for kind in (ColumnLoRA, RowLoRA, ExpertsLoRA, RouterLoRA):
+        layer = kind.__new__(kind)
+        nn.Module.__init__(layer)
+        layer.dropout = 0.25
+        layers.append(layer)
+    # A layer of the base with an attribute of that name is left alone.
+    layers.append(nn.MultiheadAttention(4, 2, dropout=0.5))
+    with without_dropout([layers]):
+        assert [layer.dropout for layer in layers] == [0.0] * 4 + [0.5]
+    assert [layer.dropout for layer in layers] == [0.25] * 4 + [0.5]
