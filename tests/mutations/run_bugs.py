@@ -23,6 +23,14 @@ CRASH, FIND, FOLDER, DIGESTING, SAMENESS, RESTART = (
 )
 
 RUN_BUGS: tuple[Bug, ...] = (
+    bug(
+        0,
+        "digests that cannot be kept end the first rank alone",
+        IDENTITY,
+        '    on_first_rank(lambda: digests.save(kept), f"{kept} cannot be written")\n',
+        "    if dist.get_rank() == 0:\n        digests.save(kept)\n",
+        f"{SAMENESS} cannot_be_kept",
+    ),
     # Saving
     bug(
         0,

@@ -262,3 +262,13 @@ def test_nodes_must_have_the_same_files(done: Path, tmp_path: Path) -> None:
     # A file that one node lacks is told on all, or the others would wait for it.
     for said in run_ranks(_on_two_nodes, 2, first, run_config(tmp_path / "none")):
         assert said.startswith("on the node of rank 1: ") and "no such file" in said
+
+
+def test_every_rank_hears_that_digests_cannot_be_kept(done: Path, tmp_path: Path) -> None:
+    """The first rank alone writes them; the others must not wait for it."""
+    shutil.copytree(done, tmp_path / "run")
+    (tmp_path / "run/run" / KEPT).unlink()
+    (tmp_path / "run/run" / KEPT).mkdir()
+    config = run_config(tmp_path / "run")
+    for said in run_ranks(_on_two_nodes, 2, config, config):
+        assert said.startswith(f"{tmp_path}/run/run/{KEPT} cannot be written (")

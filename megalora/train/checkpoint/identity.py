@@ -20,6 +20,7 @@ from megalora.data.digest import mixture_digest, source_digest
 from megalora.data.logits_header import HEADER, is_logits_folder
 from megalora.data.samples import digest_of_samples
 from megalora.digests import Digests
+from megalora.first_rank import on_first_rank
 from megalora.hf.base_identity import base_config, values_digest, weights_digest
 from megalora.hf.folder import check_base_folder, local_folder
 
@@ -66,7 +67,8 @@ def identify(config: RunConfig, base: Path) -> Identity:
     Args:
         base: the folder of ``config.model.path``.
     Raises:
-        ValueError: on every rank, when a node cannot read something, or nodes have different files.
+        ValueError: on every rank, when a node cannot read something, nodes have different files, or
+            the run folder cannot be written.
     """
     # A file whose size and time have not changed is not read again when the run is resumed.
     kept = Path(config.checkpoint.dir) / KEPT
@@ -99,10 +101,9 @@ def identify(config: RunConfig, base: Path) -> Identity:
                 " all share."
             )
     # The run folder may be of one node; its first rank keeps what every node has read.
-    if dist.get_rank() == 0:
-        for _, used in answers:
-            digests.used |= used
-        digests.save(kept)
+    for _, used in answers:
+        digests.used |= used
+    on_first_rank(lambda: digests.save(kept), f"{kept} cannot be written")
     return first
 
 
