@@ -107,7 +107,8 @@ def claims() -> str:
         f"**The planner knows what LoRA costs.** Its peak memory is within {peak} of what live"
         f" tensors take in {_counted_layouts()} layouts on CPU ranks, and within"
         f" {_planner_error('peak_bytes'):.2f} % on an H100.",
-        f"**Silent mistakes are caught.** Each of over {bugs} seeded bugs is caught by a named test.",
+        "**Silent mistakes are caught.** A named test catches each of more than"
+        f" {bugs} seeded bugs.",
     )
     items = []
     for claim in found:
