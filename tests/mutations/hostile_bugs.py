@@ -2,6 +2,9 @@
 
 from tests.mutations.bugs import Bug, bug
 
+ARROW = "megalora/data/arrow_rows.py"
+BOMBS = "tests/hostile/test_parquet_bombs.py"
+
 JSON_TEXT = "megalora/json_text.py"
 BUDGET = "megalora/data/template_budget.py"
 BODY = "megalora/serve/body.py"
@@ -113,5 +116,29 @@ HOSTILE_BUGS: tuple[Bug, ...] = (
         " or _SECRET.search(name)",
         "",
         "tests/test_hostile_config.py test_a_secret_of_the_environment_is_not_written_down",
+    ),
+    bug(
+        0,
+        "a Parquet file may repeat a text for ever",
+        ARROW,
+        "                _check_ratio(size, decoded)\n",
+        "                pass\n",
+        BOMBS,
+    ),
+    bug(
+        0,
+        "a text of a dictionary counts as its number",
+        ARROW,
+        "row_bytes += _longest_repeated(file, column) * per_row",
+        "row_bytes += per_row",
+        BOMBS,
+    ),
+    bug(
+        0,
+        "deltas of texts count as they lie in the file",
+        ARROW,
+        "        return column.total_uncompressed_size\n    if not",
+        "        return 0\n    if not",
+        BOMBS,
     ),
 )
