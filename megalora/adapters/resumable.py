@@ -23,6 +23,7 @@ from megalora.adapters.files import (
 from megalora.adapters.read.adapter import read_adapter
 from megalora.adapters.read.stacked import ColumnOrder
 from megalora.adapters.state_index import Index, Indexed, Piece, rank_file, write_index
+from megalora.adapters.sums import write_sums
 from megalora.adapters.trained import trained_form
 from megalora.adapters.trained_on import TrainedOn, metadata_of, notes_on_base, trained_on
 from megalora.adapters.write.card import coverage
@@ -90,11 +91,12 @@ def import_adapter(
         _write_fresh(temporary, tensors)
         state = {
             "step": 0, "imported_from": str(source), "base": base, "adapted": settings(adapted),
-            **_beside(shape), "identity": _base_identity(folder),
+            **_beside(shape), "identity": _base_identity(folder), "sums": True,
         }  # fmt: skip
         (temporary / STATE_JSON).write_text(json.dumps(state, indent=1) + "\n")
         lora = OmegaConf.create({"lora": section})
         (temporary / LORA_SECTION).write_text(OmegaConf.to_yaml(lora))
+        write_sums(temporary, {})
     notes = []
     named = read_config(source).get("base_model_name_or_path")
     # The sizes fit, or reading would have failed; whether the weights do, nobody can tell.

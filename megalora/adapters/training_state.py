@@ -43,6 +43,8 @@ class SavedState:
     identity: Json | None = None
     """Digests of data and base (``identity.py``); None where the checkpoint was saved before there
     were any."""
+    has_sums: bool = False
+    """Whether the checkpoint has digests of all its files (``sums.py``)."""
     imported_from: str | None = None
     base: str = ""
     """Name or folder of the base that an adapter was imported for."""
@@ -130,6 +132,7 @@ def read_state(folder: Path) -> SavedState:
         "saved_at": _number(path, state, "saved_at"),
         "identity": _identity(path, state),
         "evaluations": _evaluations(path, state),
+        "has_sums": _switch(path, state, "sums"),
     }
     # An import has no run yet: neither a config nor samples.
     if "imported_from" in state:
@@ -225,6 +228,12 @@ def _evaluations(path: Path, state: Json) -> Evaluations:
     _require(type(last) is int and -1 <= last < 2**53, path, "evaluated_step", "a step", last)
     found = BestLoss(loss, _count(path, best, "step"), _count(path, best, "since"))
     return Evaluations(found, int(last or 0))
+
+
+def _switch(path: Path, state: Json, key: str) -> bool:
+    value = state.get(key, False)
+    _require(type(value) is bool, path, key, "true or false", value)
+    return bool(value)
 
 
 def _text(path: Path, state: Json, key: str) -> str:

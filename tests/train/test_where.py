@@ -4,6 +4,7 @@ state.json as a fuzzer leaves it."""
 import json
 import os
 import re
+import shutil
 import signal
 from contextlib import suppress
 from pathlib import Path
@@ -31,6 +32,14 @@ def test_latest_decides(run: Path) -> None:
     assert found(run).notes == []
     (run / "latest").write_text("step_000004\n")
     assert found(run).state.step == 4
+
+
+def test_a_checkpoint_of_another_step_than_its_name(run: Path) -> None:
+    shutil.rmtree(run / "step_000006")
+    shutil.copytree(run / "step_000004", run / "step_000006")
+    answer = found(run)
+    assert answer.state.folder.name == "step_000004"
+    assert "state.json in it is that of step 4" in answer.notes[0]
 
 
 # latest is a file with the name of a folder beside it; nothing else may be followed.

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from megalora import host
 from megalora.adapters.as_plain import Get
 from megalora.adapters.best_loss import BestLoss, Evaluations
+from megalora.adapters.cycles import FOLDER as CYCLES
 from megalora.adapters.cycles import cycle_file, keep_cycles, state_folder
 from megalora.adapters.files import (
     AVERAGE_KEY,
@@ -31,6 +32,7 @@ from megalora.adapters.files import (
 )
 from megalora.adapters.latest import BEST, checkpoints
 from megalora.adapters.state_index import Index, rank_file, write_index
+from megalora.adapters.sums import write_sums
 from megalora.adapters.trained_on import base_of_run
 from megalora.config import CheckpointConfig, RunConfig
 from megalora.first_rank import is_first_rank, on_first_rank
@@ -112,6 +114,8 @@ class CheckpointWriter:
         self._table: Table | None = None
         self._has_table = False
         self._adapter: AdapterFile | None = None
+        self._sums: dict[str, str] = {}
+        """Name of a file in the last checkpoint -> its SHA-256."""
         base = config.model.path
         self._average = AdapterFile(model.adapted, model.shape, base, AVERAGE_KEY)
 
@@ -146,6 +150,7 @@ class CheckpointWriter:
             "saved_at": time.time(),
             "evaluated_step": evaluations.last_step, "best": asdict(evaluations.best),
             "identity": identity.as_json(samples.digest), "config": asdict(self.config),
+            "sums": True,
             "adapted": settings(self.model.adapted), **_of_cycles(self.config, cycles),
         }  # fmt: skip
         return Texts(state, probe, evaluations.best)
@@ -220,6 +225,10 @@ class CheckpointWriter:
         keep_cycles(self.run, state_folder(folder), cycles)
         (folder / PROBE).write_text(json.dumps(texts.probe) + "\n")
         (folder / STATE_JSON).write_text(json.dumps(texts.state, indent=1) + "\n")
+        # Merged adapters are never written again, and may have gigabytes.
+        of_cycles = {name: made for name, made in self._sums.items() if f"/{CYCLES}/" in name}
+        of_ranks = {f"{STATE}/{name}": digest for name, (_, digest) in files_made.items()}
+        self._sums = write_sums(folder, of_cycles | of_ranks)
 
 
 def _check_seen(folder: Path, files: dict[str, tuple[int, str]]) -> None:

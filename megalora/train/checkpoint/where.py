@@ -28,6 +28,7 @@ from megalora.adapters.latest import (
     taken_note,
 )
 from megalora.adapters.state_index import read_index
+from megalora.adapters.sums import SUMS, check_sums
 from megalora.adapters.training_state import SavedState, read_state
 from megalora.config import RunConfig
 from megalora.first_rank import on_first_rank
@@ -147,7 +148,8 @@ def read_whole(folder: Path, what: str) -> SavedState:
     Args:
         what: the subject of the message.
     Raises:
-        ValueError: a file is missing, cut short or damaged; tensors' contents are not read.
+        ValueError: a file is missing, cut short or damaged. Digests of the ranks' files are left to
+            ``load.py``; those of all others are compared here, where there are any.
     """
     try:
         state = read_state(folder)
@@ -166,8 +168,9 @@ def read_whole(folder: Path, what: str) -> SavedState:
         keys.append(START_KEY)
     if state.config.get("train", {}).get("ema_decay"):
         keys.append(AVERAGE_KEY)
+    of_ranks: list[str] = []
     if (folder / INDEX).is_file():
-        _check_indexed(folder, keys, what)
+        of_ranks = _check_indexed(folder, keys, what)
     else:
         tensors += _old_files(state, keys)
     for name in [CONFIG, *tensors]:
@@ -176,11 +179,19 @@ def read_whole(folder: Path, what: str) -> SavedState:
             raise ValueError(f"{what} is not a whole checkpoint: it has no {name}")
         if name in tensors:
             _check_whole(path, what)
+    if state.has_sums or (folder / SUMS).is_file():
+        needed = [Path(name) for name in (CONFIG, *tensors, INDEX, STATE_JSON, *of_ranks)]
+        try:
+            # The ranks share out their own files, which are the large ones (``load.py``).
+            check_sums(folder, needed, of_ranks)
+        except ValueError as error:
+            raise ValueError(f"{what} is not a whole checkpoint: {error}") from None
     return state
 
 
-def _check_indexed(folder: Path, keys: list[str], what: str) -> None:
-    """Raise ``ValueError`` unless the ranks' files are there at full length, with these keys."""
+def _check_indexed(folder: Path, keys: list[str], what: str) -> list[str]:
+    """Names of the ranks' files; raises ``ValueError`` unless they are there at full length, with
+    these keys."""
     try:
         index = read_index(folder)
     except ValueError as error:
@@ -198,6 +209,7 @@ def _check_indexed(folder: Path, keys: list[str], what: str) -> None:
     for key in keys:
         if key not in there:
             raise ValueError(f"{what} is not a whole checkpoint: {INDEX} has no {key}")
+    return [f"{STATE}/{name}" for name in index.files]
 
 
 def _old_files(state: SavedState, keys: list[str]) -> list[Path]:
