@@ -31,5 +31,8 @@ def save(name: str, rows: list[dict[str, Any]], out: Path, **more: Any) -> None:
         **more,
     }
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(record, indent=1) + "\n")
+    # A call that is cut off leaves the record of before.
+    whole = out.with_name(f".{out.name}.tmp")
+    whole.write_text(json.dumps(record, indent=1) + "\n")
+    whole.replace(out)
     print(f"wrote {out}")

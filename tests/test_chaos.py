@@ -3,7 +3,8 @@ loss."""
 
 import os
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from itertools import islice
 from operator import attrgetter
 from pathlib import Path
@@ -56,6 +57,23 @@ def test_how_children_end() -> None:
     assert in_child(crash).answer == {"crashed": "KeyError: 'a bug'"}
     assert in_child(die).signal == signal.SIGKILL
     assert in_child(lambda: signal.pause() or {}, limit_s=0.2).hung
+    assert in_child(endless, limit_s=0.2).hung
+    # One that works a while longer on a busy machine has not hung: it has processor time to go.
+    assert not in_child(lambda: sleep_and_work(0.6), limit_s=0.4).hung
+
+
+def endless() -> dict:
+    while True:
+        pass
+
+
+def sleep_and_work(seconds: float) -> dict:
+    """Take little processor time, and some of it all the time."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        time.sleep(0.01)
+        sum(range(100_000))
+    return {}
 
 
 def test_a_save_that_is_killed_or_fails(held: HeldRun, scratch: Path) -> None:
@@ -83,7 +101,7 @@ def test_every_point_of_a_first_save(
 
 
 def test_a_run_folder_that_vanishes(held: HeldRun, scratch: Path) -> None:
-    faults = list(saves.removed_folders(held, scratch, 5))
+    faults = list(saves.removed_folders(held, scratch, 13))
     assert results_of(faults) == {REFUSED}, faults
     # Behind the last rename, when older checkpoints would be removed.
     assert any("has been saved, and has vanished since" in fault.detail for fault in faults)
@@ -99,7 +117,7 @@ def test_a_full_and_a_read_only_disk(held: HeldRun, scratch: Path) -> None:
 
 
 def test_damaged_files(held: HeldRun, scratch: Path) -> None:
-    faults = list(damage.damaged_checkpoints(held, scratch, 2 * 9, SEED))
+    faults = list(damage.damaged_checkpoints(held, scratch, 2 * 11, SEED))
     faults += damage.torn_checkpoints(held, scratch)
     faults += damage.damaged_inputs(held, scratch, 3, SEED)
     faults += damage.damaged_configs(held, scratch, 4, SEED)
@@ -111,13 +129,28 @@ def test_damaged_files(held: HeldRun, scratch: Path) -> None:
     assert [fault.detail for fault in mixed] == ["goes on from step 2"]
 
 
+@pytest.mark.parametrize("how", [damage._flip, damage._make_folder])
+def test_each_file_of_a_run_folder(
+    how: Callable[..., str], held: HeldRun, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each in turn, so that none of a checkpoint can be another and be resumed from."""
+    monkeypatch.setattr(damage, "DAMAGES", (how,))
+    files = len(damage.CHECKPOINT_FILES)
+    faults = list(damage.damaged_checkpoints(held, scratch, files, SEED))
+    assert results_of(faults) <= {SURVIVED, REFUSED}, faults
+    tried = {fault.what.partition(":")[0] for fault in faults}
+    newest = scratch.with_name("whole") / damage.NEWEST
+    there = [path for path in newest.rglob("*") if path.is_file()]
+    assert {path.relative_to(newest.parent).as_posix() for path in there} <= tried
+
+
 def test_what_is_lost(held: HeldRun, scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Values of another step, and a fresh start beside checkpoints."""
     monkeypatch.setattr(held, "digests", {step: "" for step in held.digests})
     (fault,) = islice(saves.crash_points(held, scratch, 99), 1, 2)
     assert fault.result == LOST and "'same': False" in fault.detail
     # The lock file, whose content decides nothing here.
-    (fault,) = islice(damage.damaged_checkpoints(held, scratch, 9, SEED), 7, 8)
+    (fault,) = islice(damage.damaged_checkpoints(held, scratch, 11, SEED), 9, 10)
     assert fault.result == LOST
 
 

@@ -1,9 +1,10 @@
 """Inject faults of every kind and count what is lost (``make chaos``).
 
-    python -m benchmarks.chaos [--quick] [--kinds KIND,KIND] [--times N] [--out FILE]
+    python -m benchmarks.chaos [--quick] [--kinds KIND,KIND] [--times N] [--go-on] [--out FILE]
 
 Writes each fault with its result to JSON, behind each kind, and prints a table. A second call with
-other kinds adds to the file. The exit code is 1 when something was lost, hung, or left behind.
+other kinds adds to the file; ``--go-on`` does what a call that was cut off has left to do. The exit
+code is 1 when something in the file was lost, hung, or left behind.
 """
 
 import argparse
@@ -85,16 +86,18 @@ KINDS = {
     "disk-errors": Kind(saves.disk_errors, None, 8),
     "full-disks": Kind(_by_chance(saves.full_disks), 20, 4),
     "removed-folders": Kind(saves.removed_folders, None, 8),
-    "checkpoints": Kind(_by_chance(damage.damaged_checkpoints), 216, 18),
+    "checkpoints": Kind(_by_chance(damage.damaged_checkpoints), 264, 22),
     "torn": Kind(lambda held, scratch, times: damage.torn_checkpoints(held, scratch), None, 1),
     "inputs": Kind(_by_chance(damage.damaged_inputs), 36, 6),
     "configs": Kind(_by_chance(damage.damaged_configs), 36, 6),
 }
 
 
-def inject(options: argparse.Namespace, keep: Callable[[list[Fault]], None]) -> list[Fault]:
-    """All faults of the kinds that were asked for; ``keep`` gets those so far behind each kind."""
+def inject(options: argparse.Namespace, keep: Callable[[list[Fault], list[str]], None]) -> None:
+    """Inject all faults of the kinds that were asked for; ``keep`` gets those so far, and the kinds
+    that are done."""
     faults: list[Fault] = []
+    done: list[str] = []
     begun = time.monotonic()
 
     # Kinds share one list, so that a crash of the driver loses no result.
@@ -105,9 +108,10 @@ def inject(options: argparse.Namespace, keep: Callable[[list[Fault]], None]) -> 
             if is_wrong(fault):
                 print(f"{fault.result}: {fault}", flush=True)
             if len(faults) % 50 == 0:
-                keep(faults)
+                keep(faults, done)
+        done.append(name)
         print(f"{name}: {len(faults)} faults, {time.monotonic() - begun:.0f} s", flush=True)
-        keep(faults)
+        keep(faults, done)
 
     # Ranks are forked before this process has a world of its own.
     for name in options.kinds:
@@ -123,7 +127,6 @@ def inject(options: argparse.Namespace, keep: Callable[[list[Fault]], None]) -> 
             with held_run(made) as held:
                 for name in held_kinds:
                     note(name, made, held)
-    return faults
 
 
 def is_wrong(fault: Fault) -> bool:
@@ -137,6 +140,7 @@ def main() -> None:
     parser.add_argument("--kinds", default=",".join(KINDS), help=f"of {', '.join(KINDS)}")
     parser.add_argument("--times", type=int, help="faults of each kind that is drawn by chance")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/chaos.json"))
+    parser.add_argument("--go-on", action="store_true", help="only kinds that the file has not")
     options = parser.parse_args()
     options.kinds = options.kinds.split(",")
     if unknown := set(options.kinds) - KINDS.keys():
@@ -145,21 +149,32 @@ def main() -> None:
     # Kinds of earlier calls with the same file stay, unless this one injects all kinds.
     earlier: list[Fault] = []
     commands: list[str] = []
-    if options.out.exists() and set(options.kinds) != KINDS.keys():
+    done: list[str] = []
+    if options.out.exists() and (options.go_on or set(options.kinds) != KINDS.keys()):
         record = json.loads(options.out.read_text())
         earlier = [Fault(**fault) for fault in record["faults"]]
         commands = record["commands"]
-    commands.append(f"python -m benchmarks.chaos {' '.join(sys.argv[1:])}".strip())
+        done = record["done"]
+    if options.go_on:
+        options.kinds = [name for name in options.kinds if name not in done]
+    command = f"python -m benchmarks.chaos {' '.join(sys.argv[1:])}".strip()
+    commands = [*dict.fromkeys([*commands, command])]
 
-    def keep(faults: list[Fault]) -> None:
+    every = list(earlier)
+
+    def keep(faults: list[Fault], done_now: list[str]) -> None:
+        # What a call that was cut off has of a kind is injected again.
         anew = {fault.kind for fault in faults}
-        every = [fault for fault in earlier if fault.kind not in anew] + faults
+        every[:] = [fault for fault in earlier if fault.kind not in anew] + faults
         in_full = [asdict(fault) for fault in every]
-        save("chaos", rows_of(every), options.out, commands=commands, faults=in_full)
+        kinds_done = [*dict.fromkeys([*done, *done_now])]
+        save(
+            "chaos", rows_of(every), options.out, commands=commands, done=kinds_done, faults=in_full
+        )
 
-    faults = inject(options, keep)
-    print(table_of(rows_of(faults)))
-    sys.exit(1 if any(map(is_wrong, faults)) else 0)
+    inject(options, keep)
+    print(table_of(rows_of(every)))
+    sys.exit(1 if any(map(is_wrong, every)) else 0)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,13 @@ from typing import Any
 
 import torch
 
+from megalora.process_table import stat_fields
+
 LIMIT_S = 60.0
-"""That a child may take; one takes less than a second of an idle machine."""
+"""Of processor time that a child may take, and of time that it may sleep without taking any. One
+takes less than a second: how long that is on a clock says how busy the machine is."""
+PATIENCE = 20
+"""Times ``LIMIT_S`` on a clock, after which a child counts as hung whatever it does."""
 
 
 @dataclass(frozen=True)
@@ -75,9 +80,29 @@ def _answer(action: Callable[[], dict[str, Any]], write: int) -> None:
 
 def _ends(pid: int, limit_s: float) -> bool:
     """Whether a child ends in time; its exit code is left to be asked for."""
-    deadline = time.monotonic() + limit_s
-    while time.monotonic() < deadline:
+    begun = time.monotonic()
+    moved = begun
+    taken = -1.0
+    while time.monotonic() < begun + PATIENCE * limit_s:
         if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
             return True
+        state, now_taken = _state(pid)
+        # One that could run and is not let has no less to do; so has one whose own child works.
+        if now_taken != taken or state == "R":
+            moved = time.monotonic()
+            taken = now_taken
+        if taken > limit_s or time.monotonic() > moved + limit_s:
+            return False
         time.sleep(0.002)
     return False
+
+
+def _state(pid: int) -> tuple[str, float]:
+    """State of a process, and the seconds of processor time that it has taken; nothing of one that
+    has just ended."""
+    fields = stat_fields(pid)
+    if not fields:
+        return "", 0.0
+    # utime and stime: the 14th and 15th of proc(5), whose third is the first here.
+    ticks = int(fields[11]) + int(fields[12])
+    return fields[0], ticks / os.sysconf("SC_CLK_TCK")

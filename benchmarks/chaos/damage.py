@@ -15,10 +15,14 @@ from megalora.config import RunConfig
 from megalora.config.file import load_config
 
 NEWEST = "step_000003"
+STATE_FILES = (
+    "training_state/state.json", "training_state/index.json",
+    "training_state/rank_00000.safetensors", "adapter_model.safetensors", "adapter_config.json",
+    "probe.json", "training_state/SHA256SUMS",
+)  # fmt: skip
+"""Files of a checkpoint, none of which may be another and be trained on."""
 CHECKPOINT_FILES = (
-    "latest", f"{NEWEST}/training_state/state.json", f"{NEWEST}/training_state/index.json",
-    f"{NEWEST}/training_state/rank_00000.safetensors", f"{NEWEST}/adapter_model.safetensors",
-    f"{NEWEST}/adapter_config.json", "best", ".lock", ".digests.json",
+    "latest", *(f"{NEWEST}/{name}" for name in STATE_FILES), "best", ".lock", ".digests.json",
 )  # fmt: skip
 
 
@@ -125,20 +129,29 @@ def damaged_checkpoints(held: HeldRun, scratch: Path, times: int, seed: int) -> 
         if not path.exists():
             path.write_text("")
         what = f"{name}: {damage(path, chance)}" if path.stat().st_size else f"{name}: empty"
-        yield _judged("damaged checkpoint", what, in_child(lambda: held.resume(scratch)))
+        is_changed = name.startswith(NEWEST) and not _same(path, whole / name)
+        ended = in_child(lambda: held.resume(scratch))
+        yield _judged("damaged checkpoint", what, ended, is_changed)
 
 
 def torn_checkpoints(held: HeldRun, scratch: Path) -> Iterator[Fault]:
     """Each file of the newest checkpoint replaced by that of an earlier one, whole in itself."""
     whole = _whole(held, scratch)
-    for name in CHECKPOINT_FILES[1:6]:
+    for name in CHECKPOINT_FILES[1 : 1 + len(STATE_FILES)]:
         shutil.rmtree(scratch, ignore_errors=True)
         shutil.copytree(whole, scratch)
         # Only its neighbours tell that it is not of this step.
         earlier = name.replace(NEWEST, "step_000002")
         shutil.copyfile(scratch / earlier, scratch / name)
         what = f"{name}: that of the step before"
-        yield _judged("file of another step", what, in_child(lambda: held.resume(scratch)))
+        is_changed = not _same(scratch / name, whole / name)
+        ended = in_child(lambda: held.resume(scratch))
+        yield _judged("file of another step", what, ended, is_changed)
+
+
+def _same(path: Path, whole: Path) -> bool:
+    """Whether a damaged file has all bytes that it had."""
+    return path.is_file() and path.read_bytes() == whole.read_bytes()
 
 
 def damaged_inputs(held: HeldRun, scratch: Path, times: int, seed: int) -> Iterator[Fault]:
@@ -190,8 +203,13 @@ def damaged_configs(held: HeldRun, scratch: Path, times: int, seed: int) -> Iter
             path.rmdir()
 
 
-def _judged(kind: str, what: str, ended: Ended) -> Fault:
-    """Refused in a line, or gone on from a step bit for bit; nothing else will do."""
+def _judged(kind: str, what: str, ended: Ended, newest_is_changed: bool = False) -> Fault:
+    """Refused in a line, or gone on from a step bit for bit; nothing else will do.
+
+    Args:
+        newest_is_changed: a file of the newest checkpoint is not what was saved: a run that goes on
+            from it has not noticed.
+    """
     answer = ended.answer
     said = answer.get("refused", "")
     left = tuple(answer.get("left", ()))
@@ -199,6 +217,8 @@ def _judged(kind: str, what: str, ended: Ended) -> Fault:
         return Fault(kind, what, HANG, ended.seconds, "", left)
     if said:
         return Fault(kind, what, REFUSED if is_line(said) else LOST, ended.seconds, said, left)
+    if newest_is_changed and answer.get("step") == int(NEWEST.removeprefix("step_")):
+        return Fault(kind, what, LOST, ended.seconds, "taken for whole", left)
     if answer.get("same") and answer.get("step") is not None:
         detail = f"goes on from step {answer['step']}"
         return Fault(kind, what, SURVIVED, ended.seconds, detail, left)

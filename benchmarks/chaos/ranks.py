@@ -24,9 +24,10 @@ from megalora.train.__main__ import main
 from megalora.user_error import LOST_PEER, guarded
 from tests.forked import fork
 
-START_LIMIT_S = 150.0
-END_LIMIT_S = 60.0
-"""For the survivors of a stopped rank: the watch has 35 s, on a machine with time to spare."""
+START_LIMIT_S = 900.0
+END_LIMIT_S = 300.0
+"""Until a wait counts as a hang. The watch has 35 s for a stopped rank on a machine with time to
+spare; the seconds of each fault are in the record, so that a busy machine is no hang."""
 
 
 class World:
