@@ -27,6 +27,7 @@ VLLM_UV = $(UV) --no-config pip
 SIDE_BY_SIDE := -n 2 --dist worksteal
 # An oracle of tests, apart from all else: PEFT imports it wherever it finds it, which takes seconds.
 BITSANDBYTES := bitsandbytes==0.50.2
+ATHERIS := atheris==3.1.0
 # What addopts in pyproject.toml leaves out, because -m on the command line replaces it.
 HERE := not vllm and not verifiers and not cluster and not compiled and not long
 
@@ -107,8 +108,14 @@ parity: $(READY)  ## Every layout of up to 8 ranks against plain transformers: 5
 test-cluster: $(READY)  ## Two hosts as network namespaces: rendezvous, one cut off, resume (root and iproute2)
 	@$(BIN)/pytest -q -m cluster tests/cluster
 
-chaos: $(READY)  ## Inject hundreds of faults into small runs: nothing may be lost; 20 min on two cores
-	@$(BIN)/python -m benchmarks.chaos
+chaos: $(READY) $(VENV)/fuzz/.ready  ## Inject a thousand faults into small runs: nothing may be lost; 20 min on two cores
+	@$(BIN)/python -m benchmarks.chaos $(CHAOS)
+
+# Coverage-guided fuzzing, apart from all that is locked: without it inputs are changed by chance.
+$(VENV)/fuzz/.ready: | $(READY)
+	@$(UV) pip install --quiet --python $(BIN)/python --no-deps --target $(VENV)/fuzz $(ATHERIS) \
+		|| echo "$(ATHERIS) cannot be installed: inputs are changed by chance"
+	@mkdir -p $(VENV)/fuzz && touch $@
 
 mutations: $(READY)  ## Put one bug after the other into the code and see the tests catch it; SHARD=2/4 for a part
 	@$(BIN)/python -m tests.mutations.run $(if $(SHARD),--shard $(SHARD))

@@ -18,14 +18,17 @@ from pathlib import Path
 
 import megalora.train.loop  # noqa: F401  here, and in no forked rank again
 import tests.prepare  # noqa: F401  sets up the host before anything from Megatron is imported
-from benchmarks.chaos import damage, hostile, ranks, restarts, saves
+from benchmarks.chaos import damage, fuzz, hostile, ranks, restarts, saves
 from benchmarks.chaos.fault import HANG, LOST, Fault
+from benchmarks.chaos.fuzz_targets import CORPUS
 from benchmarks.chaos.held_run import HeldRun, held_run
 from benchmarks.chaos.scene import Scene, make_scene
 from benchmarks.chaos.table import rows_of, table_of
 from benchmarks.harness import save
 
 SEED = 21
+FUZZ_S = 3
+"""Seconds on each target of fuzzing, times the kind's number."""
 MEMORY = Path("/dev/shm")
 """A folder in memory, where forcing to disk takes no time. A killed process leaves the same."""
 
@@ -73,6 +76,10 @@ def _hostile(scene: Scene, scratch: Path, times: int) -> Iterator[Fault]:
     yield from hostile.hostile_inputs(scratch, quick=times == 1)
 
 
+def _fuzz(scene: Scene, scratch: Path, times: int) -> Iterator[Fault]:
+    yield from fuzz.fuzzed(CORPUS, scratch, FUZZ_S * times)
+
+
 def _by_chance(function: Callable[..., Iterator[Fault]]) -> Callable[..., Iterator[Fault]]:
     return lambda held, scratch, times: function(held, scratch, times, SEED)
 
@@ -81,6 +88,7 @@ KINDS = {
     "restarts": Kind(_restarts, 10, 1, holds=False),
     "ranks": Kind(_ranks, 24, 1, holds=False),
     "hostile": Kind(_hostile, 2, 1, holds=False),
+    "fuzz": Kind(_fuzz, 10, 1, holds=False),
     "crash-points": Kind(saves.crash_points, None, 6),
     "cut-writes": Kind(_by_chance(saves.cut_writes), 40, 4),
     "disk-errors": Kind(saves.disk_errors, None, 8),

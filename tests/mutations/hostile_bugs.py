@@ -3,6 +3,7 @@
 from tests.mutations.bugs import Bug, bug
 
 ARROW = "megalora/data/arrow_rows.py"
+CORPUS = "tests/hostile/test_corpus.py"
 BOMBS = "tests/hostile/test_parquet_bombs.py"
 
 JSON_TEXT = "megalora/json_text.py"
@@ -140,5 +141,21 @@ HOSTILE_BUGS: tuple[Bug, ...] = (
         "        return column.total_uncompressed_size\n    if not",
         "        return 0\n    if not",
         BOMBS,
+    ),
+    bug(
+        0,
+        "an error of Python's is a line",
+        "megalora/adapters/sums.py",
+        '.decode("latin-1")',
+        '.decode("utf-8")',
+        f"{CORPUS} what_was_found",
+    ),
+    bug(
+        0,
+        "what fuzzing finds is not kept",
+        "benchmarks/chaos/fuzz.py",
+        "            (folder / name).write_bytes(content)\n",
+        "",
+        f"{CORPUS} what_is_found",
     ),
 )
