@@ -45,6 +45,8 @@ class SavedState:
     were any."""
     has_sums: bool = False
     """Whether the checkpoint has digests of all its files (``sums.py``)."""
+    recent_losses: tuple[float, ...] = ()
+    """Those of the last steps, where ``train.skip_spikes`` looks at them."""
     imported_from: str | None = None
     base: str = ""
     """Name or folder of the base that an adapter was imported for."""
@@ -156,6 +158,7 @@ def read_state(folder: Path) -> SavedState:
         # Earlier versions merged nothing.
         cycles=_count(path, {"cycles": 0, **state}, "cycles"),
         cycle_start=_count(path, {"cycle_start": 0, **state}, "cycle_start"),
+        recent_losses=_losses(path, state),
         **known,
     )
 
@@ -253,6 +256,16 @@ def _counts(path: Path, state: Json, key: str) -> tuple[int, ...]:
     value = state.get(key)
     _require(isinstance(value, list), path, key, "a list of counts", value)
     return tuple(_count(path, {key: count}, key) for count in value or ())
+
+
+def _losses(path: Path, state: Json) -> tuple[float, ...]:
+    values = state.get("recent_losses", [])
+    _require(isinstance(values, list), path, "recent_losses", "a list of numbers", values)
+    for value in values:
+        # Compared with the next loss: a mean with NaN would let every spike pass.
+        is_loss = type(value) in (int, float) and abs(value) < 2**53
+        _require(is_loss, path, "recent_losses", "finite numbers", value)
+    return tuple(map(float, values))
 
 
 def _sections(path: Path, state: Json) -> Json:

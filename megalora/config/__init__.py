@@ -15,7 +15,7 @@ from megalora.config.parallel import ParallelConfig
 from megalora.config.recompute import LEVELS, Level, Recompute, RecomputeLayers
 from megalora.config.rl import RLConfig
 from megalora.config.run import RunConfig
-from megalora.config.train import TrainConfig, check_warmup
+from megalora.config.train import SkipSpikes, TrainConfig, check_warmup
 
 __all__ = [
     "LEVELS",
@@ -33,6 +33,7 @@ __all__ = [
     "Recompute",
     "RecomputeLayers",
     "RunConfig",
+    "SkipSpikes",
     "Source",
     "TooLong",
     "TrainConfig",

@@ -94,6 +94,27 @@ class Relora:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SkipSpikes:
+    """Steps that are left out because their loss is far above those before them."""
+
+    sigma: float = 6.0
+    """Standard deviations above the mean of the last losses from which on a loss is a spike."""
+    window: int = 128
+    """Number of last steps that are looked at; nothing is a spike before half as many."""
+
+    def __post_init__(self) -> None:
+        require(
+            0 < self.sigma < math.inf,
+            f"train.skip_spikes.sigma must be a number above 0, got {self.sigma}",
+        )
+        # A checkpoint's state.json has all of them.
+        require(
+            2 <= self.window <= 10_000,
+            f"train.skip_spikes.window must be in [2, 10000], got {self.window}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     steps: int | None = None
     """Number of optimizer steps. Give ``train.steps`` or ``train.epochs``; where both are given,
@@ -137,6 +158,11 @@ class TrainConfig:
     """Number of steps whose loss or gradient is NaN or infinite that a run leaves out, by changing
     nothing, before the next one ends it. Their samples are written to ``bad_steps.jsonl`` in the
     run's folder. A resumed run counts anew."""
+    skip_spikes: SkipSpikes | None = None
+    """Also count a step as bad, and change nothing, where its loss is a spike: ``{sigma: 6, window:
+    128}`` where it is more than 6 standard deviations above the mean of the 128 steps before. Needs
+    ``train.max_bad_steps``, which counts both. A resumed run knows the losses before it. null takes
+    every loss that is a number."""
     relora: Relora | None = None
     """Merge the adapters into the base every so often and train new ones, as in ReLoRA (arXiv
     2307.05695): ``{every: 1000, warmup: 50}``. Moments start from zero, and the learning rate rises
@@ -228,14 +254,24 @@ class TrainConfig:
             " that of none of them; leave one of the two out",
         )
         require(
+            self.skip_spikes is None or self.max_bad_steps > 0,
+            "train.skip_spikes leaves steps out, and train.max_bad_steps=0 allows none: say how"
+            " many may be",
+        )
+        require(
             self.label_smoothing < 1,
             f"train.label_smoothing must be below 1, got {self.label_smoothing}: at 1 nothing of"
             " the target would be left",
         )
         # With epochs, the number of steps is known only when the data has been read.
         if self.steps is not None:
-            check_warmup(self.warmup, self.steps, f"train.steps={self.steps}")
-            if self.profile is not None:
-                self.profile.check_within(self.steps, f"train.steps={self.steps}")
-            if self.relora is not None:
-                self.relora.check_within(self.steps, f"train.steps={self.steps}")
+            self._check_within(self.steps)
+
+    def _check_within(self, steps: int) -> None:
+        """Raise ``ValueError`` for what a run of so many steps has no time for."""
+        what = f"train.steps={steps}"
+        check_warmup(self.warmup, steps, what)
+        if self.profile is not None:
+            self.profile.check_within(steps, what)
+        if self.relora is not None:
+            self.relora.check_within(steps, what)

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from megalora.config import RunConfig, TrainConfig
@@ -37,7 +38,7 @@ from megalora.model.shape import ModelShape
 from megalora.objectives.choose import objective_of, sft_of
 from megalora.objectives.objective import Objective
 from megalora.parallel import Groups, parallel_groups
-from megalora.train.bad_steps import BadSteps, is_finite
+from megalora.train.bad_steps import BadSteps
 from megalora.train.batches import Batches
 from megalora.train.optim import build_optimizer, clip_and_step, set_learning_rate, wrap_chunks
 from megalora.train.step import Stepper
@@ -89,10 +90,12 @@ class Run:
     pulse: Pulse = field(default_factory=Pulse)
     """Is told where this rank is."""
     bad_steps: BadSteps = field(init=False)
+    fault: str | None = None
+    """Why the last step has changed nothing, for messages; None where it was taken."""
 
     def __post_init__(self) -> None:
         config = self.config
-        self.bad_steps = BadSteps(Path(config.checkpoint.dir), config.train.max_bad_steps)
+        self.bad_steps = BadSteps(Path(config.checkpoint.dir), config.train)
 
     def step(
         self,
@@ -110,7 +113,7 @@ class Run:
 
         Returns:
             The mean loss, and the gradient's L2 norm before clipping. Where one of them is not
-            finite, nothing was changed.
+            finite, or the loss a spike, nothing was changed, as ``fault`` says.
         """
         set_learning_rate(self.optimizer, lr, self.config.train.lr)
         batches = self.batches.of_step(number)
@@ -123,19 +126,21 @@ class Run:
             pieces.append(self.stepper.balance.total())
         if count_experts:
             pieces.append(load.total().flatten())
+        pieces.append(_agreed_loss(sums, agree=self.config.train.skip_spikes is not None))
         numbers: list[float] = []
 
         def may_change(norm: Tensor) -> bool:
             # One copy of a few numbers: the only wait for the device in a step. All are float64,
             # which holds counts exactly.
             numbers.extend(torch.cat([norm, *pieces]).tolist())
-            return is_finite(numbers[1], numbers[0])
+            self.fault = self.bad_steps.fault(numbers.pop(), numbers[0])
+            return self.fault is None
 
         with around_optimizer or nullcontext():
             self._update(may_change)
         loss, grad_norm = self._take_in(numbers, sums.numel(), count_experts=count_experts)
         # From now on A has a gradient too, which ``GradientCheck`` expects.
-        changed = is_finite(loss, grad_norm)
+        changed = self.fault is None
         self.stepper.b_has_moved |= changed and lr > 0 and not self.stepper.is_still
         return loss, grad_norm
 
@@ -169,6 +174,19 @@ class Run:
 
 MakeBatches = Callable[[RunConfig, Groups, Split, Split | None], Batches]
 """(config, groups, training samples, evaluation samples) -> their rows on this rank."""
+
+
+def _agreed_loss(sums: Tensor, *, agree: bool) -> Tensor:
+    """The mean loss, ``[1]``, of the objective's sums and counts, ``[M, 2]``.
+
+    Args:
+        agree: let all ranks have the same to the last bit, which sums over different groups need
+            not be, and a comparison with a limit must; collective then. NaN is NaN on all of them.
+    """
+    loss = sums[0, :1] / sums[0, 1:].clamp(min=1)
+    if agree:
+        dist.all_reduce(loss, op=dist.ReduceOp.MAX)
+    return loss
 
 
 def _means(names: Sequence[str], numbers: Sequence[float]) -> dict[str, float]:

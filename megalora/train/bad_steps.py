@@ -1,39 +1,45 @@
-"""Leave out optimizer steps whose loss or gradient is not finite, and keep what was in them."""
+"""Leave out optimizer steps whose loss or gradient is not finite, or whose loss is a spike, and
+keep what was in them."""
 
 import json
 import math
 from pathlib import Path
 from typing import Any
 
+from megalora.config import TrainConfig
 from megalora.first_rank import on_first_rank
 from megalora.train.run_files import BAD_STEPS
-
-
-def is_finite(loss: float, grad_norm: float) -> bool:
-    """Whether a step may change anything."""
-    return math.isfinite(loss) and math.isfinite(grad_norm)
+from megalora.train.spikes import LossSpikes
 
 
 class BadSteps:
     """Counts the steps of this process that changed nothing; the same on every rank."""
 
-    def __init__(self, folder: Path, limit: int) -> None:
-        """
-        Args:
-            folder: the run's.
-            limit: ``train.max_bad_steps``.
-        """
+    def __init__(self, folder: Path, config: TrainConfig) -> None:
+        """``folder``: the run's."""
         self.folder = folder
-        self.limit = limit
+        self.limit = config.max_bad_steps
+        self.spikes = LossSpikes(config.skip_spikes)
         self.count = 0
 
+    def fault(self, loss: float, grad_norm: float) -> str | None:
+        """Why a step with this mean loss may change nothing, for messages; None where it may. Call
+        it once a step, with the same loss on every rank."""
+        if not math.isfinite(loss):
+            return f"the loss is {loss}"
+        if not math.isfinite(grad_norm):
+            return f"the gradient norm is {grad_norm}"
+        return self.spikes.take(loss)
+
     def take(
-        self, step: int, loss: float, grad_norm: float, samples: list[int], saved: Path | None
-    ) -> str:
+        self, step: int, what: str, loss: float, grad_norm: float, samples: list[int],
+        saved: Path | None,
+    ) -> str:  # fmt: skip
         """Take note of a bad step; collective.
 
         Args:
             step: its number, from 1.
+            what: ``fault`` of it.
             samples: numbers of the samples in its global batch, from 0.
             saved: the last checkpoint.
         Returns:
@@ -42,9 +48,6 @@ class BadSteps:
             ValueError: there were too many, or the file cannot be written; on every rank.
         """
         self.count += 1
-        what = f"the gradient norm is {grad_norm}"
-        if not math.isfinite(loss):
-            what = f"the loss is {loss}"
         # JSON has no NaN.
         entry: dict[str, Any] = {
             "step": step, "loss": str(loss), "grad_norm": str(grad_norm), "samples": samples,

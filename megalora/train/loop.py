@@ -25,7 +25,6 @@ from megalora.train.about import shown_samples, write_about
 from megalora.train.announce import closing, opening, reference_notes
 from megalora.train.answers import Answers, questions_of
 from megalora.train.assemble import Inputs, MakeBatches, Run, assemble
-from megalora.train.bad_steps import is_finite
 from megalora.train.batches import Batches
 from megalora.train.checkpoint.identity import Identity, Samples, identify
 from megalora.train.checkpoint.load import load_checkpoint
@@ -147,6 +146,7 @@ def _fit(run: Run, probe: Probe, at: Start) -> Path | None:
     compared = compare_layers(run, is_over=finished >= num_steps)
     if at.state:
         notes += load_checkpoint(at.state, run.model, run.optimizer)
+        run.bad_steps.spikes.resume(at.state.recent_losses)
         step = at.state.step
         # What the process before has saved or evaluated is not done twice.
         now = Progress(step, step, at.state.folder, step, at.state.evaluations)
@@ -236,13 +236,14 @@ def _train_to_the_end(
 
 
 def _log_step(run: Run, now: Progress, metrics: Metrics, values: dict[str, float]) -> None:
-    """Log the step that has been taken; one that is not finite is no point of a curve. Raises
+    """Log the step that has been taken; one that was left out is no point of a curve. Raises
     ``ValueError`` if there were too many of those."""
     batches = run.batches
     step = now.step
     found = (values["loss"], values["grad_norm"])
-    if not is_finite(*found):
-        metrics.say(run.bad_steps.take(step, *found, batches.samples_of_step(step - 1), now.saved))
+    if run.fault is not None:
+        samples = batches.samples_of_step(step - 1)
+        metrics.say(run.bad_steps.take(step, run.fault, *found, samples, now.saved))
         return
     metrics.train_step(
         step, **values, num_tokens=batches.num_tokens(step - 1),
@@ -309,6 +310,6 @@ def _train_step(run: Run, step: int, *, lr: float, count_experts: bool) -> dict[
     run.pulse.at(step, "train")
     loss, grad_norm = run.step(step, lr, count_experts=count_experts)
     # Nothing is compared with what a bad step has computed.
-    if is_finite(loss, grad_norm):
+    if run.fault is None:
         run.batches.check(step, run.others)
     return {"loss": loss, **run.others, **prepared, "lr": lr, "grad_norm": grad_norm}

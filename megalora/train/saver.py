@@ -106,7 +106,13 @@ class Saver:
         snapshot = self.background.snapshot(now.step)
         writer.take(snapshot, beside)
         texts = writer.texts(
-            now.step, now.evaluations, self.samples, self.identity, probed, self.cycles.count
+            now.step,
+            now.evaluations,
+            self.samples,
+            self.identity,
+            probed,
+            self.cycles.count,
+            run.bad_steps.spikes.losses,
         )
         self.background.begin(Save(now.step, lambda: writer.write(snapshot, texts), snapshot))
         now.saved_step = now.step

@@ -98,7 +98,8 @@ def _answered(action: Any) -> None:
 STATE = {"step": 3, "num_samples": 10, "world_size": 1, "saved_at": 1.0, "identity": None,
          "config": {"model": {}, "data": {}, "train": {}, "lora": {"rank": 4}},
          "adapted": [["model.layers.0.self_attn.q_proj", 0, 2, 1.0]], "cycles": 0,
-         "best": {"loss": 1.0, "step": 1, "since": 1}, "evaluated_step": 1}  # fmt: skip
+         "best": {"loss": 1.0, "step": 1, "since": 1}, "evaluated_step": 1,
+         "recent_losses": [2.5, 2], "sums": False}  # fmt: skip
 IMPORTED = {"step": 0, "imported_from": "x", "base": "x", "adapted": STATE["adapted"]}
 
 

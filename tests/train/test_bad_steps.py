@@ -3,18 +3,22 @@ ever."""
 
 import itertools
 import json
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
-from megalora.config import RunConfig
+from megalora.config import CheckpointConfig, RunConfig, SkipSpikes
 from megalora.data.order import global_batch_indices
 from megalora.train import optim
 from megalora.train.loop import train
+from megalora.train.spikes import LossSpikes
 from megalora.train.step import Stepper
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_checkpoint import same_files, with_checkpoints
@@ -76,3 +80,84 @@ def test_one_more_than_allowed_ends_the_run(tiny: Path, chats: Path, tmp_path: P
     with pytest.raises(Exception, match=r"step 3: the loss is nan. Lower train.lr .*\(1\) allow"):
         run_ranks(_train_with_two_bad_steps, 1, made(tiny, chats, tmp_path, 1))
     assert (tmp_path / "latest").read_text().strip() == "step_000002"
+
+
+@pytest.mark.parametrize(("sigma", "window"), [(2.0, 7), (6.0, 128), (1.0, 2)])
+def test_which_losses_are_spikes(sigma: float, window: int) -> None:
+    """Against numpy: mean and deviation of the losses before, as in OLMo-core."""
+    chance = np.random.default_rng(3)
+    losses = chance.normal(2, 0.1, 400) + chance.choice([0, 2.0], 400, p=[0.99, 0.01])
+    spikes = LossSpikes(SkipSpikes(sigma=sigma, window=window))
+    found = 0
+    for step, loss in enumerate(losses):
+        before = losses[max(0, step - window) : step]
+        has_enough = len(before) >= max(2, window // 2)
+        is_spike = has_enough and loss > before.mean() + sigma * before.std(ddof=1)
+        assert (spikes.take(float(loss)) is not None) == is_spike, step
+        found += is_spike
+        # As a checkpoint keeps them.
+        if step % 50 == 49:
+            again = LossSpikes(spikes.options)
+            again.resume(json.loads(json.dumps(spikes.losses)))
+            spikes = again
+    assert 0 < found < 200
+    assert LossSpikes(None).take(1e9) is None
+
+
+SPIKE = 6
+"""The step whose loss is large, from 1."""
+
+
+def _train_with_a_spike(config: RunConfig, first: int, ranks: tuple[int, ...] = (0, 1)) -> Any:
+    """A rank function; ``first``: the first step that is taken. Only these ranks find the spike."""
+    steps = itertools.count(first)
+    forward_backward = Stepper.forward_backward
+
+    def loss(self: Stepper, *arguments: Any) -> torch.Tensor:
+        sums = forward_backward(self, *arguments)
+        if next(steps) == SPIKE and dist.get_rank() in ranks:
+            sums[0, 0] *= 3
+        return sums
+
+    Stepper.forward_backward = loss
+    # Ranks that do not agree wait for each other.
+    signal.alarm(200)
+    train(config)
+
+
+def with_spikes(tiny: Path, chats: Path, folder: Path, **checkpoint: Any) -> RunConfig:
+    spikes = SkipSpikes(sigma=8.0, window=4)
+    config = make_config(tiny, chats, folder, {}, steps=8, max_bad_steps=1, skip_spikes=spikes)
+    config = replace(config, data=replace(config.data, eval=None))
+    return replace(config, checkpoint=CheckpointConfig(dir=str(folder), **checkpoint))
+
+
+def test_a_spike_changes_nothing_and_a_resumed_run_knows_it(
+    tiny: Path, chats: Path, tmp_path: Path
+) -> None:
+    whole = with_spikes(tiny, chats, tmp_path / "whole", every=1, keep=0)
+    run_ranks(_train_with_a_spike, 1, whole, 1)
+    same_files(tmp_path / "whole/step_000005", tmp_path / "whole/step_000006")
+    # Resumed right before it: without the losses before, nothing would be a spike yet.
+    before = str(tmp_path / "whole/step_000005")
+    resumed = with_spikes(tiny, chats, tmp_path / "resumed", resume=before)
+    run_ranks(_train_with_a_spike, 1, resumed, SPIKE)
+    same_files(tmp_path / "whole/step_000008", tmp_path / "resumed/step_000008")
+    for run in ("whole", "resumed"):
+        (entry,) = map(json.loads, (tmp_path / run / "bad_steps.jsonl").read_text().splitlines())
+        assert entry["step"] == SPIKE and float(entry["loss"]) > 8 and len(entry["samples"]) == 8
+    # The spike is one of the losses of later steps.
+    state = json.loads((tmp_path / "whole/step_000008/training_state/state.json").read_text())
+    assert len(state["recent_losses"]) == 4 and float(entry["loss"]) in state["recent_losses"]
+
+
+@pytest.mark.slow
+def test_all_ranks_leave_out_what_one_finds_a_spike(
+    tiny: Path, chats: Path, tmp_path: Path
+) -> None:
+    """Their sums may differ in the last bit, at which a limit may lie: here by more."""
+    config = with_spikes(tiny, chats, tmp_path, every=1, keep=0)
+    run_ranks(_train_with_a_spike, 2, config, 1, (1,))
+    same_files(tmp_path / "step_000005", tmp_path / "step_000006")
+    (entry,) = map(json.loads, (tmp_path / "bad_steps.jsonl").read_text().splitlines())
+    assert entry["step"] == SPIKE

@@ -136,6 +136,7 @@ class CheckpointWriter:
         identity: Identity,
         probe: dict[str, Any],
         cycles: int,
+        losses: Sequence[float] = (),
     ) -> Texts:
         """What the first rank writes beside tensors, as it is now.
 
@@ -144,6 +145,7 @@ class CheckpointWriter:
             samples: number and digest of the training samples.
             identity: data and base, which must be the same when the run is resumed.
             cycles: adapters that are merged into the base.
+            losses: those of the last steps (``spikes.py``).
         """
         state = {
             "step": step, "num_samples": samples.count, "world_size": dist.get_world_size(),
@@ -151,6 +153,7 @@ class CheckpointWriter:
             "evaluated_step": evaluations.last_step, "best": asdict(evaluations.best),
             "identity": identity.as_json(samples.digest), "config": asdict(self.config),
             "sums": True,
+            "recent_losses": list(losses),
             "adapted": settings(self.model.adapted), **_of_cycles(self.config, cycles),
         }  # fmt: skip
         return Texts(state, probe, evaluations.best)
