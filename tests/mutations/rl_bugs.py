@@ -14,7 +14,7 @@ REPLAY, ROUTER, INPUTS = (
 )  # fmt: skip
 OF_REPLAY = "tests/rl/test_replay.py"
 OF_COMPLAINTS = "tests/rl/test_complaints.py"
-OF_SERVED = "tests/serve/test_rl.py"
+OF_SERVED = "tests/rl/test_served.py"
 SERVED = "megalora/rl/served.py"
 
 ROUTES, OF_ROUTES = "megalora/rl/reported_routes.py", "tests/rl/test_reported_routes.py"
@@ -90,7 +90,7 @@ RL_BUGS: tuple[Bug, ...] = (
         SERVED,
         "if version == self.version:",
         "if self.version is not None:",
-        f"{OF_SERVED} newest",
+        f"{OF_SERVED} by_its_version",
     ),
     bug(
         0,
@@ -98,7 +98,7 @@ RL_BUGS: tuple[Bug, ...] = (
         "megalora/rl/batches.py",
         "Plan(groups, rl.group_size, rl.staleness)",
         "Plan(groups, rl.group_size, rl.staleness + 1)",
-        f"{OF_SERVED} newest",
+        f"{OF_SERVED} by_its_version",
     ),
     bug(
         0,
@@ -492,6 +492,14 @@ RL_BUGS: tuple[Bug, ...] = (
         "logits=self.logits / temperature",
         "logits=self.logits * temperature",
         "tests/objectives/test_policy.py a_temperature_is",
+    ),
+    bug(
+        0,
+        "rl: a round that teaches nothing is not said",
+        BATCHES,
+        "if self.rounds_alike and",
+        "if False and",
+        f"{OF_LOOP} are_alike",
     ),
     # experts that servers report
     bug(

@@ -1,5 +1,6 @@
 """The list of bugs fits the code as it is; ``make mutations`` puts them in."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from tests.mutations.every import EVERY_BUG
 from tests.mutations.run import any_of, shard
 
 ROOT = Path(__file__).parents[2]
+NOT_RUN = re.compile(r"^pytestmark = pytest\.mark\.(vllm|verifiers|cluster|compiled)", re.MULTILINE)
+"""A whole file's mark."""
 
 
 @pytest.mark.parametrize("bug", EVERY_BUG, ids=lambda bug: bug.name)
@@ -19,6 +22,8 @@ def test_the_bug_can_be_put_in(bug: Bug) -> None:
     compile(text, bug.file, "exec")
     file, _, expression = bug.tests.partition(" ")
     assert f"def {expression}" in (source := (ROOT / file).read_text()) or expression in source
+    # Tests that need what make mutations does not start would end it: none would be selected.
+    assert not NOT_RUN.search(source), f"{file} is not run with a bug"
 
 
 def test_every_pitfall_has_bugs_and_tests() -> None:
