@@ -121,10 +121,23 @@ class RLConfig:
             f"rl.group_size={self.group_size}: a completion is compared with others of its prompt;"
             " it must be at least 2",
         )
+        self._check_servers()
+        if isinstance(self.rewards, dict):
+            require(bool(self.rewards), "rl.rewards is an empty mapping; name a reward")
+        if not self.is_on:
+            self._check_unread()
+
+    def _check_servers(self) -> None:
         for url in self.servers:
             require(
                 url.startswith(("http://", "https://")),
                 f"rl.servers: {url} is not the URL of a server; write it as http://HOST:PORT",
+            )
+            # As OpenAI's clients want it: every path would have /v1 twice, and be unknown.
+            require(
+                not url.rstrip("/").endswith("/v1"),
+                f"rl.servers: {url} ends in /v1, which is added to it; write it as"
+                " http://HOST:PORT",
             )
         require(
             len(set(self.servers)) == len(self.servers),
@@ -147,10 +160,6 @@ class RLConfig:
             "rl.replay_routes=on: vLLM's build for CPUs (rl.start_servers.gpus=0) does not report"
             " the experts that it chose; leave it out. The gap to the engine is logged",
         )
-        if isinstance(self.rewards, dict):
-            require(bool(self.rewards), "rl.rewards is an empty mapping; name a reward")
-        if not self.is_on:
-            self._check_unread()
 
     def _check_unread(self) -> None:
         for option in fields(self):

@@ -81,6 +81,8 @@ class SampledBatches(Batches):
         """What the log says of the round."""
         self.is_fresh = False
         """Whether all completions of the round are of the adapter that it began with."""
+        self.rounds_alike = 0
+        """Rounds in a row that taught nothing."""
 
     def _indices(self, step: int) -> np.ndarray:
         return self.by_step[step - self.first_step]
@@ -187,7 +189,19 @@ class SampledBatches(Batches):
             self.stepper.kept["recompute"] = start_of(None, self.model)
         seconds = time.perf_counter() - began
         self.numbers = {**numbers_of(taken, step), "rollout_seconds": seconds}
+        self._look_at_rewards(step)
         return self.numbers
+
+    def _look_at_rewards(self, step: int) -> None:
+        """Say it where nothing is learned of a round: its steps look like any others."""
+        self.rounds_alike = self.rounds_alike + 1 if self.numbers["groups_alike"] == 1 else 0
+        # At the 1st, 2nd, 4th, 8th in a row: a run that learns nothing at all is seen.
+        if self.rounds_alike and self.rounds_alike & (self.rounds_alike - 1) == 0:
+            self.say(
+                f"rl: step {step + 1}: all completions of each prompt have the same reward, of"
+                f" which nothing is learned (rounds in a row: {self.rounds_alike}): rewards are too"
+                " hard or too easy for this model, or do not depend on the completion"
+            )
 
     def check(self, step: int, reported: dict[str, float]) -> None:
         """As in ``Batches``: the engine's log-probabilities must be those of the adapter that it

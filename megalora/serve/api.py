@@ -20,6 +20,8 @@ from megalora.wording import printable, typed
 
 IDLE_CONNECTION_S = 2.0
 """vLLM closes idle connections after 5 s; a request sent at that moment would be lost."""
+MODELS = "/v1/models"
+"""The route that every server of this API has."""
 # Otherwise httpx logs a line for every request, once somebody turns INFO on.
 logging.getLogger("httpx").setLevel(logging.WARNING)
 _LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -92,7 +94,7 @@ class Api:
 
     def _listed(self) -> tuple[list[Served], dict[str, str]]:
         """Models, and ids by the plain names beside them."""
-        body = self._call("listing models", "/v1/models", again=True)
+        body = self._call("listing models", MODELS, again=True)
         try:
             return _sorted(parse_json(body)["data"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -174,6 +176,8 @@ class Api:
             raise ServerUnreachable(
                 f"{doing}: {self.url} does not answer ({error}); is the server running?"
             ) from error
+        if status == 404 and path == MODELS:
+            raise ServerError(f"{self.url} has no {path}; is it another server than vLLM's?")
         if status != 200:
             raise refusal(doing, status, answer.decode(errors="replace"), loading=loading)
         return answer

@@ -137,7 +137,7 @@ def train_at_first_alike(config: RunConfig) -> Path | None:
     "balance", [0.0, pytest.param(0.01, marks=pytest.mark.slow)], ids=["", "balanced"]
 )
 def test_a_first_step_whose_rewards_are_alike_learns_nothing(
-    balance: float, tiny: Path, tmp_path: Path
+    balance: float, tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """And ends no run: nothing is wrong where hard prompts are all failed. With a balance loss all
     layers but the last one have a gradient."""
@@ -146,6 +146,10 @@ def test_a_first_step_whose_rewards_are_alike_learns_nothing(
     run_ranks(train_at_first_alike, 1, config)
     norms = records(tmp_path / "run", "grad_norm")
     assert (norms[0] > 0) == (balance > 0) and min(norms[1:]) > 0
+    # It is said of this step, and of no other.
+    said = [line for line in capfd.readouterr().out.splitlines() if "nothing is learned" in line]
+    (line,) = said
+    assert line.startswith("rl: step 1: ") and "(rounds in a row: 1)" in line
 
 
 def alike(config: RunConfig) -> None:

@@ -64,6 +64,7 @@ def test_a_config_that_samples(minimal: Path) -> None:
         ("rl.staleness=1", "rl.staleness=1 does nothing without rl.servers"),
         ("rl.sync=http", "rl.sync=http does nothing without rl.servers"),
         ("rl.servers=[node:8000]", "rl.servers: node:8000 is not the URL of a server"),
+        ("rl.servers=[http://a:8000/v1]", "ends in /v1, which is added to it"),
         ("rl.servers=[http://a, http://a]", "names a server twice"),
         ("objective.policy={proximal: start}", "objective.policy.proximal=start does not go with"),
         ("objective.policy={proximal: data}", "objective.policy.proximal=data does not go with"),

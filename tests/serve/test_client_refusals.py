@@ -52,6 +52,15 @@ def test_an_adapter_is_checked_before_the_server_hears_of_it(
     assert vllm.calls == [("load", good)]
 
 
+def test_another_server_is_named(vllm: FakeVLLM) -> None:
+    """As where a user gives the address that OpenAI's clients want."""
+    with (
+        Client(f"{vllm.url}/v1") as client,
+        pytest.raises(ServerError, match=f"{vllm.url}/v1 has no /v1/models; is it another server"),
+    ):
+        client.list()
+
+
 def cut_short(folder: Path, base: Path) -> Path:
     """An adapter whose weights did not arrive whole."""
     make_adapter(folder, base, 0, target_modules=["q_proj"])

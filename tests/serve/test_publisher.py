@@ -2,11 +2,13 @@
 only from the training that a server knows."""
 
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -296,6 +298,13 @@ def test_an_address_that_others_reach_needs_a_token(monkeypatch: pytest.MonkeyPa
     monkeypatch.delenv(TRAINER)
     assert own_address(["http://localhost:8000"]) == "http://127.0.0.1"
     assert check_address("http://host:12", "--trainer") == ("host", 12)
+    # Said of the name, not of this machine's address.
+    unknown = socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+    with (
+        patch.object(socket.socket, "connect", side_effect=unknown),
+        pytest.raises(ValueError, match="no host is known by the name node8.*server's URL"),
+    ):
+        own_address(["http://node8:8000"])
     monkeypatch.setenv(TRAINER, "http://node7:4000")
     assert own_address(["http://localhost:8000"]) == "http://node7:4000"
 

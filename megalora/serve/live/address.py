@@ -44,6 +44,11 @@ def own_address(servers: Sequence[str]) -> str:
         try:
             probe.connect((elsewhere[0], 9))
         except OSError as error:
+            if error.errno in (socket.EAI_NONAME, socket.EAI_AGAIN):
+                raise ValueError(
+                    f"no host is known by the name {elsewhere[0]} ({error.strerror}); correct the"
+                    " server's URL"
+                ) from None
             raise ValueError(
                 f"no way to {elsewhere[0]} ({error}); set {TRAINER} to this training's address,"
                 " http://HOST:PORT"
