@@ -3,7 +3,8 @@ of Qwen3-30B-A3B over the loopback.
 
     python -m benchmarks.live_sync small --out benchmarks/results/live_sync.json
                                              # needs make vllm; median of 12 versions, each way
-    python -m benchmarks.live_sync large     # rank 8, bfloat16: 839 MB; needs 4 GB of memory
+    python -m benchmarks.live_sync large --out benchmarks/results/live_sync_large.json
+                                             # rank 8, bfloat16: 839 MB; needs 4 GB of memory
 
 ``large`` starts a process that takes the message as vLLM's HTTP server does, into a file in memory
 with its hash checked, and then puts the factors into slots as a worker does, which is the part for
@@ -17,6 +18,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -133,14 +135,17 @@ def _new(folder: Path) -> Path:
     return folder
 
 
-def large(_: Path | None) -> None:
-    """Print seconds of each step of one message with the sizes of Qwen3-30B-A3B."""
+def large(out: Path | None) -> None:
+    """Print seconds of each step of one message with the sizes of Qwen3-30B-A3B, and save them."""
+    from benchmarks.harness import save
+
     tensors = large_adapter()
     config = {"r": RANK, "lora_alpha": 12, "target_modules": [*DENSE, "gate_proj"]}
     # The process that takes the message inherits what it may take.
     os.environ[TRAINER] = "http://127.0.0.1"
     os.environ[TOKEN] = "benchmark"
     source = Source("http://127.0.0.1", "benchmark")
+    rows: list[dict[str, Any]] = []
     for form in ("packed", "per_expert"):
         # Stacking, scaling, copying into the buffer, hashing.
         start = time.perf_counter()
@@ -150,18 +155,24 @@ def large(_: Path | None) -> None:
         source.messages[ident] = message
         count = message.described["count"]
         print(f"{form}: {count:,} tensors, {message.num_bytes / 1e6:,.0f} MB", flush=True)
-        print(f"  build and hash          {built_s:6.2f} s")
-        _time_large("http", ident, source.address_of(ident), lambda: None)
+        print(f"  build and hash          {built_s:6.2f} s", flush=True)
+        size = {"form": form, "tensors": count, "bytes": message.num_bytes, "build_s": built_s}
+        taken = _time_large("http", ident, source.address_of(ident), lambda: None)
+        rows.append({"transport": "http"} | size | taken)
         sender = Sender("127.0.0.1", source.port, 1)
         # Before the other process joins, which needs the port.
         sender.open()
         path = sender.address_of(ident, 0)
-        _time_large("group", ident, path, lambda sender=sender, m=message: sender.send(m))
+        send = partial(sender.send, message)
+        taken = _time_large("group", ident, path, send)
+        rows.append({"transport": "group"} | size | taken)
     source.close()
+    if out is not None:
+        save("live_sync_large", rows, out, load=os.getloadavg()[0])
 
 
-def _time_large(how: str, ident: str, path: str, send: Callable[[], None]) -> None:
-    """Have another process take the message; print what it took."""
+def _time_large(how: str, ident: str, path: str, send: Callable[[], None]) -> dict[str, float]:
+    """Have another process take the message; print and return the seconds of each step."""
     results = multiprocessing.get_context("spawn").Queue()
     taker = multiprocessing.get_context("spawn").Process(
         target=take_and_load, args=[ident, path, results]
@@ -175,6 +186,7 @@ def _time_large(how: str, ident: str, path: str, send: Callable[[], None]) -> No
     taker.join()
     for step, took in seconds.items():
         print(f"  {how + ': ' + step:23} {took:6.2f} s", flush=True)
+    return seconds
 
 
 def take_and_load(ident: str, path: str, results: Any) -> None:
@@ -184,8 +196,10 @@ def take_and_load(ident: str, path: str, results: Any) -> None:
     slots = _slots()
     results.put("ready")
     start = time.perf_counter()
+    start_cpu = time.process_time()
     place, _ = arrivals.take(ident, path)
     arrived = time.perf_counter()
+    arrived_cpu = time.process_time()
     header, buffer = wire.split(read_file(Path(place.partition("#")[2])))
     _, stacks = live.apart(wire.decode(header, buffer))
     for factors in stacks.values():
@@ -194,9 +208,11 @@ def take_and_load(ident: str, path: str, results: Any) -> None:
             rows, columns = stack.shape[1:]
             slots[name][:, :rows, :columns].copy_(stack)
     # Decoding goes on during this part, and waits for the next.
-    seconds = {"move and check": arrived - start}
+    # Beside the clock's, the processor's, which other work on the machine does not change.
+    seconds = {"arrive_s": arrived - start, "arrive_cpu_s": arrived_cpu - start_cpu}
     if stacks:
-        seconds["copy into slots"] = time.perf_counter() - arrived
+        seconds["load_s"] = time.perf_counter() - arrived
+        seconds["load_cpu_s"] = time.process_time() - arrived_cpu
     results.put(seconds)
 
 
@@ -237,6 +253,6 @@ def large_adapter() -> dict[str, Tensor]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=["small", "large"])
-    parser.add_argument("--out", type=Path, help="file for the rows of small, as JSON")
+    parser.add_argument("--out", type=Path, help="file for the rows, as JSON")
     options = parser.parse_args()
     {"small": small, "large": large}[options.what](options.out)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from docs.scripts import __main__ as docs
-from docs.scripts import options, readme
+from docs.scripts import figures, options, quickstart_rl, readme
 from docs.scripts.quickstart import record
 from docs.scripts.sections import fill
 from megalora.cli import main as cli
@@ -220,6 +220,26 @@ def test_the_quickstart_s_record_keeps_lines_and_losses() -> None:
     script = (docs.ROOT / "launch/quickstart.sh").read_text()
     lines = re.findall(r'^echo "(.+)"$', script, re.MULTILINE)
     assert len(record("\n".join(lines), metrics)["lines"]) == len(lines) >= 5
+
+
+def test_the_record_of_rewards_is_of_a_whole_run() -> None:
+    rows = [{"step": 0, "eval_loss": -0.5}]
+    for step, reward in enumerate((0.25, 0.5), 1):
+        rows.append({"step": step, "reward": reward, "engine_gap": step / 10})
+    metrics = "\n".join(json.dumps(row) for row in rows)
+    found = quickstart_rl.record(metrics, steps=2, seconds=9)
+    assert found["rewards"] == [0.25, 0.5] and found["largest_gap"] == 0.2
+    with pytest.raises(ValueError, match="2 steps of 3; record a run that came to its end"):
+        quickstart_rl.record(metrics, steps=3, seconds=9)
+    # What docs/rl.md says of it in words.
+    recorded = json.loads(figures.REWARDS.read_text())
+    page = " ".join((docs.ROOT / "docs/rl.md").read_text().split())
+    means = [sum(recorded["rewards"][part]) / 5 for part in (slice(5), slice(-5, None))]
+    minutes, seconds = divmod(recorded["seconds"], 60)
+    steps = len(recorded["rewards"])
+    said = f"From {means[0]:.2f} to {means[1]:.2f} in {steps} steps, {minutes} min {seconds} s"
+    assert said in page
+    assert f"more than {recorded['largest_gap']:.1e} on average" in page
 
 
 def test_generated_files_are_current() -> None:

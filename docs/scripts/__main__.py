@@ -20,6 +20,7 @@ GENERATED: dict[str, Callable[[], str]] = {
     "docs/runs.md": chaos.page,
     "docs/figures/path.svg": figures.path_svg,
     "docs/figures/quickstart-loss.svg": figures.loss_svg,
+    "docs/figures/quickstart-reward.svg": figures.reward_svg,
 }
 """Path from the root to the function that returns what the file must hold."""
 

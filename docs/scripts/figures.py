@@ -1,4 +1,5 @@
-"""Draw the two pictures of README as SVG: the path of an adapter, and the quickstart's loss."""
+"""Draw the pictures of README and of docs/rl.md as SVG: the path of an adapter, the quickstart's
+loss, and the reward of ``make quickstart-rl``."""
 
 import json
 from pathlib import Path
@@ -6,6 +7,8 @@ from xml.sax.saxutils import escape
 
 RECORD = Path(__file__).parents[2] / "benchmarks/results/quickstart.json"
 """What a run of the quickstart printed and wrote (docs/scripts/quickstart.py)."""
+REWARDS = RECORD.with_name("quickstart_rl.json")
+"""Rewards of a run of ``make quickstart-rl`` (docs/scripts/quickstart_rl.py)."""
 
 # Colours of GitHub's light theme, where README is read.
 INK = "#1f2328"
@@ -77,39 +80,27 @@ def path_svg() -> str:
     return _svg(1040, 236, title, parts)
 
 
-# ---- the loss of the quickstart ------------------------------------------------------------------
+# ---- curves over steps --------------------------------------------------------------------------
 
 LEFT, RIGHT, UPPER, LOWER = 60, 600, 20, 200
 """Edges of the plot in pixels."""
-HIGHEST = 7.0
+HIGHEST_LOSS = 7
 """Loss at the upper edge; the lower one is 0."""
+FEW = 5
+"""Rewards of which a mean is drawn: the prompts of a single step are 16 of 100."""
 
 
 def loss_svg() -> str:
-    """Training loss by step, evaluation loss as dots."""
+    """Training loss of the quickstart by step, evaluation loss as dots."""
     record = json.loads(RECORD.read_text())
     last = record["train"][-1][0]
 
     def point(step: float, loss: float) -> tuple[float, float]:
-        x = LEFT + (RIGHT - LEFT) * step / last
-        # In SVG, y grows downwards: a loss of 0 lies at LOWER.
-        y = LOWER - (LOWER - UPPER) * loss / HIGHEST
-        # A tenth of a pixel: more digits only make the file longer.
-        return round(x, 1), round(y, 1)
+        return _point(step / last, loss / HIGHEST_LOSS)
 
-    parts = []
-    for loss in range(0, int(HIGHEST) + 1):
-        _, y = point(0, loss)
-        parts.append(f"<path d='M{LEFT} {y}H{RIGHT}' stroke='#d1d9e0' stroke-width='1'/>")
-        parts.append(_text(LEFT - 10, y + 4, str(loss), size=12, colour=MUTED, anchor="end"))
-    for step in range(0, last + 1, 10):
-        parts.append(_text(point(step, 0)[0], LOWER + 18, str(step), size=12, colour=MUTED))
-    corners = []
-    for step, loss in record["train"]:
-        x, y = point(step, loss)
-        corners.append(f"{x},{y}")
-    curve = " ".join(corners)
-    parts.append(f"<polyline points='{curve}' fill='none' stroke='{BLUE}' stroke-width='2'/>")
+    ticks = [(loss / HIGHEST_LOSS, str(loss)) for loss in range(HIGHEST_LOSS + 1)]
+    parts = _axes(ticks, last)
+    parts.append(_curve([point(step, loss) for step, loss in record["train"]], BLUE))
     for step, loss in record["eval"]:
         x, y = point(step, loss)
         parts.append(f"<circle cx='{x}' cy='{y}' r='4.5' fill='{ORANGE}'/>")
@@ -118,6 +109,55 @@ def loss_svg() -> str:
     parts.append(_text(RIGHT, UPPER + 42, "evaluation loss", colour=ORANGE, anchor="end"))
     parts.append(_text((LEFT + RIGHT) / 2, LOWER + 38, "step", size=12, colour=MUTED))
     return _svg(640, 246, "Loss of the quickstart by step", parts)
+
+
+def reward_svg() -> str:
+    """Mean reward of each step of ``make quickstart-rl``, and means of its first and last steps."""
+    rewards = json.loads(REWARDS.read_text())["rewards"]
+    last = len(rewards)
+    ticks = [(tenths / 10, f"{tenths / 10:.1f}") for tenths in range(0, 11, 2)]
+    parts = _axes(ticks, last)
+    points = [_point(step / last, reward) for step, reward in enumerate(rewards, 1)]
+    parts.append(_curve(points, BLUE))
+    for first in (0, last - FEW):
+        mean = sum(rewards[first : first + FEW]) / FEW
+        ends = [_point((first + 1) / last, mean), _point((first + FEW) / last, mean)]
+        parts.append(_curve(ends, ORANGE))
+        # Below the line, where the curve is not.
+        middle = (ends[0][0] + ends[1][0]) / 2
+        parts.append(_text(middle, ends[0][1] + 40, f"{mean:.2f}", size=12, colour=ORANGE))
+    parts.append(_text(RIGHT, LOWER - 22, "mean reward of a step", colour=BLUE, anchor="end"))
+    label = f"mean of the first and last {FEW} steps"
+    parts.append(_text(RIGHT, LOWER - 5, label, colour=ORANGE, anchor="end"))
+    parts.append(_text((LEFT + RIGHT) / 2, LOWER + 38, "step", size=12, colour=MUTED))
+    return _svg(640, 246, "Mean reward of make quickstart-rl by step", parts)
+
+
+def _point(along: float, up: float) -> tuple[float, float]:
+    """Pixels of a place in the plot; both are shares of its width and height."""
+    x = LEFT + (RIGHT - LEFT) * along
+    # In SVG, y grows downwards: 0 lies at LOWER.
+    y = LOWER - (LOWER - UPPER) * up
+    # A tenth of a pixel: more digits only make the file longer.
+    return round(x, 1), round(y, 1)
+
+
+def _axes(ticks: list[tuple[float, str]], last: int) -> list[str]:
+    """A line with its label for each (share of the height, text), and a number each 10 steps."""
+    parts = []
+    for up, label in ticks:
+        _, y = _point(0, up)
+        parts.append(f"<path d='M{LEFT} {y}H{RIGHT}' stroke='#d1d9e0' stroke-width='1'/>")
+        parts.append(_text(LEFT - 10, y + 4, label, size=12, colour=MUTED, anchor="end"))
+    for step in range(0, last + 1, 10):
+        x, _ = _point(step / last, 0)
+        parts.append(_text(x, LOWER + 18, str(step), size=12, colour=MUTED))
+    return parts
+
+
+def _curve(points: list[tuple[float, float]], colour: str) -> str:
+    corners = " ".join([f"{x},{y}" for x, y in points])
+    return f"<polyline points='{corners}' fill='none' stroke='{colour}' stroke-width='2'/>"
 
 
 # ---- pieces of SVG -------------------------------------------------------------------------------
