@@ -226,7 +226,7 @@ def test_the_record_of_rewards_is_of_a_whole_run() -> None:
     rows = [{"step": 0, "eval_loss": -0.5}]
     for step, reward in enumerate((0.25, 0.5), 1):
         rows.append({"step": step, "reward": reward, "engine_gap": step / 10})
-    metrics = "\n".join(json.dumps(row) for row in rows)
+    metrics = "\n".join(map(json.dumps, rows))
     found = quickstart_rl.record(metrics, steps=2, seconds=9)
     assert found["rewards"] == [0.25, 0.5] and found["largest_gap"] == 0.2
     with pytest.raises(ValueError, match="2 steps of 3; record a run that came to its end"):
@@ -234,10 +234,12 @@ def test_the_record_of_rewards_is_of_a_whole_run() -> None:
     # What docs/rl.md says of it in words.
     recorded = json.loads(figures.REWARDS.read_text())
     page = " ".join((docs.ROOT / "docs/rl.md").read_text().split())
-    means = [sum(recorded["rewards"][part]) / 5 for part in (slice(5), slice(-5, None))]
+    rewards = recorded["rewards"]
+    first = sum(rewards[:5]) / 5
+    last = sum(rewards[-5:]) / 5
     minutes, seconds = divmod(recorded["seconds"], 60)
-    steps = len(recorded["rewards"])
-    said = f"From {means[0]:.2f} to {means[1]:.2f} in {steps} steps, {minutes} min {seconds} s"
+    steps = len(rewards)
+    said = f"From {first:.2f} to {last:.2f} in {steps} steps, {minutes} min {seconds} s"
     assert said in page
     assert f"more than {recorded['largest_gap']:.1e} on average" in page
 

@@ -1,6 +1,7 @@
 """Draw the pictures of README and of docs/rl.md as SVG: the path of an adapter, the quickstart's
 loss, and the reward of ``make quickstart-rl``."""
 
+import itertools
 import json
 from pathlib import Path
 from xml.sax.saxutils import escape
@@ -98,9 +99,8 @@ def loss_svg() -> str:
     def point(step: float, loss: float) -> tuple[float, float]:
         return _point(step / last, loss / HIGHEST_LOSS)
 
-    ticks = [(loss / HIGHEST_LOSS, str(loss)) for loss in range(HIGHEST_LOSS + 1)]
-    parts = _axes(ticks, last)
-    parts.append(_curve([point(step, loss) for step, loss in record["train"]], BLUE))
+    parts = _axes(HIGHEST_LOSS, 1, last)
+    parts.append(_curve(list(itertools.starmap(point, record["train"])), BLUE))
     for step, loss in record["eval"]:
         x, y = point(step, loss)
         parts.append(f"<circle cx='{x}' cy='{y}' r='4.5' fill='{ORANGE}'/>")
@@ -115,9 +115,10 @@ def reward_svg() -> str:
     """Mean reward of each step of ``make quickstart-rl``, and means of its first and last steps."""
     rewards = json.loads(REWARDS.read_text())["rewards"]
     last = len(rewards)
-    ticks = [(tenths / 10, f"{tenths / 10:.1f}") for tenths in range(0, 11, 2)]
-    parts = _axes(ticks, last)
-    points = [_point(step / last, reward) for step, reward in enumerate(rewards, 1)]
+    parts = _axes(5, 0.2, last)
+    points = []
+    for step, reward in enumerate(rewards, 1):
+        points.append(_point(step / last, reward))
     parts.append(_curve(points, BLUE))
     for first in (0, last - FEW):
         mean = sum(rewards[first : first + FEW]) / FEW
@@ -142,11 +143,13 @@ def _point(along: float, up: float) -> tuple[float, float]:
     return round(x, 1), round(y, 1)
 
 
-def _axes(ticks: list[tuple[float, str]], last: int) -> list[str]:
-    """A line with its label for each (share of the height, text), and a number each 10 steps."""
+def _axes(num_lines: int, between: float, last: int) -> list[str]:
+    """Lines with their values from 0 to ``num_lines * between``, and a number each 10 steps."""
     parts = []
-    for up, label in ticks:
-        _, y = _point(0, up)
+    for number in range(num_lines + 1):
+        _, y = _point(0, number / num_lines)
+        # 7, and 0.8: as many digits as a step between two lines has.
+        label = f"{number * between:.3g}"
         parts.append(f"<path d='M{LEFT} {y}H{RIGHT}' stroke='#d1d9e0' stroke-width='1'/>")
         parts.append(_text(LEFT - 10, y + 4, label, size=12, colour=MUTED, anchor="end"))
     for step in range(0, last + 1, 10):
@@ -156,7 +159,7 @@ def _axes(ticks: list[tuple[float, str]], last: int) -> list[str]:
 
 
 def _curve(points: list[tuple[float, float]], colour: str) -> str:
-    corners = " ".join([f"{x},{y}" for x, y in points])
+    corners = " ".join(itertools.starmap("{},{}".format, points))
     return f"<polyline points='{corners}' fill='none' stroke='{colour}' stroke-width='2'/>"
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -147,9 +148,9 @@ def test_a_first_step_whose_rewards_are_alike_learns_nothing(
     norms = records(tmp_path / "run", "grad_norm")
     assert (norms[0] > 0) == (balance > 0) and min(norms[1:]) > 0
     # It is said of this step, and of no other.
-    said = [line for line in capfd.readouterr().out.splitlines() if "nothing is learned" in line]
-    (line,) = said
-    assert line.startswith("rl: step 1: ") and "(rounds in a row: 1)" in line
+    said = capfd.readouterr().out
+    assert said.count("nothing is learned") == 1
+    assert re.search(r"^rl: step 1: .* nothing is learned \(rounds in a row: 1\)", said, re.M)
 
 
 def alike(config: RunConfig) -> None:
