@@ -68,10 +68,12 @@ def asked(fakes: list[FakeVLLM], kept: Kept, requests: int, **options: Any) -> l
         servers = Servers([fake.url for fake in fakes], kept, max_new_tokens=TOKENS, **options)
         servers.use(1)
         try:
-            return await asyncio.gather(
+            answers = asyncio.gather(
                 *(servers.sample([1, 2, number]) for number in range(requests)),
                 return_exceptions=True,
             )
+            # What waits without end must fail its test.
+            return await asyncio.wait_for(answers, 60)
         finally:
             await servers.close()
 
