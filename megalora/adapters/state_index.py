@@ -19,6 +19,7 @@ from typing import Any
 from megalora.adapters.files import INDEX
 from megalora.hf.json_file import read_json_object
 from megalora.lora.slices import Slice, cover_fault
+from megalora.wording import shorten
 
 FORMAT = 2
 
@@ -95,7 +96,8 @@ def read_index(folder: Path) -> Index:
         raise ValueError(f"{path} cannot be read ({error.strerror})") from None
     if content.get("format") != FORMAT:
         raise ValueError(
-            f"{path}: format {content.get('format')!r}; this version of megalora reads {FORMAT}"
+            f"{path}: format {shorten(content.get('format'))}; this version of megalora reads"
+            f" {FORMAT}"
         )
     world_size = content.get("world_size")
     # Bounded, since ``_files`` makes a name for each rank: a damaged number may say 10**15.
@@ -134,6 +136,9 @@ def _tensor(path: Path, name: str, row: Any, world_size: int) -> Indexed:
     if not all(isinstance(key, str) for key in row["keys"]):
         raise _damaged(path, name, row)
     shape = tuple(row["shape"])
+    # A tensor without pieces has nobody else who looks at its sizes.
+    if any(type(size) is not int or size < 0 for size in shape):
+        raise _damaged(path, name, row["shape"])
     pieces: list[Piece] = []
     for numbers in row["pieces"]:
         if not isinstance(numbers, list) or len(numbers) != 6:

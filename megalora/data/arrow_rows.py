@@ -115,7 +115,10 @@ class Parquet(Reader):
         decoded = 0
         for number in range(file.metadata.num_row_groups):
             group = file.metadata.row_group(number)
-            rows = _rows_at_once(self.path, group)
+            # A row first: where the footer of a column is damaged reading says so, and pyarrow ends
+            # the process when it is only asked for that footer.
+            next(file.iter_batches(batch_size=1, row_groups=[number]), None)
+            rows = _rows_at_once(self.path, group) if group.num_rows else 1
             # The pages of a batch are decompressed before anything is known of its values.
             _check_ratio(size, group.total_byte_size)
             for batch in file.iter_batches(batch_size=rows, row_groups=[number]):

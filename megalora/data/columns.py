@@ -84,7 +84,8 @@ def by_form(
         if all(column in columns for column in form.values()):
             return dict(form)
     raise ValueError(
-        f"data.format=auto looks for {sought}; there are {', '.join(columns)}.\n"
+        # Names of a file may be of any length.
+        f"data.format=auto looks for {sought}; there are {', '.join(columns)[:400]}.\n"
         f"  Say which column is which: {hint}{also}"
     )
 

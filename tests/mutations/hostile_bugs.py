@@ -158,4 +158,20 @@ HOSTILE_BUGS: tuple[Bug, ...] = (
         "",
         f"{CORPUS} what_is_found",
     ),
+    bug(
+        0,
+        "a footer that pyarrow dies of is asked for",
+        ARROW,
+        "            next(file.iter_batches(batch_size=1, row_groups=[number]), None)\n",
+        "",
+        f"{CORPUS} what_was_found",
+    ),
+    bug(
+        0,
+        "sizes of a tensor without pieces are multiplied",
+        "megalora/adapters/state_index.py",
+        "    if any(type(size) is not int or size < 0 for size in shape):",
+        "    if False:",
+        f"{CORPUS} what_was_found",
+    ),
 )
