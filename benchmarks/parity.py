@@ -20,6 +20,8 @@ import time
 import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -268,16 +270,27 @@ def numbers(values: Mapping[str, float], digits: int = 1) -> str:
 
 
 def spread(rows: Iterable[dict[str, Any]]) -> float:
-    """The largest relative difference of a loss between any two cases with the same model,
-    adapter, batch and cut samples, over all steps."""
-    losses = defaultdict(list)
+    """The largest difference of a step's loss between any two cases that ask the oracle one
+    question, relative to the largest loss of these runs."""
+    runs: dict[Any, list[list[float]]] = defaultdict(list)
     for row in rows:
-        for step, loss in enumerate(row["losses"]):
-            losses[row["model"], row["adapter"], row["batch"], row["too_long"], step].append(loss)
+        runs[case_of(row).question].append(row["losses"])
     largest = 0.0
-    for of_step in losses.values():
-        largest = max(largest, max(of_step) / min(of_step) - 1)
+    for losses in runs.values():
+        # A policy's loss may pass through zero within a run.
+        size = max(map(abs, chain.from_iterable(losses)))
+        for of_step in zip(*losses, strict=True):
+            largest = max(largest, (max(of_step) - min(of_step)) / size)
     return largest
+
+
+def case_of(row: Mapping[str, Any]) -> Case:
+    """The case of a row; factors that an older record does not know have their defaults."""
+    known: dict[str, Any] = {}
+    for field in fields(Case):
+        if field.name in row:
+            known[field.name] = row[field.name]
+    return Case(**known)
 
 
 if __name__ == "__main__":

@@ -64,10 +64,14 @@ def is_merged_into_original(
     if scheme is None and original is not None:
         raise ValueError(f"--original: {folder} is not quantised; leave it out")
     if scheme is not None and original is None:
+        # Other forms are not written.
+        requantised = "; with --requantise the result is in the base's form"
+        if scheme.form not in ("fp8", "nf4"):
+            requantised = ""
         raise ValueError(
             f"{folder} is quantised ({scheme.title}): most of a small delta would round away. Serve"
             " base and adapter side by side, or merge into the model that the base was made from:"
-            " --original MODEL; with --requantise the result is in the base's form"
+            f" --original MODEL{requantised}"
         )
     return scheme is not None
 

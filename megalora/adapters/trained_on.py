@@ -4,7 +4,8 @@ and how the run held them. No torch.
 It lies in the metadata of the adapter's weights, as one JSON object under ``KEY``: PEFT and servers
 read only tensors, and a copy of the two files of an adapter keeps it. Checkpoints of earlier
 versions say the same in their training state. The values that a base computes with follow from its
-folder, and where ``weight_format`` is nf4, which rounds what a folder stores plain, from that too.
+folder, and where ``weight_format`` is nf4 or nf4_double, which round what a folder stores plain,
+from that too.
 """
 
 import json
@@ -16,6 +17,7 @@ from typing import Any
 from megalora.adapters.files import AVERAGED, STATE_JSON, parts_of
 from megalora.adapters.read.weights import find_weight_files
 from megalora.config import ModelConfig
+from megalora.config.model import QUANTISING
 from megalora.digests import Digests
 from megalora.hf.base_identity import weights_digest
 from megalora.hf.folder import weight_shards
@@ -43,7 +45,7 @@ class TrainedOn:
     @property
     def is_rounded(self) -> bool:
         """Whether plain weights of the folder were quantised while they were read."""
-        return self.weight_format == "nf4"
+        return self.weight_format in QUANTISING
 
     @property
     def is_quantised(self) -> bool:
@@ -60,7 +62,8 @@ class TrainedOn:
         if not self.is_rounded:
             return self.stored
         return (
-            f"{self.stored}, quantised to nf4 as it was read (model.weight_format=nf4"
+            f"{self.stored}, quantised to nf4 as it was read"
+            f" (model.weight_format={self.weight_format}"
             f" model.quantised_parts={self.quantised_parts})"
         )
 
@@ -167,11 +170,12 @@ def model_config(adapter: Path | None, base: Path, dtype: Any) -> ModelConfig:
     return ModelConfig(path=str(base), dtype=dtype, **model_options(known))
 
 
-def notes_on_base(adapter: Path, base: Path, *, computes_plain: bool = False) -> list[str]:
+def notes_on_base(adapter: Path, base: Path, *, computed: str | None = None) -> list[str]:
     """Lines about how the weights in the folder ``base`` differ from those that were trained on.
 
     Args:
-        computes_plain: whether plain weights stay plain: by a server, which quantises nothing.
+        computed: the ``weight_format`` that plain weights are computed with: by a server, which
+            quantises nothing, plain. None: that which was trained with.
     Raises:
         ValueError: what the adapter says of its base is damaged, or a weight file is.
     """
@@ -192,9 +196,11 @@ def notes_on_base(adapter: Path, base: Path, *, computes_plain: bool = False) ->
             f"note: {adapter} was not trained on the weights of {base} (stored {now}; then"
             f" {known.stored}): another model, or the same one stored otherwise"
         )
-    if computes_plain and known.is_rounded:
+    quantises = computed in QUANTISING
+    if computed not in (None, known.weight_format) and (known.is_rounded or quantises):
+        how = f"with model.weight_format={computed}" if quantises else "with as it is stored"
         notes.append(
             f"note: {adapter} was trained on a base that was {known.words()}, and {base} is"
-            " computed with as it is stored: the values differ by the error of quantising them"
+            f" computed {how}: the values differ by the error of quantising them"
         )
     return notes

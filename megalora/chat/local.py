@@ -18,6 +18,7 @@ from megalora.generate.choose import Draws, choose
 from megalora.generate.options import Sampling, model_sampling, stop_tokens
 from megalora.model.account import open_folder
 from megalora.model.held import rounded_names
+from megalora.model.quantised.scheme import UNROUNDED, Rounded
 from megalora.verify.stock_model import load_stock
 from megalora.verify.stock_peft import check_for_peft, load_by_peft
 
@@ -43,7 +44,7 @@ class LocalEngine:
         self.template = ChatTemplate(self.tokenizer)
         self.stop = stop_tokens(base)
         self.defaults = model_sampling(base)
-        nf4: frozenset[str] = frozenset()
+        nf4: Rounded = UNROUNDED
         if adapter is not None:
             shape = open_folder(base).shape
             check_for_peft(adapter, read_adapter(adapter, shape, base=base), shape)

@@ -93,7 +93,7 @@ def _eval(options: Any, rest: list[str]) -> None:
     plan = plan_of(request)
     check_hub_data(plan.own_sources)
     if plan.adapter is not None:
-        computes_plain = plan.config.model.weight_format != "nf4"
-        for note in notes_on_base(plan.adapter, plan.base, computes_plain=computes_plain):
+        computed = plan.config.model.weight_format
+        for note in notes_on_base(plan.adapter, plan.base, computed=computed):
             print(note, flush=True)
     torchrun([*ranks_here(options.nproc), "-m", "megalora.evaluate", plan.resolved.to_json()])

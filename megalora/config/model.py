@@ -5,6 +5,9 @@ from typing import Literal
 
 from megalora.paths import expand
 
+QUANTISING = ("nf4", "nf4_double")
+"""Values of ``model.weight_format`` that quantise a plain model."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -24,14 +27,24 @@ class ModelConfig:
     ``flash3`` and ``flash4`` have torch use Flash Attention 3 or 4 in its place, where they are
     installed."""
 
-    weight_format: Literal["auto", "plain", "fp8", "nf4"] = "auto"
+    weight_format: Literal["auto", "plain", "fp8", "nf4", "nf4_double"] = "auto"
     """How frozen linears lie in memory. ``plain``: in ``dtype``. ``fp8``, ``nf4``: as codes with
     scales, decoded layer by layer when they are computed with; nf4 quantises a plain model as it is
-    read. ``auto``: as codes where the folder stores fp8 blocks or nf4, otherwise plain. Nothing is
-    quantised a second time (docs/quantised.md)."""
+    read, and nf4_double its scales, too. ``auto``: as codes where the folder stores fp8 blocks or
+    nf4, otherwise plain. Nothing is quantised a second time (docs/quantised.md)."""
     quantised_parts: Literal["linears", "experts"] = "linears"
     """Linears that may be codes: all of the decoder layers, or those of routed experts alone. Never
     router, norms, embedding and lm_head."""
+
+    @property
+    def quantises(self) -> bool:
+        """Whether plain weights are quantised to nf4 as they are read."""
+        return self.weight_format in QUANTISING
+
+    @property
+    def quantises_scales(self) -> bool:
+        """Whether the scales of such weights are quantised, too."""
+        return self.weight_format == "nf4_double"
 
     def __post_init__(self) -> None:
         # Frozen, so not by assignment.

@@ -73,7 +73,7 @@ def evaluate_served(request: Request, say: Callable[[str], None]) -> None:
         found = _find(client, url, request, say)
         plan = _plan(request, found)
         if plan.adapter is not None:
-            for note in notes_on_base(plan.adapter, plan.base, computes_plain=True):
+            for note in notes_on_base(plan.adapter, plan.base, computed="plain"):
                 say(note)
         verdict = judge_served(client, plan, found.ids)
     say(text_of(plan, verdict))

@@ -3,7 +3,8 @@
     W = round(W_disk + sum over cycles of s B A)
 
 The sum is computed in float64 and rounded once to the model's dtype. Adding to a weight that has
-been rounded before would lose what is below its last digit, again with every cycle.
+been rounded before would lose what is below its last digit, again with every cycle. A plain weight
+that is held as codes is quantised from the sum, never from what was quantised before.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,9 +20,11 @@ from megalora.lora.dense import ColumnLoRA, RowLoRA
 from megalora.lora.experts import ExpertsLoRA
 from megalora.lora.router import RouterLoRA
 from megalora.lora.spec import Adapted, tensor_name
-from megalora.model.account import open_folder
+from megalora.model.account import BaseFolder, open_folder
 from megalora.model.base_weights import BaseWeights
+from megalora.model.held_loading import load_held
 from megalora.model.hf_weights import load_named, open_architecture
+from megalora.model.quantised.part import Part
 from megalora.model.recompute import Recomputed
 from megalora.wording import first_few
 
@@ -29,20 +32,21 @@ WRAPPERS = (ColumnLoRA, RowLoRA, RouterLoRA, ExpertsLoRA)
 """Modules around those of the base, which they hold as ``base``."""
 
 
-class Merged(Mapping[str, Tensor]):
+class Merged(BaseWeights):
     """Tensors of a base by published name, with adapters merged in; read one at a time."""
 
     def __init__(
         self,
-        base: Mapping[str, Tensor],
+        base: BaseFolder,
         adapted: Sequence[Adapted],
         cycles: Sequence[Mapping[str, Tensor]],
         dtype: torch.dtype,
     ) -> None:
         """``cycles``: whole factors by tensor name; ``dtype``: of merged weights."""
-        self._base = base
+        super().__init__(base, dtype)
         self._cycles = cycles
-        self._dtype = dtype
+        self._last: tuple[str, Tensor] | None = None
+        """The matrix that ``part`` was asked for, whole."""
         self._scales: dict[str, float] = {}
         for a in adapted:
             self._scales |= dict.fromkeys(a.hf_modules(), a.scale)
@@ -50,7 +54,19 @@ class Merged(Mapping[str, Tensor]):
         """Modules whose weight was asked for."""
 
     def __getitem__(self, name: str) -> Tensor:
-        weight = self._base[name]
+        return self._summed(name, self._dtype)
+
+    def part(self, name: str, part: Part) -> Tensor:
+        """A part of a matrix that is stored plain, in float32 if an adapter is merged into it."""
+        # Summed whole and cut afterwards, so that every rank has the same bits; a rank may ask for
+        # several parts of a matrix.
+        if self._last is None or self._last[0] != name:
+            self._last = name, self._summed(name, torch.float32)
+        n0, n1, k0, k1 = part
+        return self._last[1][n0:n1, k0:k1]
+
+    def _summed(self, name: str, dtype: torch.dtype) -> Tensor:
+        weight = super().__getitem__(name)
         # Biases have no adapter, and norms end in .weight as well but are adapted by none.
         module = name.removesuffix(".weight")
         if module not in self._scales or module == name:
@@ -62,13 +78,7 @@ class Merged(Mapping[str, Tensor]):
             a = factors[tensor_name(module, "A")].to(total)
             b = factors[tensor_name(module, "B")].to(total)
             total.addmm_(b, a, alpha=self._scales[module])
-        return total.to(self._dtype).to(weight.device)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._base)
-
-    def __len__(self) -> int:
-        return len(self._base)
+        return total.to(dtype).to(weight.device)
 
 
 @contextmanager
@@ -104,6 +114,7 @@ def refold(
     adapted: Sequence[Adapted],
     cycles: Sequence[Mapping[str, Tensor]],
     dtype: torch.dtype,
+    doubly: bool = False,
 ) -> None:
     """Read the base once more into this rank's chunks, with the cycles' adapters merged in;
     collective over the world.
@@ -114,6 +125,7 @@ def refold(
         adapted: what every cycle trained.
         cycles: whole factors of each cycle by tensor name.
         dtype: the model's.
+        doubly: as in ``load_held``.
 
     Raises:
         RuntimeError: some rank's weights were not read, which is a bug of ours.
@@ -121,9 +133,10 @@ def refold(
     # As when the run began: the same checks, the same mapping, the same places in memory.
     base = open_folder(folder)
     bridge = open_architecture(base.hf)
-    weights = Merged(BaseWeights(base, dtype), adapted, cycles, dtype)
+    weights = Merged(base, adapted, cycles, dtype)
     with bare(chunks):
         load_named(bridge, bridge.hf_config, weights, list(chunks), str(folder))
+        load_held(weights, list(chunks), base.shape, doubly)
     _check_merged(adapted, weights.merged)
 
 

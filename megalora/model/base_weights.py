@@ -1,7 +1,7 @@
 """Read a base folder's tensors by their published names, one at a time, wherever and however they
 are stored."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from megalora.model.account import BaseFolder
 from megalora.model.quantised.decode import decode
 from megalora.model.quantised.part import Part, Stored
+from megalora.model.quantised.scheme import UNROUNDED, Rounded
 from megalora.model.quantised.to_nf4 import rounded
 from megalora.model.stored_tensors import Place, Quantised
 
@@ -27,7 +28,7 @@ class BaseWeights(Mapping[str, Tensor]):
         self,
         base: BaseFolder,
         dtype: torch.dtype = torch.float32,
-        nf4: Collection[str] = (),
+        nf4: Rounded = UNROUNDED,
     ) -> None:
         """``dtype``: that of decoded matrices, whose values are computed in float32 and rounded
         once; plain tensors keep the dtype of their file. ``nf4``: names of plain matrices that
@@ -42,7 +43,7 @@ class BaseWeights(Mapping[str, Tensor]):
         if place.quantised is not None:
             return self._decoded(name, place.quantised)
         if name in self._nf4:
-            return rounded(self._plain(place)).to(self._dtype)
+            return rounded(self._plain(place), self._nf4[name]).to(self._dtype)
         return self._plain(place)
 
     def _plain(self, place: Place) -> Tensor:

@@ -16,6 +16,7 @@ from megalora.model.backend import block_spec
 from megalora.model.base_weights import BaseWeights
 from megalora.model.families import FAMILIES
 from megalora.model.formats import ALL_PLAIN, LayerFormats
+from megalora.model.held import held_in, require_held
 from megalora.model.held_loading import load_held, randomise_held
 from megalora.model.hf_weights import load_weights, open_architecture, quiet
 from megalora.model.rope_fields import read_rope
@@ -49,8 +50,13 @@ def build_model(
     formats: LayerFormats = ALL_PLAIN,
 ) -> list[nn.Module]:
     """The model chunks of this rank (``parallel.vpp`` of them), weights loaded, every parameter
-    frozen."""
+    frozen.
+
+    Raises:
+        ValueError: ``config`` holds weights as codes, and ``formats`` have them plain.
+    """
     base = open_folder(folder)
+    require_held(held_in(config, base), formats)
     # The score head is none of the base's weights, and what is trained no size of it.
     assert base.shape == shape.of_base, (
         f"{folder} holds {base.shape}, the run is planned for {shape}"
@@ -59,7 +65,7 @@ def build_model(
     _mark_unwritten(chunks)
     dtype = getattr(torch, config.dtype)
     load_weights(base, chunks, dtype)
-    load_held(BaseWeights(base, dtype), chunks, shape)
+    load_held(BaseWeights(base, dtype), chunks, shape, config.quantises_scales)
     dist.barrier()
     # Megatron makes router weights on the host.
     for chunk in chunks:

@@ -5,8 +5,8 @@
     auto            fp8 or nf4     what the folder stores as such codes
                     any other      nothing
     fp8             fp8            what the folder stores as such codes
-    nf4             nf4            its codes, and what it stores plain quantised while it is read
-                    plain          all, quantised while it is read
+    nf4,            nf4            its codes, and what it stores plain quantised while it is read
+    nf4_double      plain          all, quantised while it is read
 
 ``quantised_parts`` says whether these are the linears of routed experts alone. Router, norms,
 embedding and lm_head are never among them.
@@ -20,9 +20,10 @@ from typing import Any
 from megalora.config import ModelConfig, ParallelConfig
 from megalora.model.account import BaseFolder, open_folder, quantised_note
 from megalora.model.families import layer_projections
+from megalora.model.formats import BOTH_PLAIN, LayerFormats
 from megalora.model.formats.coded import Coded, HeldForm, double_of, grain_of
 from megalora.model.projections import Projection
-from megalora.model.quantised.scheme import Scheme
+from megalora.model.quantised.scheme import Rounded, Scheme
 from megalora.model.shape import ModelShape
 
 _READABLE: tuple[HeldForm, ...] = ("fp8", "nf4")
@@ -90,12 +91,15 @@ def held_of(
 
     stored = is_stored or says
     # A folder's plain weights are quantised where nf4 was asked for by name.
-    quantises = config.weight_format == "nf4"
+    quantises = config.quantises
     found: set[tuple[int, str]] = set()
     nested = form == "nf4"
 
-    def says_nested(name: str) -> bool:
-        return scheme is not None and scheme.nested and says(name)
+    def has_coded_scales(name: str) -> bool:
+        # What is quantised here has the scales that the config asks for.
+        if not stored(name):
+            return config.quantises_scales
+        return is_nested(name) if is_nested else scheme is not None and scheme.nested
 
     for layer in range(shape.num_layers):
         for module, projections in modules_of(shape, layer).items():
@@ -105,7 +109,7 @@ def held_of(
             # A fused weight has one form: gate as codes beside a plain up would be no operand.
             if quantises or all(map(stored, names)):
                 found.add((layer, module))
-                nested = nested and all(map(is_nested or says_nested, names))
+                nested = nested and all(map(has_coded_scales, names))
     if not found:
         return None
     return Held(form, (1, 1) if scheme is None else scheme.block, frozenset(found), nested)
@@ -127,6 +131,25 @@ def held_in(config: ModelConfig, base: BaseFolder) -> Held | None:
     )
 
 
+def require_held(held: Held | None, formats: LayerFormats) -> None:
+    """Raise ``ValueError`` unless every weight that a config holds as codes has such a format: a
+    model that is built without them would have other values, or other memory, than asked for."""
+    if held is None:
+        return
+    for layer, module in sorted(held.modules):
+        of_layer = formats.get(layer, BOTH_PLAIN)
+        if ".experts." in module:
+            how = getattr(of_layer, module.rpartition(".")[2])
+        else:
+            how = of_layer.linears.get(module)
+        if not isinstance(how, Coded):
+            raise ValueError(
+                f"model.weight_format holds {module} of layer {layer} as {held.form} codes, and the"
+                " formats that the model is built with have it plain: give those of"
+                " megalora.lora.adapted_model.with_held, or set model.weight_format=plain"
+            )
+
+
 def held_note(held: Held | None, scheme: Scheme | None, dtype: str) -> str | None:
     """A line for the user about how a base lies in memory; None where it is plain as it is
     stored."""
@@ -135,29 +158,32 @@ def held_note(held: Held | None, scheme: Scheme | None, dtype: str) -> str | Non
     parts = "experts" if all(".experts." in module for _, module in held.modules) else "linears"
     how = f"held as {held.form} codes and decoded when they are computed with"
     if scheme is None:
-        how = f"quantised to {held.form} as they are read, {how}"
+        doubly = ", doubly," if held.nested else ""
+        how = f"quantised to {held.form}{doubly} as they are read, {how}"
     stored = "" if scheme is None else f" ({scheme.title})"
     return f"the base{stored}: {len(held.modules):,} fused weights of {parts} are {how}"
 
 
-def rounded_of(held: Held | None, base: BaseFolder) -> frozenset[str]:
-    """Published names of matrices that a folder stores plain and that are held as nf4."""
-    found: set[str] = set()
+def rounded_of(config: ModelConfig, held: Held | None, base: BaseFolder) -> Rounded:
+    """Matrices that a folder stores plain and that are held as nf4."""
+    found: dict[str, bool] = {}
     if held is not None and held.form == "nf4":
         for layer, module in held.modules:
             projections = modules_of(base.shape, layer)[module]
             names = weight_names(projections, layer, base.shape.num_experts)
-            found.update(name for name in names if base.places[name].quantised is None)
-    return frozenset(found)
+            for name in names:
+                if base.places[name].quantised is None:
+                    found[name] = config.quantises_scales
+    return found
 
 
-def rounded_names(config: ModelConfig, folder: Path) -> frozenset[str]:
+def rounded_names(config: ModelConfig, folder: Path) -> Rounded:
     """``rounded_of`` a folder; raises ``ValueError`` as ``held_of`` does."""
     # Only this quantises anything; else the headers of all files need not be read once more.
-    if config.weight_format != "nf4":
-        return frozenset()
+    if not config.quantises:
+        return {}
     base = open_folder(folder)
-    return rounded_of(held_in(config, base), base)
+    return rounded_of(config, held_in(config, base), base)
 
 
 def _form(config: ModelConfig, scheme: Scheme | None) -> HeldForm | None:
@@ -169,8 +195,9 @@ def _form(config: ModelConfig, scheme: Scheme | None) -> HeldForm | None:
     if asked == "auto":
         # Others are decoded: what they mean has no codes of these two forms.
         return next((form for form in _READABLE if form == stored), None)
-    if stored == asked or (asked == "nf4" and stored is None):
-        return asked
+    form: HeldForm = "nf4" if config.quantises else asked  # pyright: ignore[reportAssignmentType]
+    if stored == form or (config.quantises and stored is None):
+        return form
     what = "plain" if scheme is None else f"quantised as {scheme.title}"
     raise ValueError(
         f"model.weight_format={asked}, and the weights of {config.path} are {what}: they would be"

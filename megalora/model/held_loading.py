@@ -21,7 +21,12 @@ from megalora.model.held_codes import HeldCodes
 from megalora.model.projections import Projection
 from megalora.model.quantised import nf4
 from megalora.model.quantised.part import Part, Stored, covering
-from megalora.model.quantised.to_nf4 import quantise
+from megalora.model.quantised.to_nf4 import (
+    quantise,
+    quantise_scales,
+    scale_values,
+    scales_of,
+)
 from megalora.model.shape import ModelShape
 from megalora.parallel import megatron_groups
 
@@ -36,6 +41,23 @@ class _Run(NamedTuple):
     expert: int
     """Place among those of the rank; 0 for a dense linear."""
     first_row: int
+
+
+class _Doubly(NamedTuple):
+    """A run of nf4 whose scales are codes."""
+
+    codes: Tensor
+    """uint8 ``[n, k]``, one to a byte."""
+    scale_codes: Tensor
+    """uint8 ``[n, k / q]``."""
+    block: Tensor
+    """int64 ``[n, k / q]``: place of each scale among those of the flattened matrix."""
+    second: Tensor
+    """float32: all second scales of the matrix, one for ``num_blocks`` scales."""
+    num_blocks: int
+    offset: float
+    values: Tensor
+    """float32 ``[256]``: what codes of scales mean."""
 
 
 def held_modules(
@@ -55,9 +77,13 @@ def held_modules(
 
 
 @torch.no_grad()
-def load_held(weights: BaseWeights, chunks: list[nn.Module], shape: ModelShape) -> None:
+def load_held(
+    weights: BaseWeights, chunks: list[nn.Module], shape: ModelShape, doubly: bool = False
+) -> None:
     """Fill every held weight of this rank.
 
+    Args:
+        doubly: whether plain weights are quantised to nf4 doubly.
     Raises:
         ValueError: a stored matrix has another codebook or block size than what is held.
     """
@@ -69,7 +95,7 @@ def load_held(weights: BaseWeights, chunks: list[nn.Module], shape: ModelShape) 
                 codes = _read_nested(weights, run, held)
                 held.codes[run.expert, run.first_row : run.first_row + len(codes)].copy_(codes)
                 continue
-            codes, scales = _read(weights, run, held)
+            codes, scales = _read(weights, run, held, doubly)
             rows = slice(run.first_row, run.first_row + len(codes))
             p, q = held.how.grain
             if held.how.form == "nf4":
@@ -147,11 +173,11 @@ def _rows(
             yield projection, head * shape.head_dim, (head + 1) * shape.head_dim
 
 
-def _read(weights: BaseWeights, run: _Run, held: HeldCodes) -> tuple[Tensor, Tensor]:
+def _read(weights: BaseWeights, run: _Run, held: HeldCodes, doubly: bool) -> tuple[Tensor, Tensor]:
     """(codes ``[n, k]``, one to a byte, scales ``[n / p, k / q]``) of a run."""
     stored = weights.stored(run.name)
     if stored is None:
-        return _quantised(weights, run.name, run.size, run.part, held.how.grain[1])
+        return _quantised(weights, run, held.how.grain[1], doubly)
     if held.how.form == "fp8":
         return _fp8(stored, run.part, held.how.grain, weights.block)
     try:
@@ -194,36 +220,65 @@ def _check_nf4(stored: Stored, state: dict[str, Any]) -> None:
 def _read_nested(weights: BaseWeights, run: _Run, held: HeldCodes) -> Tensor:
     """Packed codes of a run, whose scales' codes are written where they belong."""
     stored = weights.stored(run.name)
-    assert stored is not None, f"{run.name} is stored plain"
     double = held.how.double
     q = held.how.grain[1]
+    nested = held.nested
     try:
-        codes, block_of, blocks, state = nf4.codes_of(stored, run.part, run.size)
-        _check_nf4(stored, state)
-        span = state["blocksize"] * state["nested_blocksize"]
-        if span % (NF4_BLOCK * NESTED_BLOCK):
-            raise ValueError(
-                f"a scale of its scales is for {span} weights, and in memory for"
-                f" {NF4_BLOCK * NESTED_BLOCK}: use model.weight_format=plain"
-            )
-        nested = held.nested
-        values = stored["weight.nested_quant_map"][...].float()
+        found = _made_doubly(weights, run, q) if stored is None else _stored_doubly(stored, run, q)
         # All matrices of a fused weight have one table in memory.
         if nested.values[0].isnan():
-            nested.values.copy_(values)
-        elif not torch.equal(nested.values.cpu(), values):
+            nested.values.copy_(found.values)
+        elif not torch.equal(nested.values.cpu(), found.values):
             raise ValueError("its nested_quant_map is another: use model.weight_format=plain")
     except ValueError as error:
         raise ValueError(f"{weights.folder}: {run.name}: {error}") from None
-    rows = slice(run.first_row, run.first_row + len(codes))
-    place = block_of[:, ::q]
-    held.scale_codes[run.expert, rows].copy_(stored["weight.absmax"][blocks][place])
+    rows = slice(run.first_row, run.first_row + len(found.codes))
+    held.scale_codes[run.expert, rows].copy_(found.scale_codes)
     # Of each second scale one block says which it is.
-    second = (place + blocks.start)[:: double.rows, :: double.scales] // state["nested_blocksize"]
-    all_second = stored["weight.nested_absmax"][...]
-    _part(nested.scales[run.expert], rows, double.rows).copy_(all_second[second])
-    _part(nested.offsets[run.expert], rows, double.run).fill_(state["nested_offset"])
-    return pack_nf4(codes, q)
+    second = found.block[:: double.rows, :: double.scales] // found.num_blocks
+    _part(nested.scales[run.expert], rows, double.rows).copy_(found.second[second])
+    _part(nested.offsets[run.expert], rows, double.run).fill_(found.offset)
+    return pack_nf4(found.codes, q)
+
+
+def _stored_doubly(stored: Stored, run: _Run, q: int) -> _Doubly:
+    """A run of a matrix that the folder stores doubly quantised; raises ``ValueError`` where its
+    blocks do not fit those of memory."""
+    codes, block_of, blocks, state = nf4.codes_of(stored, run.part, run.size)
+    _check_nf4(stored, state)
+    span = state["blocksize"] * state["nested_blocksize"]
+    if span % (NF4_BLOCK * NESTED_BLOCK):
+        raise ValueError(
+            f"a scale of its scales is for {span} weights, and in memory for"
+            f" {NF4_BLOCK * NESTED_BLOCK}: use model.weight_format=plain"
+        )
+    place = block_of[:, ::q]
+    return _Doubly(
+        codes=codes,
+        scale_codes=stored["weight.absmax"][blocks][place],
+        block=place + blocks.start,
+        second=stored["weight.nested_absmax"][...],
+        num_blocks=state["nested_blocksize"],
+        offset=state["nested_offset"],
+        values=stored["weight.nested_quant_map"][...].float(),
+    )
+
+
+def _made_doubly(weights: BaseWeights, run: _Run, q: int) -> _Doubly:
+    """A run of a plain matrix, doubly quantised: its scales' mean and blocks are of all of it."""
+    whole = weights.part(run.name, Part.whole(run.size))
+    scales = quantise_scales(scales_of(whole))
+    codes, blocks = _quantise_part(whole, run.part, q)
+    rows = torch.arange(run.part.n0, run.part.n1)[:, None]
+    return _Doubly(
+        codes=codes,
+        scale_codes=scales.codes[rows, blocks],
+        block=rows * scales.codes.shape[1] + blocks,
+        second=scales.scales,
+        num_blocks=NESTED_BLOCK,
+        offset=scales.offset,
+        values=scale_values(),
+    )
 
 
 def _part(whole: Tensor, rows: slice, size: int) -> Tensor:
@@ -231,21 +286,42 @@ def _part(whole: Tensor, rows: slice, size: int) -> Tensor:
     return whole[rows.start // size : rows.stop // size]
 
 
-def _quantised(
-    weights: BaseWeights, name: str, size: tuple[int, int], part: Part, q: int
-) -> tuple[Tensor, Tensor]:
+def _quantised(weights: BaseWeights, run: _Run, q: int, doubly: bool) -> tuple[Tensor, Tensor]:
     """Quantise a plain matrix to nf4, as bitsandbytes does where 64 divides its columns, and cut.
 
-    Only the part is read, with its columns widened to whole blocks.
+    Only the part is read, with its columns widened to whole blocks; all of the matrix where its
+    scales are quantised, too.
 
     Returns:
         codes ``[n, k]`` of the part, one to a byte, and float32 scales ``[n, k / q]``.
     """
-    n0, n1, k0, k1 = part
-    # The largest value of part of a block would be another scale than that of the whole.
-    first = k0 // NF4_BLOCK * NF4_BLOCK
-    end = min(size[1], -(-k1 // NF4_BLOCK) * NF4_BLOCK)
-    codes, absmax = quantise(weights.part(name, Part(n0, n1, first, end)))
-    # q divides 64 and k0, so that each block of memory lies in one of 64 columns.
-    blocks = (torch.arange(k0, k1, q) - first) // NF4_BLOCK
+    n0, n1, k0, k1 = run.part
+    if doubly:
+        whole = weights.part(run.name, Part.whole(run.size))
+        codes, blocks = _quantise_part(whole, run.part, q)
+        return codes, quantise_scales(scales_of(whole)).decoded()[n0:n1, blocks]
+    first, end = _widened(run.part, run.size[1])
+    codes, absmax = quantise(weights.part(run.name, Part(n0, n1, first, end)))
+    blocks = _blocks_of(run.part, q) - first // NF4_BLOCK
     return codes[:, k0 - first : k1 - first], absmax[:, blocks]
+
+
+def _quantise_part(w_NK: Tensor, part: Part, q: int) -> tuple[Tensor, Tensor]:
+    """Codes ``[n, k]`` of a part of a whole matrix, and its blocks ``[k / q]`` of a row."""
+    n0, n1, k0, k1 = part
+    first, end = _widened(part, w_NK.shape[1])
+    codes, _ = quantise(w_NK[n0:n1, first:end])
+    return codes[:, k0 - first : k1 - first], _blocks_of(part, q)
+
+
+def _widened(part: Part, columns: int) -> tuple[int, int]:
+    """First column, and column after the last, of the whole blocks that a part touches."""
+    # The largest value of part of a block would be another scale than that of the whole.
+    first = part.k0 // NF4_BLOCK * NF4_BLOCK
+    return first, min(columns, -(-part.k1 // NF4_BLOCK) * NF4_BLOCK)
+
+
+def _blocks_of(part: Part, q: int) -> Tensor:
+    """Of each block of memory in a row the published block that it lies in."""
+    # q divides 64 and k0, so that each lies in one of 64 columns.
+    return torch.arange(part.k0, part.k1, q) // NF4_BLOCK

@@ -82,7 +82,7 @@ def _say_what_differs(named: Mapping[str, Path], base: Path, say: Callable[[str]
     """Say of each adapter how vLLM's weights, which are those of the folder, differ from those that
     it was trained on."""
     for adapter in named.values():
-        for note in notes_on_base(adapter, base, computes_plain=True):
+        for note in notes_on_base(adapter, base, computed="plain"):
             say(note)
 
 

@@ -5,28 +5,42 @@ from pathlib import Path
 
 from megalora.config import RunConfig
 from megalora.model import held
-from megalora.model.account import open_folder, unused_note
+from megalora.model.account import BaseFolder, open_folder, unused_note
 
 
 def notes_of_base(config: RunConfig, folder: Path) -> list[str]:
     """Lines about how the base is stored and held.
 
     Raises:
-        ValueError: the base is held as codes and is to be merged into.
+        ValueError: the base is stored and held as codes, and is to be merged into.
     """
     base = open_folder(folder)
     found = held.held_in(config.model, base)
-    if found is not None and config.train.relora is not None:
-        raise ValueError(
-            f"train.relora merges adapters into the base, which is held as {found.form} codes:"
-            " most of a small delta would round away. Set model.weight_format=plain"
-        )
     notes = (
+        _merge_note(config, found, base),
         unused_note(base),
         held.held_note(found, base.scheme, config.model.dtype),
-        _server_note(config, held.rounded_of(found, base)),
+        _server_note(config, held.rounded_of(config.model, found, base)),
     )
     return [note for note in notes if note is not None]
+
+
+def _merge_note(config: RunConfig, found: held.Held | None, base: BaseFolder) -> str | None:
+    """A line where adapters are merged into a base that is held as codes; raises ``ValueError``
+    where only codes could be merged into."""
+    if found is None or config.train.relora is None:
+        return None
+    if base.scheme is not None:
+        raise ValueError(
+            f"train.relora merges adapters into the base, which is stored as {base.scheme.title}:"
+            " most of a small delta would round away. Give the plain model that it was made from as"
+            " model.path, with model.weight_format=nf4, or set model.weight_format=plain"
+        )
+    return (
+        "note: train.relora: each merge quantises the sum of the plain base and all adapters to"
+        " nf4. A checkpoint's adapter, their sum, is for the base quantised without them: another"
+        " model than trains, by the error of quantising"
+    )
 
 
 def _server_note(config: RunConfig, rounded: Collection[str]) -> str | None:

@@ -84,7 +84,8 @@ class Cycles:
         cycles = read_cycles(self.folder, self.count, adapted)
         base = local_folder(config.model.path)
         dtype = getattr(torch, config.model.dtype)
-        refold(self.run.model.chunks, base, adapted, cycles, dtype)
+        doubly = config.model.quantises_scales
+        refold(self.run.model.chunks, base, adapted, cycles, dtype, doubly)
         # Reading takes ranks unequal time, and the next step's first collective has a timeout.
         dist.barrier()
 

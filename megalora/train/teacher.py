@@ -7,7 +7,7 @@ logits of them, chunk by chunk beside its own (``model/divergence.py``).
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -168,7 +168,9 @@ def build_teacher(config: RunConfig, objective: Objective) -> Teacher | None:
         return FromFile(objective.divergence, check_logits(config, student).k)
     folder = local_folder(name, "objective.teacher")
     shape, parallel = plan_second(config.parallel, folder, student)
-    chunks = build_model(config.model, parallel, shape, folder)
+    # Whatever the options say of the student's base.
+    plain = replace(config.model, weight_format="plain")
+    chunks = build_model(plain, parallel, shape, folder)
     for chunk in chunks:
         # Neither dropout nor balancing acts in it.
         chunk.eval()

@@ -63,7 +63,8 @@ def write_logits(config: RunConfig, out: Path, k: int) -> None:
     )  # fmt: skip
     activate(config.model.attention)
     with parallel_groups(config.parallel, config.train.seed) as groups:
-        chunks = build_model(config.model, parallel, shape, folder)
+        plain = replace(config.model, weight_format="plain")
+        chunks = build_model(plain, parallel, shape, folder)
         for chunk in chunks:
             chunk.eval()
         asked = Asked(config, groups, chunks, ExpertLoad(chunks), k)

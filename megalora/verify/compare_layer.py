@@ -5,7 +5,7 @@
 
 import copy
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from megalora.model.families import FAMILIES
 from megalora.model.host_layer import host_layer, host_norm
+from megalora.model.quantised.scheme import UNROUNDED, Rounded
 from megalora.verify import records as r
 from megalora.verify.host_memory import free_host_memory_bytes
 from megalora.verify.reference import Choices, Reference
@@ -47,7 +48,7 @@ class LayerComparison:
     dtype: torch.dtype
     config: Any
     alone: dist.ProcessGroup | None
-    nf4: Collection[str] = ()
+    nf4: Rounded = UNROUNDED
     largest: float = 0.0
     routing: list[_Routing] = field(default_factory=list)
 

@@ -1,6 +1,5 @@
 """Give transformers' loader the quantised weights of a folder as if they were stored plain."""
 
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +9,7 @@ from megalora.hf.json_file import read_hf_config
 from megalora.model.account import open_folder
 from megalora.model.base_weights import BaseWeights
 from megalora.model.fields import QUANTISED
+from megalora.model.quantised.scheme import UNROUNDED, Rounded
 from megalora.model.stored_tensors import Place
 
 
@@ -49,7 +49,7 @@ class QuantisedWeights(NamedTuple):
     """Stored names of the tensors that stand for them, and of those that are not read."""
 
 
-def quantised_weights(folder: Path, nf4: Collection[str] = ()) -> QuantisedWeights:
+def quantised_weights(folder: Path, nf4: Rounded = UNROUNDED) -> QuantisedWeights:
     """The only tensors that are not read by transformers' own code: our decoders, which tests hold
     against the libraries that define each form."""
     # A folder of plain weights is not opened by our reading at all.

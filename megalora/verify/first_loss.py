@@ -16,7 +16,6 @@ The tolerance, relative to the loss, is what rounding explains with room to spar
 """
 
 import math
-from collections.abc import Collection
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ import torch.nn.functional as F
 
 from megalora.data.batch import Batch
 from megalora.first_rank import on_first_rank
+from megalora.model.quantised.scheme import UNROUNDED, Rounded
 from megalora.model.shape import ModelShape
 from megalora.verify.host_memory import free_host_memory_bytes
 from megalora.verify.stock_model import load_stock
@@ -40,7 +40,7 @@ _HEADROOM = 1.2
 
 def compare_losses(
     ours: float, batch: Batch, *, folder: Path, adapter: Path | None, dtype: str, shape: ModelShape,
-    nf4: Collection[str] = (),
+    nf4: Rounded = UNROUNDED,
 ) -> str:  # fmt: skip
     """Compare every rank's loss of the batch with transformers'; collective over the world.
 
@@ -48,7 +48,7 @@ def compare_losses(
         ours: this rank's mean loss over the target tokens of ``batch``, which is the same on all
             ranks.
         adapter: a PEFT folder to put on the base, None where B is zero.
-        nf4: names of plain matrices that the run has quantised.
+        nf4: plain matrices that the run has quantised.
     Returns: a line for the user.
     Raises: ``RuntimeError`` on every rank when a loss is off; ``ValueError`` when the model does
         not fit the host's memory.
@@ -86,7 +86,7 @@ def _relative(loss: float, reference: float) -> float:
 @torch.no_grad()
 def reference_loss(
     batch: Batch, folder: Path, adapter: Path | None, dtype: str, shape: ModelShape,
-    nf4: Collection[str] = (),
+    nf4: Rounded = UNROUNDED,
 ) -> float:  # fmt: skip
     """Mean cross entropy over the batch's target tokens, by stock transformers on the host."""
     needed = shape.num_parameters() * {"float32": 4, "bfloat16": 2}[dtype] * _HEADROOM

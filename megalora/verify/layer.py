@@ -10,7 +10,7 @@ out: the base is compared.
 """
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from megalora import host
 from megalora.first_rank import on_first_rank
 from megalora.model.hf_weights import quiet
+from megalora.model.quantised.scheme import UNROUNDED, Rounded
 from megalora.parallel import Groups, first_rank_alone
 from megalora.verify.compare_layer import OPTION, LayerComparison
 from megalora.verify.loaded import Loaded
@@ -31,7 +32,7 @@ def check_layers(
     groups: Groups,
     folder: Path,
     dtype: torch.dtype,
-    nf4: Collection[str] = (),
+    nf4: Rounded = UNROUNDED,
 ) -> str:
     """Compare one layer of each kind, embedding and head with transformers'; collective over the
     world.
@@ -39,7 +40,7 @@ def check_layers(
     Args:
         chunks: this rank's model chunks, with or without adapters.
         dtype: the run's dtype; both sides take weights rounded to it.
-        nf4: names of plain matrices that the run has quantised, as transformers' side is given
+        nf4: plain matrices that the run has quantised, as transformers' side is given
             them.
 
     Returns: a line for the user.

@@ -15,7 +15,7 @@ head only some rows are read, of routed experts only some experts.
 """
 
 import contextlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig, _get_resolved_checkpoint_files
 
 from megalora.hf.tensor_names import parse_expert
+from megalora.model.quantised.scheme import UNROUNDED, Rounded
 from megalora.progress_bar import no_progress_bar
 from megalora.verify.decoded import quantised_weights
 from megalora.verify.stock_model import plain_config
@@ -102,7 +103,7 @@ class Reference:
         folder: Path,
         dtype: torch.dtype,
         compute: torch.dtype = torch.float32,
-        nf4: Collection[str] = (),
+        nf4: Rounded = UNROUNDED,
     ) -> None:
         """Weights are rounded to ``dtype``, then computed with in ``compute``. ``nf4``: names of
         plain matrices that are quantised first."""

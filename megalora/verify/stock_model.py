@@ -5,7 +5,6 @@ weights as codes, and takes ragged blocks of fp8 for blocks of another size. So 
 plain, and it gets the matrices that training gets, by their published names.
 """
 
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +18,18 @@ from megalora.model.account import open_folder
 from megalora.model.base_weights import BaseWeights
 from megalora.model.families import FAMILIES
 from megalora.model.fields import QUANTISED
+from megalora.model.quantised.scheme import UNROUNDED, Rounded
 from megalora.progress_bar import no_progress_bar
 
 
 def load_stock(
-    folder: Path, dtype: torch.dtype | str, *, nf4: Collection[str] = (), **options: Any
+    folder: Path, dtype: torch.dtype | str, *, nf4: Rounded = UNROUNDED, **options: Any
 ) -> Any:
     """transformers' model of a base folder, on the host.
 
     Args:
         dtype: of its weights; ``auto`` takes the one that ``config.json`` names.
-        nf4: names of plain matrices that are quantised and decoded first.
+        nf4: plain matrices that are quantised and decoded first.
         options: ``num_labels`` makes a classifier.
     """
     base = open_folder(folder)

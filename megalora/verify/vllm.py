@@ -14,6 +14,7 @@ from megalora.adapters.trained_on import model_config, notes_on_base
 from megalora.config import ModelConfig
 from megalora.hf.folder import local_folder
 from megalora.model.account import open_folder
+from megalora.model.quantised.scheme import Scheme
 from megalora.model.shape import ModelShape
 from megalora.serve.proof import largest_difference
 from megalora.serve.server import Server
@@ -78,20 +79,36 @@ class VllmReport:
 
 
 def verify_vllm(adapter: Path, base: str, *, atol: float) -> VllmReport:
-    """Run the same tokens through both, in float32; raises ``ValueError`` for a folder that cannot
-    load or a missing vLLM."""
+    """Run the same tokens through both, in float32, or vLLM in the dtype of ``served_dtype``.
+
+    Raises:
+        ValueError: a folder cannot be loaded, or vLLM is missing.
+    """
     folder = local_folder(base, "--base")
-    shape = open_folder(folder).shape
+    opened = open_folder(folder)
+    shape = opened.shape
+    dtype, rounding = served_dtype(opened.scheme)
     # Refuses what it can before a model is loaded.
-    server = Server(folder, {"adapter": adapter}, dtype="float32")
+    server = Server(folder, {"adapter": adapter}, dtype=dtype)
     tokens = probe_batch(shape.vocab)
     # vLLM has the folder as it is stored, which need not be what was trained on.
-    notes = notes_on_base(adapter, folder, computes_plain=True)
+    notes = [*notes_on_base(adapter, folder, computed="plain"), *rounding]
     model = model_config(adapter, folder, "float32")
     own = _own_answers(model, shape, whole_adapter(adapter, shape, folder), tokens)
     host.release_memory()  # vLLM takes nearly all of a GPU
     with server, server.client() as client:
         return replace(_compare(adapter, atol, client, tokens, own), notes=tuple(notes))
+
+
+def served_dtype(scheme: Scheme | None) -> tuple[str, list[str]]:
+    """(dtype in which vLLM computes a base that is quantised so, lines about it)."""
+    if scheme is None:
+        return "float32", []
+    # vLLM 0.32 refuses float32 for fp8, GPTQ and AWQ.
+    return "bfloat16", [
+        f"note: vLLM computes with a quantised base ({scheme.title}) in bfloat16, and megalora here"
+        " in float32: rounding alone moves log-probabilities by some 1e-2, which --atol must allow"
+    ]
 
 
 def _own_answers(

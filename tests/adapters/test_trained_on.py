@@ -141,9 +141,12 @@ def test_09_eval_computes_with_the_base_that_was_trained_on(
 def test_what_differs_is_said(base: Path, exported: Path, tmp_path: Path) -> None:
     assert notes_on_base(exported, base) == []
     # A server, or eval where it is told to.
-    (served,) = notes_on_base(exported, base, computes_plain=True)
+    (served,) = notes_on_base(exported, base, computed="plain")
     assert "is computed with as it is stored: the values differ" in served
     other = make_base(tmp_path / "other", **SIZES, seed=1)
+    (doubly,) = notes_on_base(exported, base, computed="nf4_double")
+    assert "computed with model.weight_format=nf4_double" in doubly
+    assert notes_on_base(exported, base, computed="nf4") == []
     (note,) = notes_on_base(exported, other)
     assert f"was not trained on the weights of {other} (stored plain; then plain)" in note
     imported = import_adapter(exported, tmp_path / "imported", str(other))

@@ -20,6 +20,22 @@ RELORA_BUGS: tuple[Bug, ...] = (
     ),
     bug(
         0,
+        "a merged matrix is taken for the next one",
+        REFOLD,
+        "if self._last is None or self._last[0] != name:",
+        "if self._last is None:",
+        f"{TESTS} test_merges_quantise",
+    ),
+    bug(
+        0,
+        "a merge forgets that scales are quantised, too",
+        RELORA,
+        "doubly = config.model.quantises_scales",
+        "doubly = False",
+        f"{TESTS} test_merges_quantise",
+    ),
+    bug(
+        0,
         "merges round at every cycle",
         REFOLD,
         "weight.to(host.device(), torch.float64)",

@@ -79,7 +79,7 @@ def logits_of_ranks(
     for folder in folders:
         parallel = ParallelConfig(**sizes)
         with parallel_groups(parallel):
-            config = ModelConfig(path=str(folder), dtype="float32")
+            config = ModelConfig(path=str(folder), dtype="float32", weight_format="plain")
             chunk: Any = build_model(config, parallel, open_folder(folder).shape, folder)[0].eval()
             # Megatron's rotary embedding counts positions itself; the argument must be there.
             positions = torch.arange(tokens.shape[1]).expand_as(tokens)

@@ -49,6 +49,23 @@ def nf4(w: Tensor, nested: bool = False) -> tuple[Stored, Tensor]:
     return stored, bnb.dequantize_4bit(codes, state).view(w.shape)
 
 
+def nf4_doubly(w: Tensor) -> tuple[Stored, Tensor]:
+    """By bitsandbytes' code for any device, which takes the nearest code of a scale; that for CPUs
+    looks codes up in a table of 65,536 places, and takes a neighbour of it now and then."""
+    bnb = functional()
+    codes, state = bnb.quantize_4bit(w, blocksize=64, quant_type="nf4")
+    offset = state.absmax.mean()
+    values = bnb.create_dynamic_map()
+    # Of float64 there is no code for CPUs.
+    centred = (state.absmax - offset).double()
+    scales, second = torch.ops.bitsandbytes.quantize_blockwise.default(centred, values, 256)
+    decode = torch.ops.bitsandbytes.dequantize_blockwise.default
+    state.absmax = decode(scales, second, values, 256, torch.float32) + offset
+    state.shape = torch.Size([w.numel()])
+    stored = {"weight": codes, "weight.absmax": scales, "weight.nested_absmax": second}
+    return stored, bnb.dequantize_4bit(codes, state).view(w.shape)
+
+
 def int4(w: Tensor, symmetric: bool = True, group: int | None = GROUP) -> tuple[Stored, Tensor]:
     """By compressed-tensors; ``group`` None has one scale for a row."""
     from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor

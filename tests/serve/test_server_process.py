@@ -246,6 +246,14 @@ def test_errors_are_found_in_the_log(tmp_path: Path) -> None:
 core proc(s): {}
 """)
     assert last_errors(log) == "ValueError: head_dim 48 is not supported"
+    # What is wrong stands below what says that something is; warnings name errors, too.
+    log.write_text("""\
+(APIServer pid=1) WARNING 11-24 07:00:00 [x.py:1] may cause `OSError: [Errno 24]`
+pydantic_core._pydantic_core.ValidationError: 1 validation error for VllmConfig
+  Value error, Unsupported quantization config: bits=4, sym=False [type=value_error, input_value=A]
+    For further information visit https://errors.pydantic.dev/2.14/v/value_error
+""")
+    assert last_errors(log) == "ValueError: Unsupported quantization config: bits=4, sym=False"
     log.write_text("usage: x\napi_server.py: error: unrecognized arguments: --no-such-flag\n")
     assert last_errors(log) == "api_server.py: error: unrecognized arguments: --no-such-flag"
     # Without anything that looks like an error, the last lines.

@@ -22,6 +22,7 @@ from megalora.lora.init import initial_a
 from megalora.lora.refold import bare
 from megalora.lora.select import resolve
 from megalora.lora.spec import Adapted, tensor_name
+from megalora.model.held_codes import HeldCodes
 from megalora.tiny import make_tiny
 from megalora.train.assemble import Run
 from megalora.train.loop import train
@@ -146,7 +147,41 @@ def weights_of(run: Run) -> dict[str, Tensor]:
         for number, chunk in enumerate(run.model.chunks):
             for name, parameter in chunk.named_parameters():
                 found[f"{number}.{name}"] = parameter.detach().clone()
+            for name, module in chunk.named_modules():
+                if isinstance(module, HeldCodes):
+                    found[f"{number}.{name}"] = module.quantised.dequantised(torch.float32)
     return found
+
+
+def cycles_of(lora: LoRAConfig, base: Path, run: Path, count: int) -> dict[str, Tensor]:
+    """Save random cycles; returns the sum of their s B A by module, in float64."""
+    total: dict[str, Tensor] = {}
+    for cycle in range(count):
+        adapted, factors = random_factors(lora, base, seed=cycle)
+        factors = {name: factor.bfloat16() for name, factor in factors.items()}
+        save_cycle(run, cycle, factors, factors.items())
+        for a in adapted:
+            for module in a.hf_modules():
+                b, a_factor = (factors[tensor_name(module, f)].double() for f in ("B", "A"))
+                total[module] = total.get(module, 0) + a.scale * b @ a_factor
+    return total
+
+
+def merged_base(base: Path, merged: Path, total: dict[str, Tensor], dtype: torch.dtype) -> Path:
+    """The base with ``total`` added to its weights, which are rounded to ``dtype``."""
+    left = dict(total)
+    merged.mkdir()
+    for path in base.iterdir():
+        (merged / path.name).write_bytes(path.read_bytes())
+        if path.suffix != ".safetensors":
+            continue
+        weights = load_file(path)
+        for name, weight in weights.items():
+            if (module := name.removesuffix(".weight")) in left:
+                weights[name] = (weight.double() + left.pop(module)).to(dtype)
+        save_file(weights, merged / path.name, metadata={"format": "pt"})
+    assert not left, "an adapted weight is in no file"
+    return merged
 
 
 @pytest.mark.parametrize(
@@ -162,32 +197,30 @@ def test_ten_merges_round_once(
     base = make_tiny(tmp_path / "base", arch="qwen2_moe", mlp_only_layers=[1])
     lora = LoRAConfig(rank=3, alpha=12.0, rank_pattern={"up_proj": 2})
     config = make_config(base, chats, tmp_path / "run", parallel, lora=lora, dtype="bfloat16")
-    total: dict[str, Tensor] = {}
     (tmp_path / "run").mkdir()
-    for cycle in range(10):
-        adapted, factors = random_factors(lora, base, seed=cycle)
-        factors = {name: factor.bfloat16() for name, factor in factors.items()}
-        save_cycle(tmp_path / "run", cycle, factors, factors.items())
-        for a in adapted:
-            for module in a.hf_modules():
-                b, a_factor = (factors[tensor_name(module, f)].double() for f in ("B", "A"))
-                total[module] = total.get(module, 0) + a.scale * b @ a_factor
-    merged = tmp_path / "merged"
-    merged.mkdir()
-    for path in base.iterdir():
-        (merged / path.name).write_bytes(path.read_bytes())
-        if path.suffix != ".safetensors":
-            continue
-        weights = load_file(path)
-        for name, weight in weights.items():
-            if (module := name.removesuffix(".weight")) in total:
-                weights[name] = (weight.double() + total.pop(module)).bfloat16()
-        save_file(weights, merged / path.name, metadata={"format": "pt"})
-    assert not total, "an adapted weight is in no file"
+    total = cycles_of(lora, base, tmp_path / "run", 10)
+    merged = merged_base(base, tmp_path / "merged", total, torch.bfloat16)
     other = replace(config, model=replace(config.model, path=str(merged)))
     assert run_ranks(folded, world, config, other, 10) == [[]] * world
     # The comparison sees weights: without merges they are others.
     assert len(run_ranks(folded, world, config, other, 0)[0]) > 5
+
+
+# Cuts inside blocks of nf4; scales of all of a matrix.
+@pytest.mark.parametrize("how", ["nf4", pytest.param("nf4_double", marks=pytest.mark.slow)])
+def test_merges_quantise_the_plain_base_anew(how: str, chats: Path, tmp_path: Path) -> None:
+    """Values are those of a plain folder of base + sum of s B A that is quantised as it is read,
+    bit for bit."""
+    base = make_tiny(tmp_path / "base", moe_intermediate_size=384)
+    lora = LoRAConfig(rank=3, alpha=12.0, rank_pattern={"up_proj": 2})
+    config = make_config(base, chats, tmp_path / "run", {"tp": 2, "etp": 2}, lora=lora)
+    config = replace(config, model=replace(config.model, weight_format=how))
+    (tmp_path / "run").mkdir()
+    total = cycles_of(lora, base, tmp_path / "run", 3)
+    other = merged_base(base, tmp_path / "merged", total, torch.float32)
+    other = replace(config, model=replace(config.model, path=str(other)))
+    assert run_ranks(folded, 2, config, other, 3) == [[]] * 2
+    assert len(run_ranks(folded, 2, config, other, 2)[0]) > 5
 
 
 @pytest.mark.slow

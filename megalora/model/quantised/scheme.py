@@ -5,6 +5,7 @@ import fnmatch
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
 
 from megalora.hf.patterns import Pattern
@@ -12,6 +13,12 @@ from megalora.hf.patterns import Pattern
 Form = Literal["fp8", "nf4", "int4", "gptq", "awq", "nvfp4", "nvfp4_modelopt", "mxfp4"]
 FLOATS = ("F32", "BF16", "F16")
 QUANTISED = "quantization_config"
+
+type Rounded = Mapping[str, bool]
+"""Published name of a plain matrix that is quantised to nf4 as it is read -> whether its scales are
+quantised, too."""
+UNROUNDED: Rounded = MappingProxyType({})
+"""None."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,13 +16,14 @@ from megalora.fake_world import fake_world
 from megalora.hf.json_file import read_hf_config
 from megalora.lora.adapted_model import with_held
 from megalora.model.account import open_folder
+from megalora.model.base_weights import BaseWeights
 from megalora.model.build import build_model
 from megalora.model.formats import ALL_PLAIN
 from megalora.model.formats.coded import double_of
-from megalora.model.held import held_in, held_of
+from megalora.model.held import held_in, held_of, rounded_names
 from megalora.model.held_codes import HeldCodes
 from megalora.model.held_loading import held_modules
-from megalora.model.quantised.to_nf4 import quantise
+from megalora.model.quantised.to_nf4 import quantise, quantise_scales, rounded
 from megalora.parallel import parallel_groups
 from megalora.planner.dryrun import dry_run
 from megalora.planner.layouts import ParallelLayout
@@ -35,7 +36,7 @@ from megalora.train.loop import train
 from tests.distributed.ranks import run_ranks
 from tests.model.quantised.test_training import LORA, SIZES, assert_same, both
 from tests.oracles import quantised as oracle
-from tests.oracles.base import make_base, rewrite
+from tests.oracles.base import make_base, rewrite, stored_tensors
 from tests.oracles.bitsandbytes_apart import functional
 from tests.parity.runs import make_config
 
@@ -62,6 +63,35 @@ def test_codes_and_scales_are_those_of_bitsandbytes() -> None:
     assert torch.equal(absmax.flatten(), state.absmax)
 
 
+def test_scales_as_codes_are_those_of_bitsandbytes() -> None:
+    g = torch.Generator().manual_seed(0)
+    # The last of 24 blocks of 256 scales is short.
+    w = (torch.randn(500, 768, generator=g) * (1 + torch.rand(500, 1, generator=g))).bfloat16()
+    w[0] = 0
+    stored, values = oracle.nf4_doubly(w.float())
+    made = quantise_scales(quantise(w)[1])
+    assert torch.equal(made.codes.flatten(), stored["weight.absmax"])
+    assert torch.equal(made.scales, stored["weight.nested_absmax"])
+    assert torch.equal(rounded(w, doubly=True), values)
+    assert not torch.equal(rounded(w), values)
+    # Its code for CPUs has neighbours of a few codes.
+    on_cpu = oracle.nf4(w, nested=True)[0]["weight.absmax"].int()
+    distance = (made.codes.flatten().int() - on_cpu).abs()
+    assert distance.max() <= 1 and distance.float().mean() < 0.005
+
+
+def test_others_read_the_values_that_are_trained_on(base: Path) -> None:
+    """Transformers' side of ``verify``, ``eval`` and ``chat``."""
+    config = ModelConfig(path=str(base), weight_format="nf4_double", quantised_parts="experts")
+    plain = stored_tensors(base)
+    experts = {name for name in plain if ".experts." in name}
+    read = BaseWeights(open_folder(base), nf4=rounded_names(config, base))
+    for name, weight in read.items():
+        is_expert = name in experts
+        expected = oracle.nf4_doubly(plain[name])[1] if is_expert else plain[name]
+        assert torch.equal(weight, expected), name
+
+
 def compare(quantised: Path, plain: Path, layout: dict[str, int], weight_format: str) -> list[str]:
     """Modules of this rank that are codes, each of whose values is compared."""
     parallel = ParallelConfig(**layout)
@@ -77,7 +107,8 @@ def compare(quantised: Path, plain: Path, layout: dict[str, int], weight_format:
         assert held is not None
         formats = with_held(ALL_PLAIN, held, shape, parallel)
         coded = build_model(config, parallel, shape, quantised, formats=formats)
-        wanted = build_model(config, parallel, shape, plain)
+        as_plain = replace(config, weight_format="plain")
+        wanted = build_model(as_plain, parallel, shape, plain)
         check = HeldCheck(coded)
         found = []
         for layer, module, codes in held_modules(coded, shape):
@@ -118,18 +149,25 @@ def spoil(chunks: list[Any]) -> None:
         ("nf4", {"tp": 2, "etp": 1, "ep": 2}, 2),
         ("plain", {"tp": 2, "etp": 2}, 2),
         ("nf4 nested", {"tp": 2, "etp": 1}, 2),
+        ("plain doubly", {"tp": 2, "etp": 2}, 2),
         pytest.param("nf4 nested", {"tp": 2, "etp": 2, "pp": 2}, 4, marks=pytest.mark.slow),
     ],
 )
 def test_values_of_every_part(
     base: Path, tmp_path: Path, form: str, layout: dict[str, int], world: int
 ) -> None:
-    if form == "nf4 nested":
+    if form in ("nf4 nested", "plain doubly"):
         # 384 columns: ends of blocks of 16,384 elements divide rows.
         sizes = SIZES | {"moe_intermediate_size": 384}
         base = make_base(tmp_path / "base", **sizes)
-    quantised, plain = both(base, tmp_path, "nf4" if form == "plain" else form)
     weight_format = "auto"
+    if form == "plain doubly":
+        linears = {n: t for n, t in stored_tensors(base).items() if oracle.is_linear(n)}
+        values = {name: oracle.nf4_doubly(tensor)[1] for name, tensor in linears.items()}
+        quantised, plain = base, oracle.plain_folder(base, tmp_path / "plain", values)
+        weight_format = "nf4_double"
+    else:
+        quantised, plain = both(base, tmp_path, "nf4" if form == "plain" else form)
     if form == "plain":
         quantised = base
         weight_format = "nf4"
@@ -202,6 +240,7 @@ def read(out: Path) -> dict[str, Any]:
     [
         ("nf4", "linears", {"tp": 2, "pp": 2, "ep": 2}, 3),
         ("nf4", "experts", {"ep": 4}, 0),
+        ("nf4_double", "linears", {"tp": 2, "pp": 2, "ep": 2}, 3),
         # Doubly quantised, as config.json says.
         ("auto", "linears", {"tp": 2, "pp": 2, "ep": 2}, 3),
     ],
@@ -217,7 +256,7 @@ def test_the_plan_is_what_is_built(
     with fake_world(rank, 4):
         built = dry_run(hf, LORA, parallel, model)
     held = held_by_config(model, hf)
-    assert held is not None and held.nested == (weight_format == "auto")
+    assert held is not None and held.nested == (weight_format != "nf4")
     work = Workload(sequence_length=64, global_batch_size=64, held=held)
     shape = open_folder(base).shape
     stage = rank // (4 // parallel.pp)
@@ -258,15 +297,38 @@ def test_servers_of_a_base_that_is_quantised_here_are_said(base: Path, chats: Pa
     assert said("nf4", url) and not said("nf4", []) and not said("auto", url)
 
 
+def test_a_model_without_the_formats_that_its_config_asks_for_is_refused(base: Path) -> None:
+    """Built with plain weights in place of nf4's, it would compute with other values."""
+    config = ModelConfig(path=str(base), dtype="float32", weight_format="nf4")
+    shape = open_folder(base).shape
+    said = "holds mlp.experts.down of layer 0 as nf4 codes, and the formats"
+    # Before anything is made: there is no world here.
+    with pytest.raises(ValueError, match=said):
+        build_model(config, ParallelConfig(), shape, base)
+    held = held_in(config, open_folder(base))
+    assert held is not None
+    formats = dict(with_held(ALL_PLAIN, held, shape, ParallelConfig()))
+    # Dense linears of one layer alone.
+    formats[1] = formats[1]._replace(linears={})
+    with pytest.raises(ValueError, match=r"holds self_attention.\w+ of layer 1"):
+        build_model(config, ParallelConfig(), shape, base, formats=formats)
+
+
 def held_scheme(form: Any) -> Any:
     from megalora.model.quantised.scheme import Scheme
 
     return Scheme(form=form, title=form, block=(128, 128))
 
 
-def test_cycles_that_merge_are_refused(base: Path, chats: Path, tmp_path: Path) -> None:
+def test_cycles_are_not_merged_into_codes(base: Path, chats: Path, tmp_path: Path) -> None:
+    oracle.quantise_folder(base, tmp_path / "fp8", "fp8")
     config = make_config(base, chats, tmp_path / "run", {}, lora=LoRAConfig(rank=2), steps=4)
-    config = replace(config, model=replace(config.model, weight_format="nf4"))
     config = replace(config, train=replace(config.train, relora=Relora(every=2, warmup=0)))
-    with pytest.raises(Exception, match=r"held as nf4 codes.*model.weight_format=plain"):
-        run_ranks(train, 1, config)
+    with pytest.raises(ValueError, match=r"stored as fp8 .*model.weight_format=plain"):
+        notes_of_base(config, tmp_path / "fp8")
+    plain = replace(config, model=replace(config.model, weight_format="plain"))
+    assert not any("relora" in note for note in notes_of_base(plain, tmp_path / "fp8"))
+    # From the plain base they are quantised anew, and a line says so.
+    made = replace(config, model=replace(config.model, weight_format="nf4"))
+    (note,) = [note for note in notes_of_base(made, base) if "relora" in note]
+    assert "A checkpoint's adapter, their sum, is for the base quantised without them" in note
