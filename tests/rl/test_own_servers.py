@@ -118,7 +118,9 @@ def test_the_command_follows_from_the_run(
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "of the ranks")
     monkeypatch.delenv(TOKEN, raising=False)
     config = started_config(tiny, tmp_path, count=2, gpus=2, arguments=["--seed", "3"])
-    config = replace(config, rl=replace(config.rl, staleness=2))
+    # The base is stored in float32.
+    model = replace(config.model, dtype="bfloat16")
+    config = replace(config, rl=replace(config.rl, staleness=2), model=model)
     servers = servers_of(config, MODEL)
     assert [server.environment()[GPUS] for server in servers] == ["2,3", "4,5"]
     logs = tmp_path / "run/servers"
@@ -135,7 +137,7 @@ def test_the_command_follows_from_the_run(
     assert len(environment[TOKEN]) == 32 and environment[TOKEN] == os.environ[TOKEN]
     assert "LOCAL_WORLD_SIZE" not in environment and "TORCHELASTIC_RUN_ID" not in environment
     # Of the run, whatever the base is stored in.
-    assert flag(command, "dtype") == [config.model.dtype]
+    assert flag(command, "dtype") == ["bfloat16"]
     head: Any = SimpleNamespace(adapted=[SimpleNamespace(product_rank=4, layer=None)])
     with pytest.raises(ValueError, match="servers that a run starts do not adapt lm_head"):
         servers_of(config, head)
