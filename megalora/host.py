@@ -25,9 +25,7 @@ from megalora.rendezvous import Met, meeting_place
 
 GIB = 1 << 30
 CONTEXT_BYTES = GIB
-"""GPU memory that a process takes beside tensors: CUDA's context, kernels, cuBLAS. An assumption,
-not a measurement."""
-
+"""GPU memory that a process takes beside tensors: CUDA's context, kernels, cuBLAS. Assumed."""
 
 _ON_HOST = contextvars.ContextVar("on_host", default=False)
 
@@ -60,6 +58,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def uses_gpu() -> bool:
+    """Whether this process has begun to use a GPU, so that it can no longer be forked."""
+    return torch.cuda.is_initialized()
+
+
 def device_name() -> str:
     """Name of the GPU's model; "CPU" without one."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
@@ -78,7 +81,7 @@ def reset_peak_memory() -> None:
 
 def release_memory() -> None:
     """Return memory that is no longer used to the device, for another process to take."""
-    # Modules and their hooks refer to each other in circles, which only the collector frees.
+    # Modules and hooks refer to each other in circles, which only the collector frees.
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -194,10 +197,8 @@ def keep_busy(cycles: int) -> None:
 
 
 def seed_rng(seed: int, rank: int) -> None:
-    """Seed every generator this rank's dropout can draw from, differently from every other rank's.
-
-    Megatron runs the decoder on a generator of its own under sequence parallelism.
-    """
+    """Seed every generator this rank's dropout can draw from, differently from every other rank's:
+    Megatron's too, on which it runs the decoder under sequence parallelism."""
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
     # A prime far above any number of ranks: neighbouring seeds of two runs share no rank's masks.
@@ -220,8 +221,7 @@ def rng_state() -> dict[str, torch.Tensor]:
 
 def set_rng_state(state: dict[str, torch.Tensor]) -> bool:
     """Restore what ``rng_state`` returned; False where it is from another kind of device, whose
-    generators have states that do not fit here: then only the host's is restored.
-    """
+    generators have states that do not fit here: then only the host's is restored."""
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
     torch.set_rng_state(state["cpu"])

@@ -66,6 +66,11 @@ def check_command(config: RunConfig, *, samples: bool) -> None:
             "this config has rl.rewards, with which a run samples its completions: start it with"
             " megalora rl"
         )
+    if samples and config.checkpoint.snapshots is not None:
+        raise ValueError(
+            "checkpoint.snapshots is for megalora train: ranks that sample completions have servers"
+            " of their own, which no snapshot holds; leave it out"
+        )
     if samples and not config.rl.is_on:
         raise ValueError(
             "megalora rl needs rl.rewards, which say how completions are judged; a file of judged"

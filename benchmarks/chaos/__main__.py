@@ -18,7 +18,7 @@ from pathlib import Path
 
 import megalora.train.loop  # noqa: F401  here, and in no forked rank again
 import tests.prepare  # noqa: F401  sets up the host before anything from Megatron is imported
-from benchmarks.chaos import damage, fuzz, hostile, ranks, restarts, saves
+from benchmarks.chaos import damage, fuzz, hostile, ranks, restarts, saves, warm
 from benchmarks.chaos.fault import HANG, LOST, Fault
 from benchmarks.chaos.fuzz_targets import CORPUS
 from benchmarks.chaos.held_run import HeldRun, held_run
@@ -64,6 +64,10 @@ def _restarts(scene: Scene, scratch: Path, times: int) -> Iterator[Fault]:
         yield from restarts.kill_again_and_again(command, scene, times, SEED)
 
 
+def _warm(scene: Scene, scratch: Path, times: int) -> Iterator[Fault]:
+    yield from warm.kill_again_and_again(scene, times, SEED)
+
+
 def _ranks(scene: Scene, scratch: Path, times: int) -> Iterator[Fault]:
     faults = ["kill"] * times
     # Those that take half a minute each, in between.
@@ -86,6 +90,7 @@ def _by_chance(function: Callable[..., Iterator[Fault]]) -> Callable[..., Iterat
 
 KINDS = {
     "restarts": Kind(_restarts, 10, 1, holds=False),
+    "warm": Kind(_warm, 10, 1, holds=False),
     "ranks": Kind(_ranks, 24, 1, holds=False),
     "hostile": Kind(_hostile, 2, 1, holds=False),
     "fuzz": Kind(_fuzz, 10, 1, holds=False),

@@ -160,7 +160,7 @@ def disturbed(scene: Scene, faults: list[str], seed: int) -> Iterator[Fault]:
     # What a killed save has begun is cleared away by the next start.
     left = tuple(path.name for path in run.glob(".step*"))
     for fault, kept in found:
-        if kept is not None and not _same(kept, right / kept.name.partition("_of_")[0]):
+        if kept is not None and not same(kept, right / kept.name.partition("_of_")[0]):
             fault = replace(fault, result=LOST, detail=f"{kept.name} differs")
         yield replace(fault, left_over=left)
 
@@ -270,7 +270,7 @@ def replace_keep(scene: Scene) -> Scene:
     return Scene(folder)
 
 
-def _same(one: Path, other: Path) -> bool:
+def same(one: Path, other: Path) -> bool:
     """Whether two checkpoints have the same tensors, bit for bit; their order in a file may differ,
     as that of generators does once their states have been restored."""
     for path in one.rglob("*.safetensors"):

@@ -38,7 +38,7 @@ def command_line(command: str, scene: Scene, run: Path, restarts: int) -> list[s
 def ranks_of(launcher: int) -> dict[int, int]:
     """Rank -> process id of the ranks that a launcher has started and that live."""
     found: dict[int, int] = {}
-    for child in _children(launcher):
+    for child in children(launcher):
         environment = Path(f"/proc/{child}/environ")
         try:
             variables = environment.read_bytes().split(b"\0")
@@ -52,7 +52,8 @@ def ranks_of(launcher: int) -> dict[int, int]:
     return found
 
 
-def _children(parent: int) -> list[int]:
+def children(parent: int) -> list[int]:
+    """Processes that another one has started and that live."""
     found: list[int] = []
     for path in Path("/proc").glob("[0-9]*"):
         pid = int(path.name)
@@ -74,7 +75,7 @@ def launched(arguments: list[str], log: Path) -> Iterator[subprocess.Popen[bytes
             yield process
         finally:
             # The launcher first: it would start killed ranks again.
-            for pid in [process.pid, *ranks_of(process.pid).values()]:
+            for pid in [process.pid, *children(process.pid)]:
                 try:
                     os.kill(pid, signal.SIGKILL)
                 except ProcessLookupError:
@@ -93,7 +94,7 @@ def kill_again_and_again(command: str, scene: Scene, times: int, seed: int) -> I
             # Two steps: behind the first one a checkpoint is on its way.
             before = _wait_for_steps(run, set(), 2, launcher)
             if before is None:
-                yield Fault(kind, "start", HANG, LIMIT_S, _tail(log))
+                yield Fault(kind, "start", HANG, LIMIT_S, tail(log))
                 return
             time.sleep(chance.uniform(0, 2))
             ranks = ranks_of(launcher.pid)
@@ -108,7 +109,7 @@ def kill_again_and_again(command: str, scene: Scene, times: int, seed: int) -> I
             what = f"SIGKILL of rank {victim} behind step {last}"
             if new is None:
                 result = HANG if launcher.poll() is None else LOST
-                yield Fault(kind, what, result, seconds, _tail(log))
+                yield Fault(kind, what, result, seconds, tail(log))
                 return
             first = step_of(new[0])
             # Steps behind the last checkpoint are trained again.
@@ -142,5 +143,6 @@ def _wait_for_steps(
     return None
 
 
-def _tail(log: Path) -> str:
+def tail(log: Path) -> str:
+    """The last lines of a log, for a result."""
     return " | ".join(log.read_text(errors="replace").splitlines()[-6:])

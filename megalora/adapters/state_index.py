@@ -66,21 +66,26 @@ def check_pieces(tensors: Mapping[str, Indexed], where: str) -> None:
 
 def write_index(path: Path, index: Index) -> None:
     """Write index.json; ``check_pieces`` has been called with its tensors."""
-    tensors: dict[str, Any] = {}
-    for name, tensor in index.tensors.items():
-        rows: list[list[int | None]] = []
-        for piece in tensor.pieces:
-            part = piece.slice
-            rows.append([piece.rank, part.dim, part.num_shards, part.shard, part.start, part.end])
-        tensors[name] = {"shape": tensor.shape, "keys": tensor.keys, "pieces": rows}
     content = {
         "format": FORMAT,
         "world_size": index.world_size,
         "files": index.files,
-        "tensors": tensors,
+        "tensors": rows_of(index.tensors),
     }
     # Without spaces: 48 layers of 128 experts have 36,864 factors, each with a row or more.
     path.write_text(json.dumps(content, separators=(",", ":")) + "\n")
+
+
+def rows_of(tensors: Mapping[str, Indexed]) -> dict[str, Any]:
+    """Tensors as index.json has them."""
+    found: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        rows: list[list[int | None]] = []
+        for piece in tensor.pieces:
+            part = piece.slice
+            rows.append([piece.rank, part.dim, part.num_shards, part.shard, part.start, part.end])
+        found[name] = {"shape": tensor.shape, "keys": tensor.keys, "pieces": rows}
+    return found
 
 
 def read_index(folder: Path) -> Index:

@@ -57,6 +57,8 @@ class SavedState:
     """Adapters that were merged into the base before this one (``cycles.py``)."""
     cycle_start: int = 0
     """Finished steps when the adapter began that is trained now."""
+    in_memory: bool = False
+    """Whether these are snapshots, which lie in memory: tensors alone, and no adapter."""
     imported_scores: int = 0
     """Numbers that an imported score head gives."""
     imported_saved: tuple[str, ...] = ()

@@ -45,6 +45,7 @@ def start_ranks(options: Any, rest: list[str], module: str) -> None:
         module: what each rank runs.
     """
     overrides = [*options.overrides, *rest]
+    snapshots = None
     # Here, so that a mistake is shown before ranks start and once, not by each of them.
     if module == "megalora.rl":
         from megalora.rl.preflight import check_sampled_run
@@ -53,13 +54,29 @@ def start_ranks(options: Any, rest: list[str], module: str) -> None:
     else:
         from megalora.preflight import check_run
 
-        check_run(options.config, overrides, options.nproc)
+        config = check_run(options.config, overrides, options.nproc)
+        snapshots = config.checkpoint.snapshots
     # Seconds to save after SIGTERM; torchrun's own default kills after 30.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
     if options.max_restarts < 0:
         raise ValueError(f"--max-restarts must not be negative, got {options.max_restarts}")
+    if snapshots is not None:
+        _start_warm(options, overrides)
     ranks = [*ranks_here(options.nproc), "--max-restarts", str(options.max_restarts)]
     torchrun([*ranks, "-m", module, str(options.config), *overrides])
+
+
+def _start_warm(options: Any, overrides: list[str]) -> None:
+    """Fork ranks here, which start again from snapshots in memory; never returns."""
+    if options.max_restarts == 0:
+        raise ValueError(
+            "checkpoint.snapshots is what ranks start again from: say how often they may, with"
+            " --max-restarts N, or leave it out"
+        )
+    ranks_here(options.nproc)
+    from megalora.train.warm.parent import train_warm
+
+    train_warm([str(options.config), *overrides], options.nproc, options.max_restarts)
 
 
 def _rl(options: Any, rest: list[str]) -> None:

@@ -12,6 +12,20 @@ ADAPTER_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 
 
 @dataclass(frozen=True, kw_only=True)
+class SnapshotConfig:
+    """Snapshots in memory, from which ranks that are started again go on."""
+
+    every: int = 1
+    """Number of steps from one to the next."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.every >= 1,
+            f"checkpoint.snapshots.every must be at least 1, got {self.every}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     dir: str = "runs/default"
     """The run folder. One run writes to it; a second one is refused at its start."""
@@ -30,6 +44,11 @@ class CheckpointConfig:
     """What a run does when a checkpoint cannot be written, such as on a full disk: ``stop`` with
     the reason, or ``continue`` with a line and try again at the next one. Earlier checkpoints stay
     whole. Where the last one of a run fails, the run fails."""
+    snapshots: SnapshotConfig | None = None
+    """Snapshots in host memory, by which ranks that have failed start again within seconds:
+    ``{every: 1}`` takes one behind every step. A launcher that has imported everything holds them
+    and forks the ranks; see docs/runs.md. Needs ``megalora train --max-restarts N``. null takes
+    none."""
     resume: bool | str = False
     """true resumes from the newest checkpoint in ``checkpoint.dir`` if there is one; a path resumes
     from that checkpoint, or from the latest one of that run folder."""

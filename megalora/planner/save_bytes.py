@@ -10,6 +10,8 @@ take turns. Of P_o elements that it owns, and F frozen ones that it saves, with 
 
 Of replicas the first saves, so this is the first rank of a stage; no other one has more. All ranks
 together write every element once, and the first one the adapter's file.
+
+Snapshots in memory (``checkpoint.snapshots``) take one buffer more, and two slots of the launcher.
 """
 
 from dataclasses import dataclass, replace
@@ -24,6 +26,9 @@ from megalora.planner.workload import Workload
 
 BUFFERS = 2
 """Snapshots of a rank: one is filled while the other is written."""
+SLOTS = 2
+"""Of the launcher for each rank (``train/warm/memory.py``): one is whole while the other is
+written."""
 CPU_GENERATOR = 5056
 """Bytes of the state of a generator on the CPU, and of each of Megatron's there."""
 GPU_GENERATOR = 16
@@ -45,6 +50,8 @@ class SavePlan:
     """Host memory that it keeps for its snapshots."""
     disk_bytes: int
     """A checkpoint's tensors."""
+    memory_bytes: int = 0
+    """Host memory for a rank's snapshots in memory, beside ``host_bytes``; 0 without them."""
 
     @property
     def copy_s(self) -> float:
@@ -58,6 +65,12 @@ class SavePlan:
 
     def line(self) -> str:
         """For the user."""
+        in_memory = ""
+        if self.memory_bytes:
+            in_memory = (
+                f". checkpoint.snapshots takes {self.memory_bytes / 1e9:,.3f} GB more of a rank's"
+                f" host memory: a buffer, and {SLOTS} slots of the launcher"
+            )
         return (
             f"host memory of a rank for checkpoints: {self.host_bytes / 1e9:,.3f} GB, {BUFFERS}"
             f" snapshots of {self.buffer_bytes / 1e9:,.3f} GB, page-locked in powers of two. A"
@@ -65,7 +78,7 @@ class SavePlan:
             f" {self.disk_bytes / 1e9:,.2f} GB of tensors: {self.disk_s:,.1f} s in the background"
             f" at {DISK_BYTES_PER_S / 1e9:g} GB/s to disk, for which the loop stands still"
             f" {self.copy_s:,.3f} s at {COPY_BYTES_PER_S / 1e9:g} GB/s to host memory (rates"
-            " assumed)"
+            f" assumed){in_memory}"
         )
 
 
@@ -73,7 +86,9 @@ def save_plan(model: PlannedModel, layout: ParallelLayout, work: Workload) -> Sa
     """What a run of this layout needs to save its checkpoints."""
     stages = range(layout.parallel.pp)
     buffer = max(snapshot_bytes(model, layout, work, stage) for stage in stages)
-    return SavePlan(buffer, BUFFERS * _kept_bytes(buffer, work), checkpoint_bytes(model, work))
+    kept = _kept_bytes(buffer, work)
+    in_memory = kept + SLOTS * buffer if work.has_snapshots else 0
+    return SavePlan(buffer, BUFFERS * kept, checkpoint_bytes(model, work), in_memory)
 
 
 def snapshot_bytes(model: PlannedModel, layout: ParallelLayout, work: Workload, stage: int) -> int:

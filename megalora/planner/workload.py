@@ -40,6 +40,8 @@ class Workload:
     whole are kept."""
     averaged: bool = False
     """Whether a moving average of the adapter is kept in float32."""
+    has_snapshots: bool = False
+    """Whether snapshots are held in memory (``checkpoint.snapshots``)."""
     teacher: PlannedTeacher | None = None
     """Whose next-token distributions are learned."""
     packing: Packing | None = None
@@ -89,6 +91,7 @@ class Workload:
             holds_start=config.objective.holds_start,
             asks_base=config.objective.asks_base,
             averaged=config.train.ema_decay > 0,
+            has_snapshots=config.checkpoint.snapshots is not None,
             teacher=teacher_of(config.objective),
         )
 

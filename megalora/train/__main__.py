@@ -8,10 +8,11 @@ from megalora.user_error import guarded
 
 
 def main(arguments: list[str]) -> None:
-    on_ranks(arguments, "megalora.train", _begin)
+    on_ranks(arguments, "megalora.train", begin)
 
 
-def _begin() -> Any:
+def begin() -> Any:
+    """What a rank calls, with all that it imports."""
     from megalora.train.loop import train
 
     return train

@@ -31,7 +31,7 @@ from megalora.train.checkpoint.load import load_checkpoint
 from megalora.train.checkpoint.same_run import check_same_run, check_same_samples
 from megalora.train.checkpoint.save import restore_best
 from megalora.train.checkpoint.start import start_of
-from megalora.train.checkpoint.where import find_checkpoint
+from megalora.train.checkpoint.where import Found, find_checkpoint, newer_of
 from megalora.train.expert_tokens import ExpertTokens
 from megalora.train.first_pass import check_first_loss, compare_layers, time_dropout
 from megalora.train.held_notes import notes_of_base
@@ -46,6 +46,7 @@ from megalora.train.signals import Stopped, terminated
 from megalora.train.trace import Trace, tracing
 from megalora.train.trackers import check_installed
 from megalora.train.unseen_tokens import unseen_note
+from megalora.train.warm.restore import InMemory
 from megalora.train.watch.pulse import Pulse
 
 
@@ -55,8 +56,10 @@ class Start:
 
     identity: Identity
     samples: Samples
-    state: SavedState | None
-    """State of the checkpoint to go on from; None for a fresh start."""
+    found: Found
+    """What to go on from."""
+    in_memory: InMemory | None
+    """Where the run puts its snapshots."""
     notes: list[str]
     """Lines for the user."""
     shown: list[dict[str, Any]]
@@ -64,6 +67,11 @@ class Start:
     tokenizer: Any
     questions: list[Question]
     """What ``log.samples`` asks."""
+
+    @property
+    def state(self) -> SavedState | None:
+        """State to go on from; None for a fresh start."""
+        return self.found.state
 
 
 @dataclass(frozen=True)
@@ -85,14 +93,16 @@ FILES = Feed(read_files, Batches)
 
 
 def train(
-    config: RunConfig, job: str | None = None, feed: Feed = FILES, pulse: Pulse | None = None
-) -> Path | None:
+    config: RunConfig, job: str | None = None, feed: Feed = FILES, pulse: Pulse | None = None,
+    in_memory: InMemory | None = None,
+) -> Path | None:  # fmt: skip
     """Fine-tune as ``config`` says, on the ranks of the initialised world.
 
     Args:
         feed: where samples come from.
         job: name of torchrun's call: when it starts the ranks again, they go on from the last one.
         pulse: is told where this rank is.
+        in_memory: where snapshots are put, and were put before these ranks were started again.
     Returns:
         The last checkpoint's folder, or None when a signal stopped the run before its first step.
     Raises:
@@ -104,6 +114,7 @@ def train(
     check_installed(config.log)
     with opened(Path(config.checkpoint.dir), job) as run_folder:
         found = find_checkpoint(config, restarted=run_folder.same_job)
+        found = newer_of(found, in_memory and in_memory.newest)
         folder = local_folder(config.model.path)
         num_scores = config.objective.num_scores
         shape, adapted = plan(config.lora, config.parallel, folder, config.train, num_scores)
@@ -126,11 +137,10 @@ def train(
         questions = questions_of(config, *splits, tokenizer)
         probe = Probe(probe_tokens(tokenizer), config.model.dtype, config.parallel, num_scores)
         inputs = Inputs(shape, adapted, tokenizer, *splits)
-        resumed = found.state is not None
-        with assemble(config, inputs, resumed=resumed, make_batches=feed.batches) as run:
+        with assemble(config, inputs, resumed=bool(found.state), make_batches=feed.batches) as run:
             run.pulse = pulse or run.pulse
             shown = shown_samples(splits[0].samples, tokenizer)
-            start = Start(identity, samples, found.state, notes, shown, tokenizer, questions)
+            start = Start(identity, samples, found, in_memory, notes, shown, tokenizer, questions)
             return _fit(run, probe, start)
 
 
@@ -143,13 +153,17 @@ def _fit(run: Run, probe: Probe, at: Start) -> Path | None:
     now = Progress(start=0, step=0, saved=None)
     # Before a checkpoint is loaded, which may hold weights of the base that were trained.
     finished = at.state.step if at.state else 0
-    compared = compare_layers(run, is_over=finished >= num_steps)
+    # Before these ranks were started again, the same job has compared the same base.
+    is_compared = at.state is not None and at.state.in_memory
+    compared = compare_layers(run, is_over=finished >= num_steps or is_compared)
     if at.state:
         notes += load_checkpoint(at.state, run.model, run.optimizer)
         run.bad_steps.spikes.resume(at.state.recent_losses)
         step = at.state.step
         # What the process before has saved or evaluated is not done twice.
         now = Progress(step, step, at.state.folder, step, at.state.evaluations)
+    if is_compared:
+        now.take_saved(at.found.on_disk)
     if config.objective.holds_start:
         run.stepper.kept["start"] = start_of(at.state, run.model)
     notes += restore_best(config, now.best)
@@ -158,12 +172,7 @@ def _fit(run: Run, probe: Probe, at: Start) -> Path | None:
     experts = None
     if shape.moe_layers:
         experts = ExpertTokens(folder, sorted(shape.moe_layers), shape.num_experts)
-    metrics = Metrics(
-        folder, config.log, num_steps, now.step, active=dist.get_rank() == 0,
-        options=flat_options(config), experts=experts,
-    )  # fmt: skip
-    # A log that cannot be opened ends every rank.
-    on_first_rank(metrics.open, f"the logs in {folder} cannot be written")
+    metrics = _opened_metrics(config, num_steps, now.step, experts)
     with (
         metrics,
         tracing(config.train.profile, folder, metrics.say, now.step) as trace,
@@ -174,14 +183,29 @@ def _fit(run: Run, probe: Probe, at: Start) -> Path | None:
         for note in notes:
             metrics.say(note)
         cycles = Cycles(run, at.state)
-        _open(run, metrics, now, at.shown, compared, cycles)
+        _open(run, metrics, now, at.shown, compared, cycles, is_compared)
         answers = Answers(run, at.questions, at.tokenizer)
-        saver_of = saving(run, probe, at.samples, at.identity, serve, cycles, at.state, metrics.say)
+        saver_of = saving(
+            run, probe, at.samples, at.identity, serve, cycles, at.state, metrics.say, at.in_memory
+        )
         with saver_of as saver:
             _train_to_the_end(run, now, metrics, stop, saver, answers, trace)
         run.pulse.at(now.step, "close")
     metrics.say(closing(now.step, num_steps, now.saved, now.best, config))
     return now.saved
+
+
+def _opened_metrics(
+    config: RunConfig, num_steps: int, step: int, experts: ExpertTokens | None
+) -> Metrics:
+    folder = Path(config.checkpoint.dir)
+    metrics = Metrics(
+        folder, config.log, num_steps, step, active=dist.get_rank() == 0,
+        options=flat_options(config), experts=experts,
+    )  # fmt: skip
+    # A log that cannot be opened ends every rank.
+    on_first_rank(metrics.open, f"the logs in {folder} cannot be written")
+    return metrics
 
 
 def _train_to_the_end(
@@ -221,6 +245,7 @@ def _train_to_the_end(
         if done:
             saver.finish(now)
             break
+        saver.hold(now)
         run.pulse.at(now.step, "merge")
         # Behind the checkpoint of this step, which still has the adapter by itself.
         if saver.cycles.advance(now.step, metrics.say):
@@ -253,13 +278,14 @@ def _log_step(run: Run, now: Progress, metrics: Metrics, values: dict[str, float
 
 def _open(
     run: Run, metrics: Metrics, now: Progress, shown: list[dict[str, Any]], compared: list[str],
-    cycles: Cycles,
+    cycles: Cycles, is_compared: bool,
 ) -> None:  # fmt: skip
     """Record and announce the run, then merge what a resumed run had merged.
 
     Args:
         shown: samples, as the run's folder keeps them.
         compared: lines about the comparison with transformers.
+        is_compared: whether this job has looked at its first rows before these ranks began.
     """
     config = run.config
     model = run.model
@@ -273,7 +299,7 @@ def _open(
         metrics.say(line)
     cycles.restore()
     # A resumed run that is at its end trains no more.
-    if now.step < run.batches.num_steps:
+    if now.step < run.batches.num_steps and not is_compared:
         if config.train.check_base == "loss":
             metrics.say(check_first_loss(run, now.step, now.saved))
         if config.lora.dropout:

@@ -2,18 +2,25 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megalora.environment import set_defaults
 
+if TYPE_CHECKING:
+    from megalora.train.warm.restore import InMemory
 
-def on_ranks(arguments: list[str], module: str, begin: Callable[[], Callable[..., Any]]) -> None:
+
+def on_ranks(
+    arguments: list[str], module: str, begin: Callable[[], Callable[..., Any]],
+    in_memory: "InMemory | None" = None,
+) -> None:  # fmt: skip
     """Train as ``CONFIG.yaml [section.key=value ...]`` says.
 
     Args:
         module: what torchrun has started, for the message.
         begin: imports what trains and returns it, a function of config, job and pulse; called when
             the device is installed.
+        in_memory: what a launcher has given ranks that it has forked (``warm/parent.py``).
     """
     from megalora.config.file import load_config
     from megalora.preflight import check_command, check_paths, check_weights
@@ -26,6 +33,7 @@ def on_ranks(arguments: list[str], module: str, begin: Callable[[], Callable[...
     # Here too: on several nodes nothing else looks before the ranks start.
     config.check_training()
     check_command(config, samples=module == "megalora.rl")
+    _check_snapshots(config, in_memory)
     check_paths(config)
     base = Path(config.model.path)
     # A name on the hub: the ranks download it.
@@ -51,4 +59,12 @@ def on_ranks(arguments: list[str], module: str, begin: Callable[[], Callable[...
         watching(met, pulse, run) as alarm,
         explained(run, alarm),
     ):
-        train(config, met.job, pulse=pulse)
+        train(config, met.job, pulse=pulse, in_memory=in_memory)
+
+
+def _check_snapshots(config: Any, in_memory: "InMemory | None") -> None:
+    if config.checkpoint.snapshots is not None and in_memory is None:
+        raise ValueError(
+            "checkpoint.snapshots needs a launcher that holds them: start the run with megalora"
+            " train --max-restarts N, or leave it out under torchrun, which goes on from disk"
+        )

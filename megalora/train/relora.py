@@ -40,6 +40,8 @@ class Cycles:
         if state is not None:
             # The checkpoint may lie in another run's folder, and be removed before the end.
             self.count = state.cycles
+        # Snapshots in memory are of this run, whose folder has its cycles.
+        if state is not None and not state.in_memory:
             on_first_rank(
                 lambda: keep_cycles(state_folder(state.folder), self.folder, state.cycles),
                 f"the merged cycles of {state.folder} could not be kept in {self.folder}",

@@ -4,6 +4,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
 
 from megalora.adapters.best_loss import BestLoss, Evaluations
 from megalora.adapters.training_state import SavedState
@@ -14,11 +17,13 @@ from megalora.train.average import Average, average_of
 from megalora.train.checkpoint.background import Background, Pace, Save
 from megalora.train.checkpoint.identity import Identity, Samples
 from megalora.train.checkpoint.pieces import OwnedPieces
-from megalora.train.checkpoint.save import Beside, CheckpointWriter
+from megalora.train.checkpoint.save import Beside, CheckpointWriter, Texts
 from megalora.train.drift import DriftCheck
 from megalora.train.held_check import HeldCheck
 from megalora.train.probe import Probe
 from megalora.train.relora import Cycles
+from megalora.train.warm.restore import InMemory
+from megalora.train.warm.snapshots import Snapshots
 
 CLOSE_S = 60.0
 SHORT_CLOSE_S = 5.0
@@ -44,6 +49,12 @@ class Progress:
         """The lowest evaluation loss so far."""
         return self.evaluations.best
 
+    def take_saved(self, state: SavedState | None) -> None:
+        """Take this for the newest checkpoint, where a run goes on from memory; None: there is
+        none."""
+        self.saved = state.folder if state else None
+        self.saved_step = state.step if state else -1
+
 
 def is_due(step: int, every: int) -> bool:
     """Whether ``step`` is a multiple of ``every``; never where that is 0."""
@@ -56,12 +67,13 @@ class Saver:
     def __init__(
         self, run: Run, probe: Probe, samples: Samples, identity: Identity,
         serve: Callable[[Path], None], cycles: Cycles, average: Average | None,
-        say: Callable[[str], None], writer: CheckpointWriter,
+        say: Callable[[str], None], writer: CheckpointWriter, snapshots: Snapshots | None = None,
     ) -> None:  # fmt: skip
         """
         Args:
             serve: called with each new checkpoint.
             say: called with lines for the user.
+            snapshots: in memory; None where none are taken.
         """
         self.run = run
         self.cycles = cycles
@@ -72,6 +84,7 @@ class Saver:
         self.serve = serve
         self.say = say
         self.writer = writer
+        self.snapshots = snapshots
         self.background = Background(say)
         model = run.model
         self.codes = HeldCheck(model.chunks)
@@ -102,21 +115,35 @@ class Saver:
         run.pulse.at(now.step, "save")
         # The probe runs before the files are written, because they hold what it says.
         probed = self.probe.run(run.stepper)
-        beside = Beside(run.stepper.kept.get("start"), self.cycles.count, self.average)
         snapshot = self.background.snapshot(now.step)
-        writer.take(snapshot, beside)
-        texts = writer.texts(
+        writer.take(snapshot, self._beside)
+        texts = self._texts(now, probed)
+        self.background.begin(Save(now.step, lambda: writer.write(snapshot, texts), snapshot))
+        now.saved_step = now.step
+        self.pace.end()
+
+    def hold(self, now: Progress) -> None:
+        """Begin to put this step into memory, where that is due (``checkpoint.snapshots``)."""
+        # What a run has begun with is there already, or on disk.
+        if self.snapshots is None or now.step == now.start:
+            return
+        if is_due(now.step, self.snapshots.every):
+            self.snapshots.take(now.step, self._beside, self._texts(now, {}).state)
+
+    @property
+    def _beside(self) -> Beside:
+        return Beside(self.run.stepper.kept.get("start"), self.cycles.count, self.average)
+
+    def _texts(self, now: Progress, probed: dict[str, Any]) -> Texts:
+        return self.writer.texts(
             now.step,
             now.evaluations,
             self.samples,
             self.identity,
             probed,
             self.cycles.count,
-            run.bad_steps.spikes.losses,
+            self.run.bad_steps.spikes.losses,
         )
-        self.background.begin(Save(now.step, lambda: writer.write(snapshot, texts), snapshot))
-        now.saved_step = now.step
-        self.pace.end()
 
     def due(self, step: int) -> bool:
         """Whether ``checkpoint.every`` has a save here, on all ranks alike; collective where that
@@ -172,19 +199,24 @@ class Saver:
 def saving(
     run: Run, probe: Probe, samples: Samples, identity: Identity,
     serve: Callable[[Path], None], cycles: Cycles, state: SavedState | None,
-    say: Callable[[str], None],
+    say: Callable[[str], None], in_memory: InMemory | None = None,
 ) -> Iterator[Saver]:  # fmt: skip
     """A run's ``Saver``, as long as the block runs; its arguments. Saves that have begun are ended
     also where the block fails.
 
     Args:
         state: the checkpoint to go on from, which has the average of the adapter.
+        in_memory: where snapshots are put (``checkpoint.snapshots``).
     """
     average = average_of(run.model, run.config.train.ema_decay, state)
     with host_group() as group:
         pieces = OwnedPieces(run.model, run.optimizer)
         writer = CheckpointWriter(run.config, run.model, pieces, group)
-        saver = Saver(run, probe, samples, identity, serve, cycles, average, say, writer)
+        snapshots = None
+        options = run.config.checkpoint.snapshots
+        if in_memory is not None and options is not None:
+            snapshots = Snapshots(in_memory.memory, options.every, writer, dist.get_rank())
+        saver = Saver(run, probe, samples, identity, serve, cycles, average, say, writer, snapshots)
         try:
             yield saver
         except BaseException as error:

@@ -54,6 +54,7 @@ from tests.mutations.tokens_bugs import TOKENS_BUGS
 from tests.mutations.trained_on_bugs import TRAINED_ON_BUGS
 from tests.mutations.tune_bugs import TUNE_BUGS
 from tests.mutations.wait_bugs import WAIT_BUGS
+from tests.mutations.warm_bugs import WARM_BUGS
 from tests.mutations.watch_bugs import WATCH_BUGS
 from tests.mutations.whole_bugs import WHOLE_BUGS
 from tests.mutations.whole_plan_bugs import WHOLE_PLAN_BUGS
@@ -116,4 +117,5 @@ EVERY_BUG = (
     + BIAS_BUGS
     + RL_REWARD_BUGS
     + CHAOS_BUGS
+    + WARM_BUGS
 )

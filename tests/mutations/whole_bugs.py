@@ -153,10 +153,12 @@ WHOLE_BUGS: tuple[Bug, ...] = (
         0,
         "the base compared behind a checkpoint",
         "megalora/train/loop.py",
-        "    compared = compare_layers(run, is_over=finished >= num_steps)\n    if at.state:\n"
+        "    compared = compare_layers(run, is_over=finished >= num_steps or is_compared)\n"
+        "    if at.state:\n"
         "        notes += load_checkpoint(at.state, run.model, run.optimizer)\n",
         "    if at.state:\n        notes += load_checkpoint(at.state, run.model, run.optimizer)\n"
-        "    compared = compare_layers(run, is_over=finished >= num_steps)\n    if at.state:\n",
+        "    compared = compare_layers(run, is_over=finished >= num_steps or is_compared)\n"
+        "    if at.state:\n",
         f"{RUNS} is_compared",
     ),
     # files

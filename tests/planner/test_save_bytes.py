@@ -59,3 +59,14 @@ def test_stages_have_their_own(model: PlannedModel) -> None:
     plan = save_plan(model, layout, work)
     assert plan.buffer_bytes == 6 * (EXPERTS + ATTENTION) + 4 * 5056
     assert plan.host_bytes == 2 * plan.buffer_bytes
+
+
+def test_snapshots_in_memory(model: PlannedModel) -> None:
+    """One buffer more, page-locked in powers of two, and two slots of what a rank owns."""
+    layout = ParallelLayout(parallel=ParallelConfig(ep=8), num_ranks=8)
+    plan = save_plan(model, layout, replace(WORK, has_snapshots=True))
+    own = 12 * (EXPERTS + ATTENTION) // 8 + 5056 + 4 * 16
+    assert plan.memory_bytes == 2**31 + 2 * own
+    assert plan.host_bytes == 2 * 2**31
+    assert "checkpoint.snapshots takes 4.679 GB more" in plan.line()
+    assert "snapshots takes" not in save_plan(model, layout, WORK).line()

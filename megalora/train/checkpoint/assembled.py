@@ -52,16 +52,7 @@ def table_of(
         ValueError: on every rank, where together they lack an element, or have one twice; a bug of
             ours.
     """
-    own: dict[str, _Row] = {}
-    for key, of_key in snapshot.held.items():
-        for held in of_key:
-            new = _Row(held.slice.shape, dtypes[held.name], [], [])
-            row = own.setdefault(held.name, new)
-            if key not in row.keys:
-                row.keys.append(key)
-            # All that has the shape of a parameter is cut alike.
-            if key == row.keys[0]:
-                row.slices.append(held.slice)
+    own = _own_rows(snapshot, dtypes)
     rows: list[dict[str, _Row]] = [own]
     if group is not None:
         found: list[dict[str, _Row]] | None = None
@@ -74,6 +65,31 @@ def table_of(
     # Raised on the first rank alone, a fault would leave the others waiting in the next collective.
     on_first_rank(lambda: made.append(_merged(rows)), "a checkpoint's table", group)
     return made[0] if made else None
+
+
+def own_tensors(
+    snapshot: Snapshot, dtypes: Mapping[str, torch.dtype], rank: int
+) -> dict[str, Indexed]:
+    """What this rank holds, with its number: no whole tensors, where others hold parts of them."""
+    found: dict[str, Indexed] = {}
+    for name, row in _own_rows(snapshot, dtypes).items():
+        pieces = tuple(Piece(rank, part) for part in row.slices)
+        found[name] = Indexed(row.shape, tuple(row.keys), pieces)
+    return found
+
+
+def _own_rows(snapshot: Snapshot, dtypes: Mapping[str, torch.dtype]) -> dict[str, _Row]:
+    own: dict[str, _Row] = {}
+    for key, of_key in snapshot.held.items():
+        for held in of_key:
+            new = _Row(held.slice.shape, dtypes[held.name], [], [])
+            row = own.setdefault(held.name, new)
+            if key not in row.keys:
+                row.keys.append(key)
+            # All that has the shape of a parameter is cut alike.
+            if key == row.keys[0]:
+                row.slices.append(held.slice)
+    return own
 
 
 def _merged(rows: list[dict[str, _Row]]) -> Table:

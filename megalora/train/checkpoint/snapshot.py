@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -77,18 +77,23 @@ class Snapshot:
 
     def write(self, path: Path) -> tuple[int, str]:
         """Write the file and force it to disk; returns its bytes and their SHA-256."""
+        with path.open("wb") as file:
+            made = self.write_to(file)
+            file.flush()
+            os.fsync(file.fileno())
+        return made
+
+    def write_to(self, file: IO[bytes]) -> tuple[int, str]:
+        """Write the file's content; returns its bytes and their SHA-256."""
         digest = hashlib.sha256(self._header)
         # Slices of a memoryview are no copies.
         content = memoryview(self._buffer.numpy())
-        with path.open("wb") as file:
-            file.write(self._header)
-            for place in range(0, len(content), WRITE_BYTES):
-                part = content[place : place + WRITE_BYTES]
-                # Both release the interpreter, which the training thread needs.
-                file.write(part)
-                digest.update(part)
-            file.flush()
-            os.fsync(file.fileno())
+        _write_all(file, memoryview(self._header))
+        for place in range(0, len(content), WRITE_BYTES):
+            part = content[place : place + WRITE_BYTES]
+            # Both release the interpreter, which the training thread needs.
+            _write_all(file, part)
+            digest.update(part)
         return len(self._header) + len(content), digest.hexdigest()
 
     def _lay_out(self, blocks: list[Block], generators: Mapping[str, Tensor]) -> None:
@@ -133,3 +138,9 @@ class Snapshot:
             of_key = self.held.setdefault(block.key, [])
             for (name, part), tensor in zip(block.pieces, parts, strict=True):
                 of_key.append(Held(name, part, tensor))
+
+
+def _write_all(file: IO[bytes], part: memoryview) -> None:
+    # A file without a buffer of its own may take a part only.
+    while part:
+        part = part[file.write(part) :]

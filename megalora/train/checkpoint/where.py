@@ -1,7 +1,7 @@
 """Find the checkpoint to resume from: the one that ``latest`` names, else the newest whole one. A
 run never starts afresh beside checkpoints."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megalora.adapters.cycles import cycle_file
@@ -43,6 +43,8 @@ class Found:
     state: SavedState | None
     notes: list[str] = field(default_factory=list)
     """Lines for the user."""
+    on_disk: SavedState | None = None
+    """The checkpoint that was passed over for snapshots in memory, which are newer."""
 
 
 def find_checkpoint(config: RunConfig, restarted: bool = False) -> Found:
@@ -61,6 +63,22 @@ def find_checkpoint(config: RunConfig, restarted: bool = False) -> Found:
     return on_first_rank(
         lambda: _find(config, run, restarted), f"could not look for a checkpoint in {run}"
     )
+
+
+def newer_of(found: Found, in_memory: Path | None) -> Found:
+    """What to go on from where ranks were started again: their snapshots in memory, unless the disk
+    has a later step.
+
+    Args:
+        in_memory: what ``as_checkpoint`` has made of the snapshots; None where there are none.
+    """
+    if in_memory is None:
+        return found
+    state = replace(read_state(in_memory), in_memory=True)
+    if found.state is not None and found.state.step > state.step:
+        return found
+    note = f"the ranks were started again; going on from step {state.step} in memory"
+    return Found(state, [note], on_disk=found.state)
 
 
 def _find(config: RunConfig, run: Path, restarted: bool) -> Found:

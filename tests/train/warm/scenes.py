@@ -1,0 +1,64 @@
+"""Fork a launcher from the tests' process, which has imported everything, and see how it ends."""
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from megalora.train.__main__ import begin
+from megalora.train.on_ranks import on_ranks
+from megalora.train.warm.memory import SnapshotMemory
+from megalora.train.warm.parent import Parent
+from megalora.train.warm.restore import InMemory
+from tests.forked import fork
+
+LIMIT_S = 120.0
+"""A launcher takes a few seconds of an idle machine."""
+
+
+def launcher(work: Callable[[InMemory], None], ranks: int, restarts: int, log: Path) -> int:
+    """Fork a parent of ranks that do this; returns its process id."""
+
+    def lead() -> None:
+        said = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+        os.dup2(said, 1)
+        os.dup2(said, 2)
+        # Those of a test that is captured lead elsewhere.
+        sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+        sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+        torch.set_num_threads(1)
+        sys.exit(Parent(work, ranks, restarts).run())
+
+    return fork(lead)
+
+
+def exit_code_of(pid: int) -> int:
+    """Exit code of a forked process, once it has ended; an assertion fails where it does not."""
+    deadline = time.monotonic() + LIMIT_S
+    while time.monotonic() < deadline:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.02)
+    os.kill(pid, 9)
+    os.waitpid(pid, 0)
+    raise AssertionError(f"the launcher did not end within {LIMIT_S:.0f} s")
+
+
+def training(arguments: list[str]) -> Callable[[InMemory], None]:
+    """What ``megalora train`` has each rank do."""
+    return lambda given: on_ranks(arguments, "megalora.train", begin, given)
+
+
+def put(memory: SnapshotMemory, rank: int, step: int, content: bytes, described: bytes) -> None:
+    """Put a snapshot of made-up content into a rank's older slot."""
+    import hashlib
+
+    def write(file) -> tuple[int, str]:
+        file.write(content)
+        return len(content), hashlib.sha256(content).hexdigest()
+
+    memory.write(rank, step, write, described)
