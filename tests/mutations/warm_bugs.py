@@ -50,7 +50,7 @@ WARM_BUGS: tuple[Bug, ...] = (
         "code in (0, MISTAKE) or", "code == 0 or",
         f"{OF_PARENT} mistake_is_made"),
     bug(0, "ranks are not told to stop", PARENT,
-        "                self._ranks.signal(signal.SIGTERM)\n", "                pass\n",
+        "if self._ranks is not None:", "if False:",
         f"{OF_PARENT} signal_is_passed"),
     bug(0, "forked with threads", PROCESSES, "if len(threads) > 1:", "if False:",
         f"{OF_PARENT} with_threads"),

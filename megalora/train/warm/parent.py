@@ -80,6 +80,9 @@ class Parent:
             try:
                 given = InMemory(self.memory, newest)
                 self._ranks = Children(self._fork_ranks(given, port))
+                # Told while they were forked: the handler did not know them yet.
+                if self._stopped_by:
+                    self._ranks.signal(signal.SIGTERM)
                 self._attend(self._ranks)
                 return self._ranks
             finally:

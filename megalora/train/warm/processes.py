@@ -49,8 +49,11 @@ def fork(work: Callable[[], None], name: str) -> int:
     # What is in buffers would be written twice.
     sys.stdout.flush()
     sys.stderr.flush()
+    # Until the child has handlers of its own: its parent's would keep the signal from it.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
     pid = os.fork()
     if pid:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         return pid
     code = 1
     try:
@@ -61,6 +64,7 @@ def fork(work: Callable[[], None], name: str) -> int:
         if os.getppid() == parent:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
             work()
             code = 0
     except SystemExit as error:

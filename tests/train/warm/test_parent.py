@@ -139,6 +139,7 @@ def result_of(run: Path) -> tuple[list[Any], dict[str, Any]]:
     return values, tensors
 
 
+@pytest.mark.slow
 def test_a_training_that_is_killed_is_the_same(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
