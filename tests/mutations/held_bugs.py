@@ -71,8 +71,8 @@ HELD_BUGS: tuple[Bug, ...] = (
         0,
         "a shard is quantised instead of the matrix",
         _LOADING,
-        "first = k0 // NF4_BLOCK * NF4_BLOCK",
-        "first = k0",
+        "first = part.k0 // NF4_BLOCK * NF4_BLOCK",
+        "first = part.k0",
         _PARTS,
     ),
     bug(
@@ -111,8 +111,8 @@ HELD_BUGS: tuple[Bug, ...] = (
         0,
         "an offset of gate for up",
         _LOADING,
-        '_part(nested.offsets[run.expert], rows, double.run).fill_(state["nested_offset"])',
-        'nested.offsets[run.expert].fill_(state["nested_offset"])',
+        "_part(nested.offsets[run.expert], rows, double.run).fill_(found.offset)",
+        "nested.offsets[run.expert].fill_(found.offset)",
         _PARTS,
     ),
     bug(
@@ -199,8 +199,8 @@ HELD_BUGS: tuple[Bug, ...] = (
         0,
         "AWQ is quantised again to nf4",
         "megalora/model/held.py",
-        'if stored == asked or (asked == "nf4" and stored is None):',
-        'if stored == asked or asked == "nf4":',
+        "if stored == form or (config.quantises and stored is None):",
+        "if stored == form or config.quantises:",
         f"{_HELD} test_what_would_be",
     ),
 )

@@ -92,7 +92,7 @@ def test_the_newest_step_that_all_have() -> None:
             put(memory, rank, step, b"x", b"{}")
     assert memory.newest_common(range(3)) == 5
     memory.forget_but(5)
-    assert [memory.steps(rank) for rank in range(3)] == [{5}, {5}, {5}]
+    assert list(map(memory.steps, range(3))) == [{5}, {5}, {5}]
     # A rank without it: the disk has to do.
     assert memory.newest_common(range(4)) is None
     memory.forget_but(None)
