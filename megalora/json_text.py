@@ -17,6 +17,7 @@ config.json, ``adapters/training_state.py`` that of state.json.
 import json
 import math
 import stat
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +32,13 @@ MAX_DEPTH = 100
 """Lists and objects around a value. Of what is read here, tool schemas nest deepest: some 20."""
 MAX_INTEGER = 2**53
 """From here on float64, as which JSON's numbers are read elsewhere, skips integers."""
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number that a float holds: JSON has larger integers, at which
+    ``math.isfinite`` raises. True and False are none."""
+    is_one = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_one and abs(value) <= sys.float_info.max
 
 
 class NotJson(ValueError):

@@ -340,6 +340,8 @@ def test_round_trip(tmp_path: Path) -> None:
         ("train.steps=null", "give train.steps or train.epochs: how long the run is to be"),
         ("train.steps=0", "train.steps must be above 0, got 0"),
         ("train.lr=-0.1", "train.lr must be above 0, got -0.1"),
+        # No float holds it.
+        ("train.lr=1" + "0" * 400, f"train.lr must be a number, got 1{17 * '0'}...{19 * '0'}"),
         # Neither above nor below 0.
         ("train.lr=.nan", "train.lr must be above 0, got nan"),
         ("train.loraplus_lr_ratio=0", "train.loraplus_lr_ratio must be above 0, got 0.0"),

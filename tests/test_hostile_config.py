@@ -26,7 +26,7 @@ for _level in range(1, 5):
         ("[" * 5000, "nested more than 50 deep"),
         ("{a: " * 3000, "nested more than 50 deep"),
         ("\n".join("  " * depth + "a:" for depth in range(400)), "nested more than 50 deep"),
-        (NESTED_ALIASES, "more than 100,000 values, aliases written out"),
+        (NESTED_ALIASES, "more than 20,000 values, aliases written out"),
         # Exceptions of Python and of the YAML reader, each of another type, where a value is made.
         ("model: {path: " + "1" * 5000 + "}", "Exceeds the limit (4300 digits)"),
         ("model: {path: !!int a}", "invalid literal for int() with base 10: 'a'"),

@@ -1,7 +1,6 @@
 """Read a checkpoint's training state: state.json, checked key by key, and the float32 factors that
 lie beside the optimizer's moments."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from megalora.adapters.files import STATE_JSON, STATE_KEYS
 from megalora.adapters.saved_tensors import SavedTensors
 from megalora.config import LoRAConfig, ObjectiveConfig
 from megalora.hf.json_file import read_json_object
+from megalora.json_text import is_number
 from megalora.lora.section import adapted_of, settings
 from megalora.lora.select import resolve
 from megalora.lora.spec import FACTORS_BY_NAME, Adapted, expected_tensors
@@ -227,7 +227,7 @@ def _evaluations(path: Path, state: Json) -> Evaluations:
     best = state["best"]
     _require(isinstance(best, dict), path, "best", "an object", best)
     loss = best.get("loss")
-    is_loss = loss is None or (type(loss) in (int, float) and math.isfinite(loss))
+    is_loss = loss is None or is_number(loss)
     _require(is_loss, path, "best.loss", "a finite number or null", loss)
     last = state.get("evaluated_step")
     _require(type(last) is int and -1 <= last < 2**53, path, "evaluated_step", "a step", last)
@@ -265,8 +265,7 @@ def _losses(path: Path, state: Json) -> tuple[float, ...]:
     _require(isinstance(values, list), path, "recent_losses", "a list of numbers", values)
     for value in values:
         # Compared with the next loss: a mean with NaN would let every spike pass.
-        is_loss = type(value) in (int, float) and abs(value) < 2**53
-        _require(is_loss, path, "recent_losses", "finite numbers", value)
+        _require(is_number(value), path, "recent_losses", "finite numbers", value)
     return tuple(map(float, values))
 
 

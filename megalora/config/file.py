@@ -17,7 +17,9 @@ from megalora.config import RunConfig
 from megalora.config.checks import require
 from megalora.config.tree import Tree, read_tree
 from megalora.config.type_words import alternatives, in_words
+from megalora.json_text import is_number
 from megalora.paths import user_path
+from megalora.wording import shorten
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -157,9 +159,9 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
         elif type(value) is (get_origin(option) or option):
             return _convert_items(value, get_args(option), name)
     # YAML reads 1 as an integer, where 1.0 is meant as well.
-    if type(value) is int and float in options:
+    if type(value) is int and float in options and is_number(value):
         return float(value)
-    got = "nothing" if value is None else repr(value)
+    got = "nothing" if value is None else shorten(value)
     raise ValueError(f"{name} must be {in_words(hint)}, got {got}")
 
 

@@ -33,6 +33,7 @@ from megalora.config.policy import PolicyConfig
 from megalora.data.chat import Encoded, Rollout, encode_conversation
 from megalora.data.columns import mapped, resolve_columns, to_conversation
 from megalora.data.template import ChatTemplate
+from megalora.json_text import is_number
 from megalora.wording import typed
 
 BY_TOKEN = ("logprobs", "proximal_logprobs", "advantages")
@@ -244,8 +245,7 @@ def _mask(value: Any, column: str, length: int) -> np.ndarray:
 
 
 def _number(value: Any, column: str) -> float:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value):
+    if not is_number(value):
         raise ValueError(f"column {column!r} must hold a number, got {typed(value)}")
     return float(value)
 

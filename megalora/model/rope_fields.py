@@ -125,7 +125,7 @@ def _kind(where: str, found: Mapping[str, Any]) -> str:
     if not all(isinstance(value, str) for value in named) or len(set(named)) > 1:
         raise ValueError(
             f"config.json: {where} must name one kind, as rope_type or as type; it has "
-            f"rope_type={found.get('rope_type')!r} and type={found.get('type')!r}"
+            f"rope_type={shorten(found.get('rope_type'))} and type={shorten(found.get('type'))}"
         )
     kind = named[0] if named else "default"
     if kind in _BY_LENGTH:

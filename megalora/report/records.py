@@ -1,7 +1,6 @@
 """Read what a run folder says of its run, whatever part of it is there."""
 
 import json
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from megalora.adapters.files import WEIGHTS
 from megalora.adapters.latest import checkpoints, read_latest
 from megalora.config.yaml_limits import check_yaml
 from megalora.hf.json_file import read_json_object
+from megalora.json_text import is_number
 from megalora.train.expert_tokens import FILE, Recorded, read_expert_tokens
 from megalora.train.run_files import CONFIG, ENVIRONMENT, MANIFEST, SAMPLES
 from megalora.train.run_logs import ANSWERS_FILE, METRICS_FILE, record_of
@@ -103,7 +103,7 @@ def read_series(path: Path) -> tuple[dict[str, Series], list[str]]:
             # True is an int to isinstance, and no measurement.
             if type(value) not in (int, float):
                 damaged += 1
-            elif not math.isfinite(value):
+            elif not is_number(value):
                 not_finite += 1
             else:
                 by_step.setdefault(key, {})[step] = float(value)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megalora.json_text import is_number
 from megalora.serve.api import Served
 from megalora.serve.errors import ServerError
 from megalora.wording import printable, typed
@@ -69,7 +70,7 @@ def _numbers(values: Any) -> list[float]:
     if not isinstance(values, list):
         raise TypeError(f"a list of numbers is {typed(values)}")
     for value in values:
-        if type(value) not in (int, float):
+        if not is_number(value):
             raise TypeError(f"a number is {typed(value)}")
     return values
 

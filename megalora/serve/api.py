@@ -177,7 +177,7 @@ class Api:
                 f"{doing}: {self.url} does not answer ({error}); is the server running?"
             ) from error
         if status == 404 and path == MODELS:
-            raise ServerError(f"{self.url} has no {path}; is it another server than vLLM's?")
+            raise RequestRefused(f"{self.url} has no {path}; is it another server than vLLM's?")
         if status != 200:
             raise refusal(doing, status, answer.decode(errors="replace"), loading=loading)
         return answer

@@ -219,6 +219,7 @@ def test_other_rewards_and_options_are_other_samples(tmp_path: Path) -> None:
         ({"completion_ids": "text"}, "column 'completion_ids' must hold a list of token ids"),
         ({"reward": "good"}, "column 'reward' must hold a number, got"),
         ({"reward": float("nan")}, "column 'reward' must hold a number, got"),
+        ({"reward": 10**400}, "column 'reward' must hold a number, got"),
         ({"version": -1}, "column 'version' must hold a version, a number from 0 on"),
         ({"versions": [1, 2]}, "column 'versions' has 2 values for 4 completion tokens"),
         ({"versions": [1, 1, None, 1]}, "'versions' must hold a version for each token"),

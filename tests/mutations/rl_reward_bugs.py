@@ -17,9 +17,9 @@ OF_COMPLAINTS = "tests/rl/test_complaints.py"
 
 # fmt: off
 RL_REWARD_BUGS: tuple[Bug, ...] = (
-    bug(0, "NaN as a reward", LOAD, "if not math.isfinite(number):", "if math.isinf(number):",
+    bug(0, "NaN as a reward", LOAD, "and not is_number(value):", "and abs(value) == 1e400:",
         f"{OF_REWARDS} may_not_give"),
-    bug(0, "infinity as a reward", LOAD, "if not math.isfinite(number):", "if math.isnan(number):",
+    bug(0, "infinity as a reward", LOAD, "and not is_number(value):", "and value != value:",
         f"{OF_REWARDS} may_not_give"),
     bug(0, "any text as a reward", LOAD, "if not isinstance(value, int | float):",
         "if not isinstance(value, int | float | str):", f"{OF_REWARDS} may_not_give"),

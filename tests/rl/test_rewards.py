@@ -155,6 +155,8 @@ def test_what_a_reward_may_give(value: Any, number: float | None) -> None:
         (math.nan, "gave nan; a reward is a finite number"),
         (np.float32("nan"), "gave nan"),
         (-math.inf, "gave -inf"),
+        # No float holds it.
+        (10**400, "gave 1000"),
         ("1.0", "gave str '1.0'; a reward is a number, True, False, or None to leave the"),
         ([1.0], "gave list [1.0]"),
         (np.ones(1), "gave ndarray array"),

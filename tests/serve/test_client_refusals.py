@@ -56,7 +56,9 @@ def test_another_server_is_named(vllm: FakeVLLM) -> None:
     """As where a user gives the address that OpenAI's clients want."""
     with (
         Client(f"{vllm.url}/v1") as client,
-        pytest.raises(ServerError, match=f"{vllm.url}/v1 has no /v1/models; is it another server"),
+        pytest.raises(
+            RequestRefused, match=f"{vllm.url}/v1 has no /v1/models; is it another server"
+        ),
     ):
         client.list()
 

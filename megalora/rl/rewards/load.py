@@ -1,14 +1,14 @@
 """Find the reward that a path names, and check paths before a run starts. No torch."""
 
 import inspect
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from megalora.json_text import is_number
 from megalora.rl.rewards.builtin import NAMES, QUICK, Judge, builtin
 from megalora.rl.user_function import FORMS, describe, load_function
-from megalora.wording import typed
+from megalora.wording import shorten, typed
 
 OPTION = "rl.rewards"
 _ARGUMENTS = ("prompt", "completion", "row")
@@ -63,7 +63,7 @@ def check_rewards(weights: Mapping[str, float]) -> None:
         if isinstance(weight, bool) or not isinstance(weight, int | float):
             raise ValueError(f"{OPTION}: the weight of {path} is {typed(weight)}; give a number")
         # A reward that counts for nothing would still take its time.
-        if not math.isfinite(weight) or weight == 0:
+        if not is_number(weight) or weight == 0:
             raise ValueError(f"{OPTION}: the weight of {path} is {weight}; nothing to learn from")
         # Whoever asks has only a config; the reward itself is loaded again where it is called.
         load_reward(path)
@@ -89,9 +89,8 @@ def as_number(value: Any) -> float | None:
     if not isinstance(value, int | float):
         said = f"gave {typed(value)}; a reward is a number, True, False, or None"
         raise ValueError(f"{said} to leave the completion out")
-    # True and False are 1 and 0.
-    number = float(value)
     # An advantage made of NaN would make every completion of its group NaN.
-    if not math.isfinite(number):
-        raise ValueError(f"gave {number}; a reward is a finite number")
-    return number
+    if not isinstance(value, bool) and not is_number(value):
+        raise ValueError(f"gave {shorten(value)}; a reward is a finite number")
+    # True and False are 1 and 0.
+    return float(value)
