@@ -61,7 +61,7 @@ def change_state(
     change: Callable[[dict[str, Tensor]], object],
     change_index: Callable[[dict[str, Any]], object] = lambda index: None,
 ) -> None:
-    """Change the file of the first rank, and the index to agree with it."""
+    """Change the file of the first rank, and the index and the list of digests to agree with it."""
     path = checkpoint / RANK_0
     tensors = load_file(path)
     change(tensors)
@@ -71,6 +71,20 @@ def change_state(
     index["files"][path.name] = [path.stat().st_size, digest]
     change_index(index)
     (checkpoint / INDEX).write_text(json.dumps(index))
+    sum_anew(checkpoint)
+
+
+def sum_anew(checkpoint: Path) -> None:
+    """Write the digests of a checkpoint's files anew, where it has them."""
+    sums = checkpoint / "training_state/SHA256SUMS"
+    if not sums.is_file():
+        return
+    sums.unlink()
+    with sums.open("w") as lines:
+        for path in sorted(checkpoint.rglob("*")):
+            if path.is_file() and path != sums:
+                digest = hashlib.sha256(path.read_bytes()).hexdigest()
+                lines.write(f"{digest}  {path.relative_to(checkpoint).as_posix()}\n")
 
 
 def gathered_state(

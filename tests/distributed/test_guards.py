@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megalora.config import CheckpointConfig, LoRAConfig, ModelConfig, RunConfig
-from megalora.train import assemble, loop
+from megalora.train import assemble, first_pass, loop
 from megalora.train.drift import bit_hash
 from megalora.train.loop import train
 from megalora.verify import first_loss
@@ -183,7 +183,7 @@ def wrong_rope(model: Any, step: int) -> None:
 )
 def test_another_loss_than_that_of_transformers_is_refused(bug, tiny, chats, tmp_path, monkeypatch):
     # The check of layers comes before that of the loss and would be the first to see these bugs.
-    monkeypatch.setattr(loop, "check_layers", lambda *_: "base: not looked at")
+    monkeypatch.setattr(first_pass, "check_layers", lambda *_: "base: not looked at")
     config = make_config(tiny, chats, tmp_path, {"ep": 2}, steps=1, check_base="loss")
     for message in run_ranks(said_by, 2, config, bug):
         assert message.startswith(
