@@ -49,11 +49,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    # Sums in one order, so that a second call gives the same digits.
     torch.set_num_threads(1)
     distances = {}
     for arch in TINY:
         distances[arch] = distances_of(arch)
     rows = []
+    # What is quantised stands beside what it was made from.
     for form in ["plain", *FORMS]:
         row: dict[str, Any] = {"form": form, "bytes_per_weight": 2.0}
         if form != "plain":
@@ -70,6 +72,7 @@ def main() -> None:
 def stored_bytes(form: str) -> float:
     """Bytes of a weight in a folder of this form, scales and all."""
     generator = torch.Generator().manual_seed(0)
+    # Of the size of an initialised weight; the number of bytes does not depend on it.
     weight = (torch.randn(*MATRIX, generator=generator) * 0.02).bfloat16()
     stored, _ = oracle.FORMS[form](weight)
     return sum(t.numel() * t.element_size() for t in stored.values()) / weight.numel()
@@ -80,9 +83,11 @@ def planned_gib(form: str) -> float:
     hf = find_architecture(MODEL)
     if form != "plain":
         hf = hf | {"quantization_config": oracle.CONFIGS[form]()}
+    # The oracle's settings are those of doubly quantised scales.
     if form == "nf4":
         hf["quantization_config"] = hf["quantization_config"] | {"bnb_4bit_use_double_quant": False}
     held = held_by_config(ModelConfig(path=MODEL), hf)
+    # Weights depend on neither length nor batch.
     work = Workload(sequence_length=4096, global_batch_size=1, held=held)
     layout = ParallelLayout(parallel=ParallelConfig(), num_ranks=1)
     return memory_of(model_shape(hf), LoRAConfig(), layout, work)["weights"] / GiB
@@ -94,12 +99,14 @@ def distances_of(arch: str) -> dict[str, dict[str, float]]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         base = make_base(folder / "base", arch=arch, **COMMON, **TINY[arch])
+        # All forms start from what a published folder has: bfloat16.
         rewrite(base, lambda tensors: {n: t.bfloat16().float() for n, t in tensors.items()})
         expected = logprobs_of(load_stock(base, torch.float32))
         plain = stored_tensors(base)
         for form in FORMS:
             quantised = folder / form
             oracle.quantise_folder(base, quantised, form)
+            # Decoded by megalora, computed by transformers.
             logprobs = logprobs_of(load_stock(quantised, torch.float32))
             # Mean over places of KL(original || decoded), in nats.
             divergence = (expected.exp() * (expected - logprobs)).sum(-1).mean()
@@ -124,6 +131,7 @@ def weight_error(quantised: Path, plain: dict[str, Tensor]) -> float:
     missed = 0.0
     whole = 0.0
     for name, value in BaseWeights(open_folder(quantised)).items():
+        # Router, norms, embedding and head stay as they are.
         if oracle.is_linear(name):
             missed += (value - plain[name]).square().sum().item()
             whole += plain[name].square().sum().item()
