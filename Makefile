@@ -75,10 +75,10 @@ test-all: $(READY)  ## Every test that needs no GPU, the long tail included; dur
 	@$(BIN)/pytest -q $(SIDE_BY_SIDE) --durations=25 --durations-min=5 --junitxml=runs/test-all.xml tests
 
 test-long: $(READY)  ## More cases of what test-all shows already, for the nights
-	@$(BIN)/pytest -q $(SIDE_BY_SIDE) -m long tests
+	@$(BIN)/pytest -q $(SIDE_BY_SIDE) -m "long and not vllm" tests
 
 test-serve: $(READY) $(VLLM_READY)  ## The tests that start vLLM
-	@$(BIN)/pytest -q -m vllm tests/serve
+	@$(BIN)/pytest -q -m "vllm and not long" tests/serve
 
 test-verifiers: $(READY) $(VERIFIERS)/.ready  ## The tests that lead environments of verifiers
 	@CUDA_VISIBLE_DEVICES= PYTHONPATH=kernels $(VERIFIERS)/bin/python -m pytest -q -m verifiers tests/rl

@@ -144,10 +144,15 @@ def modelopt(w: Tensor) -> tuple[Stored, Tensor]:
 
 
 def gptq(
-    w: Tensor, version: int = 1, scattered: bool = False, group: int = GROUP
+    w: Tensor,
+    version: int = 1,
+    scattered: bool = False,
+    group: int = GROUP,
+    symmetric: bool = False,
 ) -> tuple[Stored, Tensor]:
-    """GPTQ's int4; ``scattered`` has columns in groups by activation order."""
-    q, z, scales, group_of_k, values = _grouped(w, group, scattered)
+    """GPTQ's int4; ``scattered`` has columns in groups by activation order, ``symmetric`` has 8 for
+    every zero point."""
+    q, z, scales, group_of_k, values = _grouped(w, group, scattered, symmetric)
     qweight = _words([q[i::8] for i in range(8)])
     stored_zero = z - (2 - version)
     qzeros = _words([stored_zero[:, i::8] for i in range(8)])
@@ -166,7 +171,7 @@ def awq(w: Tensor, group: int = GROUP) -> tuple[Stored, Tensor]:
 
 
 def _grouped(
-    w: Tensor, group: int, scattered: bool
+    w: Tensor, group: int, scattered: bool, symmetric: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(codes [K, N], zero points [G, N], scales f16 [G, N], group of each column, values [N, K]);
     zero points between 1 and 15."""
@@ -182,9 +187,13 @@ def _grouped(
         of_group = group_of_k == g
         part = w[:, of_group].float()
         low, high = part.aminmax(dim=1)
+        if symmetric:
+            high = torch.maximum(high, -low)
+            low = -high
         scales[g] = (high - low) / 15
         scale = scales[g].float()[:, None]
-        z[g] = (-low / scale[:, 0]).round().clamp(1, 15)
+        # Of a symmetric group it would be 7.5.
+        z[g] = 8 if symmetric else (-low / scale[:, 0]).round().clamp(1, 15)
         codes = ((part / scale).round() + z[g][:, None]).clamp(0, 15)
         q[of_group] = codes.t().long()
         values[:, of_group] = (codes - z[g][:, None]) * scale
