@@ -25,6 +25,7 @@ from megalora.train.step import Stepper
 from tests.distributed.ranks import run_ranks
 from tests.jsonl import read_jsonl
 from tests.parity.runs import make_config
+from tests.whole_state import sum_anew
 
 NAN = math.nan
 
@@ -260,6 +261,7 @@ def test_a_step_that_a_signal_has_cut_off_is_evaluated_later(
     text = path.read_text()
     # As it was saved by a run that was told to stop at step 2.
     path.write_text(text.replace('"evaluated_step": 2', '"evaluated_step": 1'))
+    sum_anew(tmp_path / "step_000002")
     resumed = replace(config, checkpoint=replace(config.checkpoint, resume=True))
     run_ranks(with_losses, 1, resumed, {0: 2.5})
     assert read_state(tmp_path / "step_000002").evaluations.best == BestLoss(2.5, 2)
