@@ -26,7 +26,7 @@ from tests.distributed.ranks import run_ranks
 from tests.paired import pairs_of
 from tests.parity.built import built
 from tests.parity.runs import make_config, records
-from tests.whole_state import INDEX, tensors_of, whole_state
+from tests.whole_state import INDEX, sum_anew, tensors_of, whole_state
 
 OF_START = ObjectiveConfig(name="dpo", beta=0.3, reference="start")
 OF_BASE = replace(OF_START, reference="base")
@@ -114,6 +114,7 @@ def test_a_resumed_run_keeps_its_start(
     # Refused where there is none, and in the middle of a run.
     index = tmp_path / "half/step_000004" / INDEX
     index.write_text(index.read_text().replace(f',"{START_KEY}"', ""))
+    sum_anew(tmp_path / "half/step_000004")
     with pytest.raises(ValueError, match=r"index.json has no start"):
         plan_of(Request(target=str(tmp_path / "half")))
     with pytest.raises(ValueError, match=r"not a whole checkpoint: .*index.json has no start"):
