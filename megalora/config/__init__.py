@@ -15,7 +15,7 @@ from megalora.config.parallel import ParallelConfig
 from megalora.config.recompute import LEVELS, Level, Recompute, RecomputeLayers
 from megalora.config.rl import RLConfig
 from megalora.config.run import RunConfig
-from megalora.config.train import SkipSpikes, TrainConfig, check_warmup
+from megalora.config.train import SkipSpikes, TrainConfig
 
 __all__ = [
     "LEVELS",
@@ -37,5 +37,4 @@ __all__ = [
     "Source",
     "TooLong",
     "TrainConfig",
-    "check_warmup",
 ]

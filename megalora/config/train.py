@@ -265,11 +265,14 @@ class TrainConfig:
         )
         # With epochs, the number of steps is known only when the data has been read.
         if self.steps is not None:
-            self._check_within(self.steps)
+            self.check_within(self.steps, f"train.steps={self.steps}")
 
-    def _check_within(self, steps: int) -> None:
-        """Raise ``ValueError`` for what a run of so many steps has no time for."""
-        what = f"train.steps={steps}"
+    def check_within(self, steps: int, what: str) -> None:
+        """Raise ``ValueError`` for what a run of so many steps has no time for.
+
+        Args:
+            what: names the steps in the message.
+        """
         check_warmup(self.warmup, steps, what)
         if self.profile is not None:
             self.profile.check_within(steps, what)

@@ -126,14 +126,18 @@ class Run:
             pieces.append(self.stepper.balance.total())
         if count_experts:
             pieces.append(load.total().flatten())
-        pieces.append(_agreed_loss(sums, agree=self.config.train.skip_spikes is not None))
+        looks_for_spikes = self.config.train.skip_spikes is not None
+        if looks_for_spikes:
+            pieces.append(_agreed_loss(sums))
         numbers: list[float] = []
 
         def may_change(norm: Tensor) -> bool:
             # One copy of a few numbers: the only wait for the device in a step. All are float64,
             # which holds counts exactly.
             numbers.extend(torch.cat([norm, *pieces]).tolist())
-            self.fault = self.bad_steps.fault(numbers.pop(), numbers[0])
+            # Compared with nothing, the sum of the losses does: it is finite where their mean is.
+            loss = numbers.pop() if looks_for_spikes else numbers[1]
+            self.fault = self.bad_steps.fault(loss, numbers[0])
             return self.fault is None
 
         with around_optimizer or nullcontext():
@@ -176,16 +180,14 @@ MakeBatches = Callable[[RunConfig, Groups, Split, Split | None], Batches]
 """(config, groups, training samples, evaluation samples) -> their rows on this rank."""
 
 
-def _agreed_loss(sums: Tensor, *, agree: bool) -> Tensor:
-    """The mean loss, ``[1]``, of the objective's sums and counts, ``[M, 2]``.
+def _agreed_loss(sums: Tensor) -> Tensor:
+    """The mean loss, ``[1]``, of the objective's sums and counts, ``[M, 2]``; collective.
 
-    Args:
-        agree: let all ranks have the same to the last bit, which sums over different groups need
-            not be, and a comparison with a limit must; collective then. NaN is NaN on all of them.
+    All ranks have the same to the last bit, which sums over different groups need not be, and a
+    comparison with a limit must. NaN is NaN on all of them.
     """
     loss = sums[0, :1] / sums[0, 1:].clamp(min=1)
-    if agree:
-        dist.all_reduce(loss, op=dist.ReduceOp.MAX)
+    dist.all_reduce(loss, op=dist.ReduceOp.MAX)
     return loss
 
 

@@ -2,7 +2,7 @@
 
 import math
 
-from megalora.config import TrainConfig, check_warmup
+from megalora.config import TrainConfig
 
 
 def num_steps(options: TrainConfig, num_samples: int) -> int:
@@ -17,12 +17,7 @@ def num_steps(options: TrainConfig, num_samples: int) -> int:
     assert options.epochs is not None
     steps = max(1, round(options.epochs * num_samples / options.global_batch_size))
     unit = "step" if steps == 1 else "steps"
-    what = f"the {steps} {unit} of train.epochs={options.epochs:g}"
-    check_warmup(options.warmup, steps, what)
-    if options.profile is not None:
-        options.profile.check_within(steps, what)
-    if options.relora is not None:
-        options.relora.check_within(steps, what)
+    options.check_within(steps, f"the {steps} {unit} of train.epochs={options.epochs:g}")
     return steps
 
 

@@ -50,7 +50,7 @@ BAD_STEP_BUGS: tuple[Bug, ...] = (
         0,
         "each rank finds spikes by its own sum",
         "megalora/train/assemble.py",
-        "    if agree:\n        dist.all_reduce(loss, op=dist.ReduceOp.MAX)\n",
+        "    dist.all_reduce(loss, op=dist.ReduceOp.MAX)\n",
         "",
         f"{TESTS} all_ranks_leave_out",
     ),
