@@ -4,8 +4,10 @@ fork ranks of its own."""
 import gc
 import multiprocessing
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +30,16 @@ def fork(work: Callable[[], None]) -> int:
         finally:
             os._exit(code)
     return pid
+
+
+def speak_into(log: Path) -> None:
+    """Have all that this forked process says behind the end of a file."""
+    said = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(said, 1)
+    os.dup2(said, 2)
+    # Those of a test that is captured lead elsewhere.
+    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
 
 
 def forked[K](

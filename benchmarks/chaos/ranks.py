@@ -6,7 +6,6 @@ import random
 import shutil
 import signal
 import socket
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from benchmarks.chaos.scene import RANKS, Scene, step_of, steps_logged
 from megalora.adapters.latest import checkpoints, read_latest
 from megalora.train.__main__ import main
 from megalora.user_error import LOST_PEER, guarded
-from tests.forked import fork
+from tests.forked import fork, speak_into
 
 START_LIMIT_S = 900.0
 END_LIMIT_S = 300.0
@@ -97,12 +96,7 @@ def _work(rank: int, port: int, arguments: list[str], log: Path) -> None:
         "LOCAL_WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
     }  # fmt: skip
-    said = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-    os.dup2(said, 1)
-    os.dup2(said, 2)
-    # Those of a test that is captured lead elsewhere.
-    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
-    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+    speak_into(log)
     torch.set_num_threads(1)
     guarded(main, arguments)
 

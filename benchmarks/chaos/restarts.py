@@ -22,11 +22,11 @@ take a minute."""
 COMMANDS = ("torchrun", "megalora train")
 
 
-def command_line(command: str, scene: Scene, run: Path, restarts: int) -> list[str]:
+def command_line(command: str, scene: Scene, run: Path, restarts: int, *more: str) -> list[str]:
     """What a user types."""
     # The one beside this Python, whatever is on PATH.
     bin_folder = Path(sys.executable).parent
-    overrides = [str(scene.config), f"checkpoint.dir={run}"]
+    overrides = [str(scene.config), f"checkpoint.dir={run}", *more]
     if command == "torchrun":
         arguments = ["--standalone", "--nproc-per-node", str(RANKS)]
         arguments += ["--max-restarts", str(restarts), "-m", "megalora.train", *overrides]
@@ -92,7 +92,7 @@ def kill_again_and_again(command: str, scene: Scene, times: int, seed: int) -> I
     with launched(command_line(command, scene, run, times), log) as launcher:
         for _ in range(times):
             # Two steps: behind the first one a checkpoint is on its way.
-            before = _wait_for_steps(run, set(), 2, launcher)
+            before = wait_for_steps(run, set(), 2, launcher)
             if before is None:
                 yield Fault(kind, "start", HANG, LIMIT_S, tail(log))
                 return
@@ -104,7 +104,7 @@ def kill_again_and_again(command: str, scene: Scene, times: int, seed: int) -> I
             last = max(map(step_of, before))
             killed = time.monotonic()
             os.kill(ranks[victim], signal.SIGKILL)
-            new = _wait_for_steps(run, before, 1, launcher, ranks)
+            new = wait_for_steps(run, before, 1, launcher, ranks)
             seconds = time.monotonic() - killed
             what = f"SIGKILL of rank {victim} behind step {last}"
             if new is None:
@@ -119,7 +119,7 @@ def kill_again_and_again(command: str, scene: Scene, times: int, seed: int) -> I
             yield Fault(kind, what, result, seconds, f"{repeated} steps repeated")
 
 
-def _wait_for_steps(
+def wait_for_steps(
     run: Path,
     before: set[str],
     number: int,

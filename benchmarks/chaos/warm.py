@@ -9,7 +9,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,7 +16,14 @@ from pathlib import Path
 
 from benchmarks.chaos.fault import HANG, LOST, SURVIVED, Fault
 from benchmarks.chaos.ranks import same
-from benchmarks.chaos.restarts import LIMIT_S, children, launched, tail
+from benchmarks.chaos.restarts import (
+    LIMIT_S,
+    children,
+    command_line,
+    launched,
+    tail,
+    wait_for_steps,
+)
 from benchmarks.chaos.scene import RANKS, Scene, step_of, steps_logged
 from megalora.adapters.latest import read_latest
 
@@ -26,14 +32,8 @@ MOST_REPEATED = 1
 """Steps that a restart from memory may train again."""
 
 
-def command_line(scene: Scene, run: Path, restarts: int, *overrides: str) -> list[str]:
-    """What a user types."""
-    return [
-        sys.executable, "-m", "megalora", "train", str(scene.config), f"checkpoint.dir={run}",
-        # Nothing on disk before the end: memory alone has the steps.
-        "checkpoint.every=0", "checkpoint.snapshots={every: 1}", *overrides,
-        "--nproc", str(RANKS), "--max-restarts", str(restarts),
-    ]  # fmt: skip
+# Nothing on disk before the end: memory alone has the steps.
+IN_MEMORY = ("checkpoint.every=0", "checkpoint.snapshots={every: 1}")
 
 
 def ranks_of(launcher: int) -> dict[int, int]:
@@ -61,9 +61,10 @@ def kill_again_and_again(
     chance = random.Random(seed)
     run = scene.run("warm")
     faults: list[Fault] = []
-    with launched(command_line(scene, run, times), run.with_suffix(".log")) as launcher:
+    command = command_line("megalora train", scene, run, times, *IN_MEMORY)
+    with launched(command, run.with_suffix(".log")) as launcher:
         for number in range(times):
-            if not _steps(run, set(), 2, launcher):
+            if wait_for_steps(run, set(), 2, launcher) is None:
                 yield Fault(KIND, "start", HANG, LIMIT_S, tail(run.with_suffix(".log")))
                 return
             time.sleep(chance.uniform(0, 0.5))
@@ -91,25 +92,13 @@ def _kill(run: Path, launcher: subprocess.Popen[bytes], victim: int) -> Fault:
     before = set(steps_logged(run))
     last = max(map(step_of, before))
     what = f"SIGKILL of rank {victim} behind step {last}"
-    new = _steps(run, before, 1, launcher)
+    new = wait_for_steps(run, before, 1, launcher)
     seconds = time.monotonic() - killed
-    if not new:
+    if new is None:
         return Fault(KIND, what, HANG, seconds, tail(run.with_suffix(".log")))
     repeated = last + 1 - step_of(new[0])
     result = SURVIVED if 0 <= repeated <= MOST_REPEATED else LOST
     return Fault(KIND, what, result, seconds, f"{repeated} steps repeated")
-
-
-def _steps(
-    run: Path, before: set[str], number: int, launcher: subprocess.Popen[bytes]
-) -> list[str]:
-    """Records that were not there before, once there are so many; none if they do not come."""
-    deadline = time.monotonic() + LIMIT_S
-    while time.monotonic() < deadline and launcher.poll() is None:
-        if len(new := [line for line in steps_logged(run) if line not in before]) >= number:
-            return new
-        time.sleep(0.02)
-    return []
 
 
 def _differs(scene: Scene, run: Path) -> str:
@@ -119,9 +108,8 @@ def _differs(scene: Scene, run: Path) -> str:
         return f"nothing was saved at the end: {tail(run.with_suffix('.log'))}"
     steps = step_of(steps_logged(run)[-1])
     quiet = scene.run("quiet")
-    with launched(
-        command_line(scene, quiet, 1, f"train.steps={steps}"), quiet.with_suffix(".log")
-    ) as launcher:
+    command = command_line("megalora train", scene, quiet, 1, *IN_MEMORY, f"train.steps={steps}")
+    with launched(command, quiet.with_suffix(".log")) as launcher:
         launcher.wait()
     if _values(run) != _values(quiet):
         return "losses or gradient norms differ from those of an undisturbed run"

@@ -13,7 +13,7 @@ from megalora.train.on_ranks import on_ranks
 from megalora.train.warm.memory import SnapshotMemory
 from megalora.train.warm.parent import Parent
 from megalora.train.warm.restore import InMemory
-from tests.forked import fork
+from tests.forked import fork, speak_into
 
 LIMIT_S = 120.0
 """A launcher takes a few seconds of an idle machine."""
@@ -23,12 +23,7 @@ def launcher(work: Callable[[InMemory], None], ranks: int, restarts: int, log: P
     """Fork a parent of ranks that do this; returns its process id."""
 
     def lead() -> None:
-        said = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-        os.dup2(said, 1)
-        os.dup2(said, 2)
-        # Those of a test that is captured lead elsewhere.
-        sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
-        sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+        speak_into(log)
         torch.set_num_threads(1)
         sys.exit(Parent(work, ranks, restarts).run())
 
