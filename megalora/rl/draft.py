@@ -1,7 +1,6 @@
 """Gather a completion from vLLM's streamed answers: what has come stays where one breaks off, and
 the next is asked for the rest."""
 
-import math
 from collections.abc import AsyncIterator, Collection, Sequence
 from typing import Any
 
@@ -109,7 +108,7 @@ class Draft:
             )
         for token, logprob in zip(tokens, logprobs, strict=True):
             # vLLM writes null for what is not finite.
-            if logprob is None or not math.isfinite(logprob):
+            if logprob is None:
                 raise ServerError(f"{where}: token {token} has the log-probability {logprob}")
         self.tokens += tokens
         self.logprobs += logprobs

@@ -43,7 +43,9 @@ def test_each_step_is_sampled_by_its_version(
                 asked.add(int(body["model"].partition("@v")[2].partition(".")[0]))
     for step in range(STEPS):
         rows = read_jsonl(tmp_path / "run" / FOLDER / f"step_{step:06}.jsonl")
-        # The first of the rounds that are begun early has nothing but the start.
-        assert set(itertools.chain(*column(rows, "versions"))) == {max(0, step - staleness)}
+        # The first of the rounds that are begun early has nothing but the start. A group that is
+        # begun late, on a busy machine, has what has been published by then.
+        versions = set(itertools.chain(*column(rows, "versions")))
+        assert versions <= set(range(max(0, step - staleness), step + 1)), versions
     # So the server was asked; with staleness, by the last one for a round that none has taken.
     assert asked == set(range(STEPS))

@@ -351,7 +351,7 @@ def test_what_is_not_whole_is_refused_by_name() -> None:
         (answer(token_ids=[], logprobs=[], finish_reason="stop"), "ended before its first token"),
         (answer(token_ids=[5, 6]), "2 tokens with 3 log-probabilities"),
         (answer(logprobs=[-0.5, None, -1.0]), "token 6 has the log-probability None"),
-        (answer(logprobs=[-0.5, -0.25, math.nan]), "token 2 has the log-probability nan"),
+        (answer(logprobs=[-0.5, -0.25, math.nan]), "a number is float nan"),
         (answer(finish_reason="repetition"), "ended by 'repetition' after 3 of 3 tokens"),
         (answer(finish_reason="stop", token_ids=[5, 6, 7]), "ended by token 7, which ends nothing"),
     ]

@@ -25,7 +25,7 @@ from megalora.train.loop import train
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_guards import said_by
 from tests.parity.runs import make_config, records
-from tests.whole_state import change_state, whole_state
+from tests.whole_state import change_state, sum_anew, whole_state
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +151,7 @@ def test_a_checkpoint_without_digests_loads_with_a_line_and_by_name(
             str(done), str(folder)
         )
     (folder / "run/step_000001" / STATE_JSON).write_text(json.dumps(state))
+    sum_anew(folder / "run/step_000001")
     (said,) = run_ranks(said_by, 1, run_config(folder, resume=True, steps=2))
     assert "has no digests of its data and base" in said and "finished at step 2" in said
     # Back to step 1, with the same data under another name: that cannot be told from other data.
@@ -182,6 +183,7 @@ def test_a_checkpoint_with_an_earlier_digest_of_its_samples_resumes(
     assert state["identity"]["samples"].startswith("samples:")
     state["identity"]["samples"] = _digest_as_before(folder)
     path.write_text(json.dumps(state))
+    sum_anew(path.parent.parent)
     (said,) = run_ranks(said_by, 1, run_config(folder, resume=True, steps=2))
     assert "finished at step 2" in said, said
     # Other tokens are found by that digest, too.
