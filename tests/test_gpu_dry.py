@@ -11,7 +11,9 @@ import pytest
 from benchmarks.gpu_steps import named
 
 ROOT = Path(__file__).parents[1]
-STEPS = ("anchors", "kernels", "tune", "kernels-tuned", "coded", "model", "peers", "shared", "long")
+FIRST = ("anchors", "kernels", "coded", "model")
+"""What no other test runs as a program."""
+STEPS = (*FIRST, "tune", "kernels-tuned", "peers", "shared", "long")
 """About 170 s of processor time, most of it imports. The others are tested where they are:
 tests/gpu/test_step_on_gpu.py on a CPU, calibration and layouts in tests/bench; without names the
 script's dry run takes them too."""
@@ -29,10 +31,16 @@ def dry_run(out: Path, *words: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.slow
-def test_every_step_runs_and_a_second_call_has_nothing_to_do(tmp_path):
-    done = dry_run(tmp_path, *STEPS)
-    steps = named(STEPS)
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        pytest.param(FIRST, marks=pytest.mark.slow, id="first"),
+        pytest.param(STEPS, marks=pytest.mark.long, id="all"),
+    ],
+)
+def test_every_step_runs_and_a_second_call_has_nothing_to_do(tmp_path, chosen):
+    done = dry_run(tmp_path, *chosen)
+    steps = named(chosen)
     outcomes = json.loads((tmp_path / "gpu_all.json").read_text())["steps"]
     # Of a step that failed, the end of its log is what one wants to read.
     logs = {}
@@ -53,7 +61,7 @@ def test_every_step_runs_and_a_second_call_has_nothing_to_do(tmp_path):
         return [(tmp_path / step.result).stat().st_mtime_ns for step in steps]
 
     before = times()
-    again = dry_run(tmp_path, *STEPS)
+    again = dry_run(tmp_path, *chosen)
     names = ", ".join(step.name for step in steps)
     assert again.returncode == 0 and f"done before: {names}\n" in again.stdout
     # The head of every step that is begun.

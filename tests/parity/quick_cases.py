@@ -36,53 +36,32 @@ QUICK = (
     Case(4, tp=4, model="2 kv heads", adapter="some", micro=3),
     Case(2, pp=2, vpp=2, etp=1, model="one moe layer", adapter="router", micro=3),
     Case(4, pp=2, vpp=2, tp=2, model="dense", adapter="all", recompute="full1+selective", micro=3),
-    Case(4, pp=2, etp=2, model="2 kv heads", adapter="some"),
     # Context parallelism with every other one, packed and not.
     Case(8, tp=2, cp=2, pp=2, ep=2, model="shared", micro=PACKED),
     Case(4, cp=4, ep=2, model="idle", adapter="router", micro=3, recompute="selective"),
-    Case(4, cp=2, pp=2, vpp=2, adapter="rslora", micro=PACKED, recompute="full"),
-    Case(4, tp=2, cp=2, etp=2, model="tied", adapter="router"),
     # Samples that are cut, and whole logits.
     Case(2, cp=2, adapter="ranks", micro=PACKED, too_long="split"),
     Case(2, pp=2, model="tied", adapter="router", micro=3, too_long="truncate_right", head="whole"),
     Case(4, tp=2, cp=2, micro=PACKED, too_long="truncate_left", head="whole"),
-    # Stages that are not equal: 2 and 5 layers; 1, 2, 2 and 2 in turns; 1 and 3.
+    # Stages that are not equal: 2 and 5 layers.
     Case(4, pp=2, ep=2, model="7 layers", adapter="router", micro=3, stages="uneven"),
-    Case(
-        2,
-        pp=2,
-        vpp=2,
-        model="7 layers",
-        adapter="ranks",
-        micro=3,
-        stages="uneven",
-        recompute="full1+selective",
-    ),
-    Case(4, pp=2, tp=2, model="tied", adapter="router", micro=3, stages="uneven"),
     # One A of gate, one of up and one B of down for all experts.
-    Case(2, adapter="shared outer", micro=3),
     Case(2, tp=2, etp=2, adapter="shared outer", micro=3),
-    Case(4, ep=2, adapter="shared outer", model="idle"),
     Case(8, tp=2, pp=2, ep=2, etp=2, adapter="shared outer", model="mixed", recompute="selective"),
-    Case(4, cp=2, ep=2, adapter="shared outer", model="shared", micro=PACKED),
     # Biases of B: key heads that ranks share, stages, and rows that ranks share out.
     Case(2, tp=2, ep=2, adapter="lora bias", model="shared", micro=3),
-    Case(4, cp=2, pp=2, adapter="lora bias", model="shared", micro=PACKED),
     Case(2, tp=2, ep=2, adapter="biases", model="shared", micro=3),
     # A frozen pair beside A and B, on every kind of linear.
     Case(2, tp=2, ep=2, adapter="begun", micro=3),
-    Case(4, tp=2, ep=2, etp=2, adapter="begun", model="shared", micro=3, recompute="selective"),
     Case(2, pp=2, vpp=2, adapter="begun", model="mixed", recompute="full"),
     # Weights of the base: tied over two stages, a head of its own, norms of heads that ranks share
     # and of all heads at once.
-    Case(2, tp=2, ep=2, adapter="saved", micro=3),
     Case(2, tp=2, ep=2, adapter="saved", model="olmoe", micro=3),
     Case(2, tp=2, ep=2, adapter="saved", model="tied", micro=3, head="whole"),
     # Rows of single tokens.
     Case(4, tp=2, pp=2, ep=2, adapter="tokens", model="tied", micro=3),
     Case(2, tp=2, ep=2, adapter="tokens", micro=3, recompute="full"),
     # Pairs, whose two sequences may lie on different context-parallel ranks.
-    Case(2, adapter="router", micro=3, objective="dpo"),
     Case(4, tp=2, cp=2, model="tied", adapter="router", micro=3, head="whole", objective="dpo"),
     # Balanced routing, of sequences that lie on several ranks, in rows that end with filler.
     Case(
@@ -101,32 +80,21 @@ QUICK = (
     Case(2, micro=1, objective="kto"),
     # DoRA: norms of rows that lie on several ranks, stages, parts of a row, replicated key heads.
     Case(4, tp=2, ep=2, etp=2, adapter="dora", micro=3, recompute="selective"),
-    Case(4, tp=4, model="2 kv heads", adapter="dora", micro=3, recompute="full"),
-    Case(4, pp=2, vpp=2, tp=2, model="dense", adapter="dora", micro=PACKED),
     # Of each expert, also of those without tokens; DoRA beside plain linears.
     Case(2, ep=2, model="idle", adapter="dora", recompute="full"),
     Case(2, tp=2, etp=2, adapter="some dora", micro=PACKED, recompute="selective"),
-    Case(4, pp=2, vpp=2, ep=2, model="7 layers", adapter="some dora", micro=3, stages="uneven"),
     # A score head in place of lm_head: tied or not, its row on one context-parallel rank or two.
     Case(1, model="tied", micro=3, objective="reward"),
     # The distributions of a second model of other sizes, and of the base; also of whole logits.
     Case(1, micro=3, objective="distill"),
     Case(2, pp=2, adapter="ranks", micro=3, objective="distill base"),
-    Case(2, cp=2, ep=2, adapter="router", micro=PACKED, objective="distill"),
     Case(2, tp=2, ep=2, micro=3, head="whole", objective="distill"),
-    Case(4, tp=2, model="dense", adapter="dora", micro=PACKED, objective="distill base"),
     # Rollouts: ratios of sequences that lie on several ranks, and tokens of two passes.
-    Case(1, micro=3, objective="grpo"),
     Case(2, tp=2, ep=2, micro=3, objective="grpo"),
-    Case(1, micro=3, objective="grpo of start"),
     Case(2, pp=2, adapter="router", micro=3, objective="grpo of start"),
     Case(2, cp=2, ep=2, micro=PACKED, objective="grpo"),
-    Case(4, cp=2, pp=2, model="tied", micro=PACKED, objective="grpo of start", balance="on"),
-    Case(8, tp=2, pp=2, ep=2, model="shared", micro=PACKED, objective="grpo"),
     # The same, by the experts that tokens went to while they were sampled.
     Case(2, tp=2, ep=2, adapter="router", micro=3, objective="grpo routed"),
-    Case(2, cp=2, ep=2, model="idle", micro=PACKED, objective="grpo routed", balance="on"),
-    Case(2, pp=2, ep=1, model="mixed", micro=3, recompute="full", objective="grpo routed"),
     Case(2, ep=2, model="glm4_moe", micro=3, objective="grpo routed"),
     # Weights that stay codes, whose blocks cuts divide: DoRA's norms of what is decoded, decoded
     # again where a layer is recomputed, stages in turns, rows that several ranks share.
@@ -138,6 +106,38 @@ QUICK = (
 every registered family."""
 
 MORE = (
+    Case(4, pp=2, etp=2, model="2 kv heads", adapter="some"),
+    Case(4, cp=2, pp=2, vpp=2, adapter="rslora", micro=PACKED, recompute="full"),
+    Case(4, tp=2, cp=2, etp=2, model="tied", adapter="router"),
+    Case(
+        2,
+        pp=2,
+        vpp=2,
+        model="7 layers",
+        adapter="ranks",
+        micro=3,
+        stages="uneven",
+        recompute="full1+selective",
+    ),
+    Case(4, pp=2, tp=2, model="tied", adapter="router", micro=3, stages="uneven"),
+    Case(2, adapter="shared outer", micro=3),
+    Case(4, ep=2, adapter="shared outer", model="idle"),
+    Case(4, cp=2, ep=2, adapter="shared outer", model="shared", micro=PACKED),
+    Case(4, cp=2, pp=2, adapter="lora bias", model="shared", micro=PACKED),
+    Case(4, tp=2, ep=2, etp=2, adapter="begun", model="shared", micro=3, recompute="selective"),
+    Case(2, tp=2, ep=2, adapter="saved", micro=3),
+    Case(2, adapter="router", micro=3, objective="dpo"),
+    Case(4, tp=4, model="2 kv heads", adapter="dora", micro=3, recompute="full"),
+    Case(4, pp=2, vpp=2, tp=2, model="dense", adapter="dora", micro=PACKED),
+    Case(4, pp=2, vpp=2, ep=2, model="7 layers", adapter="some dora", micro=3, stages="uneven"),
+    Case(2, cp=2, ep=2, adapter="router", micro=PACKED, objective="distill"),
+    Case(4, tp=2, model="dense", adapter="dora", micro=PACKED, objective="distill base"),
+    Case(1, micro=3, objective="grpo"),
+    Case(1, micro=3, objective="grpo of start"),
+    Case(4, cp=2, pp=2, model="tied", micro=PACKED, objective="grpo of start", balance="on"),
+    Case(8, tp=2, pp=2, ep=2, model="shared", micro=PACKED, objective="grpo"),
+    Case(2, cp=2, ep=2, model="idle", micro=PACKED, objective="grpo routed", balance="on"),
+    Case(2, pp=2, ep=1, model="mixed", micro=3, recompute="full", objective="grpo routed"),
     Case(4, tp=4, ep=2, etp=2, model="shared", adapter="rslora", micro=3),
     Case(4, cp=2, pp=2, adapter="biases", model="shared", micro=PACKED, objective="dpo"),
     Case(2, cp=2, ep=2, adapter="begun", micro=PACKED, objective="dpo"),

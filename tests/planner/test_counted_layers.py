@@ -243,9 +243,15 @@ def test_dora(case: Case, quick: dict[str, Any]) -> None:
     compare([case], quick)
 
 
-# 60 to 120 cases a family: every Megatron module alone, TP, EP and ETP, many rows, float32.
-@pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
+# 60 to 120 cases a family: every Megatron module alone, TP, EP and ETP, many rows, float32. What a
+# family has of its own is in the quick cases of each.
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(family, marks=pytest.mark.slow if family == "qwen3_moe" else pytest.mark.long)
+        for family in FAMILIES
+    ],
+)
 def test_adapters_on_every_module_and_every_layout(family: str) -> None:
     cases = list(cases_of(family))
     compare(cases, count(cases))

@@ -31,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.param(Case(2, {"ep": 2}, micro=2), marks=pytest.mark.slow),
         # Documents of the size of a rank's chunks, for a piece from inside one has a mask on the
         # CPU, which GPUs' kernels do without.
-        pytest.param(Case(2, {"cp": 2}, micro=4), marks=pytest.mark.slow),
+        pytest.param(Case(2, {"cp": 2}, micro=4), marks=pytest.mark.long),
         pytest.param(
             Case(4, {"cp": 2, "tp": 2}, micro=4, recompute="selective", model="shared"),
             marks=pytest.mark.slow,
@@ -68,7 +68,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             Case(1, {}, recompute="selective", model="dense", dropout=0.3), marks=pytest.mark.long
         ),
         pytest.param(Case(2, {"tp": 2}, dropout=0.3, micro=2), marks=pytest.mark.slow),
-        pytest.param(Case(2, {"ep": 2}, dropout=0.3, micro=2), marks=pytest.mark.slow),
+        pytest.param(Case(2, {"ep": 2}, dropout=0.3, micro=2), marks=pytest.mark.long),
         pytest.param(
             Case(2, {"ep": 2}, recompute="selective", dropout=0.3), marks=pytest.mark.long
         ),
@@ -80,7 +80,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.param(Case(2, {"tp": 2}, micro=2, balanced=True), marks=pytest.mark.slow),
         # Nothing of a recomputed layer may outlive its backward.
         pytest.param(Case(2, {"ep": 2}, recompute="full"), marks=pytest.mark.slow),
-        pytest.param(Case(2, {"tp": 2, "ep": 2}, init="olora"), marks=pytest.mark.slow),
+        pytest.param(Case(2, {"tp": 2, "ep": 2}, init="olora"), marks=pytest.mark.long),
         pytest.param(Case(1, {}, init="olora", model="dense"), marks=pytest.mark.long),
         pytest.param(Case(2, {"ep": 2}, share_outer=True), marks=pytest.mark.long),
         pytest.param(Case(2, {"tp": 2, "ep": 2}, share_outer=True), marks=pytest.mark.slow),
@@ -104,7 +104,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         # embedding's, or is on both stages; parts of both; rows.
         pytest.param(Case(1, {}, model="vocab", saved=("lm_head", "gate")), marks=pytest.mark.slow),
         pytest.param(Case(1, {}, model="vocab", saved=("embed_tokens",)), marks=pytest.mark.long),
-        pytest.param(Case(1, {}, model="tied", saved=("embed_tokens",)), marks=pytest.mark.slow),
+        pytest.param(Case(1, {}, model="tied", saved=("embed_tokens",)), marks=pytest.mark.long),
         pytest.param(
             Case(1, {}, model="tied layers", saved=("embed_tokens",)), marks=pytest.mark.long
         ),

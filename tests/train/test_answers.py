@@ -119,7 +119,7 @@ def test_answers_are_the_checkpoint_s_and_change_nothing(
     ("parallel", "num_ranks", "options"),
     [
         ({"tp": 2, "ep": 2}, 4, {"recompute": "selective"}),
-        ({"tp": 2, "etp": 2}, 2, {"recompute": "full"}),
+        pytest.param({"tp": 2, "etp": 2}, 2, {"recompute": "full"}, marks=pytest.mark.long),
         ({"ep": 2}, 2, {"micro_batch_size": 1, "micro_batch_tokens": 300}),
     ],
     ids=["tp2-ep2-selective", "tp2-etp2-full", "dp2-ep2-packed"],

@@ -42,7 +42,8 @@ def test_a_folder_in_use_is_one_line(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
-@pytest.mark.slow
+# It fetches the model and trains twice: a minute and a half of two cores.
+@pytest.mark.long
 @pytest.mark.skipif(
     not (DATA / "train.jsonl").is_file(),
     reason=f"no GSM8K at {DATA}; set GSM8K to a folder with train.jsonl and test.jsonl",
