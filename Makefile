@@ -25,6 +25,8 @@ VLLM_UV = $(UV) --no-config pip
 
 # Two processes, each with one contiguous half; who is done first takes over from the other's end.
 SIDE_BY_SIDE := -n 2 --dist worksteal
+# Tests of a file share a server, and the longest file is among the first.
+FILE_BY_FILE := -n 2 --dist loadfile --no-loadscope-reorder
 # An oracle of tests, apart from all else: PEFT imports it wherever it finds it, which takes seconds.
 BITSANDBYTES := bitsandbytes==0.50.2
 ATHERIS := atheris==3.1.0
@@ -78,7 +80,7 @@ test-long: $(READY)  ## More cases of what test-all shows already, for the night
 	@$(BIN)/pytest -q $(SIDE_BY_SIDE) -m "long and not vllm" tests
 
 test-serve: $(READY) $(VLLM_READY)  ## The tests that start vLLM
-	@$(BIN)/pytest -q -m "vllm and not long" tests/serve
+	@$(BIN)/pytest -q $(FILE_BY_FILE) -m "vllm and not long" tests/serve
 
 test-verifiers: $(READY) $(VERIFIERS)/.ready  ## The tests that lead environments of verifiers
 	@CUDA_VISIBLE_DEVICES= PYTHONPATH=kernels $(VERIFIERS)/bin/python -m pytest -q -m verifiers tests/rl
