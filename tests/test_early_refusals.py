@@ -41,6 +41,8 @@ BASE = ["--base", "base"]
 NEW = ["--out", "new.yaml"]
 NOT_AN_ADAPTER = "is not an adapter folder: it has no adapter_config.json"
 RL = ["rl", "run.yaml", "objective.name=grpo", "train.steps=8", "train.global_batch_size=8"]
+NODES = ["train", "run.yaml", "checkpoint.snapshots.every=1", "--max-restarts", "1", "--nnodes"]
+REPLICATE = "checkpoint.snapshots.replicate=2"
 # Arguments after ``megalora``, or after ``rank`` those of a rank, and what is said. The working
 # directory is ``folder`` below.
 WRONG: list[tuple[list[str], str]] = [
@@ -57,6 +59,15 @@ WRONG: list[tuple[list[str], str]] = [
     (["train", "run.yaml", "checkpoint.resume=empty"], "checkpoint.resume=empty is not a check"),
     (["train", "run.yaml", "checkpoint.resume=stale"], "stale/latest names step_000009, which"),
     (["train", "run.yaml", "--nproc", "3", "parallel.ep=2"], "3 ranks cannot hold the "),
+    (["train", "run.yaml", "--nnodes", "2"], "--nnodes and --meet are for runs with checkpoint.s"),
+    ([*NODES, "2"], "--nnodes 2 and --meet None: several nodes need both"),
+    ([*NODES, "0", "--meet", "a:1"], "--nnodes 0 and --meet a:1: several nodes need both"),
+    ([*NODES, "2", "--meet", "node-a"], "--meet 'node-a' is not HOST:PORT: give the name of one"),
+    ([*NODES, "2", "--meet", "a:99999"], "--meet 'a:99999' is not HOST:PORT"),
+    ([*NODES, "2", "--meet", "a:1", "--node-wait", "0"], "--node-wait must be more than 0 seconds"),
+    ([*NODES, "2", "--meet", "a:1"], "MEGALORA_TOKEN is not set: nodes know each other by it"),
+    ([*NODES, "1", REPLICATE], "checkpoint.snapshots.replicate=2 sends snapshots to another node"),
+    ([*NODES, "1", REPLICATE, "checkpoint.snapshots.every=3"], "replicate=2 must be a multiple of"),
     ([*RL, "rl.rewards=last-numbr"], "rl.rewards: 'last-numbr' is not a reward; there are last-nu"),
     ([*RL, "rl.rewards=none.py:f"], "rl.rewards: none.py:f: there is no file none.py"),
     ([*RL, "rl.rewards=json:dumps"], "rl.rewards: json:dumps: it is called as dumps(prompt, compl"),

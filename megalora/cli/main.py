@@ -18,7 +18,7 @@ from megalora.cli.logits import add_logits_command
 from megalora.cli.options import add_options_command
 from megalora.cli.plan import add_plan_command
 from megalora.cli.report import add_report_command
-from megalora.cli.rl import add_rank_arguments, add_rl_command, start_ranks
+from megalora.cli.rl import add_node_arguments, add_rank_arguments, add_rl_command, start_ranks
 from megalora.cli.serve import add_serve_commands
 from megalora.model.families import FAMILIES
 from megalora.paths import user_path
@@ -117,6 +117,7 @@ def _add_train(commands: Any) -> None:
     )
     add_config_arguments(train)
     add_rank_arguments(train)
+    add_node_arguments(train)
     train.set_defaults(action=_train)
 
 

@@ -17,11 +17,19 @@ class SnapshotConfig:
 
     every: int = 1
     """Number of steps from one to the next."""
+    replicate: int = 0
+    """Number of steps from one replica at the neighbour node to the next, a multiple of ``every``:
+    by it a run of several nodes goes on where one of them is lost. 0 makes none."""
 
     def __post_init__(self) -> None:
         require(
             self.every >= 1,
             f"checkpoint.snapshots.every must be at least 1, got {self.every}",
+        )
+        require(
+            self.replicate >= 0 and self.replicate % self.every == 0,
+            f"checkpoint.snapshots.replicate={self.replicate} must be a multiple of every="
+            f"{self.every}, or 0: replicas are made of snapshots",
         )
 
 
@@ -47,7 +55,8 @@ class CheckpointConfig:
     snapshots: SnapshotConfig | None = None
     """Snapshots in host memory, by which ranks that have failed start again within seconds:
     ``{every: 1}`` takes one behind every step. A launcher that has imported everything holds them
-    and forks the ranks; see docs/runs.md. Needs ``megalora train --max-restarts N``. null takes
+    and forks the ranks; see docs/runs.md. ``{every: 1, replicate: 1}`` sends each to another node,
+    too, for where a whole node is lost. Needs ``megalora train --max-restarts N``. null takes
     none."""
     resume: bool | str = False
     """true resumes from the newest checkpoint in ``checkpoint.dir`` if there is one; a path resumes

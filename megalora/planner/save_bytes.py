@@ -11,7 +11,8 @@ take turns. Of P_o elements that it owns, and F frozen ones that it saves, with 
 Of replicas the first saves, so this is the first rank of a stage; no other one has more. All ranks
 together write every element once, and the first one the adapter's file.
 
-Snapshots in memory (``checkpoint.snapshots``) take one buffer more, and two slots of the launcher.
+Snapshots in memory (``checkpoint.snapshots``) take one buffer more, and two slots of the launcher;
+with replicas on another node four, and two for a rank of the node before.
 """
 
 from dataclasses import dataclass, replace
@@ -29,6 +30,9 @@ BUFFERS = 2
 SLOTS = 2
 """Of the launcher for each rank (``train/warm/memory.py``): one is whole while the other is
 written."""
+REPLICA_SLOTS = 4 + 2
+"""The same where nodes hold replicas (``train/warm/rounds.py``): two slots more for the replicas
+under way, and two for a rank of the node before."""
 CPU_GENERATOR = 5056
 """Bytes of the state of a generator on the CPU, and of each of Megatron's there."""
 GPU_GENERATOR = 16
@@ -52,6 +56,8 @@ class SavePlan:
     """A checkpoint's tensors."""
     memory_bytes: int = 0
     """Host memory for a rank's snapshots in memory, beside ``host_bytes``; 0 without them."""
+    slots: int = SLOTS
+    """Snapshots in it that the launcher holds."""
 
     @property
     def copy_s(self) -> float:
@@ -69,7 +75,7 @@ class SavePlan:
         if self.memory_bytes:
             in_memory = (
                 f". checkpoint.snapshots takes {self.memory_bytes / 1e9:,.3f} GB more of a rank's"
-                f" host memory: a buffer, and {SLOTS} slots of the launcher"
+                f" host memory: a buffer, and {self.slots} slots of the launcher"
             )
         return (
             f"host memory of a rank for checkpoints: {self.host_bytes / 1e9:,.3f} GB, {BUFFERS}"
@@ -87,8 +93,9 @@ def save_plan(model: PlannedModel, layout: ParallelLayout, work: Workload) -> Sa
     stages = range(layout.parallel.pp)
     buffer = max(snapshot_bytes(model, layout, work, stage) for stage in stages)
     kept = _kept_bytes(buffer, work)
-    in_memory = kept + SLOTS * buffer if work.has_snapshots else 0
-    return SavePlan(buffer, BUFFERS * kept, checkpoint_bytes(model, work), in_memory)
+    slots = REPLICA_SLOTS if work.has_replicas else SLOTS
+    in_memory = kept + slots * buffer if work.has_snapshots else 0
+    return SavePlan(buffer, BUFFERS * kept, checkpoint_bytes(model, work), in_memory, slots)
 
 
 def snapshot_bytes(model: PlannedModel, layout: ParallelLayout, work: Workload, stage: int) -> int:

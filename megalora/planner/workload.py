@@ -42,6 +42,8 @@ class Workload:
     """Whether a moving average of the adapter is kept in float32."""
     has_snapshots: bool = False
     """Whether snapshots are held in memory (``checkpoint.snapshots``)."""
+    has_replicas: bool = False
+    """Whether another node holds them, too (``checkpoint.snapshots.replicate``)."""
     teacher: PlannedTeacher | None = None
     """Whose next-token distributions are learned."""
     packing: Packing | None = None
@@ -92,6 +94,9 @@ class Workload:
             asks_base=config.objective.asks_base,
             averaged=config.train.ema_decay > 0,
             has_snapshots=config.checkpoint.snapshots is not None,
+            has_replicas=bool(
+                config.checkpoint.snapshots and config.checkpoint.snapshots.replicate
+            ),
             teacher=teacher_of(config.objective),
         )
 

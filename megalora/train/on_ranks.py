@@ -66,5 +66,6 @@ def _check_snapshots(config: Any, in_memory: "InMemory | None") -> None:
     if config.checkpoint.snapshots is not None and in_memory is None:
         raise ValueError(
             "checkpoint.snapshots needs a launcher that holds them: start the run with megalora"
-            " train --max-restarts N, or leave it out under torchrun, which goes on from disk"
+            " train --max-restarts N (with --nnodes and --meet on several nodes), or leave it out"
+            " under torchrun, which goes on from disk"
         )

@@ -23,6 +23,7 @@ from megalora.train.held_check import HeldCheck
 from megalora.train.probe import Probe
 from megalora.train.relora import Cycles
 from megalora.train.warm.restore import InMemory
+from megalora.train.warm.rounds import Rounds
 from megalora.train.warm.snapshots import Snapshots
 
 CLOSE_S = 60.0
@@ -156,7 +157,11 @@ class Saver:
 
     def take_note(self, now: Progress) -> None:
         """See which saves have ended, on all ranks alike: their checkpoints are whole, or the run
-        ends with what has failed; call it once a step. Collective while a save is under way."""
+        ends with what has failed; call it once a step, before a collective. Collective while a save
+        is under way."""
+        # Its buffer is used again, and all ranks have it whole before one writes over an older one.
+        if self.snapshots is not None:
+            self.snapshots.settle()
         pending = self.background.pending
         while pending:
             error = pending[0].error
@@ -215,7 +220,14 @@ def saving(
         snapshots = None
         options = run.config.checkpoint.snapshots
         if in_memory is not None and options is not None:
-            snapshots = Snapshots(in_memory.memory, options.every, writer, dist.get_rank())
+            rank = dist.get_rank()
+            rounds = None
+            if in_memory.outbox is not None:
+                every = options.replicate
+                rounds = Rounds(every, rank, in_memory.outbox, in_memory.step, any_rank)
+            snapshots = Snapshots(
+                in_memory.memory, options.every, writer, rank, rounds, in_memory.fetched
+            )
         saver = Saver(run, probe, samples, identity, serve, cycles, average, say, writer, snapshots)
         try:
             yield saver

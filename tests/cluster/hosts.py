@@ -13,11 +13,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 # The name of the network card on both hosts: each namespace has names of its own.
 CARD = "eth0"
-NAMES_OF = "127.0.0.1 localhost\n10.77.0.1 host-a\n10.77.0.2 host-b\n"
+NAMES_OF = "127.0.0.1 localhost\n10.77.0.1 host-a\n10.77.0.2 host-b\n10.77.1.2 host-c\n"
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,9 @@ class Host:
 
 
 HOSTS = (Host("host-a", "10.77.0.1", 0), Host("host-b", "10.77.0.2", 1))
+SPARE = Host("host-c", "10.77.1.2", 2)
+"""A third host, joined with the first one alone."""
+SECOND_CARD = "eth1"
 
 
 @dataclass
@@ -96,6 +100,29 @@ def two_hosts() -> Iterator[None]:
             remove(host)
 
 
+@contextmanager
+def spare_host() -> Iterator[None]:
+    """A third host exists, beside those of ``two_hosts``, for as long as the block runs. It reaches
+    the first one, which is what a spare for the second one needs."""
+    first = HOSTS[0]
+    try:
+        ip("netns", "add", SPARE.space)
+        ip("-n", SPARE.space, "link", "set", "lo", "up")
+        _give_names(SPARE)
+        one_end = [SECOND_CARD, "netns", first.space]
+        other_end = [CARD, "netns", SPARE.space]
+        ip("link", "add", *one_end, "type", "veth", "peer", "name", *other_end)
+        ends = ((first, SECOND_CARD, "10.77.1.1"), (SPARE, CARD, SPARE.address))
+        for host, card, address in ends:
+            ip("-n", host.space, "addr", "add", f"{address}/24", "dev", card)
+            ip("-n", host.space, "link", "set", card, "up")
+        # By the one address that the first host has for everybody.
+        ip("-n", SPARE.space, "route", "add", f"{first.address}/32", "via", "10.77.1.1")
+        yield
+    finally:
+        remove(SPARE)
+
+
 def _give_names(host: Host) -> None:
     """``ip netns exec`` puts these in the place of /etc's. No name server is in reach, and asking
     one takes 10 s each."""
@@ -141,31 +168,38 @@ def received_bytes(host: Host) -> int:
 
 def start(folder: Path, port: int, config: Path, *overrides: str) -> list[Node]:
     """Call launch/torchrun_node.sh on both hosts, with two ranks on each."""
+    nodes = []
+    for host in HOSTS:
+        # Without restarts a lost host ends the run, where it would otherwise be started anew.
+        settings = {
+            "NNODES": "2", "NODE_RANK": str(host.node_rank), "NPROC_PER_NODE": "2",
+            "MASTER_ADDR": HOSTS[0].name, "MASTER_PORT": str(port), "MAX_RESTARTS": "0",
+        }  # fmt: skip
+        script = ROOT / "launch" / "torchrun_node.sh"
+        nodes.append(call(host, folder, [script, config, *overrides], settings))
+    return nodes
+
+
+def call(host: Host, folder: Path, command: list[Any], settings: dict[str, str]) -> Node:
+    """Begin a command on a host, which speaks into a file of ``folder``."""
     # A job that this test itself runs in must not be taken for that of the two hosts.
     of_a_job = re.compile(r"SLURM|PET_|NNODES|NODE_|MASTER|NPROC|RDZV|LOCAL_|TRITON")
     outside = {}
     for name, value in os.environ.items():
         if not of_a_job.match(name):
             outside[name] = value
-    nodes = []
-    for host in HOSTS:
-        log = folder / f"{host.name}.log"
-        # Gloo talks over the cable alone. Without restarts a lost host ends the run, where it would
-        # otherwise be started anew.
-        settings = {
-            "NNODES": "2", "NODE_RANK": str(host.node_rank), "NPROC_PER_NODE": "2",
-            "MASTER_ADDR": HOSTS[0].name, "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": CARD,
-            "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
-            "MAX_RESTARTS": "0",
-        }  # fmt: skip
-        script = ROOT / "launch" / "torchrun_node.sh"
-        command = ["ip", "netns", "exec", host.space, script, config, *overrides]
-        with log.open("wb") as out:
-            process = subprocess.Popen(
-                command, cwd=ROOT, env=outside | settings, stdout=out, stderr=subprocess.STDOUT
-            )
-        nodes.append(Node(host, process, log))
-    return nodes
+    # Gloo talks over the cable alone.
+    everywhere = {
+        "GLOO_SOCKET_IFNAME": CARD, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    log = folder / f"{host.name}.log"
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            ["ip", "netns", "exec", host.space, *command], cwd=ROOT,
+            env=outside | everywhere | settings, stdout=out, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+    return Node(host, process, log)
 
 
 def ended(nodes: list[Node], within_s: float) -> list[int]:

@@ -69,4 +69,8 @@ def test_snapshots_in_memory(model: PlannedModel) -> None:
     assert plan.memory_bytes == 2**31 + 2 * own
     assert plan.host_bytes == 2 * 2**31
     assert "checkpoint.snapshots takes 4.679 GB more" in plan.line()
+    # Two slots more for replicas under way, and two for those of a rank of the node before.
+    replicated = save_plan(model, layout, replace(WORK, has_snapshots=True, has_replicas=True))
+    assert replicated.memory_bytes == 2**31 + 6 * own
+    assert "and 6 slots of the launcher" in replicated.line()
     assert "snapshots takes" not in save_plan(model, layout, WORK).line()

@@ -1,7 +1,8 @@
 """Hold the newest snapshots of ranks in memory that outlives them.
 
 The memory is anonymous files (``memfd``) of the parent that forks the ranks: a rank that dies takes
-none of it along, and all of it is gone with the parent. Every rank has two slots, which take turns:
+none of it along, and all of it is gone with the parent. Every rank has two slots, which take turns
+(four where replicas go to other nodes, see ``rounds.py``):
 
     file       the rank's part of a training state, as a checkpoint has it (``snapshot.py``)
     described  JSON beside it: what the state belongs to, and which pieces the file has
@@ -14,7 +15,7 @@ one. So a slot that a killed rank has left half written has none, and the other 
 import mmap
 import os
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -52,15 +53,15 @@ class _Slot:
 class SnapshotMemory:
     """Slots of some ranks. Processes that are forked behind this have the same ones."""
 
-    def __init__(self, ranks: Iterable[int]) -> None:
+    def __init__(self, ranks: Iterable[int], num_slots: int = SLOTS) -> None:
         numbers = sorted(ranks)
         # Shared with every forked process, and zeros: no slot is committed.
-        self._entries = mmap.mmap(-1, max(1, len(numbers)) * SLOTS * ENTRY_BYTES)
+        self._entries = mmap.mmap(-1, max(1, len(numbers)) * num_slots * ENTRY_BYTES)
         self._slots: dict[int, list[_Slot]] = {}
         place = 0
         for rank in numbers:
             slots: list[_Slot] = []
-            for _ in range(SLOTS):
+            for _ in range(num_slots):
                 name = f"megalora-rank-{rank}"
                 slots.append(_Slot(os.memfd_create(name), os.memfd_create(name), place))
                 place += ENTRY_BYTES
@@ -79,10 +80,16 @@ class SnapshotMemory:
         self._slots = {}
         self._entries.close()
 
-    def write(self, rank: int, step: int, write: Write, described: bytes) -> None:
-        """Put a snapshot into the slot of a rank that has no other or the older one. Raises
-        ``OSError`` where there is no memory for it."""
-        slot = self._oldest(rank)
+    def write(
+        self, rank: int, step: int, write: Write, described: bytes, kept: Container[int] = ()
+    ) -> None:
+        """Put a snapshot into the slot of a rank that has no other or the oldest one. Raises
+        ``OSError`` where there is no memory for it.
+
+        Args:
+            kept: steps whose snapshots are not written over; at least one slot has none of them.
+        """
+        slot = self._oldest(rank, kept)
         self._commit(slot, 0)
         with open(slot.file, "r+b", buffering=0, closefd=False) as file:
             file.seek(0)
@@ -123,6 +130,14 @@ class SnapshotMemory:
                 if entry is None or entry.step != step:
                     self._commit(slot, 0)
 
+    def empty(self) -> None:
+        """Give the pages back, while others may still have the files open; nobody reads them."""
+        self.forget_but(None)
+        for slots in self._slots.values():
+            for slot in slots:
+                os.ftruncate(slot.file, 0)
+                os.ftruncate(slot.described, 0)
+
     def entry(self, rank: int, step: int) -> Entry:
         """Entry of a snapshot that is there."""
         return self._found(rank, step)[1]
@@ -130,6 +145,10 @@ class SnapshotMemory:
     def path(self, rank: int, step: int) -> Path:
         """Where this process and those forked from it open the file of a snapshot."""
         return Path(f"/proc/self/fd/{self._found(rank, step)[0].file}")
+
+    def descriptor(self, rank: int, step: int) -> int:
+        """Descriptor of the file of a snapshot, whose place is shared by all who have it."""
+        return self._found(rank, step)[0].file
 
     def described(self, rank: int, step: int) -> bytes:
         """What lies beside the file of a snapshot."""
@@ -151,13 +170,16 @@ class SnapshotMemory:
             return None
         return Entry(step, num_bytes, described_bytes, digest.hex())
 
-    def _oldest(self, rank: int) -> _Slot:
-        """The slot to write to next: one that holds nothing, or the older snapshot."""
+    def _oldest(self, rank: int, kept: Container[int]) -> _Slot:
+        """The slot to write to next: one that holds nothing, or the oldest snapshot."""
         steps: list[int] = []
+        slots: list[_Slot] = []
         for slot in self._slots[rank]:
             entry = self._entry(slot)
-            steps.append(-1 if entry is None else entry.step)
-        return self._slots[rank][steps.index(min(steps))]
+            if entry is None or entry.step not in kept:
+                steps.append(-1 if entry is None else entry.step)
+                slots.append(slot)
+        return slots[steps.index(min(steps))]
 
     def _commit(self, slot: _Slot, word: int) -> None:
         WORD.pack_into(self._entries, slot.place + ENTRY.size, word)

@@ -5,7 +5,6 @@ The parent has imported everything, so that a forked rank begins at once. It hol
 Hangs are left to the ranks' own watch (``train/watch``), which ends them.
 """
 
-import gc
 import os
 import shutil
 import signal
@@ -19,7 +18,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megalora.train.warm.memory import SnapshotMemory
-from megalora.train.warm.processes import GRACE_S, Children, check_may_fork, fork
+from megalora.train.warm.processes import GRACE_S, Children, check_may_fork, fork, fork_helper
 from megalora.train.warm.restore import InMemory, as_checkpoint
 from megalora.user_error import LOST_PEER, MISTAKE, guarded
 
@@ -91,23 +90,7 @@ class Parent:
             shutil.rmtree(shown)
 
     def _fork_ranks(self, given: InMemory, port: int) -> dict[str, int]:
-        pids: dict[str, int] = {}
-        for rank in range(self.num_ranks):
-            place = {
-                "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self.num_ranks,
-                "LOCAL_WORLD_SIZE": self.num_ranks, "GROUP_RANK": 0,
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-                # The store outlives ranks, as torchrun's does.
-                "TORCHELASTIC_USE_AGENT_STORE": True,
-            }  # fmt: skip
-            variables = {name: str(value) for name, value in place.items()}
-
-            def begin(variables: dict[str, str] = variables) -> None:
-                os.environ.update(variables)
-                guarded(lambda _: self.work(given), [])
-
-            pids[str(rank)] = fork(begin, f"rank {rank}")
-        return pids
+        return fork_ranks(self.work, given, self.num_ranks, ("127.0.0.1", port))
 
     def _attend(self, ranks: Children) -> None:
         """Wait until all ranks have ended; when one fails, the others are ended, too."""
@@ -143,6 +126,36 @@ class Parent:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def fork_ranks(
+    work: Work, given: InMemory, num_ranks: int, store: tuple[str, int],
+    node: int = 0, num_nodes: int = 1,
+) -> dict[str, int]:  # fmt: skip
+    """Fork the ranks of a node; returns their process ids by rank.
+
+    Args:
+        num_ranks: of each node.
+        store: host and port of the store where all ranks meet.
+    """
+    pids: dict[str, int] = {}
+    for local in range(num_ranks):
+        rank = node * num_ranks + local
+        place = {
+            "RANK": rank, "LOCAL_RANK": local, "WORLD_SIZE": num_nodes * num_ranks,
+            "LOCAL_WORLD_SIZE": num_ranks, "GROUP_RANK": node,
+            "MASTER_ADDR": store[0], "MASTER_PORT": store[1],
+            # The store outlives ranks, as torchrun's does.
+            "TORCHELASTIC_USE_AGENT_STORE": True,
+        }  # fmt: skip
+        variables = {name: str(value) for name, value in place.items()}
+
+        def begin(variables: dict[str, str] = variables) -> None:
+            os.environ.update(variables)
+            guarded(lambda _: work(given), [])
+
+        pids[str(rank)] = fork(begin, f"rank {rank}")
+    return pids
 
 
 def exit_code(ranks: Children) -> int:
@@ -188,41 +201,8 @@ def start_store(job: str) -> tuple[int, int]:
         os.close(write)
         signal.pause()
 
-    pid = fork(hold, STORE)
+    pid = fork_helper(hold, STORE)
     os.close(write)
     with os.fdopen(read) as port:
         answer = port.read()
     return pid, int(answer)
-
-
-def prepare() -> None:
-    """Import all that ranks need, so that they need not, and nothing that starts threads."""
-    # With this, asking whether there is a GPU does not begin to use it.
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    from megalora import host
-
-    host.install()
-    import megalora.train.loop  # noqa: F401
-
-    gc.collect()
-    # Collecting what was imported would copy its pages into every rank.
-    gc.freeze()
-
-
-def train_warm(arguments: list[str], num_ranks: int, max_restarts: int) -> None:
-    """Train as ``CONFIG.yaml [section.key=value ...]`` says, on ranks that are forked here.
-
-    Raises:
-        SystemExit: always, with the exit code.
-    """
-    if not hasattr(os, "memfd_create") or not hasattr(os, "pidfd_open"):
-        raise ValueError("checkpoint.snapshots needs Linux 5.3 or later; leave it out")
-    prepare()
-    from megalora.train.__main__ import begin
-    from megalora.train.on_ranks import on_ranks
-
-    def work(given: InMemory) -> None:
-        on_ranks(arguments, "megalora.train", begin, given)
-
-    sys.exit(Parent(work, num_ranks, max_restarts).run())

@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from megalora import host
@@ -78,6 +78,28 @@ def fork(work: Callable[[], None], name: str) -> int:
         os._exit(code)
 
 
+def fork_helper(work: Callable[[], None], name: str) -> int:
+    """``fork`` for a process that is ended by its parent alone: a signal to the whole job must not
+    take from ranks what they need while they save."""
+
+    def begin() -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+        work()
+
+    return fork(begin, name)
+
+
+def readable(descriptors: Iterable[int], timeout_s: float | None) -> list[int]:
+    """Those that become readable within the time, as soon as there are any. Their numbers may be
+    larger than ``select`` takes: snapshots have two files each."""
+    poll = select.poll()
+    for descriptor in descriptors:
+        poll.register(descriptor, select.POLLIN)
+    found = poll.poll(None if timeout_s is None else 1000 * timeout_s)
+    return [descriptor for descriptor, _ in found]
+
+
 class Children:
     """Forked processes by name, and the exit codes of those that have ended: as ``subprocess`` has
     them, the negative number of a signal."""
@@ -114,7 +136,7 @@ class Children:
 
     def wait(self, timeout_s: float) -> list[str]:
         """Names of processes that end within the time, as soon as there is one."""
-        select.select(self.descriptors(), [], [], timeout_s)
+        readable(self.descriptors(), timeout_s)
         return self.reap()
 
     def signal(self, number: int) -> None:

@@ -1,6 +1,7 @@
 """Show the snapshots of one step as a checkpoint's training state, which is read as any other."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from megalora.adapters.state_index import FORMAT, rank_file
 from megalora.json_text import parse_json
 from megalora.train.checkpoint.writer import checkpoint_name
 from megalora.train.warm.memory import SnapshotMemory
+from megalora.train.warm.rounds import Outbox
 
 
 @dataclass(frozen=True)
@@ -20,12 +22,21 @@ class InMemory:
     newest: Path | None
     """What ``as_checkpoint`` has made of the snapshots to go on from; None where there are
     none."""
+    step: int | None = None
+    """Of those."""
+    outbox: Outbox | None = None
+    """Asked for replicas at the neighbour node; None where none are sent."""
+    fetched: SnapshotMemory | None = None
+    """Snapshots of ranks of other nodes, which are read once."""
 
 
-def as_checkpoint(memory: SnapshotMemory, step: int, world: int, parent: Path) -> Path:
+def as_checkpoint(
+    memory: SnapshotMemory | Mapping[int, SnapshotMemory], step: int, world: int, parent: Path
+) -> Path:
     """Make a folder whose files of ranks are the snapshots of a step; nothing is copied.
 
     Args:
+        memory: that of all ranks, or of each.
         world: number of ranks, of each of which ``memory`` has that step.
         parent: a folder to make it in.
     Raises:
@@ -37,7 +48,8 @@ def as_checkpoint(memory: SnapshotMemory, step: int, world: int, parent: Path) -
     tensors: dict[str, Any] = {}
     state: dict[str, Any] = {}
     for rank in range(world):
-        described = parse_json(memory.described(rank, step))
+        of_rank = memory[rank] if isinstance(memory, Mapping) else memory
+        described = parse_json(of_rank.described(rank, step))
         # Tensors of one step beside those of another would train on, and be wrong.
         if (described["rank"], described["step"]) != (rank, step):
             raise ValueError(
@@ -48,9 +60,9 @@ def as_checkpoint(memory: SnapshotMemory, step: int, world: int, parent: Path) -
         for name, row in described["tensors"].items():
             known = tensors.setdefault(name, {**row, "pieces": []})
             known["pieces"] += row["pieces"]
-        entry = memory.entry(rank, step)
+        entry = of_rank.entry(rank, step)
         files[rank_file(rank)] = (entry.num_bytes, entry.sha256)
-        (folder / STATE / rank_file(rank)).symlink_to(memory.path(rank, step))
+        (folder / STATE / rank_file(rank)).symlink_to(of_rank.path(rank, step))
     # Whoever reads it checks that pieces have every element once, and the digests.
     index = {"format": FORMAT, "world_size": world, "files": files, "tensors": tensors}
     (folder / INDEX).write_text(json.dumps(index))

@@ -18,7 +18,15 @@ from megalora.train.saver import Progress, Saver
 from megalora.train.warm.memory import SnapshotMemory
 from megalora.train.warm.processes import check_may_fork
 from megalora.train.warm.restore import InMemory
-from tests.train.warm.scenes import exit_code_of, launcher, put, training
+from tests.train.warm.scenes import (
+    exit_code_of,
+    free_port,
+    launcher,
+    node,
+    put,
+    training,
+    wait_for_words,
+)
 
 RANKS = 2
 STEPS = 6
@@ -139,15 +147,33 @@ def result_of(run: Path) -> tuple[list[Any], dict[str, Any]]:
     return values, tensors
 
 
+type Result = tuple[list[Any], dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Result:
+    """``result_of`` a run that nobody disturbs."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    work = training([*arguments, f"checkpoint.dir={folder / 'run'}"])
+    assert exit_code_of(launcher(work, RANKS, 0, folder / "log")) == 0, (folder / "log").read_text()
+    return result_of(folder / "run")
+
+
+def check_same(run: Path, undisturbed: Result) -> None:
+    """Bit for bit, masters, moments, average and generators too."""
+    values, tensors = result_of(run)
+    expected, expected_tensors = undisturbed
+    assert [step for step, _, _ in values] == list(range(1, STEPS + 1))
+    assert values == expected
+    assert tensors.keys() == expected_tensors.keys() and len(tensors) > 100
+    for name, tensor in tensors.items():
+        assert tensor.numpy().tobytes() == expected_tensors[name].numpy().tobytes(), name
+
+
 @pytest.mark.slow
 def test_a_training_that_is_killed_is_the_same(
-    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arguments: list[str], undisturbed: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    quiet = launcher(
-        training([*arguments, f"checkpoint.dir={tmp_path / 'quiet'}"]), RANKS, 0, tmp_path / "log"
-    )
-    assert exit_code_of(quiet) == 0, (tmp_path / "log").read_text()
-
     take_note = Saver.take_note
     hold = Saver.hold
     write = SnapshotMemory.write
@@ -195,12 +221,48 @@ def test_a_training_that_is_killed_is_the_same(
 
     pid = launcher(training([*started, "checkpoint.resume=true"]), RANKS, 0, tmp_path / "said")
     assert exit_code_of(pid) == 0, (tmp_path / "said").read_text()
-    values, tensors = result_of(run)
-    expected, expected_tensors = result_of(tmp_path / "quiet")
-    steps, _, _ = zip(*values, strict=True)
-    assert steps == tuple(range(1, STEPS + 1))
-    # Bit for bit, masters, moments, average and generators too.
-    assert values == expected
-    assert tensors.keys() == expected_tensors.keys() and len(tensors) > 100
-    for name, tensor in tensors.items():
-        assert tensor.numpy().tobytes() == expected_tensors[name].numpy().tobytes(), name
+    check_same(run, undisturbed)
+
+
+@pytest.mark.slow
+def test_a_training_whose_node_is_killed_is_the_same(
+    arguments: list[str], undisturbed: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two nodes of one rank each, and a spare; EP 2 between the nodes."""
+    hold_step = Saver.hold
+
+    def kill_before(saver: Saver, now: Progress) -> None:
+        rank = dist.get_rank()
+        # Rank 1's node is lost when the neighbour has its step 2, and step 3 is trained.
+        if rank == 1 and now.step == 3 and now.start == 0:
+            assert saver.snapshots is not None and saver.snapshots.rounds is not None
+            while saver.snapshots.rounds.outbox.taken(1) != 3:
+                time.sleep(0.01)
+            os.kill(os.getppid(), signal.SIGKILL)
+            time.sleep(600)
+        # Then a rank of the other node.
+        if rank == 0 and now.step == 5 and now.start == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        hold_step(saver, now)
+
+    monkeypatch.setattr(Saver, "hold", kill_before)
+    run = tmp_path / "run"
+    work = training(
+        [*arguments, f"checkpoint.dir={run}", "checkpoint.snapshots={every: 1, replicate: 1}"]
+    )
+    port = free_port()
+    logs = [tmp_path / f"node-{letter}" for letter in "abc"]
+    pids: list[int] = []
+    for log, words in zip(logs, ("this is node 0", "this is node 1", "as a spare"), strict=True):
+        pids.append(node(work, port, log))
+        wait_for_words(log, words)
+    codes = [exit_code_of(pid) for pid in pids]
+    said = "\n".join(log.read_text() for log in logs)
+    assert codes == [0, -signal.SIGKILL, 0], said
+    assert "node-b is lost (the other side has closed the link); starting all ranks again" in said
+    for step in (2, 4):
+        assert f"the ranks were started again; going on from step {step} in memory" in said
+    # Nothing was on the disk before the end.
+    (only,) = run.glob("step_*")
+    assert only.name == f"step_{STEPS:06d}"
+    check_same(run, undisturbed)
