@@ -25,7 +25,6 @@ from tests.cluster.hosts import (
     mend,
     missing,
     spare_host,
-    start,
     two_hosts,
 )
 from tests.cluster.test_two_hosts import RUN_S, metrics, wait_for_step
@@ -34,8 +33,6 @@ pytestmark = pytest.mark.cluster
 STEPS = 20
 KILLED_BEHIND = 8
 """The step that is logged when the host is lost."""
-LEAST_S = 0.3
-"""A step takes longer than this even where nothing else runs, and a replica a fraction of it."""
 
 
 @pytest.fixture(scope="module")
@@ -75,12 +72,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
     return folder
 
 
-def train(folder: Path, host: Host, port: int, run: Path) -> Node:
-    """``megalora train`` as one of two nodes of a run that goes on from memory."""
+def train(folder: Path, host: Host, run: Path, *more: str) -> Node:
+    """``megalora train`` of a run that goes on from memory."""
     command = [
         sys.executable, "-m", "megalora", "train", folder / "run.yaml", f"checkpoint.dir={run}",
-        "checkpoint.snapshots={every: 1, replicate: 1}", "--nproc", "2", "--nnodes", "2",
-        "--meet", f"host-a:{port}", "--max-restarts", "3",
+        "--max-restarts", "3", *more,
     ]  # fmt: skip
     # What a host has mounted only it sees: ``ip netns exec`` makes a namespace for that, too.
     mounting = f'mount --bind {disk(folder, host)} {folder / "disk"} && exec "$0" "$@"'
@@ -90,11 +86,11 @@ def train(folder: Path, host: Host, port: int, run: Path) -> Node:
 
 @pytest.fixture(scope="module")
 def undisturbed(hosts: None, folder: Path) -> dict[int, tuple[float, float]]:
-    """Metrics of the same layout under torchrun, on two hosts, which nobody disturbs."""
-    shutil.copytree(disk(folder, HOSTS[0]), folder / "disk", dirs_exist_ok=True)
-    nodes = start(folder, 29611, folder / "run.yaml", f"checkpoint.dir={folder / 'run'}")
-    assert ended(nodes, within_s=RUN_S) == [0, 0], logs(nodes)
-    return metrics(folder / "run")
+    """Metrics of the same layout on one host, which nobody disturbs."""
+    run = folder / "run"
+    node = train(folder, SPARE, run, "checkpoint.snapshots={every: 1}", "--nproc", "4")
+    assert ended([node], within_s=RUN_S) == [0], logs([node])
+    return metrics(run)
 
 
 @pytest.mark.parametrize("how", ["killed", "cut off"])
@@ -105,7 +101,9 @@ def test_a_host_is_lost_and_a_spare_goes_on(
     run = tmp_path / "run"
     nodes: list[Node] = []
     for host, words in ((HOSTS[0], "node 0"), (HOSTS[1], "node 1"), (SPARE, "as a spare")):
-        nodes.append(train(folder, host, port, run))
+        more = ["--nproc", "2", "--nnodes", "2", "--meet", f"host-a:{port}"]
+        snapshots = "checkpoint.snapshots={every: 1, replicate: 1}"
+        nodes.append(train(folder, host, run, snapshots, *more))
         wait_for_words(nodes, words)
     first, lost, spare = nodes
     wait_for_step(run, KILLED_BEHIND, nodes)

@@ -68,6 +68,27 @@ def test_nothing_is_inflated() -> None:
     assert asked == ["identity"]
 
 
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_a_redirect_is_refused(status: int) -> None:
+    """The key and the prompts go to the server that the user has named, and to no other one."""
+    asked: list[str] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(request.url.host)
+        content = b'{"data": []}' if len(asked) > 1 else b""
+        where = {"location": f"http://elsewhere.example{request.url.path}"}
+        status_now = 200 if content else status
+        return httpx.Response(status_now, headers=where, content=iter([content]))
+
+    for ask in (Api.models, lambda api: api.completion("a", {})):
+        asked.clear()
+        api = Api("http://127.0.0.1:1", timeout=0.2, api_key="a secret")
+        # The client that it has made, without a network.
+        api._http._transport = httpx.MockTransport(answer)
+        assert str(status) in refused(lambda api=api, ask=ask: ask(api), ServeError)
+        assert asked == ["127.0.0.1"]
+
+
 @pytest.mark.parametrize(
     "content",
     [b"[" * 200_000, b"\xfe", b"", b"null", b"[1]", b'{"data": 3}', b'{"data": [{"id": 3}]}',

@@ -16,6 +16,14 @@ SERVER_TEST = "tests/hostile/test_hostile_server.py"
 HOSTILE_BUGS: tuple[Bug, ...] = (
     bug(
         0,
+        "a redirect to another host is followed",
+        "megalora/serve/api.py",
+        "            base_url=self.url,\n            # An answer",
+        "            base_url=self.url, follow_redirects=True,\n            # An answer",
+        f"{SERVER_TEST} redirect",
+    ),
+    bug(
+        0,
         "JSON nests one level deeper than is allowed",
         JSON_TEXT,
         "for _ in range(depth):",
