@@ -16,7 +16,7 @@ from megalora.data.sources import locate
 from megalora.hf.folder import is_written_as_path, shards_that_are_there
 from megalora.hf.hub import check_data_set, check_model
 from megalora.hf.json_file import read_hf_config
-from megalora.lora.select import plan
+from megalora.lora.select import plan_of
 from megalora.model.fields import model_shape
 from megalora.model.second_model import plan_second
 from megalora.paths import check_folder_to_write
@@ -45,8 +45,7 @@ def check_run(
     if base.is_dir():
         # Raises for targets that match nothing, and for layouts that do not fit the
         # model.
-        scores = config.objective.num_scores
-        plan(config.lora, config.parallel, base, config.train, scores)
+        plan_of(config, base)
     else:
         check_model(config.model.path, "model.path")
     check_teacher(config, base)

@@ -1,5 +1,7 @@
 """Refuse linears that cannot have what the ``lora`` section asks of their factors."""
 
+from collections import defaultdict
+
 from megalora.config import LoRAConfig
 from megalora.hf.tensor_names import within_layer
 from megalora.lora.spec import Adapted
@@ -33,6 +35,34 @@ def check_expert_ranks(lora: LoRAConfig, adapted: list[Adapted]) -> None:
             raise ValueError(
                 f"{hits}, and lora.init={lora.init} is not there for that. Leave one of them out"
             )
+
+
+KERNEL_RANK = 128
+"""Largest sum of ranks, those of gate and up added up, that the Triton kernels of experts take
+(``megalora_kernels.backend.MAX_TRITON_RANK``)."""
+
+
+def check_kept(lora: LoRAConfig, adapted: list[Adapted]) -> None:
+    """Raise ``ValueError`` where adapters of earlier cycles cannot lie beside the one that
+    trains."""
+    kept = adapted[0].kept
+    why = f"train.relora keeps {kept} earlier adapters beside a base that is stored as codes"
+    if lora.dropout:
+        raise ValueError(
+            f"{why}, which read their input as a merged weight does: set lora.dropout=0, got"
+            f" {lora.dropout:g}"
+        )
+    ranks: dict[tuple[int | None, str], int] = defaultdict(int)
+    for a in adapted:
+        if a.projection.is_expert:
+            ranks[a.layer, a.projection.module] += a.product_rank
+    largest = max(ranks.values(), default=0)
+    if largest > KERNEL_RANK:
+        raise ValueError(
+            f"{why}, which makes a rank of {largest} for the experts' gate_up or down in the last"
+            f" cycle, above the {KERNEL_RANK} of the kernels. Lower lora.rank or train.steps, raise"
+            " train.relora.every, or give the plain model with model.weight_format=nf4"
+        )
 
 
 def check_init(lora: LoRAConfig, adapted: list[Adapted]) -> None:

@@ -18,7 +18,7 @@ With more ranks than key/value heads, several ranks hold the same part of k's an
 ``shards.py`` describes what a rank holds of a factor, and what reductions read off a parameter.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from megalora.lora.fused_rows import fused_rows
 from megalora.lora.init import initial_a
+from megalora.lora.kept import KeptFactors
 from megalora.lora.shards import FactorShard, cut, local_experts, mark_parameter
 from megalora.lora.spec import FACTORS, SHARDINGS, Adapted, FactorName
 from megalora.model.projections import Projection
@@ -69,6 +70,7 @@ class LoRAFactors(nn.Module):
         if "A0" in adapted[0].factors:
             sizes = (self.stacked_rank, in_local)
             self.lora_A0 = self._parameter("A0", adapted[0], sizes, *place)
+        self.kept = self._make_kept(*place) if adapted[0].kept else None
         # Of DoRA alone; ``magnitude.py`` fills them in.
         self.norms: dict[str, Tensor] = {}
         self.squares: Tensor | None = None
@@ -107,6 +109,23 @@ class LoRAFactors(nn.Module):
         parameter = nn.Parameter(values, requires_grad=row.trained)
         mark_parameter(parameter, factor, adapted, groups)
         return parameter
+
+    def _make_kept(self, *place: Any) -> KeptFactors:
+        """Memory for the factors of all cycles that will be kept."""
+        memory: dict[FactorName, dict[str, nn.Parameter]] = {"A": {}, "B": {}}
+        for a in self.adapted:
+            rank = a.kept * a.rank
+            _, in_local = a.shard_shape("A", self.group_size)
+            out_local, _ = a.shard_shape("B", self.group_size)
+            memory["A"][a.name] = self._parameter("A", a, (rank, in_local), *place)
+            memory["B"][a.name] = self._parameter("B", a, (out_local, rank), *place)
+        return KeptFactors(self.adapted, memory)
+
+    def keep(self, cycles: Sequence[Mapping[str, Tensor]]) -> None:
+        """Let the adapters of these cycles, whole factors by tensor name, lie beside the one that
+        trains, frozen; and no others."""
+        assert self.kept is not None, "ModelShape.kept_cycles makes room for them"
+        self.kept.fill(cycles, {factor: self.tensors_of(factor) for factor in ("A", "B")})
 
     @torch.no_grad()
     def reset_parameters(self, cycle: int = 0) -> None:
@@ -206,8 +225,8 @@ class LoRAFactors(nn.Module):
         Args:
             gain: DoRA's of every row, float32 ``[E/ep, out]``; None without magnitudes.
         """
-        if self.lora_A0 is not None:
-            return self._adapter_with_start(self.lora_A0)
+        if self.lora_A0 is not None or self._keeps:
+            return self._adapter_of_parts()
         # In the row order of the fused weight; a projection without an adapter keeps None and 0.
         b: dict[str, Tensor | None] = dict.fromkeys(self.names)
         scales = dict.fromkeys(self.names, 0.0)
@@ -217,17 +236,31 @@ class LoRAFactors(nn.Module):
         a_ERK = self._for_each_expert(self.lora_A, "A")
         return ExpertFactors(a_ERK, tuple(b.values()), tuple(scales.values()), gain)
 
-    def _adapter_with_start(self, a0_ERK: Tensor) -> ExpertFactors:
-        """``[A0 + dA; dA]`` and ``[dB, B0]`` of each projection: an adapter of twice the rank."""
+    @property
+    def _keeps(self) -> bool:
+        """Whether adapters of earlier cycles lie beside this one by now."""
+        return self.kept is not None and self.kept.count > 0
+
+    def _adapter_of_parts(self) -> ExpertFactors:
+        """An adapter of the sum of the ranks of each projection's parts, of which some are
+        frozen."""
         b: dict[str, Tensor | None] = dict.fromkeys(self.names)
         scales = dict.fromkeys(self.names, 0.0)
         stack: list[Tensor] = []
         for adapted, rows in self._rows():
-            difference = self.lora_A[:, rows]
-            stack += [a0_ERK[:, rows] + difference, difference]
-            name = adapted.name
-            b[name] = torch.cat([self.lora_B[name], self.lora_B0[name]], dim=-1)
-            scales[name] = adapted.scale
+            own_a = self.lora_A[:, rows]
+            own_b = self.lora_B[adapted.name]
+            if self.lora_A0 is not None:
+                # A and B are differences: [A0 + dA; dA] and [dB, B0].
+                parts = [self.lora_A0[:, rows] + own_a, own_a]
+                beside = self.lora_B0[adapted.name]
+            else:
+                assert self.kept is not None
+                parts = [own_a, self.kept.a(adapted)]
+                beside = self.kept.b(adapted)
+            stack += parts
+            b[adapted.name] = torch.cat([own_b, beside], dim=-1)
+            scales[adapted.name] = adapted.scale
         return ExpertFactors(torch.cat(stack, dim=1), tuple(b.values()), tuple(scales.values()))
 
     def weight_of(self, name: str, place: int | None) -> Tensor:
@@ -253,9 +286,14 @@ class LoRAFactors(nn.Module):
     def times_a(self, x: Tensor, dropout: float) -> Tensor:
         """``A dropout(x)`` ``[..., R]`` of a linear's input x ``[..., in]``, for ``stacked_b``.
 
-        With a frozen A0 ``[..., 2 R]``: that of A0 + dA, and that of dA behind it."""
+        With a frozen A0 ``[..., 2 R]``: that of A0 + dA, and that of dA behind it. With t kept
+        cycles ``[..., (1 + t) R]``: theirs, of x itself, behind it."""
         dropped = F.dropout(x, dropout)
         h = F.linear(dropped, self.lora_A)
+        if self.kept is not None and self._keeps:
+            # One by one: stacked they would be a copy, which autograd keeps for x's gradient.
+            kept = [F.linear(x, self.kept.a(adapted)) for adapted in self.adapted]
+            return torch.cat([h, *kept], dim=-1)
         if self.lora_A0 is None:
             return h
         whole = F.linear(dropped, self.lora_A0) + h
@@ -272,16 +310,22 @@ class LoRAFactors(nn.Module):
 
     def stacked_b(self) -> Tensor:
         """``[..., out, R]``: the scaled B's as one block matrix in the base weight's row order;
-        zero where not adapted. With frozen B0's ``[..., out, 2 R]``: dB's, and B0's behind them.
+        zero where not adapted. With frozen B0's ``[..., out, 2 R]``: dB's, and B0's behind them;
+        with kept cycles ``[..., out, (1 + t) R]``, as ``times_a``.
         """
-        if self.lora_A0 is None:
-            return self._block_matrix(self.lora_B)
-        return torch.cat([self._block_matrix(self.lora_B), self._block_matrix(self.lora_B0)], -1)
+        own = self._block_matrix(self.lora_B)
+        if self.lora_A0 is not None:
+            return torch.cat([own, self._block_matrix(self.lora_B0)], -1)
+        if self.kept is not None and self._keeps:
+            kept = {adapted.name: self.kept.b(adapted) for adapted in self.adapted}
+            return torch.cat([own, self._block_matrix(kept, self.kept.count)], -1)
+        return own
 
-    def _block_matrix(self, of: nn.ParameterDict) -> Tensor:
-        """``[..., out, R]`` of the B's or B0's."""
+    def _block_matrix(self, of: Mapping[str, Tensor] | nn.ParameterDict, times: int = 1) -> Tensor:
+        """``[..., out, R]`` of the B's or B0's; ``[..., out, times R]`` of those of several
+        cycles."""
         rows_of = {adapted.name: (adapted, rows) for adapted, rows in self._rows()}
-        total = self.lora_A.shape[-2]
+        total = self.lora_A.shape[-2] * times
         lead = self.lora_A.shape[:-2]
         blocks = []
         for name, block_rows in zip(self.names, self.block_rows, strict=True):
@@ -290,8 +334,9 @@ class LoRAFactors(nn.Module):
                 continue
             adapted, rows = rows_of[name]
             # [out, r] -> [row_groups, block_rows, r]
-            b = (of[name] * adapted.scale).view(*lead, self.row_groups, block_rows, adapted.rank)
+            rank = adapted.rank * times
+            b = (of[name] * adapted.scale).view(*lead, self.row_groups, block_rows, rank)
             # r columns at their place among the R of the stacked A; zeros elsewhere
-            blocks.append(F.pad(b, (rows.start, total - rows.stop)))
+            blocks.append(F.pad(b, (rows.start * times, total - rows.stop * times)))
         # Side by side within each row group, then the groups one below the other: [..., out, R]
         return torch.cat(blocks, dim=-2).flatten(-3, -2)

@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megalora.config import LoRAConfig, ParallelConfig, TrainConfig
+from megalora.config import LoRAConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from megalora.hf.patterns import Pattern, end_pattern
 from megalora.hf.tensor_names import within_layer
-from megalora.lora.factor_checks import check_bias, check_expert_ranks, check_init
+from megalora.lora.factor_checks import check_bias, check_expert_ranks, check_init, check_kept
 from megalora.lora.modules import projection_places
 from megalora.lora.ranks import ranks_and_alpha
 from megalora.lora.spec import (
@@ -26,6 +26,7 @@ from megalora.lora.spec import (
 from megalora.lora.whole import check_apart, with_biases, with_trained
 from megalora.model.account import open_folder
 from megalora.model.families import FAMILIES
+from megalora.model.held import held_in, kept_cycles
 from megalora.model.shape import ModelShape
 
 ALIASES = {
@@ -49,14 +50,20 @@ def plan(
     folder: Path,
     train: TrainConfig | None = None,
     num_scores: int = 0,
+    model: ModelConfig | None = None,
 ) -> tuple[ModelShape, list[Adapted]]:
     """The model's sizes and its adapted projections, from the base's config.json and the headers of
     its weights. Raises ``ValueError`` before any weights are read.
 
     Args:
         num_scores: numbers of a score head that stands in place of lm_head; 0 for a language model.
+        model: how the base is held; needed with ``train.relora``.
     """
-    shape = replace(open_folder(folder).shape, num_scores=num_scores)
+    base = open_folder(folder)
+    shape = replace(base.shape, num_scores=num_scores)
+    if train is not None and model is not None:
+        cycles = kept_cycles(train, held_in(model, base), base.scheme)
+        shape = replace(shape, kept_cycles=cycles)
     shape = with_trained(lora, shape)
     if train is None:
         shape.check_layout(parallel)
@@ -69,6 +76,18 @@ def plan(
     if train is not None and train.relora is not None:
         _check_mergeable(adapted, shape)
     return shape, adapted
+
+
+def plan_of(config: RunConfig, folder: Path) -> tuple[ModelShape, list[Adapted]]:
+    """``plan`` of a run's config, whose base is in ``folder``."""
+    return plan(
+        config.lora,
+        config.parallel,
+        folder,
+        config.train,
+        config.objective.num_scores,
+        config.model,
+    )
 
 
 def _check_mergeable(adapted: list[Adapted], shape: ModelShape) -> None:
@@ -200,6 +219,8 @@ def _check_factors(
         check_init(lora, adapted)
     if lora.lora_bias:
         check_bias(adapted, shape)
+    if shape.kept_cycles:
+        check_kept(lora, adapted)
 
 
 @dataclass(frozen=True)

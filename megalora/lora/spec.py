@@ -132,6 +132,9 @@ class Adapted:
     expert_ranks: tuple[int, ...] = ()
     """Rank of each expert where they differ, ``rank`` being the largest: rows of A and columns of B
     behind an expert's rank are zero and stay so. Empty where all have ``rank``."""
+    kept: int = 0
+    """Adapters of earlier cycles of the same rank that lie beside this one, frozen, at the end of a
+    run (``kept.py``)."""
 
     @property
     def name(self) -> str:
@@ -139,8 +142,9 @@ class Adapted:
 
     @property
     def product_rank(self) -> int:
-        """Rank of what is added to the base: ``B A``, or ``[dB, B0] [A0 + dA; dA]``."""
-        return 2 * self.rank if "A0" in self.factors else self.rank
+        """Rank of what is added to the base: ``B A``, or ``[dB, B0] [A0 + dA; dA]``, or at the end
+        of a run with kept cycles all of them."""
+        return 2 * self.rank if "A0" in self.factors else (1 + self.kept) * self.rank
 
     def hf_module(self, expert: int | None = None) -> str:
         """Full HF module name, such as ``model.layers.3.mlp.experts.7.gate_proj``."""
@@ -290,5 +294,5 @@ def make_adapted(
     shared = OUTER.get(projection.kind) if share_outer else None
     return Adapted(
         projection, layer, rank, alpha, scale, out_features, in_features, experts, max_shards,
-        factors, shared, expert_ranks,
+        factors, shared, expert_ranks, s.kept_cycles,
     )  # fmt: skip

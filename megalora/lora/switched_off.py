@@ -8,13 +8,14 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from megalora.lora.factors import LoRAFactors
+from megalora.lora.kept import KeptFactors
 
 
 @contextmanager
 def adapters_off(chunks: Iterable[nn.Module]) -> Iterator[None]:
-    """Inside the block the model is the base, bit for bit: every B, B0 and bias of B is zero, and
-    so are B A x and B0 A0 x; every magnitude is its norm, which scales by 1; and what is trained
-    whole has the base's values, which whoever built the model has asked to be kept.
+    """Inside the block the model is the base, bit for bit: every B, B0, kept B and bias of B is
+    zero, and so are B A x and B0 A0 x; every magnitude is its norm, which scales by 1; and what is
+    trained whole has the base's values, which whoever built the model has asked to be kept.
 
     Values are put aside, not overwritten: the parameters point to one shared buffer of zeros, so
     that the block needs the memory of the largest B alone. Nothing may train in it.
@@ -28,6 +29,8 @@ def adapters_off(chunks: Iterable[nn.Module]) -> Iterator[None]:
                     parameters += off.values()
                 for name, magnitude in module.lora_M.items():
                     values[magnitude] = module.norms[name]
+            elif isinstance(module, KeptFactors):
+                parameters += module.lora_B.values()
         for parameter in chunk.parameters():
             # Set on what is trained of the base.
             if hasattr(parameter, "base_value"):

@@ -17,7 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megalora.config import ModelConfig, ParallelConfig
+from megalora.config import ModelConfig, ParallelConfig, TrainConfig
+from megalora.config.checks import require
 from megalora.model.account import BaseFolder, open_folder, quantised_note
 from megalora.model.families import layer_projections
 from megalora.model.formats import BOTH_PLAIN, LayerFormats
@@ -129,6 +130,28 @@ def held_in(config: ModelConfig, base: BaseFolder) -> Held | None:
         lambda name: base.places[name].quantised is not None,
         is_nested,
     )
+
+
+def kept_cycles(train: TrainConfig, held: Held | None, scheme: Scheme | None) -> int:
+    """How many adapters of earlier cycles a run of ``train.relora`` keeps beside the base at its
+    end: all where a folder's codes are held, which nothing is merged into, and otherwise none.
+
+    Args:
+        held, scheme: as ``held_of`` has returned and was given them.
+    Raises:
+        ValueError: the number of steps is not known before the data is read.
+    """
+    if train.relora is None or held is None or scheme is None:
+        return 0
+    require(
+        train.steps is not None,
+        f"train.relora keeps the adapters of all cycles beside a base that is stored as"
+        f" {scheme.title}, and needs train.steps to make room for them; train.epochs does not say"
+        " how many there will be",
+    )
+    assert train.steps is not None
+    # A cycle that ends with the run has none behind it.
+    return (train.steps - 1) // train.relora.every
 
 
 def require_held(held: Held | None, formats: LayerFormats) -> None:

@@ -52,6 +52,9 @@ class ModelShape:
     ascending order."""
     biases: tuple[str, ...] = ()
     """HF linears of the base whose biases are trained (``lora.bias``), in the order of layers."""
+    kept_cycles: int = 0
+    """Adapters of earlier cycles that lie beside the one that trains at the end of a run
+    (``train.relora`` on a folder's codes)."""
     rotary_dim: int | None = None
     """Features of a head that the rotary embedding turns, the first ones; None for all."""
 
@@ -63,7 +66,7 @@ class ModelShape:
     @property
     def of_base(self) -> "ModelShape":
         """The sizes without a score head and without what is trained of the base."""
-        return replace(self, num_scores=0, saved=(), tokens=(), biases=())
+        return replace(self, num_scores=0, saved=(), tokens=(), biases=(), kept_cycles=0)
 
     @property
     def has_tied_head(self) -> bool:

@@ -9,11 +9,10 @@ from megalora.config import ParallelConfig, RunConfig
 from megalora.config.checks import require
 from megalora.config.file import load_config
 from megalora.lora.whole import with_trained
-from megalora.model.fields import model_shape
 from megalora.model.shape import ModelShape
 from megalora.planner.layouts import ParallelLayout, check
 from megalora.planner.memory import DECODED, TEACHER, memory_of
-from megalora.planner.models import find_architecture, held_by_config
+from megalora.planner.models import find_architecture, held_by_config, shape_in
 from megalora.planner.teacher_bytes import second_layout
 from megalora.planner.weights import chunks_of, router_buffer_bytes, token_buffer_bytes
 from megalora.planner.workload import Workload
@@ -36,8 +35,7 @@ def dry_run_command(
     hf = find_architecture(config.model.path)
     p = config.parallel
     layout = ParallelLayout.of(config, gpus)
-    shape = replace(model_shape(hf), num_scores=config.objective.num_scores)
-    shape = with_trained(config.lora, shape)
+    shape = with_trained(config.lora, shape_in(config))
     work = replace(Workload.of(config), held=held_by_config(config.model, hf))
     check(shape, layout, work)
     # Pipeline stages are consecutive blocks of ranks.
@@ -49,7 +47,7 @@ def dry_run_command(
     from megalora.planner.dryrun import dry_run
 
     with fake_world(rank, gpus):
-        built = dry_run(hf, config.lora, p, config.model, shape.num_scores)
+        built = dry_run(hf, config.lora, p, config.model, shape.num_scores, shape.kept_cycles)
     of_teacher = _teacher_bytes(config, layout, work, rank)
     say(
         f"rank {rank} of {gpus}, stage {stage}: {len(built.shapes):,} parameters' tensors, parts of"

@@ -42,6 +42,7 @@ def dry_run(
     parallel: ParallelConfig,
     model: ModelConfig,
     num_scores: int = 0,
+    kept_cycles: int = 0,
 ) -> RankCount:
     """Build this rank of the initialised world on the meta device.
 
@@ -52,11 +53,12 @@ def dry_run(
         hf: the model's ``config.json``, as ``read_architecture`` or ``read_hf_config`` gives it.
         model: back end and dtype; its path is not read.
         num_scores: numbers that a score head gives in place of lm_head.
+        kept_cycles: adapters of earlier cycles beside the one that trains.
 
     Raises:
         ValueError: what training with this config would raise before it reads weights.
     """
-    shape = replace(model_shape(dict(hf)), num_scores=num_scores)
+    shape = replace(model_shape(dict(hf)), num_scores=num_scores, kept_cycles=kept_cycles)
     shape = with_trained(lora, shape)
     shape.check_layout(parallel)
     adapted = resolve(lora, shape)

@@ -42,6 +42,7 @@ from megalora.planner.state_bytes import (
     buffers,
     frozen_elements,
     has_room,
+    kept_elements,
     magnitude_bytes,
     optimizer_bytes,
     room_bytes,
@@ -226,7 +227,7 @@ def _state(
         padded += sum(buffers(count, layout))
         optimizer += optimizer_bytes(count, layout, work)
     # Frozen factors lie outside of Megatron's buffers.
-    held = adapters + frozen_elements(model, p, chunks)
+    held = adapters + frozen_elements(model, p, chunks) + kept_elements(model, p, chunks)
     codes = held_bytes(work.held, model, p, chunks, e)
     always: tuple[Part, ...] = (
         Part("weights", base * e - codes.plain + codes.codes, "measured"),

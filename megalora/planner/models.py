@@ -14,7 +14,7 @@ from megalora.config import ModelConfig, ParallelConfig, RunConfig
 from megalora.config.yaml_limits import check_yaml
 from megalora.hf.json_file import read_hf_config
 from megalora.model.fields import check_fields, model_shape, scheme_of
-from megalora.model.held import Held, held_of
+from megalora.model.held import Held, held_of, kept_cycles
 from megalora.model.quantised.scheme import QUANTISED
 from megalora.model.shape import ModelShape
 from megalora.planner.weights import layer_parameters
@@ -118,8 +118,10 @@ def _read_fields(path: str) -> dict[str, Any]:
 
 def shape_in(config: RunConfig) -> ModelShape:
     """The sizes of what a config trains, its score head included, without a download."""
-    shape = model_shape(find_architecture(config.model.path))
-    return replace(shape, num_scores=config.objective.num_scores)
+    hf = find_architecture(config.model.path)
+    held = held_by_config(config.model, hf)
+    cycles = kept_cycles(config.train, held, scheme_of(hf, config.model.path))
+    return replace(model_shape(hf), num_scores=config.objective.num_scores, kept_cycles=cycles)
 
 
 def load_shape(path: Path) -> ModelShape:

@@ -21,7 +21,7 @@ from megalora.config import ParallelConfig
 from megalora.planner.adapter_count import adapter_parameters
 from megalora.planner.layouts import ParallelLayout
 from megalora.planner.microbatch import STATISTIC
-from megalora.planner.state_bytes import STATE, frozen_elements, owned_elements
+from megalora.planner.state_bytes import STATE, frozen_elements, kept_elements, owned_elements
 from megalora.planner.weights import Chunk, PlannedModel, stage_chunks
 from megalora.planner.workload import Workload
 
@@ -120,7 +120,8 @@ def checkpoint_bytes(model: PlannedModel, work: Workload) -> int:
     chunks: list[Chunk] = stage_chunks(model, alone, 0)
     trained = sum(adapter_parameters(model, alone, chunk).elements for chunk in chunks)
     frozen = frozen_elements(model, alone, chunks)
-    adapter = (trained + frozen) * work.element_bytes
+    # A checkpoint's adapter is the sum of all cycles.
+    adapter = (trained + frozen + kept_elements(model, alone, chunks)) * work.element_bytes
     files = 2 if work.averaged else 1
     return _state_bytes(trained, frozen, work) + files * adapter
 

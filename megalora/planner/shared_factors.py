@@ -1,5 +1,5 @@
 """Count the copies of routed experts' factors, which are made for the kernels: of those that they
-share, and of those that are put together with factors of the base weights."""
+share, and of those that are put together with factors of the base weights or of earlier cycles."""
 
 import math
 from collections.abc import Iterable
@@ -20,4 +20,9 @@ def copied_elements(model: PlannedModel, p: ParallelConfig, adapted: Iterable[Ad
         if a.num_experts and "A0" in a.factors:
             for factor in a.factors:
                 total += a.num_experts // p.ep * math.prod(a.shard_shape(factor, p.etp))
+        # ``[A; A_1; ...; A_t]`` and ``[B, B_1, ..., B_t]``.
+        if a.num_experts and a.kept:
+            for factor in a.factors:
+                size = math.prod(a.shard_shape(factor, p.etp))
+                total += (1 + a.kept) * (a.num_experts // p.ep) * size
     return total

@@ -5,11 +5,12 @@ Symbols as in ``activations.py``; P adapter parameters of this rank.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from megalora.config import ParallelConfig
-from megalora.lora.spec import FACTORS
+from megalora.hf.tensor_names import FactorName
+from megalora.lora.spec import FACTORS, Adapted
 from megalora.model.formats.augmented import Augmented
 from megalora.model.formats.plain import PLAIN
 from megalora.planner.adapter_count import AdapterCount, group_and_experts, shared_elements
@@ -95,15 +96,32 @@ def magnitude_bytes(model: PlannedModel, p: ParallelConfig, chunks: list[Chunk],
 
 def frozen_elements(model: PlannedModel, p: ParallelConfig, chunks: list[Chunk]) -> int:
     """Elements of factors that are not trained: those of the base weights."""
+    return _elements(model, p, chunks, lambda a, factor: not FACTORS[factor].trained)
+
+
+def kept_elements(model: PlannedModel, p: ParallelConfig, chunks: list[Chunk]) -> int:
+    """Elements of the adapters of earlier cycles that lie beside the one that trains at the end of
+    a run."""
+    return _elements(model, p, chunks, lambda a, factor: a.kept)
+
+
+def _elements(
+    model: PlannedModel,
+    p: ParallelConfig,
+    chunks: list[Chunk],
+    times: Callable[[Adapted, FactorName], int],
+) -> int:
+    """Elements of a rank's factors, each as often as ``times`` says."""
     total = 0
-    for layer, number in _layers_of(model, chunks):
+    heads = sum(chunk.has_head for chunk in chunks)
+    for layer, number in (*_layers_of(model, chunks), (None, heads)):
         for adapted in model.modules_of(layer).values():
             # A rank holds its shard of a factor once for each of its experts.
             group, experts = group_and_experts(adapted[0], p)
             for a in adapted:
                 for factor in a.factors:
-                    if not FACTORS[factor].trained:
-                        total += number * experts * math.prod(a.shard_shape(factor, group))
+                    size = math.prod(a.shard_shape(factor, group))
+                    total += number * experts * times(a, factor) * size
     return total
 
 

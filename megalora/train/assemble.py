@@ -25,7 +25,7 @@ from megalora.hf.folder import local_folder
 from megalora.lora.adapted_model import AdaptedModel, build_adapted
 from megalora.lora.coverage import GradientCheck
 from megalora.lora.magnitude import refresh_norms
-from megalora.lora.select import plan
+from megalora.lora.select import plan_of
 from megalora.lora.spec import Adapted
 from megalora.model.account import open_folder
 from megalora.model.attention import activate
@@ -62,8 +62,7 @@ class Inputs:
         """Read the base's headers, its tokenizer and the data; raises ``ValueError`` where the user
         can mend one of them."""
         folder = local_folder(config.model.path)
-        scores = config.objective.num_scores
-        shape, adapted = plan(config.lora, config.parallel, folder, config.train, scores)
+        shape, adapted = plan_of(config, folder)
         tokenizer = load_tokenizer(folder)
         splits = load_data(config.data, tokenizer, objective=config.objective)
         return cls(shape, adapted, tokenizer, *splits)

@@ -9,11 +9,7 @@ from megalora.model.account import BaseFolder, open_folder, unused_note
 
 
 def notes_of_base(config: RunConfig, folder: Path) -> list[str]:
-    """Lines about how the base is stored and held.
-
-    Raises:
-        ValueError: the base is stored and held as codes, and is to be merged into.
-    """
+    """Lines about how the base is stored and held."""
     base = open_folder(folder)
     found = held.held_in(config.model, base)
     notes = (
@@ -26,15 +22,14 @@ def notes_of_base(config: RunConfig, folder: Path) -> list[str]:
 
 
 def _merge_note(config: RunConfig, found: held.Held | None, base: BaseFolder) -> str | None:
-    """A line where adapters are merged into a base that is held as codes; raises ``ValueError``
-    where only codes could be merged into."""
+    """A line about periodic merges where the base is held as codes."""
     if found is None or config.train.relora is None:
         return None
     if base.scheme is not None:
-        raise ValueError(
-            f"train.relora merges adapters into the base, which is stored as {base.scheme.title}:"
-            " most of a small delta would round away. Give the plain model that it was made from as"
-            " model.path, with model.weight_format=nf4, or set model.weight_format=plain"
+        return (
+            f"note: train.relora: the base is stored as {base.scheme.title}, into which most of a"
+            " small delta would round away. So nothing is merged: earlier adapters stay beside it,"
+            " frozen, and each cycle costs more than the one before"
         )
     return (
         "note: train.relora: each merge quantises the sum of the plain base and all adapters to"

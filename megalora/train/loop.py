@@ -18,7 +18,7 @@ from megalora.data.vocabulary import check_vocabulary
 from megalora.first_rank import check_agreement, on_first_rank
 from megalora.hf.folder import local_folder
 from megalora.lora.coverage import write_manifest
-from megalora.lora.select import plan
+from megalora.lora.select import plan_of
 from megalora.serve.live_sync import serving
 from megalora.train import duration
 from megalora.train.about import shown_samples, write_about
@@ -117,7 +117,7 @@ def train(
         found = newer_of(found, in_memory and in_memory.newest)
         folder = local_folder(config.model.path)
         num_scores = config.objective.num_scores
-        shape, adapted = plan(config.lora, config.parallel, folder, config.train, num_scores)
+        shape, adapted = plan_of(config, folder)
         identity = identify(config, folder)
         notes = [*run_folder.notes, *found.notes, *notes_of_base(config, folder)]
         if found.state:

@@ -5,9 +5,12 @@ At the end of a cycle the adapter is kept exactly (``adapters/cycles.py``), the 
 disk with the sum of all cycles merged in (``lora/refold.py``), A is drawn anew from (seed, cycle,
 name), B is zero, and so are Adam's moments and its count of steps. The learning rate warms up again
 (``optim.learning_rate``).
+
+Into a base that is a folder's codes nothing is merged, since most of a small delta would round
+away: there all cycles stay beside it, frozen (``lora/kept.py``). The rest is the same.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -36,7 +39,9 @@ class Cycles:
         self.run = run
         self.folder = Path(run.config.checkpoint.dir)
         self.count = 0
-        """Cycles that are merged into the base."""
+        """Cycles that are merged into the base, or kept beside it."""
+        self.keeps = run.model.shape.kept_cycles > 0
+        """Whether they are kept beside it."""
         if state is not None:
             # The checkpoint may lie in another run's folder, and be removed before the end.
             self.count = state.cycles
@@ -48,9 +53,19 @@ class Cycles:
             )
 
     def restore(self) -> None:
-        """Merge what a resumed run has merged before; its base is as published until then."""
+        """Merge what a resumed run has merged before; its base is as published until then.
+
+        Raises:
+            ValueError: there are more cycles than the run has room for.
+        """
+        room = self.run.model.shape.kept_cycles
+        if self.keeps and self.count > room:
+            raise ValueError(
+                f"the checkpoint has {self.count} adapters of earlier cycles, and a run of"
+                f" train.steps={self.run.config.train.steps} has room for {room}: raise train.steps"
+            )
         if self.count:
-            self._refold()
+            self._fold()
 
     def due(self, step: int) -> bool:
         """Whether a cycle ends behind ``step`` finished steps, and is not merged yet."""
@@ -63,10 +78,18 @@ class Cycles:
             return False
         self.begin_next()
         say(
-            f"merged the adapter of cycle {self.count} into the base; checkpoints hold the sum of"
+            f"{'kept' if self.keeps else 'merged'} the adapter of cycle {self.count}"
+            f" {'beside' if self.keeps else 'into'} the base; checkpoints hold the sum of"
             f" {self.count + 1} adapters as one, for the base as published"
         )
         return True
+
+    def _factors(self) -> Iterator[LoRAFactors]:
+        """The adapters of this rank's modules."""
+        for chunk in self.run.model.chunks:
+            for module in chunk.modules():
+                if isinstance(module, LoRAFactors):
+                    yield module
 
     def begin_next(self) -> None:
         """Merge the current adapter into the base and begin another one."""
@@ -76,28 +99,31 @@ class Cycles:
         with host_group() as group:
             write_whole(OwnedPieces(run.model, run.optimizer), keep, what, group)
         self.count += 1
-        self._refold()
+        self._fold()
         self._reset()
 
-    def _refold(self) -> None:
+    def _fold(self) -> None:
+        """Let the model be the base as published with all finished cycles."""
         config = self.run.config
         adapted = self.run.model.adapted
         # Every rank reads all of a cycle: its file has whole tensors, mapped into memory.
         cycles = read_cycles(self.folder, self.count, adapted)
-        base = local_folder(config.model.path)
-        dtype = getattr(torch, config.model.dtype)
-        doubly = config.model.quantises_scales
-        refold(self.run.model.chunks, base, adapted, cycles, dtype, doubly)
+        if self.keeps:
+            for module in self._factors():
+                module.keep(cycles)
+        else:
+            base = local_folder(config.model.path)
+            dtype = getattr(torch, config.model.dtype)
+            doubly = config.model.quantises_scales
+            refold(self.run.model.chunks, base, adapted, cycles, dtype, doubly)
         # Reading takes ranks unequal time, and the next step's first collective has a timeout.
         dist.barrier()
 
     def _reset(self) -> None:
         """New factors, and an optimizer that knows of no step."""
         run = self.run
-        for chunk in run.model.chunks:
-            for module in chunk.modules():
-                if isinstance(module, LoRAFactors):
-                    module.reset_parameters(cycle=self.count)
+        for module in self._factors():
+            module.reset_parameters(cycle=self.count)
         # Masters, moments and the count of steps, by which Adam corrects its first moments.
         begin_state(run.optimizer, step=0)
         with torch.no_grad():

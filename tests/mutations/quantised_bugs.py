@@ -219,4 +219,28 @@ QUANTISED_BUGS: tuple[Bug, ...] = (
         "if False:",
         "tests/model/quantised/test_decoders.py store_differently",
     ),
+    bug(
+        0,
+        "half of what is decoded has no scale, beside stock bitsandbytes",
+        "kernels/megalora_kernels/quantised_weight.py",
+        "torch.mul(high[..., : q - h], scale, out=out[..., h:])",
+        "out[..., h:].copy_(high[..., : q - h])",
+        "tests/adapters/test_stock_bitsandbytes.py dense",
+    ),
+    bug(
+        0,
+        "vLLM asked to compute with codes in float32",
+        "megalora/verify/vllm.py",
+        'return "bfloat16", [',
+        'return "float32", [',
+        "tests/serve/test_served_codes.py as_published",
+    ),
+    bug(
+        0,
+        "vLLM verified in the dtype of the folder",
+        "megalora/verify/vllm.py",
+        'server = Server(folder, {"adapter": adapter}, dtype=dtype)',
+        'server = Server(folder, {"adapter": adapter})',
+        "tests/serve/test_served_codes.py as_published",
+    ),
 )

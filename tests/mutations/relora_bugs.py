@@ -4,8 +4,10 @@ from tests.mutations.bugs import Bug, bug
 
 RELORA = "megalora/train/relora.py"
 REFOLD = "megalora/lora/refold.py"
+FACTORS = "megalora/lora/factors.py"
 TESTS = "tests/train/test_relora.py"
 CYCLES = f"{TESTS} test_cycles_in_every_layout"
+BESIDE = f"{TESTS} fp8"
 ROUNDING = f"{TESTS} test_ten_merges_round_once"
 RESUMING = f"{TESTS} test_resuming_at_another_layout"
 
@@ -17,6 +19,54 @@ RELORA_BUGS: tuple[Bug, ...] = (
         "for factors in self._cycles:",
         "for factors in self._cycles[-1:]:",
         CYCLES,
+    ),
+    bug(
+        0,
+        "of kept cycles the first one alone",
+        "megalora/lora/kept.py",
+        "self.count = len(cycles)",
+        "self.count = 1",
+        BESIDE,
+    ),
+    bug(
+        0,
+        "another rank's part of a kept factor",
+        "megalora/lora/kept.py",
+        "memory.num_shards, memory.shard)",
+        "memory.num_shards, memory.num_shards - 1 - memory.shard)",
+        BESIDE,
+    ),
+    bug(
+        0,
+        "kept B's of the next projection",
+        FACTORS,
+        "(rows.start * times, total - rows.stop * times)",
+        "(rows.start, total - rows.start - rank)",
+        BESIDE,
+    ),
+    bug(
+        0,
+        "experts without what was kept",
+        FACTORS,
+        "if self.lora_A0 is not None or self._keeps:",
+        "if self.lora_A0 is not None:",
+        BESIDE,
+    ),
+    bug(
+        0,
+        "kept cycles that the plan leaves out",
+        "megalora/planner/memory.py",
+        " + kept_elements(model, p, chunks)",
+        "",
+        "tests/planner/test_dryrun.py kept_cycles",
+    ),
+    bug(
+        0,
+        "copies of kept factors that the plan leaves out",
+        "megalora/planner/shared_factors.py",
+        "total += (1 + a.kept) *",
+        "total += 0 *",
+        "tests/planner/test_activations.py earlier_cycles",
     ),
     bug(
         0,
@@ -86,7 +136,7 @@ RELORA_BUGS: tuple[Bug, ...] = (
         0,
         "a resumed run forgets what it had merged",
         RELORA,
-        "        if self.count:\n            self._refold()",
+        "        if self.count:\n            self._fold()",
         "        pass",
         RESUMING,
     ),

@@ -15,19 +15,21 @@ import torch
 from torch import Tensor
 
 from megalora.config import LEVELS, LoRAConfig, RunConfig
-from megalora.hf.json_file import read_hf_config
+from megalora.config.train import Relora
+from megalora.lora.kept import KeptFactors
 from megalora.model.dispatcher import AllToAllDispatcher
-from megalora.model.fields import model_shape
 from megalora.planner.activations import angles_bytes, chunk_bytes, embedding_bytes
 from megalora.planner.head_bytes import head_bytes
 from megalora.planner.layouts import ParallelLayout
 from megalora.planner.microbatch import Microbatch
+from megalora.planner.models import shape_in
 from megalora.planner.schedule import in_flight
 from megalora.planner.weights import Chunk, PlannedModel, chunks_of
 from megalora.planner.workload import Workload
 from megalora.tiny import make_tiny
 from tests.distributed.ranks import run_ranks
 from tests.lora.held import norms_of
+from tests.oracles.quantised import quantise_folder
 from tests.parity.built import built
 from tests.parity.everything import LORA, config_of
 from tests.planner.count_step import SEQUENCE, Saved, kept_beside, make_batches, num_bytes
@@ -91,6 +93,7 @@ def sent_rows() -> Iterator[dict[int, list[float]]]:
 def kept_by_a_microbatch(config: RunConfig) -> Found:
     """One microbatch, forward and backward."""
     with built(config) as run, sent_rows() as sent:
+        keep_all_cycles(run.model.chunks)
         # Autograd keeps weights, too, which are there in any case.
         own = set()
         for chunk in run.model.chunks:
@@ -118,6 +121,17 @@ def kept_by_a_microbatch(config: RunConfig) -> Found:
         # A layer that is recomputed fully exchanges twice, and keeps nothing of it.
         spreads = [of_layer[0] for of_layer in sent.values() if len(of_layer) == 1]
         return Found(sum(counted), sum(spreads) / max(len(spreads), 1))
+
+
+def keep_all_cycles(chunks: list[Any]) -> None:
+    """Compute with as many adapters of earlier cycles as there is room for; zeros, since values
+    change no size."""
+    for chunk in chunks:
+        for module in chunk.modules():
+            if isinstance(module, KeptFactors):
+                for parameter in module.parameters():
+                    parameter.data.zero_()
+                module.count = module.adapted[0].kept
 
 
 def num_documents(config: RunConfig) -> int:
@@ -283,6 +297,22 @@ def test_bytes_kept_of_what_is_trained_whole(tied, world, sizes, lora, chats, tm
     compare(configs, world, extra=beside_the_plan)
 
 
+@pytest.mark.parametrize(
+    ("world", "sizes"),
+    [(1, {}), pytest.param(2, {"tp": 2, "ep": 2}, marks=pytest.mark.slow)],
+)
+def test_bytes_kept_beside_earlier_cycles(world, sizes, tiny: Path, chats, tmp_path) -> None:
+    """At the end of a run whose base is codes: two adapters, frozen, beside the third one."""
+    base = tmp_path / "fp8"
+    quantise_folder(tiny, base, "fp8")
+    options = {"micro_batch_size": 2, "steps": 5, "relora": Relora(every=2)}
+    configs = []
+    for recompute in ("off", "selective"):
+        folder = tmp_path / recompute
+        configs.append(config_of(base, chats, folder, sizes, DEFAULT, recompute, **options))
+    compare(configs, world)
+
+
 @pytest.mark.slow
 def test_bytes_kept_of_trained_biases(chats: Path, tmp_path: Path) -> None:
     """Of layers below the first adapter too, where biases alone are trained."""
@@ -335,7 +365,7 @@ def compare(configs: list[RunConfig], world: int, *, extra: Any = None) -> None:
 def planned(config: RunConfig, of_ranks: list[Found], extra: Any) -> int:
     """What the planner says that all ranks together keep of a microbatch, in bytes."""
     world = len(of_ranks)
-    model = PlannedModel.of(model_shape(read_hf_config(Path(config.model.path))), config.lora)
+    model = PlannedModel.of(shape_in(config), config.lora)
     layout = ParallelLayout(
         parallel=config.parallel,
         num_ranks=world,

@@ -80,13 +80,15 @@ def assert_agrees(
     world: int,
     rank: int,
     num_scores: int = 0,
+    kept_cycles: int = 0,
     **work,
 ):
     """Compare what one rank was found to hold with the plan of its stage.
 
     Ranks are numbered with the pipeline stage outermost.
     """
-    shape = with_trained(lora, replace(model_shape(hf), num_scores=num_scores))
+    sizes = replace(model_shape(hf), num_scores=num_scores, kept_cycles=kept_cycles)
+    shape = with_trained(lora, sizes)
     shape = with_biases(lora, shape, resolve(lora, shape))
     layout = ParallelLayout(parallel=parallel, num_ranks=world)
     stage = rank // (world // parallel.pp)
@@ -221,6 +223,21 @@ def test_a_score_head(sizes: dict, tied: bool, tiny_dense: Path) -> None:
         with fake_world(rank, 2):
             found = dry_run(hf, ALL, parallel, ModelConfig(path="planned"), num_scores=3)
         assert_agrees(found, hf, ALL, parallel, 2, rank, num_scores=3)
+
+
+@pytest.mark.parametrize("sizes", [{"tp": 2, "etp": 2}, {"pp": 2, "ep": 2, "tp": 2}])
+def test_kept_cycles(sizes: dict, tiny: Path) -> None:
+    """Adapters of earlier cycles have room from the beginning."""
+    hf = read_hf_config(tiny)
+    parallel = ParallelConfig(**sizes)
+    world = parallel.tp * parallel.pp
+    lora = LoRAConfig(rank=5, expert_rank=3, target_modules=NAMES, rank_pattern={"k_proj": 7})
+    for rank in (0, world - 1):
+        with fake_world(rank, world):
+            found = dry_run(hf, lora, parallel, ModelConfig(path="planned"), kept_cycles=3)
+            without = dry_run(hf, lora, parallel, ModelConfig(path="planned"))
+        assert_agrees(found, hf, lora, parallel, world, rank, kept_cycles=3)
+        assert found.adapter_bytes == 4 * without.adapter_bytes
 
 
 EVERY_NORM = ["norm", "input_layernorm", "post_attention_layernorm", "q_norm", "k_norm"]

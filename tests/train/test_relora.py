@@ -30,6 +30,7 @@ from megalora.train.optim import learning_rate
 from megalora.train.relora import Cycles
 from tests.distributed.ranks import run_ranks
 from tests.oracles.training import Oracle, Trained, read_adapter
+from tests.parity.base_formats import decoded_folder, make_folders, read_folder
 from tests.parity.built import built, random_factors
 from tests.parity.case import (
     EPS,
@@ -61,6 +62,12 @@ LAYOUTS = [
     pytest.param(
         Case(4, pp=2, ep=2, adapter="ranks", recompute="selective"), marks=pytest.mark.slow
     ),
+    # Nothing is merged into a folder's codes.
+    Case(2, tp=2, ep=2, adapter="ranks", base="fp8"),
+    pytest.param(
+        Case(4, pp=2, vpp=2, etp=2, adapter="ranks", base="fp8", recompute="selective"),
+        marks=pytest.mark.long,
+    ),
 ]
 
 
@@ -81,10 +88,25 @@ class Merging(Oracle):
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory, chats: Path) -> tuple[Path, Expected]:
-    """The base, and three cycles of the oracle. They depend on no layout."""
+def references(tmp_path_factory: pytest.TempPathFactory, chats: Path) -> Any:
+    """``reference`` of plain bases and of codes, each made once."""
+    found: dict[str, tuple[Path, Expected]] = {}
+
+    def get(how: str) -> tuple[Path, Expected]:
+        if how not in found:
+            found[how] = reference(how, tmp_path_factory.mktemp("relora"), chats)
+        return found[how]
+
+    return get
+
+
+def reference(how: str, folder: Path, chats: Path) -> tuple[Path, Expected]:
+    """The base, and three cycles of the oracle, which merges into the values that the base's codes
+    mean. They depend on no layout."""
     case = Case(1, adapter="ranks")
-    base = make_model(case.model, tmp_path_factory.mktemp("relora") / "base")
+    base = make_model(case.model, folder / "base")
+    if how != "plain":
+        make_folders(base, how)
     config, _ = prepare_run(case, STEPS, base, chats, base.parent / "unused", "float32", 0)
     split = load_split(str(chats), AutoTokenizer.from_pretrained(base), format="auto", **case.data)
     train_split, eval_split = split_off_eval(split, EVAL, 0)
@@ -92,7 +114,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory, chats: Path) -> tuple[Pa
     scales: dict[str, float] = {}
     for a in adapted:
         scales |= dict.fromkeys(a.hf_modules(), a.alpha / a.rank)
-    oracle = Merging(base, factors, scales)
+    oracle = Merging(decoded_folder(base, how), factors, scales)
     with torch.no_grad():
         eval_loss = oracle.loss(list(eval_split.samples)).item()
     cycles: list[Trained] = []
@@ -116,8 +138,8 @@ def reference(tmp_path_factory: pytest.TempPathFactory, chats: Path) -> tuple[Pa
 
 
 @pytest.mark.parametrize("case", LAYOUTS, ids=lambda case: case.name)
-def test_cycles_in_every_layout(case: Case, reference, chats: Path, tmp_path: Path) -> None:
-    base, oracle = reference
+def test_cycles_in_every_layout(case: Case, references, chats: Path, tmp_path: Path) -> None:
+    base, oracle = references(case.base)
     config, start = prepare_run(case, STEPS, base, chats, tmp_path, "float32", 0)
     config = replace(config, train=replace(config.train, relora=RELORA))
     run_ranks(train_recording_gradients, case.world, config, start, case.head)
@@ -247,9 +269,16 @@ def test_ten_cycles_are_one_adapter_of_their_ranks(chats: Path, tmp_path: Path) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("half_way", [2, 3], ids=["before a merge", "within a cycle"])
-def test_resuming_at_another_layout(half_way: int, chats: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("half_way", "how"),
+    [(2, "plain"), (3, "plain"), (3, "fp8")],
+    ids=["before a merge", "within a cycle", "beside codes"],
+)
+def test_resuming_at_another_layout(half_way: int, how: str, chats: Path, tmp_path: Path) -> None:
     base = make_tiny(tmp_path / "base")
+    if how != "plain":
+        make_folders(base, how)
+        base = read_folder(base, how)
     options: dict[str, Any] = {
         "steps": STEPS, "relora": Relora(every=2, warmup=1), "schedule": "linear",
     }  # fmt: skip

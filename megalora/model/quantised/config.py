@@ -65,12 +65,15 @@ _GPTQ: dict[str, Rule] = {
     **_FOUR_BITS,
     "desc_act": or_null(YES_OR_NO),
     "format": _GPTQ_FORMAT,
+    # GPTQModel names quant_method twice.
+    "method": only("gptq", because=_NO_OTHER),
     "checkpoint_format": _GPTQ_FORMAT,
 }
 _AWQ: dict[str, Rule] = {
     **_FOUR_BITS,
     "version": lambda value: _GEMM(str(value).lower()),
     "format": lambda value: _GEMM(str(value).lower()),
+    "method": only("awq", because=_NO_OTHER),
     "zero_point": only(True, because=_NO_OTHER),
     "desc_act": only(False, because=_NO_OTHER),
 }

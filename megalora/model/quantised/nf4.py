@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megalora.json_text import parse_json
+from megalora.json_text import is_number, parse_json
 from megalora.model.quantised.nibbles import high_first
 from megalora.model.quantised.part import Part, Stored, covering, group_of
 
@@ -73,7 +73,12 @@ def absmax(stored: Stored, blocks: slice, state: dict[str, Any]) -> Tensor:
 
 def _state(stored: Stored, size: tuple[int, int]) -> dict[str, Any]:
     """What ``quant_state`` says; raises ``ValueError`` where it does not fit the matrix."""
-    state = parse_json(bytes(stored[STATE][...].tolist()))
+    try:
+        state = parse_json(bytes(stored[STATE][...].tolist()))
+    except ValueError as error:
+        raise ValueError(f"its quant_state is {error}") from None
+    if not isinstance(state, dict):
+        raise ValueError("its quant_state is not a JSON object")
     if state.get("quant_type") != "nf4" or state.get("shape") != list(size):
         raise ValueError(
             f"its quant_state is of a {state.get('quant_type')} matrix {state.get('shape')}, not of"
@@ -82,6 +87,8 @@ def _state(stored: Stored, size: tuple[int, int]) -> dict[str, Any]:
     for key in ("blocksize", "nested_blocksize", "nested_offset"):
         if key not in state and (key == "blocksize" or "weight.nested_absmax" in stored):
             raise ValueError(f"its quant_state has no {key}")
+    if not is_number(state.get("nested_offset", 0)):
+        raise ValueError(f"its quant_state has the nested_offset {state['nested_offset']!r}")
     # Scales that are counted in blocks of another size would be other weights' without a word.
     blocks = _num_blocks(size[0] * size[1], state["blocksize"])
     _require_length(stored, "weight.absmax", blocks)

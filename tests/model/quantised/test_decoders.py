@@ -183,6 +183,17 @@ def test_quant_state_of_another_matrix_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "said"),
+    [("", "its quant_state is not valid JSON"), ("[1, 2]", "is not a JSON object")],
+)
+def test_quant_state_that_is_no_object_is_refused(text: str, said: str) -> None:
+    stored, _ = oracle.nf4(labelled(*SIZE))
+    stored[nf4.STATE] = torch.tensor(list(text.encode()), dtype=torch.uint8)
+    with pytest.raises(ValueError, match=said):
+        nf4.decode(stored, Part.whole(SIZE), SIZE)
+
+
+@pytest.mark.parametrize(
     ("change", "said"),
     [
         ({"blocksize": 128}, "weight.absmax has not the 18 scales"),
@@ -191,6 +202,7 @@ def test_quant_state_of_another_matrix_is_refused() -> None:
         ({"blocksize": 64.0}, "its quant_state has blocks of 64.0"),
         ({"nested_blocksize": 16}, "weight.nested_absmax has not the 3 scales"),
         ({"nested_offset": None}, "its quant_state has no nested_offset"),
+        ({"nested_offset": "0"}, "its quant_state has the nested_offset '0'"),
     ],
 )
 def test_blocks_that_do_not_fit_the_scales_are_refused(change: dict[str, Any], said: str) -> None:

@@ -178,6 +178,7 @@ def _weights(form: str, **change: Any) -> dict[str, Any]:
         (_settings("gptq", bits=8), "bits is 8; it must be 4"),
         (_settings("gptq", group_size=...), "group_size is missing"),
         (_settings("gptq", dynamic={"-:.*": {}}), "dynamic is"),
+        (_settings("gptq", method="awq"), 'method is "awq"; it must be "gptq"'),
         (_settings("gptq", checkpoint_format="marlin"), 'checkpoint_format is "marlin"'),
         (
             _settings("gptq", checkpoint_format="gptq", format="gptq_v2"),
@@ -243,6 +244,26 @@ def test_biases_of_zeros_are_left_out_of_gptq_alone(base: Path, tmp_path: Path) 
 def test_a_group_size_may_be_written_as_a_float() -> None:
     scheme = scheme_of({"quantization_config": _settings("gptq", group_size=128.0)})
     assert scheme is not None and scheme.group == 128 and type(scheme.group) is int
+
+
+def test_what_gptqmodel_writes_is_read() -> None:
+    """``config.json`` of a Qwen3-MoE that GPTQModel 7.7.0 has quantised."""
+    meta = {
+        "act_group_aware": True, "auto_forward_data_parallel": True, "damp_auto_increment": 0.01,
+        "damp_percent": 0.05, "fallback": {"smooth": None, "strategy": "rtn", "threshold": "0.5%"},
+        "gc_mode": "interval", "hessian": {"chunk_bytes": None, "staging_dtype": "float32"},
+        "mock_quantization": False, "mse": 0.0, "offload_to_disk": True, "pack_impl": "auto",
+        "quantizer": ["gptqmodel:7.7.0"], "static_groups": False, "true_sequential": True,
+        "uri": "https://github.com/modelcloud/gptqmodel", "wait_for_submodule_finalizers": False,
+    }  # fmt: skip
+    settings = {
+        "bits": 4, "checkpoint_format": "gptq", "desc_act": False, "format": "gptq",
+        "group_size": 32, "lm_head": False, "meta": meta, "method": "gptq", "pack_dtype": "int32",
+        "quant_method": "gptq", "sym": True,
+    }  # fmt: skip
+    scheme = scheme_of({"quantization_config": settings}, "made")
+    assert scheme is not None
+    assert (scheme.form, scheme.group, scheme.zero_offset) == ("gptq", 32, 1)
 
 
 def test_gptq_s_versions_differ() -> None:

@@ -8,13 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from megalora_kernels.backend import MAX_TRITON_RANK
 from torch import Tensor
 
-from megalora.config import LoRAConfig, ModelConfig, ParallelConfig
+from megalora.config import LoRAConfig, ModelConfig, ParallelConfig, RunConfig
 from megalora.config.train import Relora
 from megalora.fake_world import fake_world
 from megalora.hf.json_file import read_hf_config
 from megalora.lora.adapted_model import with_held
+from megalora.lora.factor_checks import KERNEL_RANK
+from megalora.lora.select import plan
 from megalora.model.account import open_folder
 from megalora.model.base_weights import BaseWeights
 from megalora.model.build import build_model
@@ -28,7 +31,7 @@ from megalora.parallel import parallel_groups
 from megalora.planner.dryrun import dry_run
 from megalora.planner.layouts import ParallelLayout
 from megalora.planner.memory import DECODED, memory_of
-from megalora.planner.models import held_by_config
+from megalora.planner.models import held_by_config, shape_in
 from megalora.planner.workload import Workload
 from megalora.train.held_check import HeldCheck
 from megalora.train.held_notes import notes_of_base
@@ -321,13 +324,34 @@ def held_scheme(form: Any) -> Any:
 
 
 def test_cycles_are_not_merged_into_codes(base: Path, chats: Path, tmp_path: Path) -> None:
-    oracle.quantise_folder(base, tmp_path / "fp8", "fp8")
-    config = make_config(base, chats, tmp_path / "run", {}, lora=LoRAConfig(rank=2), steps=4)
+    coded = tmp_path / "fp8"
+    oracle.quantise_folder(base, coded, "fp8")
+    config = make_config(coded, chats, tmp_path / "run", {}, lora=LoRAConfig(rank=2), steps=5)
     config = replace(config, train=replace(config.train, relora=Relora(every=2, warmup=0)))
-    with pytest.raises(ValueError, match=r"stored as fp8 .*model.weight_format=plain"):
-        notes_of_base(config, tmp_path / "fp8")
+    assert any("So nothing is merged" in note for note in notes_of_base(config, coded))
+
+    def planned(config: RunConfig) -> set[int]:
+        _, adapted = plan(config.lora, config.parallel, coded, config.train, model=config.model)
+        assert shape_in(config).kept_cycles == adapted[0].kept
+        return {a.product_rank for a in adapted}
+
+    # Those of two cycles beside the third one.
+    assert planned(config) == {6}
+    # Values in the model's dtype are merged into.
     plain = replace(config, model=replace(config.model, weight_format="plain"))
-    assert not any("relora" in note for note in notes_of_base(plain, tmp_path / "fp8"))
+    assert planned(plain) == {2}
+    assert not any("relora" in note for note in notes_of_base(plain, coded))
+    refused = (
+        ({"lora": replace(config.lora, dropout=0.1)}, "set lora.dropout=0, got 0.1"),
+        # Gate and up are stacked: 3 x 2 x 22.
+        ({"lora": replace(config.lora, rank=22)}, "a rank of 132 .* above the 128 of the kernels"),
+        ({"train": replace(config.train, steps=None, epochs=3)}, "fp8 .* needs train.steps"),
+    )
+    for change, message in refused:
+        with pytest.raises(ValueError, match=message):
+            planned(replace(config, **change))
+    assert planned(replace(config, lora=replace(config.lora, rank=21))) == {63}
+    assert KERNEL_RANK == MAX_TRITON_RANK
     # From the plain base they are quantised anew, and a line says so.
     made = replace(config, model=replace(config.model, weight_format="nf4"))
     (note,) = [note for note in notes_of_base(made, base) if "relora" in note]
