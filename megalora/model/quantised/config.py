@@ -73,6 +73,7 @@ _AWQ: dict[str, Rule] = {
     **_FOUR_BITS,
     "version": lambda value: _GEMM(str(value).lower()),
     "format": lambda value: _GEMM(str(value).lower()),
+    "checkpoint_format": lambda value: _GEMM(str(value).lower()),
     "method": only("awq", because=_NO_OTHER),
     "zero_point": only(True, because=_NO_OTHER),
     "desc_act": only(False, because=_NO_OTHER),

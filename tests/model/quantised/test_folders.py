@@ -184,6 +184,7 @@ def _weights(form: str, **change: Any) -> dict[str, Any]:
             _settings("gptq", checkpoint_format="gptq", format="gptq_v2"),
             "checkpoint_format and format differ: gptq, gptq_v2",
         ),
+        (_settings("awq", checkpoint_format="gemv"), 'checkpoint_format is "gemv"'),
         (_settings("awq", version="gemv"), 'version is "gemv"; it must be "gemm"'),
         (_settings("awq", zero_point=False), "zero_point is false; it must be true"),
         (_settings("int4", format="float-quantized"), 'format is "float-quantized"'),
@@ -264,6 +265,12 @@ def test_what_gptqmodel_writes_is_read() -> None:
     scheme = scheme_of({"quantization_config": settings}, "made")
     assert scheme is not None
     assert (scheme.form, scheme.group, scheme.zero_offset) == ("gptq", 32, 1)
+    of_awq = {
+        "checkpoint_format": "gemm", "format": "gemm", "method": "awq", "quant_method": "awq",
+        "version": "gemm", "zero_point": True,
+    }  # fmt: skip
+    scheme = scheme_of({"quantization_config": settings | of_awq}, "made")
+    assert scheme is not None and scheme.form == "awq"
 
 
 def test_gptq_s_versions_differ() -> None:
