@@ -90,8 +90,13 @@ def check_paths(config: RunConfig) -> None:
         resume = config.checkpoint.resume
         folder = latest_adapter(Path(resume))
         if not (folder / STATE_JSON).is_file():
+            # A step's name alone is typed often.
+            in_run = Path(config.checkpoint.dir) / folder.name
+            hint = ""
+            if in_run != folder and (in_run / STATE_JSON).is_file():
+                hint = f"; did you mean checkpoint.resume={in_run}?"
             raise ValueError(
-                f"checkpoint.resume={resume} is not a checkpoint: it has no {STATE_JSON}"
+                f"checkpoint.resume={resume} is not a checkpoint: it has no {STATE_JSON}{hint}"
             )
 
 

@@ -110,8 +110,13 @@ WRONG = [
         "checkpoint.dir=.*x.jsonl/run cannot be written: .*x.jsonl is a file",
     ),
     (
+        {"resume": "step_000001", "dir": "~/run"},
+        "checkpoint.resume=step_000001 is not a checkpoint: it has no .*state.json; did you mean"
+        " checkpoint.resume=.*home/run/step_000001",
+    ),
+    (
         {"resume": "~/run/step_000002"},
-        "checkpoint.resume=.*step_000002 is not a checkpoint: it has no training_state",
+        "checkpoint.resume=.*step_000002 is not a checkpoint: it has no training_state/state.json$",
     ),
 ]
 

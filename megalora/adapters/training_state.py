@@ -47,6 +47,8 @@ class SavedState:
     """Whether the checkpoint has digests of all its files (``sums.py``)."""
     recent_losses: tuple[float, ...] = ()
     """Those of the last steps, where ``train.skip_spikes`` looks at them."""
+    left_out: int = 0
+    """Bad steps among those since ``cycle_start``: Adam has not counted them."""
     imported_from: str | None = None
     base: str = ""
     """Name or folder of the base that an adapter was imported for."""
@@ -157,10 +159,8 @@ def read_state(folder: Path) -> SavedState:
         config=_sections(path, state),
         num_samples=_count(path, state, "num_samples"),
         world_size=_count(path, state, "world_size"),
-        # Earlier versions merged nothing.
-        cycles=_count(path, {"cycles": 0, **state}, "cycles"),
-        cycle_start=_count(path, {"cycle_start": 0, **state}, "cycle_start"),
         recent_losses=_losses(path, state),
+        **_cycle(path, state),
         **known,
     )
 
@@ -258,6 +258,19 @@ def _counts(path: Path, state: Json, key: str) -> tuple[int, ...]:
     value = state.get(key)
     _require(isinstance(value, list), path, key, "a list of counts", value)
     return tuple(_count(path, {key: count}, key) for count in value or ())
+
+
+def _cycle(path: Path, state: Json) -> dict[str, int]:
+    """Which cycle the adapter is of, when that began, and how many steps were left out since."""
+    # Earlier versions merged nothing, and did not count what they left out.
+    known = {"cycles": 0, "cycle_start": 0, "left_out": 0, **state}
+    found = {key: _count(path, known, key) for key in ("cycles", "cycle_start", "left_out")}
+    # With a negative count Adam's updates would have another sign.
+    since = _count(path, state, "step") - found["cycle_start"]
+    _require(since >= 0, path, "cycle_start", "at most the step", found["cycle_start"])
+    left_out = found["left_out"]
+    _require(left_out <= since, path, "left_out", f"at most {since} steps", left_out)
+    return found
 
 
 def _losses(path: Path, state: Json) -> tuple[float, ...]:

@@ -91,5 +91,10 @@ def closing(
         memory = f" (peak memory of a rank: {peak / 2**30:.1f} GiB)"
     result = f"the adapter is {saved}" if saved else "nothing was trained or saved"
     if config.checkpoint.keep_best and best.loss is not None:
-        result += f", the one of the lowest eval loss {checkpoint_name(best.step)} (best)"
+        name = checkpoint_name(best.step)
+        # A run that went on from another's checkpoint may have had its lowest loss there.
+        if (Path(config.checkpoint.dir) / name).is_dir():
+            result += f", the one of the lowest eval loss {name} (best)"
+        else:
+            result += f"; the checkpoint of the lowest eval loss, of step {best.step}, is not there"
     return f"{how} at step {step}{memory}; {result}"

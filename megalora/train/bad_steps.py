@@ -3,6 +3,7 @@ keep what was in them."""
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,14 @@ class BadSteps:
         self.limit = config.max_bad_steps
         self.spikes = LossSpikes(config.skip_spikes)
         self.count = 0
+        self.left_out = 0
+        """Bad steps since the adapter that is trained began, in earlier processes as well: Adam has
+        not counted them."""
+
+    def resume(self, losses: Sequence[float], left_out: int) -> None:
+        """Go on behind these losses and so many bad steps, which a checkpoint has kept."""
+        self.spikes.resume(losses)
+        self.left_out = left_out
 
     def fault(self, loss: float, grad_norm: float) -> str | None:
         """Why a step with this mean loss may change nothing, for messages; None where it may. Call
@@ -48,6 +57,7 @@ class BadSteps:
             ValueError: there were too many, or the file cannot be written; on every rank.
         """
         self.count += 1
+        self.left_out += 1
         # JSON has no NaN.
         entry: dict[str, Any] = {
             "step": step, "loss": str(loss), "grad_norm": str(grad_norm), "samples": samples,

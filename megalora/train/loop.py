@@ -158,7 +158,7 @@ def _fit(run: Run, probe: Probe, at: Start) -> Path | None:
     compared = compare_layers(run, is_over=finished >= num_steps or is_compared)
     if at.state:
         notes += load_checkpoint(at.state, run.model, run.optimizer)
-        run.bad_steps.spikes.resume(at.state.recent_losses)
+        run.bad_steps.resume(at.state.recent_losses, at.state.left_out)
         step = at.state.step
         # What the process before has saved or evaluated is not done twice.
         now = Progress(step, step, at.state.folder, step, at.state.evaluations)

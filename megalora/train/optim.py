@@ -127,6 +127,8 @@ def clip_and_step(optimizer: Any, may_change: Callable[[Tensor], bool] | None = 
     # One norm over dense and expert adapters of all stages and ranks.
     norm = _norm(gradients, optimizer.get_grad_stats_parallel_group())
     if may_change is not None and not may_change(norm):
+        # A checkpoint behind a bad first step has moments, too.
+        _make_moments(optimizer)
         return norm
     for part in _parts(optimizer):
         clipped = [p.grad for p in part.get_parameters() if p.grad is not None]
@@ -215,10 +217,8 @@ def owned_runs(optimizer: Any) -> list[OwnedRun]:
     return runs
 
 
-@torch.no_grad()
-def begin_state(optimizer: Any, step: int) -> None:
-    """Make the moments where no step has made them yet, and set the count of finished steps, by
-    which Adam corrects them. Moments that are there stay as they are."""
+def _make_moments(optimizer: Any) -> None:
+    """Make the moments, and a count of 0 steps, where no step has made them yet."""
     for part in _parts(optimizer):
         for group in part.optimizer.param_groups:
             # The same condition as in torch's AdamW: a kernel reads the count where it is fused.
@@ -229,7 +229,17 @@ def begin_state(optimizer: Any, step: int) -> None:
                     state["step"] = torch.zeros((), dtype=torch.float32, device=device)
                     state["exp_avg"] = torch.zeros_like(master)
                     state["exp_avg_sq"] = torch.zeros_like(master)
-                state["step"].fill_(step)
+
+
+@torch.no_grad()
+def begin_state(optimizer: Any, step: int) -> None:
+    """Make the moments where no step has made them yet, and set the count of steps that were taken,
+    by which Adam corrects them. Moments that are there stay as they are."""
+    _make_moments(optimizer)
+    for part in _parts(optimizer):
+        for group in part.optimizer.param_groups:
+            for master in group["params"]:
+                part.optimizer.state[master]["step"].fill_(step)
             # Fused Adams of others keep the count here.
             if "step" in group:
                 group["step"] = step

@@ -126,6 +126,7 @@ class Cycles:
             module.reset_parameters(cycle=self.count)
         # Masters, moments and the count of steps, by which Adam corrects its first moments.
         begin_state(run.optimizer, step=0)
+        run.bad_steps.left_out = 0
         with torch.no_grad():
             for owned in owned_runs(run.optimizer):
                 state = owned.state()

@@ -95,8 +95,8 @@ class Saver:
     def count_step(self, now: Progress) -> None:
         """Take note of a step that has been taken."""
         now.step += 1
-        # Behind the optimizer, before anything is saved of this step.
-        if self.average is not None:
+        # Behind the optimizer, before anything is saved of this step. A bad step changes nothing.
+        if self.average is not None and self.run.fault is None:
             self.average.update()
         self.codes.run_once()
 
@@ -144,6 +144,7 @@ class Saver:
             probed,
             self.cycles.count,
             self.run.bad_steps.spikes.losses,
+            self.run.bad_steps.left_out,
         )
 
     def due(self, step: int) -> bool:

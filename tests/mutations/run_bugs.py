@@ -124,6 +124,22 @@ RUN_BUGS: tuple[Bug, ...] = (
     ),
     bug(
         0,
+        "going forth again leaves latest where it was",
+        WHERE,
+        "    if not own:\n",
+        "    if not own or own[0] == there[-1]:\n",
+        f"{FIND} test_going_back",
+    ),
+    bug(
+        0,
+        "a step is looked for in the run's folder, and found where it is not",
+        "megalora/preflight.py",
+        "if in_run != folder and (in_run / STATE_JSON).is_file():",
+        "if in_run != folder:",
+        "tests/test_paths.py said_before_ranks",
+    ),
+    bug(
+        0,
         "a cut file taken for whole",
         WHERE,
         "        if name in tensors:\n",

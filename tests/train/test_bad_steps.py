@@ -14,7 +14,9 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
+from megalora.adapters.files import WEIGHTS
 from megalora.config import CheckpointConfig, RunConfig, SkipSpikes
+from megalora.config.train import Relora
 from megalora.data.order import global_batch_indices
 from megalora.train import optim
 from megalora.train.loop import train
@@ -80,6 +82,50 @@ def test_one_more_than_allowed_ends_the_run(tiny: Path, chats: Path, tmp_path: P
     with pytest.raises(Exception, match=r"step 3: the loss is nan. Lower train.lr .*\(1\) allow"):
         run_ranks(_train_with_two_bad_steps, 1, made(tiny, chats, tmp_path, 1))
     assert (tmp_path / "latest").read_text().strip() == "step_000002"
+
+
+def _train_with_bad_losses(config: RunConfig, bad: set[int], first: int) -> None:
+    """A rank function; ``first``: the first step that is taken, from 1."""
+    steps = itertools.count(first)
+    forward_backward = Stepper.forward_backward
+
+    def loss(self: Stepper, *arguments: Any) -> torch.Tensor:
+        sums = forward_backward(self, *arguments)
+        return sums * torch.nan if next(steps) in bad else sums
+
+    Stepper.forward_backward = loss
+    train(config)
+
+
+@pytest.mark.parametrize(
+    ("options", "bad"),
+    [
+        # The first step as well, when Adam has no moments yet.
+        ({"ema_decay": 0.5}, {1, 3}),
+        # A merge begins to count anew: of the second cycle no step is left out.
+        pytest.param({"relora": Relora(every=2)}, {1}, marks=pytest.mark.slow),
+    ],
+    ids=["average", "relora"],
+)
+def test_a_run_resumed_behind_bad_steps_is_the_one_that_went_on(
+    options: dict[str, Any], bad: set[int], tiny: Path, chats: Path, tmp_path: Path
+) -> None:
+    """Adam corrects its moments by the steps that were taken, not by those that were run."""
+    whole = made(tiny, chats, tmp_path / "whole", 2)
+    whole = replace(whole, train=replace(whole.train, **options))
+    run_ranks(_train_with_bad_losses, 1, whole, bad, 1)
+    # The average, too, stays as it is.
+    if 3 in bad:
+        same_files(tmp_path / "whole/step_000002", tmp_path / "whole/step_000003")
+        averages = [tmp_path / f"whole/step_{step:06d}/ema/{WEIGHTS}" for step in (2, 3, 4)]
+        at_2, at_3, at_4 = (path.read_bytes() for path in averages)
+        assert at_2 == at_3 != at_4
+    before = str(tmp_path / "whole/step_000003")
+    resumed = replace(
+        whole, checkpoint=replace(whole.checkpoint, dir=str(tmp_path / "resumed"), resume=before)
+    )
+    run_ranks(_train_with_bad_losses, 1, resumed, bad, 4)
+    same_files(tmp_path / "whole/step_000004", tmp_path / "resumed/step_000004")
 
 
 @pytest.mark.parametrize(("sigma", "window"), [(2.0, 7), (6.0, 128), (1.0, 2)])

@@ -17,8 +17,9 @@ from transformers import EarlyStoppingCallback, TrainerControl, TrainerState, Tr
 from megalora.adapters.best_loss import BestLoss, Evaluations
 from megalora.adapters.latest import latest_adapter
 from megalora.adapters.training_state import read_state
-from megalora.config import CheckpointConfig, RunConfig
+from megalora.config import CheckpointConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
 from megalora.objectives.sft import SFT
+from megalora.train.announce import closing
 from megalora.train.batches import Batches
 from megalora.train.loop import Progress, _evaluate, train
 from megalora.train.step import Stepper
@@ -115,6 +116,21 @@ def following(
         base, chats, folder, {}, steps=steps, eval_every=1, patience=patience, micro_batch_size=1
     )
     return replace(config, checkpoint=CheckpointConfig(dir=str(folder), **checkpoint))
+
+
+def test_what_is_said_of_a_lowest_loss_whose_checkpoint_is_elsewhere(tmp_path: Path) -> None:
+    """A run that goes on from another's checkpoint counts its evaluations on."""
+    options = CheckpointConfig(dir=str(tmp_path), keep_best=True)
+    config = RunConfig(
+        model=ModelConfig(path="base"), data=DataConfig(train="x.jsonl"),
+        train=TrainConfig(steps=3), checkpoint=options,
+    )  # fmt: skip
+    saved = tmp_path / "step_000003"
+    saved.mkdir()
+    here = closing(3, 3, saved, BestLoss(1.5, 3), config)
+    assert here.endswith("step_000003, the one of the lowest eval loss step_000003 (best)")
+    elsewhere = closing(3, 3, saved, BestLoss(1.5, 2), config)
+    assert elsewhere.endswith("; the checkpoint of the lowest eval loss, of step 2, is not there")
 
 
 def names_in(run: Path) -> list[str]:

@@ -106,6 +106,9 @@ def test_going_back_moves_latest(run: Path) -> None:
         "going back to step_000002: later checkpoints stay until their steps are saved again"
     ]
     assert found(run).state.step == 2
+    # And forth again.
+    assert found(run, resume=str(run / "step_000006")).notes == []
+    assert found(run).state.step == 6
 
 
 def test_a_job_s_own_restart_goes_on_whatever_resume_says(run: Path, tmp_path: Path) -> None:
@@ -193,6 +196,9 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({**STATE, "identity": {"train": 1}}, "identity.train must be a digest, got 1"),
     ({**STATE, "identity": {"train": "a", "config": None}},
      "identity.config must be the base's config.json, got None"),
+    ({**STATE, "cycle_start": 4}, "cycle_start must be at most the step, got 4"),
+    ({**STATE, "cycle_start": 2, "left_out": 2}, "left_out must be at most 1 steps, got 2"),
+    ({**STATE, "left_out": -1}, "left_out must be a count, got -1"),
     ({"imported_from": "x"}, "step must be a count"),
     ({**IMPORT, "base": None}, "base must be text, got None"),
     ({**IMPORT, "adapted": {}}, r"adapted must be a list, got \{\}"),

@@ -33,8 +33,9 @@ def load_checkpoint(state: SavedState, model: AdaptedModel, optimizer: Any) -> l
     with SavedTensors(state.folder) as saved:
         if saved.index is not None:
             _check_digests(saved, saved.index)
-        # A merge sets Adam's count to 0, and its bias correction 1 - beta**count with it.
-        begin_state(optimizer, state.step - state.cycle_start)
+        # Adam's bias correction is 1 - beta**count. A merge sets the count to 0, and a bad step
+        # does not raise it.
+        begin_state(optimizer, state.step - state.cycle_start - state.left_out)
         _read_owned(saved, OwnedPieces(model, optimizer, replicas=True))
         read_shards(saved, STATE_KEYS[0], model.shards, model.values())
         # Norms are not saved: they follow from A and B, which have just changed.

@@ -137,6 +137,7 @@ class CheckpointWriter:
         probe: dict[str, Any],
         cycles: int,
         losses: Sequence[float] = (),
+        left_out: int = 0,
     ) -> Texts:
         """What the first rank writes beside tensors, as it is now.
 
@@ -146,6 +147,7 @@ class CheckpointWriter:
             identity: data and base, which must be the same when the run is resumed.
             cycles: adapters that are merged into the base.
             losses: those of the last steps (``spikes.py``).
+            left_out: bad steps since the current adapter began.
         """
         state = {
             "step": step, "num_samples": samples.count, "world_size": dist.get_world_size(),
@@ -153,7 +155,7 @@ class CheckpointWriter:
             "evaluated_step": evaluations.last_step, "best": asdict(evaluations.best),
             "identity": identity.as_json(samples.digest), "config": asdict(self.config),
             "sums": True,
-            "recent_losses": list(losses),
+            "recent_losses": list(losses), "left_out": left_out,
             "adapted": settings(self.model.adapted), **_of_cycles(self.config, cycles),
         }  # fmt: skip
         return Texts(state, probe, evaluations.best)

@@ -116,9 +116,12 @@ def _roll_back(run: Path, there: list[Path], state: SavedState) -> list[str]:
     """Let ``latest`` name a checkpoint of this run's own that it goes back to, so that another
     resumption starts from there too; returns lines for the user."""
     own = [folder for folder in there if folder.resolve() == state.folder.resolve()]
-    if not own or own[0] == there[-1]:
+    if not own:
         return []
+    # The last one as well: after a run had gone back, ``latest`` names an earlier one.
     point_latest_at(own[0])
+    if own[0] == there[-1]:
+        return []
     return [
         f"going back to {own[0].name}: later checkpoints stay until their steps are saved again"
     ]
