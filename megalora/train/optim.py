@@ -239,7 +239,8 @@ def begin_state(optimizer: Any, step: int) -> None:
     for part in _parts(optimizer):
         for group in part.optimizer.param_groups:
             for master in group["params"]:
-                part.optimizer.state[master]["step"].fill_(step)
+                state = part.optimizer.state[master]
+                state["step"].fill_(step)
             # Fused Adams of others keep the count here.
             if "step" in group:
                 group["step"] = step

@@ -140,5 +140,20 @@ LIVE_BUGS: tuple[Bug, ...] = (
         "tests/serve/test_client_refusals.py another_server"),
     bug(0, "files of unloaded versions fill the memory", ARRIVAL,
         "while len(self.unloaded) > RETAINED:", "while False:", f"{PUBLISHED} to_all_servers"),
+    bug(
+        0,
+        "a version that was withdrawn is said to be in service",
+        PUBLISHER,
+        "                    server.current = server.before\n",
+        "                    pass\n",
+        f"{PUBLISHED} does_otherwise",
+    ),
+    bug(
+        0,
+        "behind a failed broadcast the first error decides",
+        PUBLISHER,
+        "            errors = self._bring_each()\n",
+        "            raise self._bring_each()[0]\n",
+        f"{PUBLISHED} refuses_behind",
+    ),
 )
-# fmt: on

@@ -227,6 +227,33 @@ def test_a_failed_broadcast_is_followed_by_http(
         assert publisher._sender.epoch == 2
 
 
+def test_a_version_that_one_server_refuses_behind_a_failed_broadcast_is_withdrawn(
+    servers: list[FakeVLLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Waiting for the other server, which does not answer, would be in vain."""
+    monkeypatch.setattr(broadcast, "TIMEOUT_S", 1.0)
+    with publisher_of(servers, transport="group") as publisher:
+        kept = publisher.publish(0, adapter(0), CONFIG)
+        bring = publisher._bring
+
+        def broken(*_: Any) -> None:
+            raise RuntimeError("connection closed by peer")
+
+        def brought(server: Any, path_of: Any = None) -> None:
+            # The first is gone before it is asked once more.
+            if path_of is None and server.number == 0:
+                raise ServerUnreachable(f"{server.url} does not answer")
+            bring(server, path_of)
+
+        monkeypatch.setattr(publisher._sender._group, "send", broken)
+        monkeypatch.setattr(publisher, "_bring", brought)
+        servers[1].loading_fails = "the rank is too large"
+        with pytest.raises(AdapterInvalid, match="the rank is too large"):
+            publisher.publish(1, adapter(1), CONFIG)
+        assert names(servers[0]) == names(servers[1]) == [kept]
+        assert list(publisher.source.messages) == [kept]
+
+
 def test_only_the_training_that_a_server_knows(
     servers: list[FakeVLLM], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -274,6 +301,8 @@ def test_what_a_server_does_otherwise_is_not_in_service(servers: list[FakeVLLM])
         with pytest.raises(AdapterInvalid, match="the rank is too large"):
             publisher.publish(2, adapter(2), CONFIG, PROBE)
         assert names(servers[0]) == names(servers[1]) == [good]
+        for server in servers:
+            assert publisher.current(server.url) == 1
         servers[1].loading_fails = None
         publisher.publish(3, adapter(3), CONFIG, PROBE)
         assert numbers(servers[0]) == numbers(servers[1]) == ["v1", "v3"]

@@ -211,30 +211,28 @@ class Publisher:
             message = self._versions[ident].message
             path_of = lambda server: self._sender.address_of(ident, server.number)  # noqa: E731
             waiting = in_background(lambda: self._sender.send(message))
+        errors = self._bring_each(path_of)
+        failure = waiting() if waiting else None
+        # A failed broadcast is no failed version: the servers ask for it one by one.
+        if failure is not None and errors:
+            errors = self._bring_each()
+        if errors:
+            # What the caller can wait for comes last.
+            errors.sort(key=lambda error: isinstance(error, ServerUnreachable))
+            raise errors[0]
+
+    def _bring_each(self, path_of: Callable[[Server], str] | None = None) -> list[BaseException]:
+        """Bring all servers what they lack, at once; returns what went wrong."""
         under_way = []
         for server in self.servers:
             under_way.append(in_thread(partial(self._bring, server, path_of), "publish"))
-        errors = []
+        errors: list[BaseException] = []
         for brought in under_way:
             # Every server is waited for, so that none is changed behind the caller's back.
             error = brought.exception()
             if error is not None:
                 errors.append(error)
-        failure = waiting() if waiting else None
-        # A failed broadcast is no failed version: the servers ask for it one by one.
-        if failure is not None and errors:
-            self._bring_to_all_by_http()
-        elif errors:
-            # What the caller can wait for comes last.
-            errors.sort(key=lambda error: isinstance(error, ServerUnreachable))
-            raise errors[0]
-
-    def _bring_to_all_by_http(self) -> None:
-        under_way = []
-        for server in self.servers:
-            under_way.append(in_thread(partial(self._bring, server), "publish"))
-        for brought in under_way:
-            brought.result()
+        return errors
 
     def _all_lack(self, ident: str) -> bool:
         """Whether every server answers and lacks this version alone."""
@@ -272,6 +270,7 @@ class Publisher:
                     self._prove(server, newest)
                 if server.current is None and self.examine is not None:
                     self.examine(server.client, newest.id)
+                server.before = server.current
                 server.current = newest
 
     def _load(
@@ -316,9 +315,12 @@ class Publisher:
     def _withdraw(self, ident: str) -> None:
         """Take back a version that a server refuses or does not prove: NAME means the one before
         again, and the next version is tried without it."""
-        del self._versions[ident]
+        withdrawn = self._versions.pop(ident)
         for server in self.servers:
             with suppress(ServeError), server.lock:
+                # It may have proved the version that another one refuses.
+                if server.current is withdrawn:
+                    server.current = server.before
                 server.unload(ident)
         self.source.messages.pop(ident, None)
 

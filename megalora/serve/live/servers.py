@@ -37,6 +37,8 @@ class Server:
         # Held while its versions change.
         self.lock = threading.RLock()
         self.current: Version | None = None
+        self.before: Version | None = None
+        """In service before ``current`` came, which may be withdrawn."""
         # A version that came by a folder has none.
         self.timing: Timing | None = None
         """Of what was loaded last over the network."""
