@@ -88,6 +88,7 @@ def ended(on_error: str, step: int, error: Exception | None) -> tuple[list[str],
     saver.say = said.append
     saver.serve = lambda folder: said.append(f"served {folder}")
     saver.background = Background(pytest.fail)
+    saver.snapshots = None
     save = Save(2, lambda: None, Snapshot(), error, done=True)
     saver.background.pending.append(save)
     now = Progress(0, step, Path("step_1"))
