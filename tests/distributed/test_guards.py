@@ -196,7 +196,7 @@ def test_another_loss_than_that_of_transformers_is_refused(bug, tiny, chats, tmp
 @pytest.mark.parametrize(
     ("world", "parallel", "dtype"),
     [
-        pytest.param(4, {"tp": 2, "ep": 2, "etp": 2}, "float32", marks=pytest.mark.slow),
+        pytest.param(4, {"tp": 2, "ep": 2, "etp": 2}, "float32", marks=pytest.mark.long),
         (2, {"ep": 2}, "float32"),
         pytest.param(4, {"pp": 2, "vpp": 2, "ep": 2}, "float32", marks=pytest.mark.slow),
         pytest.param(4, {"tp": 2, "ep": 2}, "bfloat16", marks=pytest.mark.slow),

@@ -167,15 +167,15 @@ CASES = [
     pytest.param("tiny", 2, {"pp": 2}, ATTENTION_DORA, marks=pytest.mark.slow),
     pytest.param("everything", 2, {"tp": 2}, BIASES, marks=pytest.mark.slow),
     # What it began as, beside it.
-    pytest.param("tiny", 2, {"tp": 2, "ep": 2}, BEGUN, marks=pytest.mark.slow),
+    pytest.param("tiny", 2, {"tp": 2, "ep": 2}, BEGUN, marks=pytest.mark.long),
     pytest.param("tiny", 1, {}, BEGUN, marks=pytest.mark.slow),
     pytest.param("everything", 2, {"pp": 2}, BEGUN, marks=pytest.mark.slow),
     pytest.param("tiny", 2, {"tp": 2, "ep": 2}, DORA, marks=pytest.mark.slow),
-    pytest.param("tiny", 4, {"tp": 2, "ep": 2, "etp": 2}, DORA, marks=pytest.mark.slow),
+    pytest.param("tiny", 4, {"tp": 2, "ep": 2, "etp": 2}, DORA, marks=pytest.mark.long),
     # Keys and values of the whole row, on heads with a norm and without.
     ("tiny", 2, {"cp": 2, "ep": 2}, DEFAULT),
     pytest.param("tiny", 2, {"cp": 2}, EXPERTS, marks=pytest.mark.slow),
-    pytest.param("everything", 4, {"cp": 2, "tp": 2}, LORA, marks=pytest.mark.slow),
+    pytest.param("everything", 4, {"cp": 2, "tp": 2}, LORA, marks=pytest.mark.long),
 ]
 
 

@@ -248,7 +248,7 @@ def test_dora(case: Case, quick: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "family",
     [
-        pytest.param(family, marks=pytest.mark.slow if family == "qwen3_moe" else pytest.mark.long)
+        pytest.param(family, marks=pytest.mark.slow if family == "llama" else pytest.mark.long)
         for family in FAMILIES
     ],
 )

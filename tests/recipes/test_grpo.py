@@ -8,7 +8,8 @@ from tests.parity.runs import records
 from tests.recipes.run import run_recipe
 
 
-@pytest.mark.slow
+# A minute and a half; tests/rl/test_learning.py learns the same at two layouts.
+@pytest.mark.long
 def test_the_example_learns_to_say_digits(tmp_path: Path) -> None:
     """In a copy, because it writes below its own folder."""
     printed = run_recipe("grpo", tmp_path, {})

@@ -194,6 +194,8 @@ def test_what_a_server_proves(server: Server, client: Client, versions: list[Tra
         assert publisher.current(server.url) == 0
 
 
+# tests/serve/test_rl.py kills one in the middle of a training.
+@pytest.mark.long
 def test_a_server_that_is_killed_and_started_again(
     tiny: Path, tmp_path: Path, versions: list[Trained]
 ) -> None:
