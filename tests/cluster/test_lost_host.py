@@ -48,6 +48,11 @@ def disk(folder: Path, host: Host) -> Path:
     return folder / f"disk-{host.name}"
 
 
+def fill_disk(folder: Path, host: Host, base: Path) -> None:
+    shutil.copytree(base, disk(folder, host) / "base")
+    write_arithmetic(disk(folder, host) / "sums.jsonl", 1024, seed=0)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
     """Base and data on a disk of each host, and a config that reads them there: PP 2 between hosts,
@@ -55,8 +60,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
     folder = tmp_path_factory.mktemp("lost_host")
     (folder / "disk").mkdir()
     for host in (*HOSTS, SPARE):
-        shutil.copytree(tiny, disk(folder, host) / "base")
-        write_arithmetic(disk(folder, host) / "sums.jsonl", 1024, seed=0)
+        fill_disk(folder, host, tiny)
     sections = {
         "model": {"path": str(folder / "disk" / "base"), "dtype": "float32"},
         "parallel": {"pp": 2, "ep": 2},
@@ -95,7 +99,7 @@ def undisturbed(hosts: None, folder: Path) -> dict[int, tuple[float, float]]:
 
 @pytest.mark.parametrize("how", ["killed", "cut off"])
 def test_a_host_is_lost_and_a_spare_goes_on(
-    how: str, undisturbed: dict[int, tuple[float, float]], folder: Path, tmp_path: Path
+    how: str, undisturbed: dict[int, tuple[float, float]], folder: Path, tmp_path: Path, tiny: Path
 ) -> None:
     port = 29612 if how == "killed" else 29613
     run = tmp_path / "run"
@@ -125,6 +129,9 @@ def test_a_host_is_lost_and_a_spare_goes_on(
     finally:
         kill_all(lost.host)
         mend()
+        # For the other case.
+        if not disk(folder, lost.host).exists():
+            fill_disk(folder, lost.host, tiny)
     assert 0 <= last - resumed <= 1, logs(nodes)
     # Bit for bit, each step once.
     assert metrics(run) == undisturbed
