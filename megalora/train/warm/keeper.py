@@ -23,11 +23,11 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO, FileIO
-from pathlib import Path
 from typing import Any
 
 from megalora.train.warm.link import Link, LinkLost, accepted, connected
 from megalora.train.warm.memory import SnapshotMemory
+from megalora.verify.host_memory import free_host_memory_bytes
 
 DESCRIBED_BYTES = 1 << 28
 """Limit of what is beside a snapshot; a rank with all 37,000 tensors of Qwen3-30B has 5 MB."""
@@ -199,20 +199,11 @@ def _expect(link: Link, kind: str) -> dict[str, Any]:
 def _check_room(announced: dict[str, Any]) -> None:
     """Raise ``ValueError`` before memory is taken for what does not fit."""
     # The slot that it replaces is not counted as free, which errs on the safe side.
-    limits = {"bytes": _free_bytes(), "described_bytes": DESCRIBED_BYTES}
+    limits = {"bytes": free_host_memory_bytes(), "described_bytes": DESCRIBED_BYTES}
     for name, limit in limits.items():
         size = announced[name]
         if type(size) is not int or not 0 <= size <= limit:
             raise ValueError(f"a snapshot of {name}={size} was announced; the limit is {limit:,}")
-
-
-def _free_bytes() -> int:
-    """Memory that this machine can still give."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name == "MemAvailable":
-            return 1024 * int(value.split()[0])
-    raise OSError("/proc/meminfo has no MemAvailable")
 
 
 def fetch(

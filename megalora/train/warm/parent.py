@@ -74,7 +74,8 @@ class Parent:
         try:
             newest = None
             if step is not None:
-                newest = as_checkpoint(self.memory, step, self.num_ranks, shown)
+                memory_of = dict.fromkeys(self.memory.ranks, self.memory)
+                newest = as_checkpoint(memory_of, step, self.num_ranks, shown)
             store, port = start_store(self.job)
             try:
                 given = InMemory(self.memory, newest)

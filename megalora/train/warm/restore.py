@@ -31,13 +31,13 @@ class InMemory:
 
 
 def as_checkpoint(
-    memory: SnapshotMemory | Mapping[int, SnapshotMemory], step: int, world: int, parent: Path
+    memory_of: Mapping[int, SnapshotMemory], step: int, world: int, parent: Path
 ) -> Path:
     """Make a folder whose files of ranks are the snapshots of a step; nothing is copied.
 
     Args:
-        memory: that of all ranks, or of each.
-        world: number of ranks, of each of which ``memory`` has that step.
+        memory_of: where each rank's snapshot of that step is.
+        world: number of ranks.
         parent: a folder to make it in.
     Raises:
         ValueError: a snapshot is not of the rank or of the step that it stands for.
@@ -48,8 +48,8 @@ def as_checkpoint(
     tensors: dict[str, Any] = {}
     state: dict[str, Any] = {}
     for rank in range(world):
-        of_rank = memory[rank] if isinstance(memory, Mapping) else memory
-        described = parse_json(of_rank.described(rank, step))
+        memory = memory_of[rank]
+        described = parse_json(memory.described(rank, step))
         # Tensors of one step beside those of another would train on, and be wrong.
         if (described["rank"], described["step"]) != (rank, step):
             raise ValueError(
@@ -60,9 +60,9 @@ def as_checkpoint(
         for name, row in described["tensors"].items():
             known = tensors.setdefault(name, {**row, "pieces": []})
             known["pieces"] += row["pieces"]
-        entry = of_rank.entry(rank, step)
+        entry = memory.entry(rank, step)
         files[rank_file(rank)] = (entry.num_bytes, entry.sha256)
-        (folder / STATE / rank_file(rank)).symlink_to(of_rank.path(rank, step))
+        (folder / STATE / rank_file(rank)).symlink_to(memory.path(rank, step))
     # Whoever reads it checks that pieces have every element once, and the digests.
     index = {"format": FORMAT, "world_size": world, "files": files, "tensors": tensors}
     (folder / INDEX).write_text(json.dumps(index))

@@ -1,7 +1,6 @@
 """Fork a launcher from the tests' process, which has imported everything, and see how it ends."""
 
 import os
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -48,6 +47,21 @@ def exit_code_of(pid: int) -> int:
     raise AssertionError(f"the launcher did not end within {LIMIT_S:.0f} s")
 
 
+type Then = Callable[[int, int, InMemory], None]
+
+
+def working(folder: Path, then: Then) -> Callable[[InMemory], None]:
+    """Ranks that note that they have begun, and then do something by (rank, attempt)."""
+
+    def work(given: InMemory) -> None:
+        rank = int(os.environ["RANK"])
+        attempt = len(list(folder.glob(f"{rank}.*")))
+        (folder / f"{rank}.{attempt}").touch()
+        then(rank, attempt, given)
+
+    return work
+
+
 def training(arguments: list[str]) -> Callable[[InMemory], None]:
     """What ``megalora train`` has each rank do."""
     return lambda given: on_ranks(arguments, "megalora.train", begin, given)
@@ -85,11 +99,6 @@ def node(
         guarded(lambda _: sys.exit(NodeParent(work, ranks, restarts, together).run()), [])
 
     return fork(lead)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
 
 
 def wait_for_words(log: Path, words: str) -> None:

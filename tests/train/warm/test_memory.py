@@ -104,7 +104,7 @@ def test_snapshots_are_read_as_a_checkpoint(tmp_path: Path) -> None:
     for rank in range(WORLD):
         for step in (4, 5):
             put_half(memory, rank, step)
-    folder = as_checkpoint(memory, 5, WORLD, tmp_path)
+    folder = as_checkpoint(dict.fromkeys(range(WORLD), memory), 5, WORLD, tmp_path)
     with SavedTensors(folder) as saved:
         assert saved.index is not None
         found = saved.whole("param", "a", (WORLD * HALF,))
@@ -119,14 +119,14 @@ def test_a_snapshot_of_another_rank_or_step_is_refused(tmp_path: Path) -> None:
         put_half(memory, 0, 5)
         put_half(memory, 1, 5, wrong)
         with pytest.raises(ValueError, match="snapshot of rank 1 at step 5 is that of rank"):
-            as_checkpoint(memory, 5, WORLD, tmp_path / str(number))
+            as_checkpoint(dict.fromkeys(range(WORLD), memory), 5, WORLD, tmp_path / str(number))
 
 
 def test_the_newer_of_memory_and_disk(tmp_path: Path) -> None:
     memory = SnapshotMemory(range(WORLD))
     for rank in range(WORLD):
         put_half(memory, rank, 5)
-    snapshots = as_checkpoint(memory, 5, WORLD, tmp_path)
+    snapshots = as_checkpoint(dict.fromkeys(range(WORLD), memory), 5, WORLD, tmp_path)
     nothing = Found(None)
     assert newer_of(nothing, None) is nothing
     for on_disk in (4, 5, 6):

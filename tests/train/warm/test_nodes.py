@@ -6,7 +6,6 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,16 +13,17 @@ import pytest
 
 from megalora.adapters.files import STATE
 from megalora.adapters.state_index import rank_file
+from megalora.serve.server import free_port
 from megalora.train.saver import Progress, Saver
 from megalora.train.warm import node as node_module
 from megalora.train.warm.meeting import newest_common
 from megalora.train.warm.restore import InMemory
 from tests.train.warm.scenes import (
     exit_code_of,
-    free_port,
     node,
     put,
     wait_for_words,
+    working,
 )
 
 
@@ -31,21 +31,6 @@ from tests.train.warm.scenes import (
 def _no_grace(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks of these tests have nothing to say when another one is lost."""
     monkeypatch.setattr(node_module, "GRACE_S", 0.1)
-
-
-type Then = Callable[[int, int, InMemory], None]
-
-
-def working(folder: Path, then: Then) -> Callable[[InMemory], None]:
-    """Ranks that note that they have begun, and then do something by (rank, attempt)."""
-
-    def work(given: InMemory) -> None:
-        rank = int(os.environ["RANK"])
-        attempt = len(list(folder.glob(f"{rank}.*")))
-        (folder / f"{rank}.{attempt}").touch()
-        then(rank, attempt, given)
-
-    return work
 
 
 def hold(given: InMemory, rank: int, step: int, *, sent: bool) -> None:
@@ -100,7 +85,7 @@ def test_a_rank_then_a_node_is_lost_and_a_spare_goes_on(tmp_path: Path) -> None:
             (tmp_path / f"{rank} has step 6").touch()
             time.sleep(600)
 
-    port = free_port()
+    port = free_port("127.0.0.1")
     work = working(tmp_path, then)
     logs = [tmp_path / f"node-{letter}" for letter in "abc"]
     first = node(work, port, logs[0])
@@ -130,7 +115,7 @@ def end_of(pids: list[int], logs: list[Path]) -> tuple[list[int], str]:
 def test_a_node_that_is_not_of_this_run_is_told_why(tmp_path: Path) -> None:
     """And where no node comes for a free place, all end."""
     work = working(tmp_path, lambda *_: None)
-    port = free_port()
+    port = free_port("127.0.0.1")
     logs = [tmp_path / name for name in ("first", "other", "stranger", "nobody", "alone")]
     first = node(work, port, logs[0], started={"train.lr": 1, "--nproc": 1})
     wait_for_words(logs[0], "this is node 0 of 2")
@@ -141,7 +126,7 @@ def test_a_node_that_is_not_of_this_run_is_told_why(tmp_path: Path) -> None:
         taken.bind(("127.0.0.1", 0))
         elsewhere = taken.getsockname()[1]
         nobody = node(work, elsewhere, logs[3], wait_s=0.2)
-        alone = node(work, free_port(), logs[4], wait_s=0.5)
+        alone = node(work, free_port("127.0.0.1"), logs[4], wait_s=0.5)
         codes, said = end_of([other, stranger, nobody, alone], logs)
     assert codes == [2, 2, 2, 3], said
     # Told to stop while it waits.
@@ -164,7 +149,7 @@ def test_a_mistake_or_a_restart_too_many_ends_all(tmp_path: Path) -> None:
                 raise SystemExit(code)
             time.sleep(600)
 
-        port = free_port()
+        port = free_port("127.0.0.1")
         logs = [folder / "log-a", folder / "log-b"]
         pids = [node(working(folder, then), port, log, restarts=1) for log in logs]
         codes, said = end_of(pids, logs)

@@ -6,7 +6,6 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +13,19 @@ import pytest
 import torch.distributed as dist
 from safetensors.torch import load_file
 
+from megalora.serve.server import free_port
 from megalora.train.saver import Progress, Saver
 from megalora.train.warm.memory import SnapshotMemory
 from megalora.train.warm.processes import check_may_fork
 from megalora.train.warm.restore import InMemory
 from tests.train.warm.scenes import (
     exit_code_of,
-    free_port,
     launcher,
     node,
     put,
     training,
     wait_for_words,
+    working,
 )
 
 RANKS = 2
@@ -35,18 +35,6 @@ STEPS = 6
 def attempts(folder: Path) -> list[str]:
     """What each rank has left behind, by attempt."""
     return sorted(path.name for path in folder.iterdir() if path.name != "log")
-
-
-def working(folder: Path, then: Callable[[int, int, InMemory], None]) -> Callable[[InMemory], None]:
-    """Ranks that note that they have begun, and then do something by (rank, attempt)."""
-
-    def work(given: InMemory) -> None:
-        rank = int(os.environ["RANK"])
-        attempt = len(list(folder.glob(f"{rank}.*")))
-        (folder / f"{rank}.{attempt}").touch()
-        then(rank, attempt, given)
-
-    return work
 
 
 def test_ranks_start_again_when_one_is_killed(tmp_path: Path) -> None:
@@ -250,7 +238,7 @@ def test_a_training_whose_node_is_killed_is_the_same(
     work = training(
         [*arguments, f"checkpoint.dir={run}", "checkpoint.snapshots={every: 1, replicate: 1}"]
     )
-    port = free_port()
+    port = free_port("127.0.0.1")
     logs = [tmp_path / f"node-{letter}" for letter in "abc"]
     pids: list[int] = []
     for log, words in zip(logs, ("this is node 0", "this is node 1", "as a spare"), strict=True):
